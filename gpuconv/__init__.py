@@ -1,0 +1,36 @@
+"""gpuconv: convolution forward and backward for plain NumPy and CuPy arrays."""
+
+__version__ = "0.1.0"
+
+from gpuconv.backend import BackendError, array_module, backend, get_backend, set_backend, show_config
+from gpuconv.choose import ALGORITHMS, Explanation, explain
+from gpuconv.conv import (
+    Gradients,
+    clear_cache,
+    conv,
+    conv_backward,
+    conv_data_grad,
+    conv_transpose,
+    conv_transpose_backward,
+    conv_weight_grad,
+)
+
+__all__ = [
+    "ALGORITHMS",
+    "BackendError",
+    "Explanation",
+    "Gradients",
+    "array_module",
+    "backend",
+    "clear_cache",
+    "conv",
+    "conv_backward",
+    "conv_data_grad",
+    "conv_transpose",
+    "conv_transpose_backward",
+    "conv_weight_grad",
+    "explain",
+    "get_backend",
+    "set_backend",
+    "show_config",
+]

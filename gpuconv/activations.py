@@ -1,0 +1,43 @@
+"""The activations that a convolution can end in, and their derivatives written in terms of their results."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+import numpy
+
+from gpuconv.backend import Array
+
+Activation: TypeAlias = Literal["relu", "leaky_relu", "sigmoid", "tanh"]
+
+NAMES: tuple[Activation, ...] = ("relu", "leaky_relu", "sigmoid", "tanh")
+LEAKY_SLOPE = 0.01
+
+
+def apply(xp: Any, name: Activation | None, z: Array) -> None:
+    """Replaces z by activation(z), in place. NaN stays NaN."""
+    if name == "relu":
+        xp.maximum(z, 0, out=z)
+    elif name == "leaky_relu":
+        xp.maximum(z, LEAKY_SLOPE * z, out=z)
+    elif name == "tanh":
+        xp.tanh(z, out=z)
+    elif name == "sigmoid":
+        # 1 / (1 + exp(-z)); where exp overflows, the quotient is the 0 that it should be.
+        with numpy.errstate(over="ignore"):
+            xp.negative(z, out=z)
+            xp.exp(z, out=z)
+        z += 1
+        xp.divide(1, z, out=z)
+
+
+def apply_derivative(xp: Any, name: Activation, dy: Array, y: Array) -> None:
+    """Replaces dy by dy * activation'(z), in place, where y = activation(z)."""
+    if name == "relu":
+        xp.copyto(dy, 0, where=y <= 0)
+    elif name == "leaky_relu":
+        xp.copyto(dy, LEAKY_SLOPE * dy, where=y <= 0)
+    elif name == "tanh":
+        dy *= 1 - y * y
+    else:
+        dy *= y * (1 - y)

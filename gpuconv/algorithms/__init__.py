@@ -1,0 +1,6 @@
+"""The algorithms, one file each, with the same functions: why_not, forward, data_grad and weight_grad.
+
+``why_not`` says whether the algorithm can do a convolution, and the reason where it cannot. The other three read
+operands and write a result through canonical views (gpuconv/operands.py) and take memory from a Run
+(gpuconv/workspace.py). blocks.py and windows.py hold what they share.
+"""

@@ -1,0 +1,109 @@
+"""Cutting a convolution into blocks that fit a workspace, and seeing a block as a matrix without a copy."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from itertools import product
+from typing import NamedTuple
+
+from gpuconv.backend import Array
+from gpuconv.operands import Index, Operand
+from gpuconv.workspace import Run, shaped
+
+
+class Arrangement(NamedTuple):
+    """An order of axes in which an array becomes a stack of matrices: the axes before the last two groups stay."""
+
+    axes: tuple[int, ...]
+    row_axes: int
+    column_axes: int
+
+    def matrix(self, view: Array) -> Array | None:
+        """The view as matrices where that takes no copy, else None."""
+        return as_matrix(view.transpose(self.axes), self.row_axes, self.column_axes)
+
+    def empty(self, shape: tuple[int, ...], flat: Array) -> tuple[Array, Array]:
+        """An array of this shape on workspace memory, and the same memory as matrices."""
+        memory = shaped(flat, tuple(shape[axis] for axis in self.axes))
+        matrix = as_matrix(memory, self.row_axes, self.column_axes)
+        return memory.transpose(_inverse(self.axes)), matrix
+
+    def load(self, operand: Operand, index: Index, flat: Array, run: Run) -> Array:
+        """A piece of an operand as matrices: where it lies if that will do, else read into the workspace."""
+        piece = operand.view[index]
+        matrix = self.matrix(piece) if operand.is_plain(run.dtype) else None
+        if matrix is None:
+            block, matrix = self.empty(piece.shape, flat)
+            operand.read(run.backend.xp, index, block)
+        return matrix
+
+    def place(self, target: Array, flat: Array, run: Run) -> tuple[Array, Array]:
+        """Where matrix products that belong in target may be formed: target itself if that will do, else workspace."""
+        matrix = self.matrix(target) if target.dtype == run.dtype else None
+        return (target, matrix) if matrix is not None else self.empty(target.shape, flat)
+
+
+@lru_cache(maxsize=256)
+def _inverse(axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(axes)), key=axes.__getitem__))
+
+
+def largest(extent: int, limit: float, cost: Callable[[int], float]) -> int:
+    """The largest size from 1 to extent that costs no more than the limit, evened out over the pieces; at least 1."""
+    size = max(1, bisect_right(range(1, extent + 1), limit, key=cost))
+    pieces = -(-extent // size)
+    return max(1, -(-extent // pieces))
+
+
+def fitting_box(extents: tuple[int, ...], limit: float, cost: Callable[[tuple[int, ...]], float]) -> tuple[int, ...]:
+    """The extents of a block that costs no more than the limit, as long as possible on the last axes first."""
+    box = [1] * len(extents)
+    for axis in reversed(range(len(extents))):
+        head, tail = tuple(box[:axis]), tuple(box[axis + 1 :])
+        box[axis] = largest(extents[axis], limit, lambda size, head=head, tail=tail: cost((*head, size, *tail)))
+        if box[axis] < extents[axis]:
+            break
+    return tuple(box)
+
+
+def pieces(extent: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most this size."""
+    return (slice(start, min(start + size, extent)) for start in range(0, extent, size))
+
+
+def boxes(extents: tuple[int, ...], box: tuple[int, ...]) -> Iterator[Index]:
+    """Consecutive blocks of at most these extents."""
+    return product(*(tuple(pieces(extent, size)) for extent, size in zip(extents, box, strict=True)))
+
+
+def as_matrix(view: Array, row_axes: int, column_axes: int) -> Array | None:
+    """The view with its last axes merged into rows and columns, or None where BLAS would need a copy of it.
+
+    The axes before them stay: a stack of matrices.
+    """
+    lead = view.ndim - row_axes - column_axes
+    middle = lead + row_axes
+    rows = _merged(view.shape[lead:middle], view.strides[lead:middle])
+    columns = _merged(view.shape[middle:], view.strides[middle:])
+    if rows is None or columns is None:
+        return None
+    (m, row_step), (k, column_step), item = rows, columns, view.itemsize
+    by_rows = (k == 1 or column_step == item) and (m == 1 or row_step >= k * item)
+    by_columns = (m == 1 or row_step == item) and (k == 1 or column_step >= m * item)
+    return view.reshape(*view.shape[:lead], m, k) if by_rows or by_columns else None
+
+
+def _merged(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int] | None:
+    """The extent and stride of one axis that stands for these, or None."""
+    extent, step = 1, 0
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size == 1:
+            continue
+        if extent == 1:
+            step = stride
+        elif stride != extent * step:
+            return None
+        extent *= size
+    return extent, step

@@ -1,0 +1,205 @@
+"""im2col: the windows of x laid out as a matrix, and one matrix product for all filters.
+
+Works in blocks of outputs, so that the unfolded windows never exist as a whole, and accepts every convolution.
+Each direction is a product with unfolded windows ``cols``, K = C / G * T * R * S long:
+
+    forward      y  = cols(x) w         over blocks of outputs
+    data_grad    dx = cols(dy) w        a forward convolution of dy for every residue of the stride (Geometry.residues)
+    weight_grad  dw = cols(x)' dy       summed over blocks of outputs
+
+A block lies in memory the way x does: with a row of ``cols`` per output where the channels of x are innermost, with
+a column per output where space is. So neither memory order is ever transposed.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy
+
+from gpuconv.algorithms.blocks import Arrangement, boxes, fitting_box, largest, pieces
+from gpuconv.algorithms.windows import reaches_beyond, region_elements, sliding, windows_of
+from gpuconv.backend import Array, Backend
+from gpuconv.geometry import Direction, Geometry
+from gpuconv.operands import Index, Operand, Result
+from gpuconv.workspace import Run, shaped
+
+# Larger blocks make longer products, smaller ones stay in the cache.
+BLOCK_BYTES = 4 << 20
+# Below this many outputs per image, the images of a block share one product, and the result is copied into place.
+SHORT_PRODUCT = 256
+
+
+def why_not(geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, deterministic: bool) -> str | None:
+    """None: im2col accepts everything."""
+    return None
+
+
+def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
+    """y[o] = sum over taps t and channels c of x[o * stride + t * dilation - low, c] w[t, c]."""
+    xp = run.backend.xp
+    order = _order_of(x.view, geometry, stack=math.prod(geometry.output) >= SHORT_PRODUCT)
+    sizes = _forward_sizes(
+        geometry,
+        run.budget,
+        BLOCK_BYTES // run.dtype.itemsize,
+        _reading(x, order, geometry, run),
+        copies_weights=not w.is_plain(run.dtype) or order.weights.matrix(w.view) is None,
+        copies_sums=y.view.dtype != run.dtype or order.images.matrix(y.view) is None,
+    )
+    with run.workspace(sizes.weights, sizes.patch, sizes.cols, sizes.sums) as (weight_space, patch_space, cols_space, sums_space):
+        for filters in pieces(geometry.group_filters, sizes.filters):
+            weights = order.weights.load(w, (..., filters), weight_space, run)
+            for index in boxes((*geometry.batch, *geometry.output), sizes.box):
+                cols = _unfold(x, index, geometry, order, patch_space, cols_space, run)
+                target = y.view[(*index, slice(None), filters)]
+                block, sums = order.images.place(target, sums_space, run)
+                xp.matmul(*((cols, weights) if order.by_rows else (weights, cols)), out=sums)
+                y.finish(xp, block, filters)
+                if block is not target:
+                    target[...] = block
+
+
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
+    """dx[i] = sum over the taps t and outputs o with o * stride + t * dilation - low = i of dy[o] w[t]'."""
+    backwards = (slice(None, None, -1),) * geometry.rank
+    for residue in geometry.residues():
+        part = dx.part((*(slice(None) for _ in geometry.batch), *residue.inputs))
+        if residue.geometry is None:
+            part.fill(run.backend.xp)
+        else:
+            taps = w.part(w.view[residue.taps][backwards].swapaxes(-1, -2))
+            forward(dy, taps, part, residue.geometry, run)
+
+
+def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
+    """dw[t, c] = sum over outputs o of x[o * stride + t * dilation - low, c] dy[o]."""
+    xp, order = run.backend.xp, _order_of(x.view, geometry, stack=False)
+    sizes = _weight_grad_sizes(
+        geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, _reading(x, order, geometry, run), _reading_scratch(dy, order, run)
+    )
+    with run.workspace(sizes.weights, sizes.weights, sizes.patch, sizes.cols, sizes.sums) as spaces:
+        total_space, term_space, patch_space, cols_space, dy_space = spaces
+        for filters in pieces(geometry.group_filters, sizes.filters):
+            target = dw.view[..., filters]
+            block, total = order.weights.place(target, total_space, run)
+            term = None
+            for index in boxes((*geometry.batch, *geometry.output), sizes.box):
+                cols = _unfold(x, index, geometry, order, patch_space, cols_space, run).swapaxes(-1, -2)
+                sums = order.images.load(dy, (*index, slice(None), filters), dy_space, run)
+                factors = (cols, sums) if order.by_rows else (sums, cols)
+                if term is None:
+                    xp.matmul(*factors, out=total)
+                    term = shaped(term_space, total.shape)
+                else:
+                    total += xp.matmul(*factors, out=term)
+            if block is not target:
+                target[...] = block
+
+
+class _Order(NamedTuple):
+    """How x's windows (*batch, *output, *kernel, G, C/G), y and w lie as matrices, G of them in a stack."""
+
+    by_rows: bool  # a row of cols per output, else a column
+    windows: Arrangement
+    images: Arrangement
+    weights: Arrangement
+
+
+@lru_cache(maxsize=64)
+def _order(batch: int, rank: int, by_rows: bool, stack: bool) -> _Order:
+    positions = tuple(range(batch + rank))
+    kernel = tuple(range(batch + rank, batch + 2 * rank))
+    taps = tuple(range(rank))
+    if by_rows:
+        return _Order(
+            True,
+            Arrangement((kernel[-1] + 1, *positions, *kernel, kernel[-1] + 2), batch + rank, rank + 1),
+            Arrangement((batch + rank, *positions, batch + rank + 1), batch + rank, 1),
+            Arrangement((rank, *taps, rank + 1, rank + 2), rank + 1, 1),
+        )
+    stacked = positions[:batch] if stack else ()
+    columns = positions[len(stacked) :]
+    return _Order(
+        False,
+        Arrangement((*stacked, kernel[-1] + 1, kernel[-1] + 2, *kernel, *columns), rank + 1, len(columns)),
+        Arrangement((*stacked, batch + rank, batch + rank + 1, *columns), 1, len(columns)),
+        Arrangement((rank, rank + 2, rank + 1, *taps), 1, rank + 1),
+    )
+
+
+def _order_of(x: Array, geometry: Geometry, stack: bool) -> _Order:
+    channel = x.strides[-1] if x.shape[-1] > 1 else x.strides[-2]
+    return _order(len(geometry.batch), geometry.rank, abs(channel) < abs(x.strides[-3]), stack)
+
+
+class _Reading(NamedTuple):
+    """What reading windows of x takes beside them: cols, unless they are a matrix as they lie; a patch, times scratch."""
+
+    cols: bool
+    patch: int
+
+
+def _reading(x: Operand, order: _Order, geometry: Geometry, run: Run) -> _Reading:
+    if not x.is_plain(run.dtype) or reaches_beyond(geometry):
+        return _Reading(True, x.scratch)
+    return _Reading(order.windows.matrix(sliding(run.backend.xp, x.view, geometry, geometry.output)) is None, 0)
+
+
+def _reading_scratch(dy: Operand, order: _Order, run: Run) -> int:
+    return 0 if dy.is_plain(run.dtype) and order.images.matrix(dy.view) is not None else dy.scratch
+
+
+class _Sizes(NamedTuple):
+    """The block of outputs and the number of filters (per group) done at once, and the elements that they need."""
+
+    filters: int
+    box: tuple[int, ...]
+    weights: int
+    patch: int
+    cols: int
+    sums: int
+
+
+@lru_cache(maxsize=1024)
+def _forward_sizes(
+    geometry: Geometry, budget: int, block: int, reading: _Reading, copies_weights: bool, copies_sums: bool
+) -> _Sizes:
+    weights = geometry.channels * geometry.taps if copies_weights else 0  # per filter of each group
+    filters = largest(geometry.group_filters, budget / 2, lambda count: weights * count)
+    limit = min(budget - weights * filters, block)
+    return _box_sizes(geometry, limit, filters, weights * filters, reading, int(copies_sums))
+
+
+@lru_cache(maxsize=1024)
+def _weight_grad_sizes(geometry: Geometry, budget: int, block: int, reading: _Reading, dy_scratch: int) -> _Sizes:
+    weights = geometry.channels * geometry.taps
+    filters = largest(geometry.group_filters, budget / 2, lambda count: 2 * weights * count)
+    # Each block adds a whole dw to the sum: it should be worth that.
+    limit = min(budget - 2 * weights * filters, max(block, 4 * weights * filters))
+    return _box_sizes(geometry, limit, filters, weights * filters, reading, dy_scratch)
+
+
+def _box_sizes(geometry: Geometry, limit: int, filters: int, weights: int, reading: _Reading, sums: int) -> _Sizes:
+    def elements(box: tuple[int, ...]) -> tuple[int, int, int]:
+        outputs = math.prod(box)
+        return (
+            reading.patch * region_elements(geometry, box),
+            reading.cols * outputs * geometry.channels * geometry.taps,
+            sums * outputs * geometry.groups * filters,
+        )
+
+    box = fitting_box((*geometry.batch, *geometry.output), limit, lambda box: sum(elements(box)))
+    return _Sizes(filters, box, weights, *elements(box))
+
+
+def _unfold(x: Operand, index: Index, geometry: Geometry, order: _Order, patch_space: Array, cols_space: Array, run: Run) -> Array:
+    """cols: the windows of a block of outputs as matrices."""
+    windows = windows_of(x, index, geometry, order.images, patch_space, run)
+    cols = order.windows.matrix(windows)
+    if cols is None:
+        block, cols = order.windows.empty(windows.shape, cols_space)
+        block[...] = windows
+    return cols

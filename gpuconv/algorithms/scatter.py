@@ -1,0 +1,247 @@
+"""scatter: each output gradient adds its products to the inputs and weights that it came from.
+
+One tap of the kernel at a time: all outputs meet the inputs that this tap shows them, which lie a stride apart, so
+that a tap is one product and one addition to a strided slice. Nothing is unfolded. The sums of a block are formed in
+the workspace, tap after tap in a fixed order, and stored once.
+
+    forward      y[o]          += x[o * stride + t * dilation - low] w[t]
+    data_grad    dx[o * stride + t * dilation - low] += dy[o] w[t]'
+    weight_grad  dw[t]         += x[o * stride + t * dilation - low]' dy[o]
+
+With one filter per channel there is nothing for a matrix product to do, and this is the faster way on NumPy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy
+
+from gpuconv.algorithms.blocks import Arrangement, boxes, fitting_box, largest, pieces
+from gpuconv.algorithms.windows import reaches_beyond, region_elements, windows_of
+from gpuconv.backend import Array, Backend
+from gpuconv.geometry import Direction, Geometry, Shape
+from gpuconv.operands import Index, Operand, Result
+from gpuconv.workspace import Run, shaped
+
+# A block's sums are added to once per tap: they should stay in the cache.
+BLOCK_BYTES = 1 << 20
+
+
+def why_not(geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, deterministic: bool) -> str | None:
+    """A reason on a GPU, where scattered additions have no fixed order."""
+    if deterministic and backend.name == "cupy":
+        return "it adds in no fixed order on a GPU, and deterministic=True was asked for"
+    return None
+
+
+def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
+    """Adds to y what each tap of w makes of x."""
+    xp, order = run.backend.xp, _images_by_rows(len(geometry.batch) + geometry.rank)
+    summed = y.view.dtype != run.dtype
+    sizes = _forward_sizes(geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, _patches(x, geometry, run), summed)
+    with run.workspace(*sizes.spaces) as (weight_space, patch_space, slice_space, term_space, sums_space):
+        for filters in pieces(geometry.group_filters, sizes.pieces):
+            weights = _loaded(w, (*_everything(geometry.rank + 2), filters), weight_space, run)
+            for index in boxes((*geometry.batch, *geometry.output), sizes.box):
+                windows = windows_of(x, index, geometry, order, patch_space, run)
+                target = y.view[(*index, slice(None), filters)]
+                sums = shaped(sums_space, target.shape) if summed else target
+                sums[...] = 0
+                for tap in _taps(geometry):
+                    seen = windows[(..., *tap, slice(None), slice(None))]
+                    sums += _product(xp, seen, weights[tap], order, slice_space, term_space)
+                y.finish(xp, sums, filters)
+                if summed:
+                    target[...] = sums
+
+
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
+    """Adds each tap's share of dy to the inputs that the tap read."""
+    xp, order = run.backend.xp, _images_by_rows(len(geometry.batch) + geometry.rank)
+    summed = dx.view.dtype != run.dtype
+    w = w.part(w.view.swapaxes(-1, -2))
+    sizes = _data_grad_sizes(geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, dy.scratch, summed)
+    with run.workspace(*sizes.spaces) as (weight_space, dy_space, slice_space, term_space, sums_space):
+        for channels in pieces(geometry.group_channels, sizes.pieces):
+            weights = _loaded(w, (*_everything(geometry.rank + 2), channels), weight_space, run)
+            for index in boxes((*geometry.batch, *geometry.input), sizes.box):
+                target = dx.view[(*index, slice(None), channels)]
+                sums = shaped(sums_space, target.shape) if summed else target
+                sums[...] = 0
+                outputs = _outputs_reaching(index, geometry)
+                if all(axis.start < axis.stop for axis in outputs[len(geometry.batch) :]):
+                    block = _loaded(dy, (*outputs, slice(None), slice(None)), dy_space, run)
+                    for tap in _taps(geometry):
+                        into, source = _meeting(tap, index, outputs, geometry)
+                        share = block[source]
+                        if share.size:
+                            sums[into] += _product(xp, share, weights[tap], order, slice_space, term_space)
+                dx.finish(xp, sums, channels)
+                if summed:
+                    target[...] = sums
+
+
+def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
+    """Adds to each tap of dw the products of dy with what the tap read."""
+    xp, order = run.backend.xp, _images_by_rows(len(geometry.batch) + geometry.rank)
+    summed = dw.view.dtype != run.dtype
+    sizes = _weight_grad_sizes(
+        geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, _patches(x, geometry, run), dy.scratch, summed
+    )
+    with run.workspace(*sizes.spaces) as (patch_space, slice_space, dy_space, term_space, sums_space):
+        for filters in pieces(geometry.group_filters, sizes.pieces):
+            target = dw.view[..., filters]
+            sums = shaped(sums_space, target.shape) if summed else target
+            sums[...] = 0
+            for index in boxes((*geometry.batch, *geometry.output), sizes.box):
+                windows = windows_of(x, index, geometry, order, patch_space, run)
+                gradients = order.load(dy, (*index, slice(None), filters), dy_space, run)
+                for tap in _taps(geometry):
+                    seen = _as_rows(windows[(..., *tap, slice(None), slice(None))], order, slice_space)
+                    term = shaped(term_space, sums[tap].shape)
+                    sums[tap] += xp.matmul(seen.swapaxes(-1, -2), gradients, out=term)
+            if summed:
+                target[...] = sums
+
+
+def _product(xp: Any, images: Array, weight: Array, order: Arrangement, slice_space: Array, term_space: Array) -> Array:
+    """images (*box, G, I) times weight (G, I, J): the box's (*box, G, J), in the workspace."""
+    shape = (*images.shape[:-1], weight.shape[-1])
+    if weight.shape[-2] == 1:
+        return xp.multiply(images, weight[:, 0], out=shaped(term_space, shape))
+    term, matrix = order.empty(shape, term_space)
+    xp.matmul(_as_rows(images, order, slice_space), weight, out=matrix)
+    return term
+
+
+def _as_rows(images: Array, order: Arrangement, space: Array) -> Array:
+    """images (*box, G, I) as matrices (G, positions, I), copied where they do not lie so."""
+    rows = order.matrix(images)
+    if rows is None:
+        block, rows = order.empty(images.shape, space)
+        block[...] = images
+    return rows
+
+
+def _loaded(operand: Operand, index: Index, space: Array, run: Run) -> Array:
+    """A piece of an operand in the dtype of the sums: where it lies if that will do."""
+    piece = operand.view[index]
+    if operand.is_plain(run.dtype):
+        return piece
+    block = shaped(space, piece.shape)
+    operand.read(run.backend.xp, index, block)
+    return block
+
+
+@lru_cache(maxsize=16)
+def _images_by_rows(positions: int) -> Arrangement:
+    return Arrangement((positions, *range(positions), positions + 1), positions, 1)
+
+
+def _taps(geometry: Geometry) -> Iterator[tuple[int, ...]]:
+    return product(*(range(k) for k in geometry.kernel))
+
+
+def _everything(axes: int) -> Index:
+    return (slice(None),) * axes
+
+
+def _outputs_reaching(index: Index, geometry: Geometry) -> Index:
+    """The outputs whose windows meet a block of inputs; batch axes as they are."""
+    batch = len(geometry.batch)
+    outputs = []
+    axes = zip(index[batch:], geometry.stride, geometry.window, geometry.padding, geometry.output, strict=True)
+    for inputs, s, window, (low, _), m in axes:
+        first = max(0, -(-(inputs.start + low - window + 1) // s))
+        outputs.append(slice(first, min(m, (inputs.stop - 1 + low) // s + 1)))
+    return (*index[:batch], *outputs)
+
+
+def _meeting(tap: tuple[int, ...], index: Index, outputs: Index, geometry: Geometry) -> tuple[Index, Index]:
+    """Where a tap takes a block of outputs to in a block of inputs: slices of the inputs and of the outputs."""
+    batch = len(geometry.batch)
+    into, source = list(_everything(batch)), list(_everything(batch))
+    for axis, t in enumerate(tap):
+        s, inputs, block = geometry.stride[axis], index[batch + axis], outputs[batch + axis]
+        shift = t * geometry.dilation[axis] - geometry.padding[axis][0]  # input = output * s + shift
+        first = max(block.start, -(-(inputs.start - shift) // s))
+        last = min(block.stop - 1, (inputs.stop - 1 - shift) // s)
+        count = max(0, last - first + 1)
+        start = first * s + shift - inputs.start
+        into.append(slice(start, start + (count - 1) * s + 1, s) if count else slice(0, 0))
+        source.append(slice(first - block.start, first - block.start + count) if count else slice(0, 0))
+    return tuple(into), tuple(source)
+
+
+def _patches(x: Operand, geometry: Geometry, run: Run) -> int:
+    """How many pieces of x's size the reading of windows takes; none where they are views of x."""
+    return 0 if x.is_plain(run.dtype) and not reaches_beyond(geometry) else x.scratch
+
+
+class _Sizes(NamedTuple):
+    """The filters (or channels) per group and the block done at once, and the elements of each part of the workspace."""
+
+    pieces: int
+    box: Shape
+    spaces: tuple[int, ...]
+
+
+@lru_cache(maxsize=1024)
+def _forward_sizes(geometry: Geometry, budget: int, block: int, patches: int, summed: bool) -> _Sizes:
+    weights = geometry.channels * geometry.taps  # per filter of each group
+    filters = largest(geometry.group_filters, budget / 2, lambda count: weights * count)
+
+    def spaces(box: Shape) -> tuple[int, ...]:
+        outputs = math.prod(box)
+        terms = outputs * geometry.groups * filters
+        return weights * filters, patches * region_elements(geometry, box), outputs * geometry.channels, terms, summed * terms
+
+    box = fitting_box((*geometry.batch, *geometry.output), min(budget, block + weights * filters), lambda box: sum(spaces(box)))
+    return _Sizes(filters, box, spaces(box))
+
+
+@lru_cache(maxsize=1024)
+def _data_grad_sizes(geometry: Geometry, budget: int, block: int, scratch: int, summed: bool) -> _Sizes:
+    weights = geometry.filters * geometry.taps  # per channel of each group
+    channels = largest(geometry.group_channels, budget / 2, lambda count: weights * count)
+    batch = len(geometry.batch)
+
+    def spaces(box: Shape) -> tuple[int, ...]:
+        axes = zip(box[batch:], geometry.stride, geometry.window, geometry.output, strict=True)
+        reaching = (min(m, (size + window - 2) // s + 1) for size, s, window, m in axes)
+        outputs = math.prod(box[:batch]) * math.prod(reaching)
+        terms = geometry.groups * channels
+        return (
+            weights * channels,
+            scratch * outputs * geometry.filters,
+            outputs * geometry.filters,
+            outputs * terms,
+            summed * math.prod(box) * terms,
+        )
+
+    box = fitting_box((*geometry.batch, *geometry.input), min(budget, block + weights * channels), lambda box: sum(spaces(box)))
+    return _Sizes(channels, box, spaces(box))
+
+
+@lru_cache(maxsize=1024)
+def _weight_grad_sizes(geometry: Geometry, budget: int, block: int, patches: int, scratch: int, summed: bool) -> _Sizes:
+    weights = geometry.channels * geometry.taps
+    filters = largest(geometry.group_filters, budget / 2, lambda count: (1 + summed) * weights * count)
+
+    def spaces(box: Shape) -> tuple[int, ...]:
+        outputs = math.prod(box)
+        return (
+            patches * region_elements(geometry, box),
+            outputs * geometry.channels,
+            scratch * outputs * geometry.groups * filters,
+            geometry.channels * filters,
+            summed * weights * filters,
+        )
+
+    box = fitting_box((*geometry.batch, *geometry.output), min(budget, block + weights * filters), lambda box: sum(spaces(box)))
+    return _Sizes(filters, box, spaces(box))

@@ -1,0 +1,280 @@
+"""Where a call computes: on NumPy or on CuPy, as the arrays, a context, the process or the environment ask.
+
+CuPy is imported only when a caller hands in its arrays or asks for it by name, so that ``import gpuconv`` costs a
+machine without a GPU nothing. The choice made by :func:`set_backend` is a plain module variable, seen by every
+thread and notebook cell; the one made by ``with backend(...)`` is a context variable, seen by nobody else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy
+
+from gpuconv import settings
+
+Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray
+Kind: TypeAlias = Literal["numpy", "cupy"]
+
+INSTALL_HINT = "pip install 'gpuconv[cuda12]', or 'gpuconv[cuda13]' for a CUDA 13 driver"
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot be used on this machine."""
+
+
+class Backend(NamedTuple):
+    """An array module, and what launches CUDA kernels on its arrays (None where nothing does)."""
+
+    name: str
+    xp: Any
+    launch: Callable[..., None] | None
+
+
+NUMPY = Backend("numpy", numpy, None)
+
+_context: ContextVar[str | None] = ContextVar("gpuconv_backend", default=None)
+_process: str | None = None
+
+
+def _checked(name: str) -> str:
+    choice = name.strip().lower() if isinstance(name, str) else name
+    if choice not in settings.BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(settings.BACKENDS)}; got {name!r}")
+    return choice
+
+
+def set_backend(name: str | None) -> None:
+    """Makes "numpy", "cupy" or "auto" the backend of this process; None leaves it to GPUCONV_BACKEND again.
+
+    >>> set_backend("numpy"); get_backend()
+    'numpy'
+    >>> set_backend(None)
+    """
+    global _process
+    _process = None if name is None else _checked(name)
+
+
+def backend(name: str) -> contextlib.AbstractContextManager[None]:
+    """A context in which "numpy", "cupy" or "auto" is the backend, for this thread (or task) alone.
+
+    >>> with backend("numpy"):
+    ...     get_backend()
+    'numpy'
+    """
+    return _within(_checked(name))
+
+
+@contextlib.contextmanager
+def _within(name: str) -> Iterator[None]:
+    token = _context.set(name)
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def _selected() -> tuple[str, str]:
+    """The backend's name and what chose it."""
+    name = _context.get()
+    if name is not None:
+        return name, "with backend(...)"
+    if _process is not None:
+        return _process, "set_backend"
+    return settings.backend(), "GPUCONV_BACKEND"
+
+
+def get_backend() -> str:
+    """The name of the backend in force: "auto", "numpy" or "cupy"."""
+    return _selected()[0]
+
+
+def array_module() -> Any:
+    """numpy or cupy: the module that a script should make its arrays with, so that it runs on both.
+
+    "auto" gives cupy where a GPU can be used, else numpy. Where the driver reports a device that CuPy cannot use,
+    BackendError says why instead of leaving the GPU idle in silence.
+
+    >>> with backend("numpy"):
+    ...     array_module().__name__
+    'numpy'
+    """
+    name = get_backend()
+    if name == "numpy":
+        return numpy
+    if name == "cupy":
+        return cupy_backend().xp
+    if importlib.util.find_spec("cupy") is None:
+        if driver_devices():
+            warnings.warn(f"this machine has a CUDA device, but CuPy is not installed: {INSTALL_HINT}", RuntimeWarning, stacklevel=2)
+        return numpy
+    try:
+        return cupy_backend().xp
+    except BackendError as error:
+        if driver_devices():
+            raise BackendError(f"{error}; set GPUCONV_BACKEND=numpy to compute on the CPU") from error
+        return numpy
+
+
+@lru_cache(maxsize=1)
+def cupy_backend() -> Backend:
+    """The CuPy backend, once CuPy has been seen to compute; BackendError where it cannot."""
+    try:
+        import cupy
+    except ImportError as error:
+        missing = importlib.util.find_spec("cupy") is None
+        what = "is not installed" if missing else f"cannot be imported ({error})"
+        raise BackendError(f"backend 'cupy' needs CuPy, which {what}: {INSTALL_HINT}") from error
+    try:
+        # Compiles and runs a kernel, which finds a missing driver, device or NVRTC.
+        working = int((cupy.arange(3) + 1).sum()) == 6
+    except Exception as error:
+        raise BackendError(
+            f"backend 'cupy' needs an NVIDIA GPU that CuPy {cupy.__version__} can use ({type(error).__name__}: {error});"
+            f" the driver reports {driver_devices()} device(s). If CUDA's libraries are missing: {INSTALL_HINT}"
+        ) from error
+    if not working:
+        raise BackendError(f"CuPy {cupy.__version__} computes wrong sums on this machine's GPU")
+    return Backend("cupy", cupy, None)
+
+
+def driver_devices() -> int:
+    """How many CUDA devices the driver reports, asked without CuPy; 0 without a driver."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return 0
+    return count.value
+
+
+def kind_of(**arrays: Array | None) -> Kind:
+    """Whether these arguments are NumPy's or CuPy's arrays; TypeError or ValueError, by name, where they do not fit."""
+    kinds = {name: _kind(name, array) for name, array in arrays.items() if array is not None}
+    first = next(iter(kinds))
+    for name, kind in kinds.items():
+        if kind != kinds[first]:
+            raise TypeError(f"arrays of a call must be of one kind, but {first} is a {kinds[first]}.ndarray and {name} a {kind}.ndarray")
+    if kinds[first] == "cupy":
+        devices = {name: arrays[name].device.id for name in kinds}  # type: ignore[union-attr]
+        for name, device in devices.items():
+            if device != devices[first]:
+                raise ValueError(f"arrays of a call must be on one device, but {first} is on {devices[first]} and {name} on {device}")
+    return kinds[first]
+
+
+def _kind(name: str, array: Array) -> Kind:
+    if type(array) in (numpy.ndarray, numpy.memmap):
+        return "numpy"
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(array, getattr(cupy, "ndarray", ())):
+        return "cupy"
+    found = f"{type(array).__module__}.{type(array).__qualname__}".removeprefix("builtins.")
+    raise TypeError(f"{name} must be a numpy.ndarray or a cupy.ndarray, not {found}; numpy.asarray({name}) may make one of it")
+
+
+def backend_for(kind: Kind) -> Backend:
+    """The backend that computes a call whose arrays are of this kind."""
+    name = get_backend()
+    if name == "numpy" or (name == "auto" and kind == "numpy"):
+        return NUMPY
+    if name == "cupy":
+        return cupy_backend()
+    return Backend("cupy", sys.modules["cupy"], None)
+
+
+def moved(array: Array, kind: str) -> Array:
+    """The array as NumPy's or CuPy's, itself where it is one already."""
+    if isinstance(array, numpy.ndarray):
+        if kind == "numpy":
+            return array
+        import cupy
+
+        return cupy.asarray(array.astype(array.dtype.newbyteorder("="), copy=False))
+    return array if kind == "cupy" else array.get()
+
+
+@contextlib.contextmanager
+def computing_on(place: Backend, array: Array, precision: str) -> Iterator[None]:
+    """The device of the array made current, and CuPy's matrix products held to the precision asked for."""
+    if place.name != "cupy":
+        yield
+        return
+    from cupy import _core  # get_compute_type and set_compute_type have no public name
+
+    before = _core.get_compute_type("f")
+    wanted = _core._routines_linalg.COMPUTE_TYPE_TF32 if precision == "tf32" else _core._routines_linalg.COMPUTE_TYPE_DEFAULT
+    is_tf32 = before == _core._routines_linalg.COMPUTE_TYPE_TF32
+    changes = is_tf32 != (precision == "tf32")
+    with array.device:
+        if changes:
+            _core.set_compute_type("f", wanted)
+        try:
+            yield
+        finally:
+            if changes:
+                _core.set_compute_type("f", before)
+
+
+def show_config() -> None:
+    """Prints the versions, the backend in force and what chose it, the devices, and the environment variables."""
+    for name, value in config().items():
+        print(f"{name:<26}{value}")
+
+
+def config() -> dict[str, str]:
+    """What :func:`show_config` prints, by name."""
+    import os
+    import platform
+
+    from gpuconv import __version__
+
+    name, source = _selected()
+    blas = numpy.show_config(mode="dicts")["Build Dependencies"]["blas"]  # type: ignore[index, call-overload]
+    facts = {
+        "gpuconv": __version__,
+        "Python": platform.python_version(),
+        "NumPy": f"{numpy.__version__} ({blas['name']} {blas.get('version', '')})",
+        "CPU": cpu_name(),
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "CUDA devices (driver)": str(driver_devices()),
+        "CuPy": _cupy_facts(),
+        "backend": f"{name} (from {source if source != 'GPUCONV_BACKEND' or os.environ.get(source) else 'the default'})",
+    }
+    for variable, default in settings.DEFAULTS.items():
+        facts[variable] = os.environ.get(variable) or f"unset ({default})"
+    return facts
+
+
+def _cupy_facts() -> str:
+    if importlib.util.find_spec("cupy") is None:
+        return "not installed"
+    try:
+        cupy = cupy_backend().xp
+    except BackendError as error:
+        return f"not usable: {error}"
+    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
+    device = f"{properties['name'].decode()}, compute capability {properties['major']}.{properties['minor']}"
+    driver, runtime = cupy.cuda.runtime.driverGetVersion(), cupy.cuda.runtime.runtimeGetVersion()
+    return f"{cupy.__version__} on {device} (driver API {driver}, runtime {runtime})"
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    import platform
+
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

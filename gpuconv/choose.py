@@ -1,0 +1,127 @@
+"""Which algorithm computes a convolution, and why.
+
+An algorithm says what it can do (``why_not``); what is preferred among those that can is decided here, by rules with
+their reasons. ``algorithm="auto"`` follows the rules, a named algorithm is taken or refused with its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, get_args
+
+import numpy
+
+from gpuconv import dtypes, settings
+from gpuconv.algorithms import im2col, scatter
+from gpuconv.backend import Backend, array_module, backend_for, get_backend
+from gpuconv.geometry import DIRECTIONS, Direction, Geometry
+
+MODULES: dict[str, ModuleType] = {"im2col": im2col, "scatter": scatter}
+ALGORITHMS: tuple[str, ...] = tuple(MODULES)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What would compute a convolution, and why; ``str()`` of it is a short report."""
+
+    algorithm: str
+    reason: str
+    refused: tuple[tuple[str, str], ...]  # (algorithm, reason), of all that were not taken
+    direction: Direction
+    backend: str
+    dtype: str
+    geometry: Geometry
+
+    def __str__(self) -> str:
+        g = self.geometry
+        lines = [
+            f"{self.direction} of x {g.x_shape}, w {g.w_shape} -> y {g.y_shape}, {self.dtype} on {self.backend}",
+            f"  stride {g.stride}, padding {g.padding}, dilation {g.dilation}, groups {g.groups}, {g.layout}",
+            f"  {g.flops(is_complex=self.dtype.startswith('complex')) / 1e9:.3g} GFLOP in sums of {g.reduction_length(self.direction)} products",
+            f"takes {self.algorithm}: {self.reason}",
+            *(f"not {name}: {reason}" for name, reason in self.refused),
+        ]
+        return "\n".join(lines)
+
+
+@lru_cache(maxsize=4096)
+def choose(
+    geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, algorithm: str, deterministic: bool
+) -> Explanation:
+    """The algorithm by name or by rule; ValueError where the named one cannot do it."""
+    check_name(algorithm)
+    refusals = {name: module.why_not(geometry, dtype, direction, backend, deterministic) for name, module in MODULES.items()}
+    if algorithm != "auto":
+        if refusals[algorithm]:
+            raise ValueError(f"algorithm={algorithm!r} cannot compute this {direction}: {refusals[algorithm]}")
+        name, reason = algorithm, "asked for by name"
+    else:
+        name, reason = next((name, reason) for name, reason in _preferences(geometry, backend) if not refusals[name])
+    refused = tuple((other, refusals[other] or f"it can, but {name} is taken: {reason}") for other in ALGORITHMS if other != name)
+    return Explanation(name, reason, refused, direction, backend.name, dtype.name, geometry)
+
+
+def _preferences(geometry: Geometry, backend: Backend) -> list[tuple[str, str]]:
+    """Algorithms from the most wanted on, each with the reason; the last one accepts everything."""
+    wanted = []
+    if geometry.group_channels == geometry.group_filters == 1 and backend.name != "cupy":
+        wanted.append(("scatter", "with one filter per channel a matrix product has nothing to do"))
+    wanted.append(("im2col", "one matrix product does all filters at once"))
+    return wanted
+
+
+def check_name(algorithm: object) -> None:
+    """ValueError unless it is "auto" or the name of an algorithm."""
+    if algorithm != "auto" and (not isinstance(algorithm, str) or algorithm not in MODULES):
+        raise ValueError(f"algorithm must be one of auto, {', '.join(ALGORITHMS)}; got {algorithm!r}")
+
+
+def explain(
+    x_shape: Sequence[int],
+    w_shape: Sequence[int],
+    *,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    layout: str = "channels_first",
+    flip: bool = False,
+    dtype: Any = "float32",
+    direction: Direction = "forward",
+    backend: str | None = None,
+    algorithm: str = "auto",
+    deterministic: bool | None = None,
+) -> Explanation:
+    """Which algorithm would compute this convolution, and why each other one would not.
+
+    ``backend`` is "numpy" or "cupy"; None stands for the one in force. The other arguments are those of
+    :func:`gpuconv.conv`.
+
+    >>> explanation = explain((8, 96, 56, 56), (96, 1, 3, 3), padding=1, groups=96, backend="numpy")
+    >>> explanation.algorithm
+    'scatter'
+    >>> explanation.reason
+    'with one filter per channel a matrix product has nothing to do'
+    """
+    if direction not in get_args(Direction):
+        raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}; got {direction!r}")
+    if backend is not None and backend not in settings.BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(settings.BACKENDS)}; got {backend!r}")
+    kind = dtypes.named(dtype)
+    geometry = Geometry.infer(
+        x_shape, w_shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip,
+        x_name="x_shape", w_name="w_shape",
+    )  # fmt: skip
+    check_name(algorithm)
+    name = backend or get_backend()
+    place = backend_for("numpy" if (array_module() if name == "auto" else name) in (numpy, "numpy") else "cupy")
+    return choose(geometry, kind, direction, place, algorithm, consent(algorithm, deterministic))
+
+
+def consent(algorithm: str, deterministic: bool | None) -> bool:
+    """Whether the order of additions must be fixed: naming an algorithm consents to its own, unless the caller insists."""
+    required = settings.deterministic(deterministic)
+    return required if algorithm == "auto" else bool(deterministic)

@@ -1,0 +1,61 @@
+"""Which dtypes a call takes, which one its result has, and in which one it adds up.
+
+bfloat16 comes from ml_dtypes and is foreign to NumPy: its kind is 'V', ``finfo`` and ``einsum`` refuse it and
+``result_type`` has no rule for it. It is recognised by name, so that ml_dtypes need not be installed.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy
+
+NAMES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+_HALVES = ("float16", "bfloat16")
+
+
+def supported(dtype: Any) -> bool:
+    """Whether a call takes arrays of this dtype (in any byte order)."""
+    return dtype.name in NAMES
+
+
+def named(name: Any, argument: str = "dtype") -> numpy.dtype:
+    """The dtype that a caller means; ValueError or TypeError where it is not one of ours."""
+    if isinstance(name, str) and name == "bfloat16":
+        try:
+            import ml_dtypes
+        except ImportError:
+            raise TypeError(f"{argument}='bfloat16' needs ml_dtypes (pip install ml_dtypes)") from None
+        return numpy.dtype(ml_dtypes.bfloat16)
+    try:
+        dtype = numpy.dtype(name)
+    except TypeError:
+        raise TypeError(f"{argument} must be one of {', '.join(NAMES)}; got {name!r}") from None
+    if not supported(dtype):
+        raise TypeError(f"{argument} must be one of {', '.join(NAMES)}; got {dtype.name}")
+    return dtype.newbyteorder("=")
+
+
+@lru_cache(maxsize=256)
+def promoted(*dtypes: numpy.dtype) -> numpy.dtype:
+    """The dtype of a result: NumPy's ``result_type``, with bfloat16 counted as a float32 beside anything else."""
+    native = {dtype.newbyteorder("=") if dtype.name != "bfloat16" else dtype for dtype in dtypes}
+    if len(native) == 1:
+        return native.pop()
+    return numpy.result_type(*(numpy.float32 if dtype.name == "bfloat16" else dtype for dtype in native))
+
+
+@lru_cache(maxsize=64)
+def accumulator(dtype: numpy.dtype) -> numpy.dtype:
+    """The dtype that sums are formed in: at least float32."""
+    return numpy.dtype(numpy.float32) if dtype.name in _HALVES else dtype
+
+
+def is_complex(dtype: Any) -> bool:
+    return dtype.kind == "c"
+
+
+def epsilon(dtype: numpy.dtype) -> float:
+    """The distance from 1 to the next number, of the real part for complex dtypes."""
+    return 2.0**-7 if dtype.name == "bfloat16" else float(numpy.finfo(dtype).eps)

@@ -1,0 +1,457 @@
+"""Geometry: one convolution, known from shapes alone.
+
+The alphabet of the whole library: N batch, C in-channels, F out-channels (filters), D H W input extent, T R S
+kernel extent, M P Q output extent, G groups; x input, w weight, b bias, y output, dy dx dw db gradients. Three
+directions: forward, data_grad, weight_grad.
+
+A Geometry holds integers and tuples, so it prints, compares and serves as a cache key. Nothing here touches an
+array, and every complaint about a shape, a stride or a padding comes from here, before any work is done.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Literal, NamedTuple, TypeAlias
+
+Direction: TypeAlias = Literal["forward", "data_grad", "weight_grad"]
+Layout: TypeAlias = Literal["channels_first", "channels_last"]
+Shape: TypeAlias = tuple[int, ...]
+Pairs: TypeAlias = tuple[tuple[int, int], ...]
+
+DIRECTIONS: tuple[Direction, ...] = ("forward", "data_grad", "weight_grad")
+LAYOUTS: tuple[Layout, ...] = ("channels_first", "channels_last")
+PADDING_NAMES = ("valid", "same", "same_lower", "full", "causal")
+TRANSPOSED_PADDING_NAMES = ("valid", "same", "same_lower")
+
+
+class Residue(NamedTuple):
+    """The inputs i = start + step * u of every axis, and the kernel taps that reach them.
+
+    ``inputs`` and ``taps`` are slices, one per spatial axis. ``geometry`` is the stride-1 convolution, over dy with
+    these taps in reverse order and C and F exchanged, which yields dx[inputs]; None where no tap reaches.
+    """
+
+    inputs: tuple[slice, ...]
+    taps: tuple[slice, ...]
+    geometry: Geometry | None
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One convolution. Build it with :meth:`infer` or :meth:`infer_transposed`.
+
+    For a transposed convolution this is the convolution that it transposes: its x is what comes out.
+    """
+
+    batch: Shape  # leading axes of x and y, none included
+    channels: int  # C
+    filters: int  # F
+    input: Shape  # D H W
+    kernel: Shape  # T R S
+    stride: Shape
+    padding: Pairs  # (low, high) of every axis; negative crops
+    dilation: Shape
+    groups: int = 1
+    layout: Layout = "channels_first"
+    flip: bool = False
+
+    @classmethod
+    def infer(
+        cls,
+        x_shape: Sequence[int],
+        w_shape: Sequence[int],
+        *,
+        stride: object = 1,
+        padding: object = 0,
+        dilation: object = 1,
+        groups: object = 1,
+        layout: object = "channels_first",
+        flip: object = False,
+        x_name: str = "x",
+        w_name: str = "w",
+    ) -> Geometry:
+        """The convolution of x with w; ``x_name`` and ``w_name`` are what errors call them.
+
+        >>> Geometry.infer((8, 3, 32, 32), (16, 3, 3, 3), stride=2, padding=1).y_shape
+        (8, 16, 16, 16)
+
+        Raises ValueError for shapes and values, TypeError for kinds.
+        """
+        shapes = shape_of(x_shape, x_name), shape_of(w_shape, w_name)
+        return _infer(*shapes, *_settings(shapes[1], w_name, stride, padding, dilation, groups, layout, flip), x_name, w_name)
+
+    @classmethod
+    def infer_transposed(
+        cls,
+        x_shape: Sequence[int],
+        w_shape: Sequence[int],
+        *,
+        stride: object = 1,
+        padding: object = 0,
+        dilation: object = 1,
+        groups: object = 1,
+        layout: object = "channels_first",
+        flip: object = False,
+        output_padding: object = 0,
+    ) -> Geometry:
+        """The convolution whose transpose takes x: its y_shape is x_shape, its x_shape the shape of the result.
+
+        >>> Geometry.infer_transposed((8, 16, 16, 16), (16, 3, 3, 3), stride=2, padding=1, output_padding=1).x_shape
+        (8, 3, 32, 32)
+        """
+        shapes = shape_of(x_shape, "x"), shape_of(w_shape, "w")
+        settings = _settings(shapes[1], "w", stride, padding, dilation, groups, layout, flip)
+        extra = per_axis(output_padding, len(shapes[1]) - 2, "output_padding", minimum=0)
+        return _infer_transposed(*shapes, *settings, extra)
+
+    @property
+    def rank(self) -> int:
+        """How many spatial axes."""
+        return len(self.kernel)
+
+    @cached_property
+    def window(self) -> Shape:
+        """The extent of input that one output sees: dilation * (kernel - 1) + 1."""
+        return tuple(d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True))
+
+    @cached_property
+    def output(self) -> Shape:
+        """M P Q."""
+        return tuple(
+            (n + low + high - window) // s + 1
+            for n, (low, high), window, s in zip(self.input, self.padding, self.window, self.stride, strict=True)
+        )
+
+    @property
+    def group_channels(self) -> int:
+        """C / G."""
+        return self.channels // self.groups
+
+    @property
+    def group_filters(self) -> int:
+        """F / G."""
+        return self.filters // self.groups
+
+    @cached_property
+    def taps(self) -> int:
+        """T * R * S."""
+        return math.prod(self.kernel)
+
+    @cached_property
+    def x_shape(self) -> Shape:
+        return self._images(self.channels, self.input)
+
+    @cached_property
+    def y_shape(self) -> Shape:
+        return self._images(self.filters, self.output)
+
+    @cached_property
+    def w_shape(self) -> Shape:
+        if self.layout == "channels_last":
+            return (*self.kernel, self.group_channels, self.filters)
+        return (self.filters, self.group_channels, *self.kernel)
+
+    def _images(self, channels: int, extent: Shape) -> Shape:
+        if self.layout == "channels_last":
+            return (*self.batch, *extent, channels)
+        return (*self.batch, channels, *extent)
+
+    def multiply_adds(self) -> int:
+        """Products of one element of w with one of x; the same number in every direction."""
+        return math.prod(self.batch) * math.prod(self.output) * self.filters * self.group_channels * self.taps
+
+    def flops(self, *, is_complex: bool = False) -> int:
+        """Real operations of the direct algorithm: 2 per product and sum, 8 for complex numbers."""
+        return self.multiply_adds() * (8 if is_complex else 2)
+
+    def bytes(self, itemsize: int) -> int:
+        """Bytes of x, w and y, each counted once."""
+        return itemsize * (math.prod(self.x_shape) + math.prod(self.w_shape) + math.prod(self.y_shape))
+
+    def reduction_length(self, direction: Direction) -> int:
+        """The most products that one element of the result adds up."""
+        if direction == "forward":
+            return self.group_channels * self.taps
+        if direction == "weight_grad":
+            return math.prod(self.batch) * math.prod(self.output)
+        reaching = (-(-k // (s // math.gcd(s, d))) for k, s, d in zip(self.kernel, self.stride, self.dilation, strict=True))
+        return self.group_filters * math.prod(reaching)
+
+    def residues(self) -> list[Residue]:
+        """data_grad as forward convolutions of dy, one for each residue of the input index modulo the stride.
+
+        Input i is reached by tap t from output o when i = o * stride + t * dilation - low. For the inputs of one
+        residue these taps are equally spaced, and so are the outputs that they come from: a convolution of stride 1
+        over dy. The residues share no input, and no product is formed that a scatter would not form. (This is
+        sub-pixel convolution, Shi et al. 2016, arXiv:1609.07009, for any stride and dilation.)
+        """
+        from itertools import product
+
+        parts = []
+        for axes in product(*(self._axis_residues(axis) for axis in range(self.rank))):
+            inputs = tuple(axis.inputs for axis in axes)
+            taps = tuple(axis.taps for axis in axes)
+            geometry = None
+            if all(axis.count for axis in axes):
+                geometry = replace(
+                    self,
+                    channels=self.filters,
+                    filters=self.channels,
+                    input=self.output,
+                    kernel=tuple(axis.count for axis in axes),
+                    stride=(1,) * self.rank,
+                    padding=tuple(axis.padding for axis in axes),
+                    dilation=tuple(axis.dilation for axis in axes),
+                )
+            parts.append(Residue(inputs, taps, geometry))
+        return parts
+
+    def _axis_residues(self, axis: int) -> list[_AxisResidue]:
+        n, k, s, d = self.input[axis], self.kernel[axis], self.stride[axis], self.dilation[axis]
+        low, outputs = self.padding[axis][0], self.output[axis]
+        apart = s // math.gcd(s, d)  # the next tap that meets the same residue
+        reach = d * apart // s  # how far the output moves from one such tap to the next
+        residues = []
+        for start in range(min(s, n)):
+            first = next((t for t in range(min(k, apart)) if (start + low - t * d) % s == 0), k)
+            count = len(range(first, k, apart))
+            length = len(range(start, n, s))
+            origin = (start + low - first * d) // s  # the output that the first tap brings to input `start`
+            span = reach * (count - 1)
+            padding = (span - origin, length - outputs + origin)
+            residues.append(_AxisResidue(slice(start, n, s), slice(first, k, apart), count, padding, reach))
+        return residues
+
+
+class _AxisResidue(NamedTuple):
+    inputs: slice
+    taps: slice
+    count: int
+    padding: tuple[int, int]
+    dilation: int
+
+
+def shape_of(value: object, name: str) -> Shape:
+    """A shape given by a caller, as a tuple of Python ints."""
+    try:
+        shape = tuple(integer(extent, name) for extent in value)  # type: ignore[attr-defined]
+    except TypeError:
+        raise TypeError(f"{name} must be a shape, a sequence of ints, not {value!r}") from None
+    if any(extent < 0 for extent in shape):
+        raise ValueError(f"{name} must have no negative extent, got {shape}")
+    return shape
+
+
+def integer(value: object, name: str) -> int:
+    """An int or anything that NumPy counts as one; bool is not."""
+    try:
+        if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be made of ints, got {value!r}") from None
+
+
+def _is_sequence(value: object) -> bool:
+    return hasattr(value, "__len__") and hasattr(value, "__iter__") and not isinstance(value, (str, bytes, dict, set))
+
+
+def per_axis(value: object, rank: int, name: str, minimum: int) -> Shape:
+    """An int, or one int per axis, as one int per axis."""
+    if _is_sequence(value) and getattr(value, "ndim", 1):
+        items = tuple(integer(item, name) for item in value)  # type: ignore[attr-defined]
+        if len(items) != rank:
+            raise ValueError(f"{name} must be an int or one int per spatial axis: {rank} expected, got {value!r}")
+    elif isinstance(value, (str, bytes, dict, set)):
+        raise TypeError(f"{name} must be an int or one int per spatial axis, got {value!r}")
+    else:
+        items = (integer(value, name),) * rank
+    if any(item < minimum for item in items):
+        raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
+    return items
+
+
+def _read_padding(value: object, rank: int) -> Pairs | str:
+    """padding as (low, high) of every axis, or the name of a rule."""
+    if isinstance(value, str):
+        if value not in PADDING_NAMES:
+            raise ValueError(f"padding must be an int, one int or (low, high) per axis, or one of {', '.join(PADDING_NAMES)}; got {value!r}")
+        return value
+    if not _is_sequence(value) or not getattr(value, "ndim", 1):
+        size = integer(value, "padding")
+        return ((size, size),) * rank
+    items = tuple(value)  # type: ignore[arg-type]
+    if len(items) != rank:
+        hint = f"; for one axis write padding=(({items[0]!r}, {items[1]!r}),)" if rank == 1 and len(items) == 2 else ""
+        raise ValueError(f"padding must have one int or one (low, high) pair per spatial axis: {rank} expected, got {value!r}{hint}")
+    if not any(_is_sequence(item) for item in items):
+        return tuple((integer(item, "padding"),) * 2 for item in items)
+    pairs = []
+    for item in items:
+        if not _is_sequence(item) or len(item) != 2:
+            raise ValueError(f"padding must be ints or (low, high) pairs throughout, got {value!r}")
+        pairs.append((integer(item[0], "padding"), integer(item[1], "padding")))
+    return tuple(pairs)
+
+
+def _settings(
+    w_shape: Shape, w_name: str, stride: object, padding: object, dilation: object, groups: object, layout: object, flip: object
+) -> tuple[Shape, Pairs | str, Shape, int, Layout, bool]:
+    """The settings in one form each, so that equal convolutions are equal keys."""
+    rank = len(w_shape) - 2
+    if rank < 1:
+        raise ValueError(f"{w_name} must have two channel axes and at least one spatial axis, got shape {w_shape}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
+    if not isinstance(flip, bool) and type(flip).__name__ not in ("bool", "bool_"):
+        raise TypeError(f"flip must be True or False, got {flip!r}")
+    count = integer(groups, "groups")
+    if count < 1:
+        raise ValueError(f"groups must be at least 1, got {groups!r}")
+    return (
+        per_axis(stride, rank, "stride", minimum=1),
+        _read_padding(padding, rank),
+        per_axis(dilation, rank, "dilation", minimum=1),
+        count,
+        layout,  # type: ignore[return-value]
+        bool(flip),
+    )
+
+
+def _split(x_shape: Shape, w_shape: Shape, layout: Layout, x_name: str, w_name: str) -> tuple[Shape, int, Shape, Shape]:
+    """Batch axes, channels and extent of x, and the extent of the kernel."""
+    rank = len(w_shape) - 2
+    if len(x_shape) <= rank:
+        raise ValueError(
+            f"{x_name} must have a channel axis and the {rank} spatial axes of {w_name} ({x_name} {x_shape}, {w_name} {w_shape})"
+        )
+    axes = len(x_shape) - rank - 1
+    if layout == "channels_last":
+        return x_shape[:axes], x_shape[-1], x_shape[axes:-1], w_shape[:rank]
+    return x_shape[:axes], x_shape[axes], x_shape[axes + 1 :], w_shape[2:]
+
+
+def _check_kernel(kernel: Shape, w_shape: Shape, w_name: str) -> None:
+    if min(kernel) < 1:
+        raise ValueError(f"{w_name} must have a kernel extent of at least 1 on every axis ({w_name} {w_shape})")
+
+
+@lru_cache(maxsize=4096)
+def _infer(
+    x_shape: Shape,
+    w_shape: Shape,
+    stride: Shape,
+    padding: Pairs | str,
+    dilation: Shape,
+    groups: int,
+    layout: Layout,
+    flip: bool,
+    x_name: str,
+    w_name: str,
+) -> Geometry:
+    batch, channels, extent, kernel = _split(x_shape, w_shape, layout, x_name, w_name)
+    group_channels, filters = w_shape[-2:] if layout == "channels_last" else (w_shape[1], w_shape[0])
+    shapes = f"({x_name} {x_shape}, {w_name} {w_shape}, groups={groups})"
+    if channels % groups:
+        raise ValueError(f"groups must divide the channels of {x_name}, but {groups} does not divide {channels} {shapes}")
+    if filters % groups:
+        raise ValueError(f"groups must divide the filters of {w_name}, but {groups} does not divide {filters} {shapes}")
+    if channels != group_channels * groups:
+        raise ValueError(f"{x_name} has {channels} channels but {w_name} expects {group_channels * groups} {shapes}")
+    _check_kernel(kernel, w_shape, w_name)
+    pairs = padding if isinstance(padding, tuple) else _named_padding(padding, extent, kernel, stride, dilation)
+    geometry = Geometry(batch, channels, filters, extent, kernel, stride, pairs, dilation, groups, layout, flip)
+    for axis, size in enumerate(geometry.output):
+        if size < 1:
+            low, high = pairs[axis]
+            raise ValueError(
+                f"y would be empty on spatial axis {axis}: ({extent[axis]} + {low} + {high} - {dilation[axis]} * ({kernel[axis]} - 1) - 1)"
+                f" // {stride[axis]} + 1 = {size}, from (input + low + high - dilation * (kernel - 1) - 1) // stride + 1 {shapes}"
+            )
+    return geometry
+
+
+def _named_padding(name: str, extent: Shape, kernel: Shape, stride: Shape, dilation: Shape) -> Pairs:
+    if name == "causal" and len(extent) != 1:
+        raise ValueError(f"padding='causal' is for one spatial axis, but w has {len(extent)}")
+    pairs = []
+    for n, k, s, d in zip(extent, kernel, stride, dilation, strict=True):
+        reach = d * (k - 1)
+        if name == "valid":
+            pairs.append((0, 0))
+        elif name == "full":
+            pairs.append((reach, reach))
+        elif name == "causal":
+            pairs.append((reach, 0))
+        else:
+            pairs.append(_same_padding(name, n, s, reach))
+    return tuple(pairs)
+
+
+def _same_padding(name: str, n: int, s: int, reach: int) -> tuple[int, int]:
+    """What makes the output ceil(n / s) long; never negative, the odd one at the high end for "same"."""
+    total = max((-(-n // s) - 1) * s + reach + 1 - n, 0)
+    low = total // 2 if name == "same" else -(-total // 2)
+    return low, total - low
+
+
+@lru_cache(maxsize=4096)
+def _infer_transposed(
+    x_shape: Shape,
+    w_shape: Shape,
+    stride: Shape,
+    padding: Pairs | str,
+    dilation: Shape,
+    groups: int,
+    layout: Layout,
+    flip: bool,
+    output_padding: Shape,
+) -> Geometry:
+    batch, filters, extent, kernel = _split(x_shape, w_shape, layout, "x", "w")
+    group_channels, expected = w_shape[-2:] if layout == "channels_last" else (w_shape[1], w_shape[0])
+    shapes = f"(x {x_shape}, w {w_shape}, groups={groups})"
+    if filters % groups:
+        raise ValueError(f"groups must divide the channels of x, but {groups} does not divide {filters} {shapes}")
+    if filters != expected:
+        raise ValueError(f"x has {filters} channels but w expects {expected} {shapes}")
+    _check_kernel(kernel, w_shape, "w")
+    if isinstance(padding, str):
+        if padding not in TRANSPOSED_PADDING_NAMES:
+            raise ValueError(
+                f"padding={padding!r} has no meaning for a transposed convolution; the names are {', '.join(TRANSPOSED_PADDING_NAMES)}"
+            )
+        if padding != "valid" and any(output_padding):
+            raise ValueError(f"output_padding must be 0 beside padding={padding!r}, which sets the output itself, got {output_padding}")
+    pairs, result = [], []
+    for axis, (n, k, s, d) in enumerate(zip(extent, kernel, stride, dilation, strict=True)):
+        reach, extra = d * (k - 1), output_padding[axis]
+        if extra and extra >= max(s, d):
+            raise ValueError(f"output_padding must be less than max(stride, dilation) = {max(s, d)}, got {extra} on spatial axis {axis}")
+        if padding == "valid":
+            low = high = 0
+        elif isinstance(padding, str):
+            low = _same_padding(padding, n * s, s, reach)[0]
+            high = reach + 1 - s - low
+        else:
+            low, high = padding[axis]
+        size = (n - 1) * s + reach + 1 - low - high + extra
+        if n < 1 or size < 1:
+            raise ValueError(
+                f"y would be empty on spatial axis {axis}: ({n} - 1) * {s} + {d} * ({k} - 1) + 1 - {low} - {high} + {extra} = {size},"
+                f" from (input - 1) * stride + dilation * (kernel - 1) + 1 - low - high + output_padding {shapes}"
+            )
+        # What is added at the high end is padding that the convolution on the result does not see.
+        pairs.append((low, high - extra))
+        result.append(size)
+    channels = group_channels * groups
+    return Geometry(batch, channels, filters, tuple(result), kernel, stride, tuple(pairs), dilation, groups, layout, flip)
+
+
+def clear_cache() -> None:
+    """Forgets the geometries seen so far."""
+    _infer.cache_clear()
+    _infer_transposed.cache_clear()

@@ -1,0 +1,98 @@
+"""What an algorithm reads and writes: every array as a view with one order of axes, whatever its layout.
+
+    x   (*batch, *input, G, C/G)        w   (*kernel, G, C/G, F/G)        y   (*batch, *output, G, F/G)
+
+Layouts, flipped kernels and memory orders end here: they are strides of these views, and no algorithm knows of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import numpy
+
+from gpuconv import activations
+from gpuconv.backend import Array
+from gpuconv.geometry import Geometry
+
+Role: TypeAlias = Literal["x", "w", "y"]
+Index: TypeAlias = tuple[slice, ...]
+
+
+def canonical(array: Array, role: Role, geometry: Geometry) -> Array:
+    """The view of x, w or y (or of its gradient) with the order of axes above."""
+    if role == "w":
+        return _canonical_weight(array, geometry)
+    if geometry.layout == "channels_first":
+        channel = len(geometry.batch)
+        array = array.transpose(*range(channel), *range(channel + 1, array.ndim), channel)
+    return array.reshape(*array.shape[:-1], geometry.groups, array.shape[-1] // geometry.groups)
+
+
+def _canonical_weight(w: Array, geometry: Geometry) -> Array:
+    rank, groups = geometry.rank, geometry.groups
+    if geometry.layout == "channels_first":
+        split = w.reshape(groups, geometry.group_filters, *w.shape[1:])  # (G, F/G, C/G, *kernel)
+        w = split.transpose(*range(3, rank + 3), 0, 2, 1)
+    else:
+        w = w.reshape(*w.shape[:-1], groups, geometry.group_filters).swapaxes(-3, -2)
+    return w[(slice(None, None, -1),) * rank] if geometry.flip else w
+
+
+@dataclass(frozen=True)
+class Operand:
+    """An array to read, in pieces, in the dtype of the sums."""
+
+    view: Array
+    conjugate: bool = False
+    y: Array | None = None  # the canonical view of y, where the derivative of an activation multiplies what is read
+    activation: activations.Activation | None = None
+
+    def is_plain(self, dtype: numpy.dtype) -> bool:
+        """Whether a piece can be used where it lies."""
+        return self.view.dtype == dtype and not self.conjugate and self.activation is None
+
+    @property
+    def scratch(self) -> int:
+        """How many pieces a read needs at its peak, what it reads into included."""
+        return 1 if self.activation is None else 4
+
+    def read(self, xp: Any, index: Index, into: Array) -> None:
+        """Puts the piece into an array of its shape."""
+        into[...] = self.view[index]
+        if self.conjugate:
+            xp.conjugate(into, out=into)
+        if self.activation is not None:
+            activations.apply_derivative(xp, self.activation, into, self.y[index].astype(into.dtype, copy=False))  # type: ignore[index]
+
+    def part(self, view: Array) -> Operand:
+        """The same with another view of the array."""
+        return replace(self, view=view)
+
+
+@dataclass(frozen=True)
+class Result:
+    """An array to write, in pieces; each element is written once, after bias and activation."""
+
+    view: Array
+    bias: Array | None = None  # (G, channels / G), in the dtype of the sums
+    activation: activations.Activation | None = None
+
+    def finish(self, xp: Any, block: Array, filters: slice = slice(None)) -> None:
+        """Adds the bias to a block of sums, the last axes of which are (G, filters), and activates it, in place."""
+        if self.bias is not None:
+            block += self.bias[:, filters]
+        activations.apply(xp, self.activation, block)
+
+    def fill(self, xp: Any) -> None:
+        """What every element is that no product reaches."""
+        self.view[...] = 0
+        if self.bias is not None or self.activation == "sigmoid":
+            block = xp.zeros(self.view.shape[-2:], self.view.dtype if self.bias is None else self.bias.dtype)
+            self.finish(xp, block)
+            self.view[...] = block
+
+    def part(self, index: Index) -> Result:
+        """The result as far as this index goes."""
+        return replace(self, view=self.view[index])

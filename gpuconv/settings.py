@@ -1,0 +1,88 @@
+"""The environment variables that a call reads, and the arguments that overrule them.
+
+All are read when a function is called, so that a change takes effect at once. What cannot be read is a ValueError
+that names the variable, the value and what it may be.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import lru_cache
+
+BACKENDS = ("auto", "numpy", "cupy")
+PRECISIONS = ("ieee", "tf32", "tf32x3")
+
+DEFAULTS = {
+    "GPUCONV_BACKEND": "auto",
+    "GPUCONV_DETERMINISTIC": "1",
+    "GPUCONV_PRECISION": "ieee",
+    "GPUCONV_WORKSPACE_LIMIT": "64MiB",
+}
+
+_BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def _read(variable: str) -> str | None:
+    """The variable without case and surrounding space; None where it is unset or empty."""
+    return os.environ.get(variable, "").strip().lower() or None
+
+
+def _choice(variable: str, choices: tuple[str, ...]) -> str | None:
+    value = _read(variable)
+    if value is not None and value not in choices:
+        raise ValueError(f"{variable} must be one of {', '.join(choices)}; got {os.environ[variable]!r}")
+    return value
+
+
+def _boolean(variable: str) -> bool | None:
+    value = _read(variable)
+    if value is None:
+        return None
+    if value not in _BOOLEANS:
+        raise ValueError(f"{variable} must be one of {', '.join(_BOOLEANS)}; got {os.environ[variable]!r}")
+    return _BOOLEANS[value]
+
+
+def backend() -> str:
+    """GPUCONV_BACKEND."""
+    return _choice("GPUCONV_BACKEND", BACKENDS) or DEFAULTS["GPUCONV_BACKEND"]
+
+
+def deterministic(argument: bool | None) -> bool:
+    """The argument, else GPUCONV_DETERMINISTIC."""
+    if argument is None:
+        value = _boolean("GPUCONV_DETERMINISTIC")
+        return True if value is None else value
+    if not isinstance(argument, bool):
+        raise TypeError(f"deterministic must be True, False or None, got {argument!r}")
+    return argument
+
+
+def precision(argument: str | None) -> str:
+    """The argument, else GPUCONV_PRECISION, else "tf32" where CUPY_TF32 is set, else "ieee"."""
+    if argument is None:
+        named = _choice("GPUCONV_PRECISION", PRECISIONS)
+        return named or ("tf32" if _boolean("CUPY_TF32") else DEFAULTS["GPUCONV_PRECISION"])
+    if argument not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, or None; got {argument!r}")
+    return argument
+
+
+def workspace_limit() -> int:
+    """GPUCONV_WORKSPACE_LIMIT in bytes."""
+    value = _read("GPUCONV_WORKSPACE_LIMIT") or DEFAULTS["GPUCONV_WORKSPACE_LIMIT"].lower()
+    limit = _byte_count(value)
+    if limit is None:
+        raise ValueError(
+            "GPUCONV_WORKSPACE_LIMIT must be a number of bytes, alone or with KiB, MiB, GiB, KB, MB or GB behind it;"
+            f" got {os.environ['GPUCONV_WORKSPACE_LIMIT']!r}"
+        )
+    return limit
+
+
+@lru_cache(maxsize=32)
+def _byte_count(value: str) -> int | None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?b|)", value)
+    return int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else None
