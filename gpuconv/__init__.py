@@ -15,6 +15,8 @@ from gpuconv.conv import (
     conv_weight_grad,
 )
 
+from gpuconv.sparse import conv_matrix
+
 __all__ = [
     "ALGORITHMS",
     "BackendError",
@@ -26,6 +28,7 @@ __all__ = [
     "conv",
     "conv_backward",
     "conv_data_grad",
+    "conv_matrix",
     "conv_transpose",
     "conv_transpose_backward",
     "conv_weight_grad",

@@ -15,6 +15,7 @@ NAMES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 _HALVES = ("float16", "bfloat16")
 
 
+@lru_cache(maxsize=256)
 def supported(dtype: Any) -> bool:
     """Whether a call takes arrays of this dtype (in any byte order)."""
     return dtype.name in NAMES

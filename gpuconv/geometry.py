@@ -13,8 +13,9 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
+from itertools import product
 from typing import Literal, NamedTuple, TypeAlias
 
 Direction: TypeAlias = Literal["forward", "data_grad", "weight_grad"]
@@ -108,6 +109,14 @@ class Geometry:
         extra = per_axis(output_padding, len(shapes[1]) - 2, "output_padding", minimum=0)
         return _infer_transposed(*shapes, *settings, extra)
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # A Geometry is the key of several caches in every call; hashing its dozen fields once is enough.
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
     @property
     def rank(self) -> int:
         """How many spatial axes."""
@@ -181,7 +190,8 @@ class Geometry:
         reaching = (-(-k // (s // math.gcd(s, d))) for k, s, d in zip(self.kernel, self.stride, self.dilation, strict=True))
         return self.group_filters * math.prod(reaching)
 
-    def residues(self) -> list[Residue]:
+    @cached_property
+    def residues(self) -> tuple[Residue, ...]:
         """data_grad as forward convolutions of dy, one for each residue of the input index modulo the stride.
 
         Input i is reached by tap t from output o when i = o * stride + t * dilation - low. For the inputs of one
@@ -189,8 +199,6 @@ class Geometry:
         over dy. The residues share no input, and no product is formed that a scatter would not form. (This is
         sub-pixel convolution, Shi et al. 2016, arXiv:1609.07009, for any stride and dilation.)
         """
-        from itertools import product
-
         parts = []
         for axes in product(*(self._axis_residues(axis) for axis in range(self.rank))):
             inputs = tuple(axis.inputs for axis in axes)
@@ -208,7 +216,7 @@ class Geometry:
                     dilation=tuple(axis.dilation for axis in axes),
                 )
             parts.append(Residue(inputs, taps, geometry))
-        return parts
+        return tuple(parts)
 
     def _axis_residues(self, axis: int) -> list[_AxisResidue]:
         n, k, s, d = self.input[axis], self.kernel[axis], self.stride[axis], self.dilation[axis]

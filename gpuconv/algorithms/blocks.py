@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -26,8 +27,11 @@ class Arrangement(NamedTuple):
 
     def empty(self, shape: tuple[int, ...], flat: Array) -> tuple[Array, Array]:
         """An array of this shape on workspace memory, and the same memory as matrices."""
-        memory = shaped(flat, tuple(shape[axis] for axis in self.axes))
-        matrix = as_matrix(memory, self.row_axes, self.column_axes)
+        ordered = tuple(shape[axis] for axis in self.axes)
+        columns = len(ordered) - self.column_axes
+        rows = columns - self.row_axes
+        memory = shaped(flat, ordered)
+        matrix = memory.reshape(*ordered[:rows], math.prod(ordered[rows:columns]), math.prod(ordered[columns:]))
         return memory.transpose(_inverse(self.axes)), matrix
 
     def load(self, operand: Operand, index: Index, flat: Array, run: Run) -> Array:

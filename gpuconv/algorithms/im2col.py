@@ -65,7 +65,7 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
     """dx[i] = sum over the taps t and outputs o with o * stride + t * dilation - low = i of dy[o] w[t]'."""
     backwards = (slice(None, None, -1),) * geometry.rank
-    for residue in geometry.residues():
+    for residue in geometry.residues:
         part = dx.part((*(slice(None) for _ in geometry.batch), *residue.inputs))
         if residue.geometry is None:
             part.fill(run.backend.xp)

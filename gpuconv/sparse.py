@@ -1,0 +1,123 @@
+"""Convolution as a sparse matrix, for those who want to look at it or hand it to a solver."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+
+from gpuconv import dtypes
+from gpuconv.backend import Array, kind_of, moved
+from gpuconv.geometry import Geometry
+from gpuconv.operands import canonical
+
+_SPARSE_DTYPES = ("float32", "float64", "complex64", "complex128")
+
+
+def conv_matrix(
+    w: Array,
+    x_shape: Sequence[int],
+    *,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    layout: str = "channels_first",
+    flip: bool = False,
+) -> Any:
+    """The sparse matrix A with ``conv(x, w).ravel() == A @ x.ravel()``, in CSR form.
+
+    A is a scipy.sparse.csr_array for a NumPy w, a cupyx.scipy.sparse.csr_matrix for a CuPy w, of shape (y.size,
+    x.size) with one stored entry for every product: taps on the padding have none, zeros in w are stored. w is float32,
+    float64, complex64 or complex128, which is what sparse matrices hold; the other arguments are those of
+    :func:`gpuconv.conv`, and so are the errors. Needs SciPy (``pip install 'gpuconv[sparse]'``).
+
+    >>> import numpy, gpuconv
+    >>> A = gpuconv.conv_matrix(numpy.arange(1.0, 10).reshape(1, 1, 3, 3), (1, 1, 4, 4))
+    >>> A.shape, A.nnz
+    ((4, 16), 36)
+    """
+    kind = kind_of(w=w)
+    if w.dtype.name not in _SPARSE_DTYPES:
+        raise TypeError(f"w must be one of {', '.join(_SPARSE_DTYPES)} to become a sparse matrix, not {w.dtype}")
+    geometry = Geometry.infer(
+        x_shape, w.shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip,
+        x_name="x_shape",
+    )  # fmt: skip
+    try:
+        from scipy import sparse
+    except ImportError:
+        raise ImportError("conv_matrix needs SciPy: pip install 'gpuconv[sparse]'") from None
+    weights = canonical(moved(w, "numpy"), "w", geometry).astype(dtypes.promoted(w.dtype), copy=False)
+    arrays = _csr(weights, geometry)
+    shape = math.prod(geometry.y_shape), math.prod(geometry.x_shape)
+    if kind == "numpy":
+        return sparse.csr_array(arrays, shape=shape)
+    import cupyx.scipy.sparse
+
+    with w.device:
+        return cupyx.scipy.sparse.csr_matrix(tuple(moved(array, "cupy") for array in arrays), shape=shape)
+
+
+def _csr(w: Array, geometry: Geometry) -> tuple[Array, Array, Array]:
+    """data, indices and indptr, from w (*kernel, G, C/G, F/G); the columns of each row in order."""
+    seen, valid = _inputs_seen(geometry)  # (outputs, terms of a row): the input that each product reads
+    counts = valid.sum(axis=1)
+    images = math.prod(geometry.batch)
+    x_size, y_size = (math.prod(shape[len(geometry.batch) :]) for shape in (geometry.x_shape, geometry.y_shape))
+    rows = numpy.arange(y_size).reshape(geometry.y_shape[len(geometry.batch) :])
+    # w with its axes in the order in which a row meets its inputs, then (G, F/G).
+    if geometry.layout == "channels_first":
+        rows, w = numpy.moveaxis(rows, 0, -1), numpy.moveaxis(w, -2, 0)
+    else:
+        w = w.swapaxes(-3, -2)
+    rows = rows.reshape(-1, geometry.groups, geometry.group_filters)
+    channel_step = 1 if geometry.layout == "channels_last" else math.prod(geometry.input)
+
+    lengths = numpy.empty(y_size, numpy.int64)
+    lengths[rows] = counts[:, None, None]
+    entries = images * int(lengths.sum())
+    index = numpy.int32 if max(entries, images * x_size) < 2**31 else numpy.int64
+    indptr = numpy.zeros(images * y_size + 1, index)
+    numpy.cumsum(numpy.tile(lengths, images), out=indptr[1:])
+    data, indices = numpy.empty(entries, w.dtype), numpy.empty(entries, index)
+    w = w.reshape(-1, geometry.groups, geometry.group_filters)
+    within = numpy.arange(counts.sum()) - numpy.repeat(numpy.cumsum(counts) - counts, counts)
+    for group in range(geometry.groups):
+        columns = (seen + group * geometry.group_channels * channel_step)[valid]
+        for f in range(geometry.group_filters):
+            slots = numpy.repeat(indptr[rows[:, group, f]], counts) + within
+            values = numpy.broadcast_to(w[:, group, f], valid.shape)[valid]
+            for image in range(images):
+                data[slots + image * (entries // images)] = values
+                indices[slots + image * (entries // images)] = columns + image * x_size
+    return data, indices, indptr
+
+
+def _inputs_seen(geometry: Geometry) -> tuple[Array, Array]:
+    """For every output and term of its sum: the index in one image of the input in group 0, and whether it exists."""
+    rank = geometry.rank
+    channels_last = geometry.layout == "channels_last"
+    steps = numpy.cumprod((geometry.channels if channels_last else 1, *geometry.input[:0:-1]))[::-1]
+    index: Any = 0
+    valid: Any = True
+    for axis in range(rank):
+        o = numpy.arange(geometry.output[axis])[:, None] * geometry.stride[axis]
+        i = o + numpy.arange(geometry.kernel[axis]) * geometry.dilation[axis] - geometry.padding[axis][0]
+        shape = [1] * (2 * rank)
+        shape[axis], shape[rank + axis] = i.shape
+        index = index + (i * steps[axis]).reshape(shape)
+        valid = valid & ((i >= 0) & (i < geometry.input[axis])).reshape(shape)
+    channel = numpy.arange(geometry.group_channels) * (1 if channels_last else math.prod(geometry.input))
+    if channels_last:
+        index = index[..., None] + channel
+        valid = numpy.broadcast_to(valid[..., None], index.shape)
+    else:
+        # Channels before taps: (*outputs, C/G, *kernel).
+        order = (*range(rank), 2 * rank, *range(rank, 2 * rank))
+        index = (index[..., None] + channel).transpose(order)
+        valid = numpy.broadcast_to(valid[..., None], (*valid.shape, geometry.group_channels)).transpose(order)
+    outputs = math.prod(geometry.output)
+    return index.reshape(outputs, -1), valid.reshape(outputs, -1)
