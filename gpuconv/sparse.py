@@ -85,7 +85,7 @@ def _csr(w: Array, geometry: Geometry) -> tuple[Array, Array, Array]:
     data, indices = numpy.empty(entries, w.dtype), numpy.empty(entries, index)
     w = w.reshape(-1, geometry.groups, geometry.group_filters)
     within = numpy.arange(counts.sum()) - numpy.repeat(numpy.cumsum(counts) - counts, counts)
-    for group in range(geometry.groups):
+    for group in range(geometry.groups if images else 0):
         columns = (seen + group * geometry.group_channels * channel_step)[valid]
         for f in range(geometry.group_filters):
             slots = numpy.repeat(indptr[rows[:, group, f]], counts) + within

@@ -1,0 +1,1 @@
+"""Modules with the function names of programs that exist, for one changed import."""

@@ -1,0 +1,48 @@
+"""The convolution layer of Stanford's CS231n assignments, by its names: fast, and right at every stride and padding.
+
+x is (N, C, H, W), w (F, C, HH, WW), b (F,), and ``conv_param`` is ``{"stride": s, "pad": p}``. The functions whose
+names end in ``_naive`` and ``_fast`` in the assignments are the same ones here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import gpuconv
+from gpuconv.backend import Array
+
+Cache: TypeAlias = tuple[Array, Array, Array, Mapping[str, Any]]
+
+
+def conv_forward(x: Array, w: Array, b: Array, conv_param: Mapping[str, Any]) -> tuple[Array, Cache]:
+    """y, of shape (N, F, 1 + (H + 2 p - HH) // s, 1 + (W + 2 p - WW) // s), and what :func:`conv_backward` needs.
+
+    >>> import numpy
+    >>> x, w, b = numpy.ones((2, 3, 5, 5)), numpy.ones((4, 3, 3, 3)), numpy.zeros(4)
+    >>> y, cache = conv_forward(x, w, b, {"stride": 2, "pad": 0})
+    >>> y.shape
+    (2, 4, 2, 2)
+    """
+    return gpuconv.conv(x, w, b, **_geometry(x, w, conv_param)), (x, w, b, conv_param)
+
+
+def conv_backward(dout: Array, cache: Cache) -> tuple[Array, Array, Array]:
+    """dx, dw and db, from the gradient in y and what :func:`conv_forward` left."""
+    x, w, _, conv_param = cache
+    dx, dw, db = gpuconv.conv_backward(dout, x, w, **_geometry(x, w, conv_param))
+    return dx, dw, db
+
+
+def _geometry(x: Array, w: Array, conv_param: Mapping[str, Any]) -> dict[str, Any]:
+    for name, array in (("x", x), ("w", w)):
+        if getattr(array, "ndim", 4) != 4:
+            raise ValueError(f"{name} must have 4 axes, but it has the shape {array.shape}")
+    for key in ("stride", "pad"):
+        if key not in conv_param:
+            raise ValueError(f"conv_param must have 'stride' and 'pad', got {dict(conv_param)}")
+    return {"stride": conv_param["stride"], "padding": conv_param["pad"]}
+
+
+conv_forward_naive = conv_forward_fast = conv_forward
+conv_backward_naive = conv_backward_fast = conv_backward

@@ -1,0 +1,85 @@
+"""The channels-last convolution layer of many courses and articles, by its names and with its padding.
+
+A_prev is (m, h, w, c_prev), W (kh, kw, c_prev, c_new), b (1, 1, 1, c_new). padding="same" means what it means there,
+not what it means in :func:`gpuconv.conv`: ceil(((s - 1) h - s + k) / 2) zeros on both sides and an output of
+(h - k + 2 p) // s + 1, so that odd kernels keep the size at any stride. dZ is the gradient before the activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gpuconv
+from gpuconv.activations import NAMES
+from gpuconv.backend import Array
+from gpuconv.geometry import per_axis
+
+
+def conv_forward(
+    A_prev: Array,  # noqa: N803
+    W: Array,  # noqa: N803
+    b: Array,
+    activation: Callable[[Array], Array] | str | None,
+    padding: str = "same",
+    stride: tuple[int, int] = (1, 1),
+) -> Array:
+    """activation(Z) for the convolution Z of A_prev with W, plus b; activation is a callable, a name, or None.
+
+    >>> import numpy
+    >>> A, W, b = numpy.ones((1, 5, 5, 3)), numpy.ones((3, 3, 3, 16)), numpy.zeros((1, 1, 1, 16))
+    >>> conv_forward(A, W, b, lambda z: numpy.maximum(z, 0)).shape
+    (1, 5, 5, 16)
+    """
+    geometry = _geometry(A_prev, W, padding, stride)
+    _check_bias(b, W)
+    if callable(activation):
+        return activation(gpuconv.conv(A_prev, W, b.reshape(-1), **geometry))
+    if activation is not None and activation not in NAMES:
+        raise ValueError(f"activation must be a callable, None or one of {', '.join(NAMES)}; got {activation!r}")
+    return gpuconv.conv(A_prev, W, b.reshape(-1), activation=activation, **geometry)  # type: ignore[arg-type]
+
+
+def conv_backward(
+    dZ: Array,  # noqa: N803
+    A_prev: Array,  # noqa: N803
+    W: Array,  # noqa: N803
+    b: Array,
+    padding: str = "same",
+    stride: tuple[int, int] = (1, 1),
+) -> tuple[Array, Array, Array]:
+    """dA_prev, dW and db, with the shapes of A_prev, W and b.
+
+    >>> import numpy
+    >>> A, W, b = numpy.ones((1, 5, 5, 3)), numpy.ones((3, 3, 3, 16)), numpy.zeros((1, 1, 1, 16))
+    >>> [gradient.shape for gradient in conv_backward(numpy.ones((1, 5, 5, 16)), A, W, b)]
+    [(1, 5, 5, 3), (3, 3, 3, 16), (1, 1, 1, 16)]
+    """
+    geometry = _geometry(A_prev, W, padding, stride)
+    _check_bias(b, W)
+    dx, dw, db = gpuconv.conv_backward(dZ, A_prev, W, **geometry)
+    return dx, dw, db.reshape(b.shape)
+
+
+def _geometry(A_prev: Array, W: Array, padding: str, stride: Any) -> dict[str, Any]:  # noqa: N803
+    for name, array in (("A_prev", A_prev), ("W", W)):
+        if not hasattr(array, "shape"):
+            raise TypeError(f"{name} must be a numpy.ndarray or a cupy.ndarray, not {type(array).__name__}")
+        if len(array.shape) != 4:
+            raise ValueError(f"{name} must have 4 axes, but it has the shape {array.shape}")
+    steps = per_axis(stride, 2, "stride", minimum=1)
+    if padding == "valid":
+        pads = [(0, 0), (0, 0)]
+    elif padding == "same":
+        sizes = (
+            -(-((s - 1) * n - s + k) // 2) for s, n, k in zip(steps, A_prev.shape[1:3], W.shape[:2], strict=True)
+        )
+        pads = [(size, size) for size in sizes]
+    else:
+        raise ValueError(f"padding must be 'same' or 'valid', got {padding!r}")
+    return {"stride": steps, "padding": pads, "layout": "channels_last"}
+
+
+def _check_bias(b: Array, W: Array) -> None:  # noqa: N803
+    if getattr(b, "shape", None) != (1, 1, 1, W.shape[-1]):
+        raise ValueError(f"b must have the shape (1, 1, 1, {W.shape[-1]}), but it has {getattr(b, 'shape', None)}")

@@ -1,0 +1,127 @@
+"""Named convolutions, small and awkward, that every algorithm, dtype, layout and backend must get right."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+LAYOUTS = ("channels_first", "channels_last", "channels_last_memory")
+DIRECTIONS = ("forward", "data_grad", "weight_grad")
+
+
+class Case(NamedTuple):
+    """One convolution in channels_first terms; padding is one (low, high) pair per axis."""
+
+    name: str
+    x: tuple
+    w: tuple
+    stride: tuple
+    padding: tuple
+    dilation: tuple
+    groups: int = 1
+    flip: bool = False
+
+    @property
+    def settings(self):
+        return {
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+            "flip": self.flip,
+        }
+
+
+def case(name, x, w, stride=1, padding=0, dilation=1, groups=1, flip=False):
+    rank = len(x) - 2
+
+    def per_axis(value):
+        return value if isinstance(value, tuple) else (value,) * rank
+
+    pairs = tuple(p if isinstance(p, tuple) else (p, p) for p in per_axis(padding))
+    return Case(name, x, w, per_axis(stride), pairs, per_axis(dilation), groups, flip)
+
+
+CASES = (
+    case("3x3", (2, 3, 7, 6), (4, 3, 3, 3), padding=1),
+    case("3x3 valid", (2, 3, 7, 6), (4, 3, 3, 3)),
+    case("1x1", (2, 5, 4, 6), (3, 5, 1, 1)),
+    case("1x1 stride 2", (2, 5, 5, 6), (3, 5, 1, 1), stride=2),
+    case("1x1 padded", (2, 2, 3, 3), (3, 2, 1, 1), padding=1),
+    case("even kernel", (1, 2, 6, 6), (3, 2, 2, 4), padding=((0, 1), (1, 2))),
+    case("stride 2", (2, 3, 9, 8), (4, 3, 3, 3), stride=2, padding=1),
+    case("stride beyond kernel", (2, 2, 11, 10), (3, 2, 2, 2), stride=(3, 4)),
+    case("stride per axis", (1, 2, 8, 9), (2, 2, 3, 3), stride=(1, 3), padding=1),
+    case("patches", (2, 3, 8, 8), (5, 3, 4, 4), stride=4),
+    case("dilation 2", (1, 2, 9, 9), (3, 2, 3, 3), padding=2, dilation=2),
+    case("dilation with stride", (2, 2, 10, 11), (3, 2, 3, 2), stride=(2, 3), padding=(1, 2), dilation=(2, 3)),
+    case("stride and dilation share 2", (1, 2, 12, 11), (2, 2, 3, 3), stride=4, padding=1, dilation=2),
+    case("stride and dilation equal", (1, 2, 9, 9), (2, 2, 3, 3), stride=2, padding=1, dilation=2),
+    case("kernel larger than input", (2, 2, 3, 2), (3, 2, 5, 4), padding=2),
+    case("padding larger than kernel", (1, 2, 3, 3), (2, 2, 2, 2), padding=4),
+    case("padding beyond stride", (1, 1, 4, 4), (1, 1, 2, 2), stride=3, padding=((3, 5), (4, 0))),
+    case("crops", (2, 2, 9, 8), (3, 2, 3, 3), padding=((-1, -2), (-2, 0))),
+    case("crop low, pad high", (1, 2, 7, 7), (2, 2, 3, 3), stride=2, padding=((-2, 3), (3, -1))),
+    case("asymmetric padding", (2, 2, 6, 7), (3, 2, 3, 3), padding=((0, 2), (1, 0))),
+    case("groups 2", (2, 4, 6, 5), (6, 2, 3, 3), padding=1, groups=2),
+    case("groups 3, stride 2", (1, 6, 7, 7), (3, 2, 3, 3), stride=2, groups=3),
+    case("depthwise", (2, 5, 6, 7), (5, 1, 3, 3), padding=1, groups=5),
+    case("depthwise stride 2", (2, 4, 7, 6), (4, 1, 3, 3), stride=2, padding=1, groups=4),
+    case("depthwise multiplier", (2, 3, 5, 5), (6, 1, 3, 3), padding=1, groups=3),
+    case("many into one per group", (1, 6, 5, 5), (2, 3, 3, 3), groups=2),
+    case("one channel", (3, 1, 6, 6), (2, 1, 3, 3)),
+    case("one filter", (2, 3, 6, 6), (1, 3, 3, 3), padding=1),
+    case("one output", (2, 3, 4, 5), (4, 3, 4, 5)),
+    case("one pixel", (2, 3, 1, 1), (4, 3, 1, 1)),
+    case("flipped", (2, 3, 6, 7), (4, 3, 3, 2), padding=((1, 0), (0, 1)), flip=True),
+    case("flipped, dilated, strided", (1, 2, 9, 9), (2, 2, 3, 3), stride=2, padding=2, dilation=2, flip=True),
+    case("more images than outputs", (7, 2, 3, 3), (3, 2, 2, 2)),
+    case("1-D", (2, 3, 17), (4, 3, 5), padding=2),
+    case("1-D causal dilated", (2, 2, 15), (3, 2, 3), padding=((8, 0),), dilation=4),
+    case("1-D stride 3", (2, 2, 16), (3, 2, 4), stride=3, padding=1),
+    case("1-D stride is kernel", (2, 2, 12), (3, 2, 3), stride=3),
+    case("1-D depthwise", (2, 4, 11), (4, 1, 4), padding=((3, 0),), groups=4),
+    case("3-D", (2, 2, 4, 5, 6), (3, 2, 2, 3, 2), padding=1),
+    case("3-D strided", (1, 2, 5, 6, 7), (2, 2, 3, 2, 3), stride=(2, 1, 2), padding=(1, 0, 1), dilation=(1, 2, 1)),
+    case("3-D groups", (1, 4, 3, 4, 4), (4, 2, 3, 3, 3), padding=1, groups=2),
+    case("4-D", (1, 2, 3, 3, 4, 3), (2, 2, 2, 2, 2, 2), padding=((0, 1),) * 4),
+)
+
+
+def named_dtype(name):
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def wide(dtype):
+    """The dtype that a reference for this dtype is computed in."""
+    return np.complex128 if np.dtype(dtype).kind == "c" else np.float64
+
+
+def draw(rng, shape, dtype, integers):
+    """Random data that the dtype holds exactly, in its wide dtype."""
+    dtype = named_dtype(dtype)
+    values = rng.integers(-3, 4, shape).astype(float) if integers else rng.standard_normal(shape)
+    if dtype.kind == "c":
+        values = values + 1j * (rng.integers(-3, 4, shape) if integers else rng.standard_normal(shape))
+    return values.astype(dtype).astype(wide(dtype))
+
+
+def laid_out(array, layout, role="x"):
+    """A channels_first array in the layout: a channels_last one, or a channels_first one with channels_last memory."""
+    if layout == "channels_first":
+        return np.ascontiguousarray(array)
+    if role == "w":
+        return np.ascontiguousarray(np.moveaxis(array, (0, 1), (-1, -2))) if layout == "channels_last" else array
+    memory = np.ascontiguousarray(np.moveaxis(array, 1, -1))
+    return memory if layout == "channels_last" else np.moveaxis(memory, -1, 1)
+
+
+def channels_first(array, layout, role="x"):
+    """The way back from :func:`laid_out`."""
+    if layout != "channels_last":
+        return array
+    return np.moveaxis(array, (-1, -2), (0, 1)) if role == "w" else np.moveaxis(array, -1, 1)

@@ -1,0 +1,134 @@
+"""A stand-in for CuPy on machines without a GPU: NumPy arrays in a wrapper that NumPy itself cannot touch.
+
+Code written for NumPy alone does not survive it. Its functions take its own arrays only, as CuPy's do; whatever NumPy
+function is applied to such an array raises TypeError, as it does for CuPy's; and it offers no name, and no argument,
+that CuPy does not have. It proves nothing about numbers on a GPU: the tests marked gpu do.
+"""
+
+import contextlib
+import types
+
+import numpy as np
+
+
+class ndarray:  # noqa: N801
+    __array_ufunc__ = None
+
+    def __init__(self, array):
+        self._array = array
+
+    def __array__(self, *_, **__):
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Use `.get()`")
+
+    shape = property(lambda self: self._array.shape)
+    strides = property(lambda self: self._array.strides)
+    dtype = property(lambda self: self._array.dtype)
+    ndim = property(lambda self: self._array.ndim)
+    size = property(lambda self: self._array.size)
+    itemsize = property(lambda self: self._array.itemsize)
+    nbytes = property(lambda self: self._array.nbytes)
+    flags = property(lambda self: types.SimpleNamespace(c_contiguous=self._array.flags.c_contiguous))
+    device = property(lambda self: Device(0))
+
+    def get(self):
+        return self._array.copy()
+
+    def __getitem__(self, index):
+        return ndarray(np.asarray(self._array[index]))
+
+    def __setitem__(self, index, value):
+        self._array[index] = _inner(value)
+
+    def __iadd__(self, other):
+        self._array += _inner(other)
+        return self
+
+    def __imul__(self, other):
+        self._array *= _inner(other)
+        return self
+
+
+def _inner(value):
+    if isinstance(value, (ndarray, Device)):
+        return value._array
+    if isinstance(value, np.ndarray) and value.ndim:
+        raise TypeError(f"Unsupported type {type(value)}")
+    return value
+
+
+def _method(name):
+    def method(self, *arguments, **options):
+        return ndarray(np.asarray(getattr(self._array, name)(*map(_inner, arguments), **options)))
+
+    return method
+
+
+for _name in (
+    *("transpose", "reshape", "swapaxes", "astype", "view", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__"),
+    *("__rmul__", "__neg__", "__le__", "__eq__"),
+):
+    setattr(ndarray, _name, _method(_name))
+
+
+class Device:
+    def __init__(self, number=0):
+        self.id = number
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+
+def _function(name):
+    def function(*arguments, **options):
+        inner = {key: _inner(value) for key, value in options.items()}
+        result = getattr(np, name)(*map(_inner, arguments), **inner)
+        return options["out"] if options.get("out") is not None else ndarray(np.asarray(result))
+
+    return function
+
+
+def _as_strided(x, shape, strides):
+    return ndarray(np.lib.stride_tricks.as_strided(_inner(x), shape, strides))
+
+
+def asarray(value):
+    return value if isinstance(value, ndarray) else ndarray(np.array(value))
+
+
+def _copyto(target, source, where=True):
+    np.copyto(_inner(target), _inner(source), where=_inner(where))
+
+
+@contextlib.contextmanager
+def installed():
+    """The stand-in as ``import cupy`` finds it."""
+    import sys
+
+    module = types.ModuleType("cupy")
+    module.__version__ = "stand-in"
+    module.ndarray, module.asarray = ndarray, asarray
+    module.may_share_memory = lambda a, b: np.may_share_memory(_inner(a), _inner(b))
+    module.shares_memory = lambda a, b: np.shares_memory(_inner(a), _inner(b))
+    module.copyto = _copyto
+    module.lib = types.SimpleNamespace(stride_tricks=types.SimpleNamespace(as_strided=_as_strided))
+    types_of_products = types.SimpleNamespace(COMPUTE_TYPE_TF32=7, COMPUTE_TYPE_DEFAULT=1)
+    module._core = types.SimpleNamespace(
+        get_compute_type=lambda _: 1, set_compute_type=lambda *_: None, _routines_linalg=types_of_products
+    )
+    for name in (
+        *("empty", "zeros", "arange", "matmul", "multiply", "maximum", "tanh", "exp", "negative", "divide"),
+        *("conjugate", "sum"),
+    ):
+        setattr(module, name, _function(name))
+    before = sys.modules.get("cupy")
+    sys.modules["cupy"] = module
+    try:
+        yield module
+    finally:
+        if before is None:
+            del sys.modules["cupy"]
+        else:
+            sys.modules["cupy"] = before

@@ -1,0 +1,129 @@
+"""Every case by every algorithm in every direction, dtype, layout and backend, against the float64 reference."""
+
+import functools
+import zlib
+
+import gpuconv
+import numpy as np
+import pytest
+import reference
+from cases import CASES, DIRECTIONS, DTYPES, LAYOUTS, channels_first, draw, laid_out, named_dtype
+from gpuconv.backend import NUMPY
+from gpuconv.choose import MODULES
+from gpuconv.geometry import Geometry
+from tolerances import assert_within, direct_bound
+
+BY_NAME = {case.name: case for case in CASES}
+ran = set()
+
+
+@functools.cache
+def data(name, dtype, integers):
+    """x, w and dy of a case in the wide dtype of the reference."""
+    case = BY_NAME[name]
+    rng = np.random.default_rng(zlib.crc32(f"{name} {dtype} {integers}".encode()))
+    outputs = [
+        reference.output_extent(n, k, s, d, *p)
+        for n, k, s, d, p in zip(case.x[2:], case.w[2:], case.stride, case.dilation, case.padding, strict=True)
+    ]
+    shapes = case.x, case.w, (case.x[0], case.w[0], *outputs)
+    return tuple(draw(rng, shape, dtype, integers) for shape in shapes)
+
+
+@functools.cache
+def exact(name, dtype, direction, integers, magnitudes=False):
+    """The result of a direction; with magnitudes, that of the absolute values."""
+    case = BY_NAME[name]
+    x, w, dy = data(name, dtype, integers)
+    if magnitudes:
+        x, w, dy = np.abs(x), np.abs(w), np.abs(dy)
+    if direction == "forward":
+        return reference.forward(x, w, **case.settings)
+    if direction == "data_grad":
+        return reference.data_grad(dy, w, case.x, **case.settings)
+    return reference.weight_grad(dy, x, case.w, **case.settings)
+
+
+def computed(arrays, case, algorithm, direction, dtype, layout, integers):
+    """The result of a direction as a channels_first NumPy array, and as the backend returned it."""
+    axes = "channels_last" if layout == "channels_last" else "channels_first"
+    geometry = {**case.settings, "layout": axes, "algorithm": algorithm}
+    x, w, dy = (
+        arrays.asarray(laid_out(array.astype(named_dtype(dtype)), layout, role))
+        for array, role in zip(data(case.name, dtype, integers), ("x", "w", "x"), strict=True)
+    )
+    if direction == "forward":
+        result = gpuconv.conv(x, w, **geometry)
+    elif direction == "data_grad":
+        result = gpuconv.conv_data_grad(dy, w, x.shape, **geometry)
+    else:
+        result = gpuconv.conv_weight_grad(dy, x, w.shape, **geometry)
+    assert result.dtype == named_dtype(dtype)
+    on_cpu = arrays.asnumpy(result)
+    read = x if direction == "forward" else dy
+    if layout == "channels_last_memory" and direction != "weight_grad" and not read.flags.c_contiguous:
+        assert np.moveaxis(on_cpu, 1, -1).flags.c_contiguous
+    else:
+        assert on_cpu.flags.c_contiguous
+    return channels_first(on_cpu, layout, "w" if direction == "weight_grad" else "x")
+
+
+def skip_where_refused(case, algorithm, direction, dtype):
+    geometry = Geometry.infer(case.x, case.w, **case.settings)
+    reason = MODULES[algorithm].why_not(geometry, named_dtype(dtype), direction, NUMPY, False)
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("algorithm", gpuconv.ALGORITHMS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_result_is_right(case, algorithm, direction, dtype, layout, arrays):
+    """Small integers exactly (rounded once for half precision), random numbers within the bound of a direct sum."""
+    skip_where_refused(case, algorithm, direction, dtype)
+    integers = computed(arrays, case, algorithm, direction, dtype, layout, integers=True)
+    np.testing.assert_array_equal(integers, exact(case.name, dtype, direction, True).astype(named_dtype(dtype)))
+
+    result = computed(arrays, case, algorithm, direction, dtype, layout, integers=False)
+    geometry = Geometry.infer(case.x, case.w, **case.settings)
+    bound = direct_bound(
+        exact(case.name, dtype, direction, False),
+        exact(case.name, dtype, direction, False, magnitudes=True),
+        geometry.reduction_length(direction),
+        dtype,
+    )
+    assert_within(result, exact(case.name, dtype, direction, False), bound)
+    ran.add((algorithm, direction, arrays.name))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("algorithm", gpuconv.ALGORITHMS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_gpu_agrees_with_cpu(case, algorithm, direction, dtype):
+    """Both are within the bound of the exact result, so they are within twice the bound of each other."""
+    from conftest import CupyArrays, NumpyArrays
+
+    skip_where_refused(case, algorithm, direction, dtype)
+    on_gpu, on_cpu = (
+        computed(kind(), case, algorithm, direction, dtype, "channels_first", integers=False)
+        for kind in (CupyArrays, NumpyArrays)
+    )
+    geometry = Geometry.infer(case.x, case.w, **case.settings)
+    exactly = exact(case.name, dtype, direction, False)
+    magnitude = exact(case.name, dtype, direction, False, magnitudes=True)
+    bound = direct_bound(exactly, magnitude, geometry.reduction_length(direction), dtype)
+    assert_within(on_gpu, on_cpu.astype(exactly.dtype), 2 * bound)
+
+
+def test_every_algorithm_ran_in_every_direction(request):
+    """Of what was selected something ran: a rule that begins to refuse everything is noticed here."""
+    selected = {
+        (item.callspec.params["algorithm"], item.callspec.params["direction"], item.callspec.params["arrays"])
+        for item in request.session.items
+        if getattr(item, "originalname", "") == "test_result_is_right" and not item.get_closest_marker("skip")
+    }
+    assert selected == ran & selected

@@ -1,0 +1,34 @@
+"""The one rule for how far a result may be from the exact one."""
+
+import math
+
+import numpy as np
+from cases import named_dtype
+
+
+def epsilon(dtype):
+    dtype = named_dtype(dtype) if isinstance(dtype, str) else dtype
+    return 2.0**-7 if dtype.name == "bfloat16" else float(np.finfo(dtype).eps)
+
+
+def direct_bound(exact, magnitude, terms, dtype):
+    """Elementwise: one rounding of the result, and the rounding of a sum of this many products.
+
+    ``magnitude`` is the same sum over the absolute values, sum |x| |w|. A random walk of K roundings is sqrt(K) long;
+    2 of them is what blocked sums stay within, and a complex product has four real ones.
+    """
+    dtype = named_dtype(dtype) if isinstance(dtype, str) else dtype
+    accumulator = np.dtype(np.float32) if dtype.itemsize == 2 else dtype
+    factor = 8 if dtype.kind == "c" else 2
+    return epsilon(dtype) * np.abs(exact) + factor * math.sqrt(terms) * epsilon(accumulator) * magnitude
+
+
+def assert_within(result, exact, bound):
+    """Every element finite and within its bound; NaN fails."""
+    result = result.astype(exact.dtype)
+    assert result.shape == exact.shape
+    error = np.abs(result - exact)
+    within = error <= bound
+    assert np.isfinite(result).all(), "the result is not finite"
+    worst = np.unravel_index(np.argmax(error - bound), error.shape)
+    assert within.all(), f"at {worst}: {result[worst]} but exactly {exact[worst]}, bound {np.broadcast_to(bound, error.shape)[worst]}"
