@@ -15,7 +15,7 @@ import numpy
 
 from gpuconv import activations, dtypes, geometry as geometry_module, settings, workspace
 from gpuconv.activations import Activation
-from gpuconv.algorithms.blocks import boxes, fitting_box
+from gpuconv.algorithms.blocks import Space, boxes, fitting_box
 from gpuconv.backend import Array, Backend, Kind, backend_for, computing_on, kind_of, moved
 from gpuconv.choose import MODULES, check_name, choose, consent
 from gpuconv.geometry import Direction, Geometry, Shape
@@ -393,8 +393,9 @@ class _Call:
                 total = xp.zeros(view.shape[-2:], sums)
                 run = workspace.Run(self.backend, dtypes.accumulator(self.dtype), self.limit)
                 channels = math.prod(view.shape[-2:])
-                box = fitting_box(view.shape[:-2], run.budget, lambda box: operand.scratch * channels * math.prod(box))
-                with run.workspace(channels * math.prod(box)) as (space,):
+                read = Space(temporaries=operand.temporaries)
+                box, spaces = fitting_box(view.shape[:-2], run.budget, lambda box: [(channels * math.prod(box), read)])
+                with run.workspace(*spaces) as (space,):
                     for index in boxes(view.shape[:-2], box):
                         block = workspace.shaped(space, view[index].shape)
                         operand.read(xp, index, block)

@@ -54,9 +54,9 @@ class Operand:
         return self.view.dtype == dtype and not self.conjugate and self.activation is None
 
     @property
-    def scratch(self) -> int:
-        """How many pieces a read needs at its peak, what it reads into included."""
-        return 1 if self.activation is None else 4
+    def temporaries(self) -> int:
+        """How many arrays of a piece's size a read takes for itself, beside the one that it fills."""
+        return 0 if self.activation is None else 3
 
     def read(self, xp: Any, index: Index, into: Array) -> None:
         """Puts the piece into an array of its shape."""
@@ -78,6 +78,11 @@ class Result:
     view: Array
     bias: Array | None = None  # (G, channels / G), in the dtype of the sums
     activation: activations.Activation | None = None
+
+    @property
+    def temporaries(self) -> int:
+        """How many arrays of a block's size finishing it takes."""
+        return 1 if self.activation == "leaky_relu" else 0
 
     def finish(self, xp: Any, block: Array, filters: slice = slice(None)) -> None:
         """Adds the bias to a block of sums, the last axes of which are (G, filters), and activates it, in place."""

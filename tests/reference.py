@@ -78,7 +78,7 @@ def weight_grad(dy, x, w_shape, stride, padding, dilation, groups=1, flip=False)
     dyg = _grouped(dy, 1, groups)
     for tap, seen in taps(w_shape[2:], stride, dilation, dy.shape[2:]):
         xs = _grouped(x[(slice(None), slice(None), *seen)], 1, groups)
-        n, g, f = dyg.shape[:3]
-        part = np.einsum("ngfo,ngco->gfc", dyg.reshape(n, g, f, -1), xs.reshape(n, g, xs.shape[2], -1))
+        o = int(np.prod(dy.shape[2:]))
+        part = np.einsum("ngfo,ngco->gfc", dyg.reshape(*dyg.shape[:3], o), xs.reshape(*xs.shape[:3], o))
         dw[(slice(None), slice(None), *tap)] = part.reshape(w_shape[:2])
     return np.flip(dw, range(2, dw.ndim)) if flip else dw

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from itertools import product
 from typing import NamedTuple
 
 from gpuconv.backend import Array
+from gpuconv.geometry import Shape
 from gpuconv.operands import Index, Operand
 from gpuconv.workspace import Run, shaped
 
@@ -61,15 +61,32 @@ def largest(extent: int, limit: float, cost: Callable[[int], float]) -> int:
     return max(1, -(-extent // pieces))
 
 
-def fitting_box(extents: tuple[int, ...], limit: float, cost: Callable[[tuple[int, ...]], float]) -> tuple[int, ...]:
-    """The extents of a block that costs no more than the limit, as long as possible on the last axes first."""
+class Space(NamedTuple):
+    """Whether something needs room in the workspace, and how many temporaries of its size come and go beside it."""
+
+    needed: bool = True
+    temporaries: int = 0
+
+
+def fitting_box(
+    extents: Shape, limit: float, parts: Callable[[Shape], Sequence[tuple[int, Space]]]
+) -> tuple[Shape, tuple[int, ...]]:
+    """The extents of a block that fits the limit, as long as possible on the last axes first, and its workspaces.
+
+    ``parts`` gives the elements of each part of a block, and whether and how often they count. At the least the block
+    is one element.
+    """
+
+    def cost(box: Shape) -> int:
+        return sum(elements * sum(space) for elements, space in parts(box))
+
     box = [1] * len(extents)
     for axis in reversed(range(len(extents))):
         head, tail = tuple(box[:axis]), tuple(box[axis + 1 :])
         box[axis] = largest(extents[axis], limit, lambda size, head=head, tail=tail: cost((*head, size, *tail)))
         if box[axis] < extents[axis]:
             break
-    return tuple(box)
+    return tuple(box), tuple(elements * space.needed for elements, space in parts(tuple(box)))
 
 
 def pieces(extent: int, size: int) -> Iterator[slice]:
@@ -78,8 +95,13 @@ def pieces(extent: int, size: int) -> Iterator[slice]:
 
 
 def boxes(extents: tuple[int, ...], box: tuple[int, ...]) -> Iterator[Index]:
-    """Consecutive blocks of at most these extents."""
-    return product(*(tuple(pieces(extent, size)) for extent, size in zip(extents, box, strict=True)))
+    """Consecutive blocks of at most these extents; lazily, for there may be a great many."""
+    if not extents:
+        yield ()
+        return
+    for first in pieces(extents[0], box[0]):
+        for rest in boxes(extents[1:], box[1:]):
+            yield (first, *rest)
 
 
 def as_matrix(view: Array, row_axes: int, column_axes: int) -> Array | None:

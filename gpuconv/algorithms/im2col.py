@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 import numpy
 
-from gpuconv.algorithms.blocks import Arrangement, boxes, fitting_box, largest, pieces
+from gpuconv.algorithms.blocks import Arrangement, Space, boxes, fitting_box, largest, pieces
 from gpuconv.algorithms.windows import reaches_beyond, region_elements, sliding, windows_of
 from gpuconv.backend import Array, Backend
-from gpuconv.geometry import Direction, Geometry
+from gpuconv.geometry import Direction, Geometry, Shape
 from gpuconv.operands import Index, Operand, Result
 from gpuconv.workspace import Run, shaped
 
@@ -46,10 +46,10 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> 
         run.budget,
         BLOCK_BYTES // run.dtype.itemsize,
         _reading(x, order, geometry, run),
-        copies_weights=not w.is_plain(run.dtype) or order.weights.matrix(w.view) is None,
-        copies_sums=y.view.dtype != run.dtype or order.images.matrix(y.view) is None,
+        weights=not w.is_plain(run.dtype) or order.weights.matrix(w.view) is None,
+        sums=Space(y.view.dtype != run.dtype or order.images.matrix(y.view) is None, y.temporaries),
     )
-    with run.workspace(sizes.weights, sizes.patch, sizes.cols, sizes.sums) as (weight_space, patch_space, cols_space, sums_space):
+    with run.workspace(sizes.weights, *sizes.block) as (weight_space, patch_space, cols_space, sums_space):
         for filters in pieces(geometry.group_filters, sizes.filters):
             weights = order.weights.load(w, (..., filters), weight_space, run)
             for index in boxes((*geometry.batch, *geometry.output), sizes.box):
@@ -77,10 +77,11 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run)
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
     """dw[t, c] = sum over outputs o of x[o * stride + t * dilation - low, c] dy[o]."""
     xp, order = run.backend.xp, _order_of(x.view, geometry, stack=False)
+    gradients = Space(not dy.is_plain(run.dtype) or order.images.matrix(dy.view) is None, dy.temporaries)
     sizes = _weight_grad_sizes(
-        geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, _reading(x, order, geometry, run), _reading_scratch(dy, order, run)
+        geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, _reading(x, order, geometry, run), gradients
     )
-    with run.workspace(sizes.weights, sizes.weights, sizes.patch, sizes.cols, sizes.sums) as spaces:
+    with run.workspace(sizes.weights, sizes.weights, *sizes.block) as spaces:
         total_space, term_space, patch_space, cols_space, dy_space = spaces
         for filters in pieces(geometry.group_filters, sizes.filters):
             target = dw.view[..., filters]
@@ -136,63 +137,56 @@ def _order_of(x: Array, geometry: Geometry, stack: bool) -> _Order:
 
 
 class _Reading(NamedTuple):
-    """What reading windows of x takes beside them: cols, unless they are a matrix as they lie; a patch, times scratch."""
+    """What reading windows of x takes: cols, unless they are a matrix as they lie, and a patch."""
 
-    cols: bool
-    patch: int
+    cols: Space
+    patch: Space
 
 
 def _reading(x: Operand, order: _Order, geometry: Geometry, run: Run) -> _Reading:
     if not x.is_plain(run.dtype) or reaches_beyond(geometry):
-        return _Reading(True, x.scratch)
-    return _Reading(order.windows.matrix(sliding(run.backend.xp, x.view, geometry, geometry.output)) is None, 0)
-
-
-def _reading_scratch(dy: Operand, order: _Order, run: Run) -> int:
-    return 0 if dy.is_plain(run.dtype) and order.images.matrix(dy.view) is not None else dy.scratch
+        return _Reading(Space(), Space(True, x.temporaries))
+    unfolded = order.windows.matrix(sliding(run.backend.xp, x.view, geometry, geometry.output))
+    return _Reading(Space(unfolded is None), Space(False))
 
 
 class _Sizes(NamedTuple):
-    """The block of outputs and the number of filters (per group) done at once, and the elements that they need."""
+    """The filters (per group) and the block of outputs done at once, and the elements of each workspace."""
 
     filters: int
-    box: tuple[int, ...]
+    box: Shape
     weights: int
-    patch: int
-    cols: int
-    sums: int
+    block: tuple[int, ...]  # patch, cols, and a block of y or dy
 
 
 @lru_cache(maxsize=1024)
-def _forward_sizes(
-    geometry: Geometry, budget: int, block: int, reading: _Reading, copies_weights: bool, copies_sums: bool
-) -> _Sizes:
-    weights = geometry.channels * geometry.taps if copies_weights else 0  # per filter of each group
-    filters = largest(geometry.group_filters, budget / 2, lambda count: weights * count)
-    limit = min(budget - weights * filters, block)
-    return _box_sizes(geometry, limit, filters, weights * filters, reading, int(copies_sums))
+def _forward_sizes(geometry: Geometry, budget: int, block: int, reading: _Reading, weights: bool, sums: Space) -> _Sizes:
+    per_filter = geometry.channels * geometry.taps if weights else 0
+    filters = largest(geometry.group_filters, budget / 2, lambda count: per_filter * count)
+    limit = min(budget - per_filter * filters, block)
+    return _box_sizes(geometry, limit, filters, per_filter * filters, reading, sums)
 
 
 @lru_cache(maxsize=1024)
-def _weight_grad_sizes(geometry: Geometry, budget: int, block: int, reading: _Reading, dy_scratch: int) -> _Sizes:
-    weights = geometry.channels * geometry.taps
-    filters = largest(geometry.group_filters, budget / 2, lambda count: 2 * weights * count)
+def _weight_grad_sizes(geometry: Geometry, budget: int, block: int, reading: _Reading, gradients: Space) -> _Sizes:
+    per_filter = geometry.channels * geometry.taps
+    filters = largest(geometry.group_filters, budget / 2, lambda count: 2 * per_filter * count)
     # Each block adds a whole dw to the sum: it should be worth that.
-    limit = min(budget - 2 * weights * filters, max(block, 4 * weights * filters))
-    return _box_sizes(geometry, limit, filters, weights * filters, reading, dy_scratch)
+    limit = min(budget - 2 * per_filter * filters, max(block, 4 * per_filter * filters))
+    return _box_sizes(geometry, limit, filters, per_filter * filters, reading, gradients)
 
 
-def _box_sizes(geometry: Geometry, limit: int, filters: int, weights: int, reading: _Reading, sums: int) -> _Sizes:
-    def elements(box: tuple[int, ...]) -> tuple[int, int, int]:
+def _box_sizes(geometry: Geometry, limit: int, filters: int, weights: int, reading: _Reading, images: Space) -> _Sizes:
+    def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
         outputs = math.prod(box)
         return (
-            reading.patch * region_elements(geometry, box),
-            reading.cols * outputs * geometry.channels * geometry.taps,
-            sums * outputs * geometry.groups * filters,
+            (region_elements(geometry, box), reading.patch),
+            (outputs * geometry.channels * geometry.taps, reading.cols),
+            (outputs * geometry.groups * filters, images),
         )
 
-    box = fitting_box((*geometry.batch, *geometry.output), limit, lambda box: sum(elements(box)))
-    return _Sizes(filters, box, weights, *elements(box))
+    box, spaces = fitting_box((*geometry.batch, *geometry.output), limit, parts)
+    return _Sizes(filters, box, weights, spaces)
 
 
 def _unfold(x: Operand, index: Index, geometry: Geometry, order: _Order, patch_space: Array, cols_space: Array, run: Run) -> Array:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from gpuconv.algorithms.blocks import Arrangement, boxes, fitting_box, largest, pieces
+from gpuconv.algorithms.blocks import Arrangement, Space, boxes, fitting_box, largest, pieces
 from gpuconv.algorithms.windows import reaches_beyond, region_elements, windows_of
 from gpuconv.backend import Array, Backend
 from gpuconv.geometry import Direction, Geometry, Shape
@@ -43,21 +43,22 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> 
     """Adds to y what each tap of w makes of x."""
     xp, order = run.backend.xp, _images_by_rows(len(geometry.batch) + geometry.rank)
     summed = y.view.dtype != run.dtype
-    sizes = _forward_sizes(geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, _patches(x, geometry, run), summed)
+    sums = Space(summed, y.temporaries)
+    sizes = _forward_sizes(geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, _patch_of(x, geometry, run), sums)
     with run.workspace(*sizes.spaces) as (weight_space, patch_space, slice_space, term_space, sums_space):
         for filters in pieces(geometry.group_filters, sizes.pieces):
             weights = _loaded(w, (*_everything(geometry.rank + 2), filters), weight_space, run)
             for index in boxes((*geometry.batch, *geometry.output), sizes.box):
                 windows = windows_of(x, index, geometry, order, patch_space, run)
                 target = y.view[(*index, slice(None), filters)]
-                sums = shaped(sums_space, target.shape) if summed else target
-                sums[...] = 0
+                total = shaped(sums_space, target.shape) if summed else target
+                total[...] = 0
                 for tap in _taps(geometry):
                     seen = windows[(..., *tap, slice(None), slice(None))]
-                    sums += _product(xp, seen, weights[tap], order, slice_space, term_space)
-                y.finish(xp, sums, filters)
+                    total += _product(xp, seen, weights[tap], order, slice_space, term_space)
+                y.finish(xp, total, filters)
                 if summed:
-                    target[...] = sums
+                    target[...] = total
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
@@ -65,14 +66,15 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run)
     xp, order = run.backend.xp, _images_by_rows(len(geometry.batch) + geometry.rank)
     summed = dx.view.dtype != run.dtype
     w = w.part(w.view.swapaxes(-1, -2))
-    sizes = _data_grad_sizes(geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, dy.scratch, summed)
+    gradients, sums = Space(not dy.is_plain(run.dtype), dy.temporaries), Space(summed, dx.temporaries)
+    sizes = _data_grad_sizes(geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, gradients, sums)
     with run.workspace(*sizes.spaces) as (weight_space, dy_space, slice_space, term_space, sums_space):
         for channels in pieces(geometry.group_channels, sizes.pieces):
             weights = _loaded(w, (*_everything(geometry.rank + 2), channels), weight_space, run)
             for index in boxes((*geometry.batch, *geometry.input), sizes.box):
                 target = dx.view[(*index, slice(None), channels)]
-                sums = shaped(sums_space, target.shape) if summed else target
-                sums[...] = 0
+                total = shaped(sums_space, target.shape) if summed else target
+                total[...] = 0
                 outputs = _outputs_reaching(index, geometry)
                 if all(axis.start < axis.stop for axis in outputs[len(geometry.batch) :]):
                     block = _loaded(dy, (*outputs, slice(None), slice(None)), dy_space, run)
@@ -80,10 +82,10 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run)
                         into, source = _meeting(tap, index, outputs, geometry)
                         share = block[source]
                         if share.size:
-                            sums[into] += _product(xp, share, weights[tap], order, slice_space, term_space)
-                dx.finish(xp, sums, channels)
+                            total[into] += _product(xp, share, weights[tap], order, slice_space, term_space)
+                dx.finish(xp, total, channels)
                 if summed:
-                    target[...] = sums
+                    target[...] = total
 
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
@@ -91,22 +93,22 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Ru
     xp, order = run.backend.xp, _images_by_rows(len(geometry.batch) + geometry.rank)
     summed = dw.view.dtype != run.dtype
     sizes = _weight_grad_sizes(
-        geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, _patches(x, geometry, run), dy.scratch, summed
+        geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, _patch_of(x, geometry, run), dy.temporaries, summed
     )
     with run.workspace(*sizes.spaces) as (patch_space, slice_space, dy_space, term_space, sums_space):
         for filters in pieces(geometry.group_filters, sizes.pieces):
             target = dw.view[..., filters]
-            sums = shaped(sums_space, target.shape) if summed else target
-            sums[...] = 0
+            total = shaped(sums_space, target.shape) if summed else target
+            total[...] = 0
             for index in boxes((*geometry.batch, *geometry.output), sizes.box):
                 windows = windows_of(x, index, geometry, order, patch_space, run)
                 gradients = order.load(dy, (*index, slice(None), filters), dy_space, run)
                 for tap in _taps(geometry):
                     seen = _as_rows(windows[(..., *tap, slice(None), slice(None))], order, slice_space)
-                    term = shaped(term_space, sums[tap].shape)
-                    sums[tap] += xp.matmul(seen.swapaxes(-1, -2), gradients, out=term)
+                    term = shaped(term_space, total[tap].shape)
+                    total[tap] += xp.matmul(seen.swapaxes(-1, -2), gradients, out=term)
             if summed:
-                target[...] = sums
+                target[...] = total
 
 
 def _product(xp: Any, images: Array, weight: Array, order: Arrangement, slice_space: Array, term_space: Array) -> Array:
@@ -178,9 +180,8 @@ def _meeting(tap: tuple[int, ...], index: Index, outputs: Index, geometry: Geome
     return tuple(into), tuple(source)
 
 
-def _patches(x: Operand, geometry: Geometry, run: Run) -> int:
-    """How many pieces of x's size the reading of windows takes; none where they are views of x."""
-    return 0 if x.is_plain(run.dtype) and not reaches_beyond(geometry) else x.scratch
+def _patch_of(x: Operand, geometry: Geometry, run: Run) -> Space:
+    return Space(not x.is_plain(run.dtype) or reaches_beyond(geometry), x.temporaries)
 
 
 class _Sizes(NamedTuple):
@@ -192,56 +193,62 @@ class _Sizes(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _forward_sizes(geometry: Geometry, budget: int, block: int, patches: int, summed: bool) -> _Sizes:
+def _forward_sizes(geometry: Geometry, budget: int, block: int, patch: Space, sums: Space) -> _Sizes:
     weights = geometry.channels * geometry.taps  # per filter of each group
     filters = largest(geometry.group_filters, budget / 2, lambda count: weights * count)
 
-    def spaces(box: Shape) -> tuple[int, ...]:
+    def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
         outputs = math.prod(box)
         terms = outputs * geometry.groups * filters
-        return weights * filters, patches * region_elements(geometry, box), outputs * geometry.channels, terms, summed * terms
+        return (
+            (region_elements(geometry, box), patch),
+            (outputs * geometry.channels, Space()),
+            (terms, Space()),
+            (terms, sums),
+        )
 
-    box = fitting_box((*geometry.batch, *geometry.output), min(budget, block + weights * filters), lambda box: sum(spaces(box)))
-    return _Sizes(filters, box, spaces(box))
+    limit = min(budget - weights * filters, block)
+    box, spaces = fitting_box((*geometry.batch, *geometry.output), limit, parts)
+    return _Sizes(filters, box, (weights * filters, *spaces))
 
 
 @lru_cache(maxsize=1024)
-def _data_grad_sizes(geometry: Geometry, budget: int, block: int, scratch: int, summed: bool) -> _Sizes:
+def _data_grad_sizes(geometry: Geometry, budget: int, block: int, gradients: Space, sums: Space) -> _Sizes:
     weights = geometry.filters * geometry.taps  # per channel of each group
     channels = largest(geometry.group_channels, budget / 2, lambda count: weights * count)
     batch = len(geometry.batch)
 
-    def spaces(box: Shape) -> tuple[int, ...]:
+    def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
         axes = zip(box[batch:], geometry.stride, geometry.window, geometry.output, strict=True)
         reaching = (min(m, (size + window - 2) // s + 1) for size, s, window, m in axes)
         outputs = math.prod(box[:batch]) * math.prod(reaching)
-        terms = geometry.groups * channels
         return (
-            weights * channels,
-            scratch * outputs * geometry.filters,
-            outputs * geometry.filters,
-            outputs * terms,
-            summed * math.prod(box) * terms,
+            (outputs * geometry.filters, gradients),
+            (outputs * geometry.filters, Space()),
+            (outputs * geometry.groups * channels, Space()),
+            (math.prod(box) * geometry.groups * channels, sums),
         )
 
-    box = fitting_box((*geometry.batch, *geometry.input), min(budget, block + weights * channels), lambda box: sum(spaces(box)))
-    return _Sizes(channels, box, spaces(box))
+    limit = min(budget - weights * channels, block)
+    box, spaces = fitting_box((*geometry.batch, *geometry.input), limit, parts)
+    return _Sizes(channels, box, (weights * channels, *spaces))
 
 
 @lru_cache(maxsize=1024)
-def _weight_grad_sizes(geometry: Geometry, budget: int, block: int, patches: int, scratch: int, summed: bool) -> _Sizes:
-    weights = geometry.channels * geometry.taps
+def _weight_grad_sizes(
+    geometry: Geometry, budget: int, block: int, patch: Space, dy_temporaries: int, summed: bool
+) -> _Sizes:
+    weights = geometry.channels * geometry.taps  # per filter of each group
     filters = largest(geometry.group_filters, budget / 2, lambda count: (1 + summed) * weights * count)
 
-    def spaces(box: Shape) -> tuple[int, ...]:
+    def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
         outputs = math.prod(box)
         return (
-            patches * region_elements(geometry, box),
-            outputs * geometry.channels,
-            scratch * outputs * geometry.groups * filters,
-            geometry.channels * filters,
-            summed * weights * filters,
+            (region_elements(geometry, box), patch),
+            (outputs * geometry.channels, Space()),
+            (outputs * geometry.groups * filters, Space(True, dy_temporaries)),
         )
 
-    box = fitting_box((*geometry.batch, *geometry.output), min(budget, block + weights * filters), lambda box: sum(spaces(box)))
-    return _Sizes(filters, box, spaces(box))
+    term, total = geometry.channels * filters, summed * weights * filters
+    box, spaces = fitting_box((*geometry.batch, *geometry.output), min(budget - term - total, block), parts)
+    return _Sizes(filters, box, (*spaces, term, total))

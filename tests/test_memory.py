@@ -1,0 +1,106 @@
+"""A call takes its result and at most GPUCONV_WORKSPACE_LIMIT beside it; measured by tracemalloc."""
+
+import tracemalloc
+
+import gpuconv
+import numpy as np
+import pytest
+from cases import named_dtype
+
+MIB = 2**20
+# What the interpreter and NumPy's casting buffers take, whatever the arrays.
+SLACK = 160 * 1024
+
+LAYERS = {
+    "3x3": ((2, 32, 96, 96), (64, 32, 3, 3), {"padding": 1}),
+    "3x3 of one large image": ((1, 16, 320, 320), (16, 16, 3, 3), {"padding": 1}),
+    "3x3, large weight": ((1, 256, 14, 14), (256, 256, 3, 3), {"padding": 1}),
+    "stride 2": ((2, 32, 96, 96), (64, 32, 3, 3), {"padding": 1, "stride": 2}),
+    "dilation 4": ((1, 16, 128, 128), (16, 16, 3, 3), {"padding": 4, "dilation": 4}),
+    "groups": ((2, 32, 96, 96), (64, 8, 3, 3), {"padding": 1, "groups": 4}),
+    "depthwise": ((2, 64, 96, 96), (64, 1, 3, 3), {"padding": 1, "groups": 64}),
+    "1x1": ((2, 128, 64, 64), (256, 128, 1, 1), {}),
+    "1x1 stride 2": ((2, 128, 64, 64), (256, 128, 1, 1), {"stride": 2}),
+    "stem": ((2, 3, 224, 224), (32, 3, 7, 7), {"padding": 3, "stride": 2}),
+    "1-D": ((2, 32, 60000), (32, 32, 9), {"padding": 4}),
+    "3-D": ((1, 8, 40, 40, 40), (16, 8, 3, 3, 3), {"padding": 1}),
+}
+
+
+def peak_beside(result_bytes, call):
+    """The peak of a call's own memory, less its result's, of two calls the smaller.
+
+    as_strided makes strings, and the interpreter's table of them grows by up to 2 MB at some call or other.
+    """
+    peaks = []
+    for _ in range(2):
+        gpuconv.clear_cache()
+        tracemalloc.start()
+        try:
+            call()
+            peaks.append(tracemalloc.get_traced_memory()[1] - result_bytes)
+        finally:
+            tracemalloc.stop()
+    return min(peaks)
+
+
+@pytest.mark.parametrize("dtype, limit", [("float32", 64), ("float32", 1), ("float16", 1), ("complex64", 1)])
+@pytest.mark.parametrize("memory", ["channels_first", "channels_last"])
+@pytest.mark.parametrize("algorithm", gpuconv.ALGORITHMS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_memory_stays_within_the_limit(layer, dtype, algorithm, memory, limit, monkeypatch):
+    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", f"{limit}MiB")
+    x_shape, w_shape, settings = LAYERS[layer]
+    x, w = np.full(x_shape, 1 / 64, dtype), np.full(w_shape, 1 / 64, dtype)
+    if memory == "channels_last":
+        x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
+    y = gpuconv.conv(x, w, algorithm=algorithm, **settings)
+    for result, call in (
+        (y, lambda: gpuconv.conv(x, w, algorithm=algorithm, **settings)),
+        (x, lambda: gpuconv.conv_data_grad(y, w, x_shape, algorithm=algorithm, **settings)),
+        (w, lambda: gpuconv.conv_weight_grad(y, x, w_shape, algorithm=algorithm, **settings)),
+    ):
+        assert peak_beside(result.nbytes, call) <= limit * MIB + SLACK
+
+
+@pytest.mark.parametrize("limit", [64, 1])
+def test_memory_of_activations_mixed_dtypes_and_transposed_calls(limit, monkeypatch):
+    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", f"{limit}MiB")
+    x, w = np.ones((2, 16, 160, 160), named_dtype("bfloat16")), np.ones((16, 16, 3, 3), np.float32)
+    b = np.ones(16, np.float32)
+    settings = {"padding": 1, "activation": "sigmoid"}
+    y = gpuconv.conv(x, w, b, **settings)
+    t = gpuconv.conv_transpose(x, w, b, stride=2, **settings)
+    for size, call in (
+        (y.nbytes, lambda: gpuconv.conv(x, w, b, **settings)),
+        (y.nbytes, lambda: gpuconv.conv_backward(y, x, w, y=y, needs="dx", **settings)),
+        (w.nbytes, lambda: gpuconv.conv_backward(y, x, w, y=y, needs="dw", **settings)),
+        (b.nbytes, lambda: gpuconv.conv_backward(y, x, w, y=y, needs="db", **settings)),
+        (t.nbytes, lambda: gpuconv.conv_transpose(x, w, b, stride=2, **settings)),
+        (y.nbytes, lambda: gpuconv.conv_transpose_backward(t, x, w, y=t, needs="dx", stride=2, **settings)),
+        (w.nbytes, lambda: gpuconv.conv_transpose_backward(t, x, w, y=t, needs="dw", stride=2, **settings)),
+        (b.nbytes, lambda: gpuconv.conv_transpose_backward(t, x, w, y=t, needs="db", stride=2, **settings)),
+    ):
+        assert peak_beside(size, call) <= limit * MIB + SLACK
+
+
+def test_the_workspace_is_used_again(rng):
+    x, w = rng.standard_normal((4, 16, 64, 64), np.float32), rng.standard_normal((16, 16, 3, 3), np.float32)
+    y = gpuconv.conv(x, w)
+    tracemalloc.start()
+    try:
+        gpuconv.conv(x, w)
+        assert tracemalloc.get_traced_memory()[1] <= y.nbytes + SLACK
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_limit_below_the_smallest_piece_still_computes(monkeypatch, rng):
+    x, w = rng.integers(-3, 4, (2, 8, 20, 20)).astype(float), rng.integers(-3, 4, (8, 8, 3, 3)).astype(float)
+    y = gpuconv.conv(x, w)
+    gradients = gpuconv.conv_backward(y, x, w)
+    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "0")
+    for algorithm in gpuconv.ALGORITHMS:
+        np.testing.assert_array_equal(gpuconv.conv(x, w, algorithm=algorithm), y)
+        for one, other in zip(gpuconv.conv_backward(y, x, w, algorithm=algorithm), gradients, strict=True):
+            np.testing.assert_array_equal(one, other)

@@ -1,0 +1,90 @@
+"""Convolutions that nobody thought of: geometries drawn by hypothesis, small integers, exact equality."""
+
+import gpuconv
+import numpy as np
+import reference
+from cases import DTYPES, LAYOUTS, channels_first, draw, laid_out, named_dtype
+from gpuconv.geometry import Geometry
+from hypothesis import assume, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+
+@st.composite
+def convolutions(draw_from):
+    """Shapes and settings of a valid convolution of 1 to 3 axes, with any padding that leaves something of x."""
+    rank = draw_from(st.integers(1, 3))
+
+    def per_axis(strategy):
+        return tuple(draw_from(strategy) for _ in range(rank))
+
+    groups = draw_from(st.integers(1, 3))
+    extent, kernel = per_axis(st.integers(1, 8)), per_axis(st.integers(1, 4))
+    x = (draw_from(st.integers(1, 3)), groups * draw_from(st.integers(1, 3)), *extent)
+    w = (groups * draw_from(st.integers(1, 3)), x[1] // groups, *kernel)
+    padding = per_axis(st.tuples(st.integers(-3, 4), st.integers(-3, 4)))
+    for n, (low, high) in zip(extent, padding, strict=True):
+        assume(n + min(low, 0) + min(high, 0) > 0)
+    settings = {
+        "stride": per_axis(st.integers(1, 4)),
+        "padding": padding,
+        "dilation": per_axis(st.integers(1, 3)),
+        "groups": groups,
+        "flip": draw_from(st.booleans()),
+    }
+    try:
+        Geometry.infer(x, w, **settings)
+    except ValueError:
+        assume(False)
+    return x, w, settings
+
+
+@hypothesis_settings(max_examples=400)
+@given(
+    convolutions(),
+    st.sampled_from(DTYPES),
+    st.sampled_from(LAYOUTS),
+    st.sampled_from(gpuconv.ALGORITHMS),
+    st.sampled_from([1, 3000, 10**7]),
+    st.integers(0, 2**32 - 1),
+)
+def test_any_convolution_is_exact_on_small_integers(convolution, dtype, layout, algorithm, limit, seed):
+    x_shape, w_shape, settings = convolution
+    rng = np.random.default_rng(seed)
+    x, w = draw(rng, x_shape, dtype, True), draw(rng, w_shape, dtype, True)
+    y = reference.forward(x, w, **settings)
+    dy = draw(rng, y.shape, dtype, True)
+    exact = (
+        y,
+        reference.data_grad(dy, w, x_shape, **settings),
+        reference.weight_grad(dy, x, w_shape, **settings),
+        dy.sum((0, *range(2, dy.ndim))),
+    )
+    given_arrays = [laid_out(a.astype(named_dtype(dtype)), layout, r) for a, r in ((x, "x"), (w, "w"), (dy, "x"))]
+    options = {**settings, "algorithm": algorithm, "layout": "channels_last" if layout == "channels_last" else "channels_first"}
+    with limited(limit):
+        results = (
+            gpuconv.conv(*given_arrays[:2], **options),
+            *gpuconv.conv_backward(given_arrays[2], *given_arrays[:2], **options),
+        )
+    for result, expected, role in zip(results, exact, ("x", "x", "w", "b"), strict=True):
+        if role != "b":
+            result = channels_first(result, layout, role)
+        np.testing.assert_array_equal(result, expected.astype(named_dtype(dtype)))
+
+
+class limited:  # noqa: N801
+    """GPUCONV_WORKSPACE_LIMIT for a while; a fixture would be shared by all examples."""
+
+    def __init__(self, limit):
+        self.limit = limit
+
+    def __enter__(self):
+        import os
+
+        os.environ["GPUCONV_WORKSPACE_LIMIT"] = str(self.limit)
+
+    def __exit__(self, *_):
+        import os
+
+        del os.environ["GPUCONV_WORKSPACE_LIMIT"]
