@@ -158,15 +158,15 @@ def driver_devices() -> int:
     return count.value
 
 
-def kind_of(**arrays: Array | None) -> Kind:
+def kind_of(**arrays: Array) -> Kind:
     """Whether these arguments are NumPy's or CuPy's arrays; TypeError or ValueError, by name, where they do not fit."""
-    kinds = {name: _kind(name, array) for name, array in arrays.items() if array is not None}
+    kinds = {name: _kind(name, array) for name, array in arrays.items()}
     first = next(iter(kinds))
     for name, kind in kinds.items():
         if kind != kinds[first]:
             raise TypeError(f"arrays of a call must be of one kind, but {first} is a {kinds[first]}.ndarray and {name} a {kind}.ndarray")
     if kinds[first] == "cupy":
-        devices = {name: arrays[name].device.id for name in kinds}  # type: ignore[union-attr]
+        devices = {name: array.device.id for name, array in arrays.items()}
         for name, device in devices.items():
             if device != devices[first]:
                 raise ValueError(f"arrays of a call must be on one device, but {first} is on {devices[first]} and {name} on {device}")

@@ -71,14 +71,14 @@ def conv(
     array([[[[4., 4.],
              [4., 4.]]]])
     """
-    kind, dtype = _checked(x=x, w=w, b=b)
+    kind, dtype = _checked(x=x, w=w, **_given(b=b))
     geometry = Geometry.infer(
         x.shape, w.shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip
     )
     _check_bias(b, geometry.filters)
     _check_activation(activation, dtype)
     call = _Call(geometry, kind, dtype, algorithm, precision, deterministic)
-    call.check_out(out, geometry.y_shape, x=x, w=w, b=b)
+    call.check_out(out, geometry.y_shape, x=x, w=w, **_given(b=b))
     return call.compute("forward", _Source(x, "x"), _Source(w, "w"), "y", out=out, bias=b, activation=activation)
 
 
@@ -233,7 +233,7 @@ def conv_transpose(
     >>> gpuconv.conv_transpose(numpy.ones((1, 1, 2)), numpy.ones((1, 1, 3)), stride=2)
     array([[[1., 1., 2., 1., 1.]]])
     """
-    kind, dtype = _checked(x=x, w=w, b=b)
+    kind, dtype = _checked(x=x, w=w, **_given(b=b))
     geometry = Geometry.infer_transposed(
         x.shape, w.shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip,
         output_padding=output_padding,
@@ -241,7 +241,7 @@ def conv_transpose(
     _check_bias(b, geometry.channels)
     _check_activation(activation, dtype)
     call = _Call(geometry, kind, dtype, algorithm, precision, deterministic)
-    call.check_out(out, geometry.x_shape, x=x, w=w, b=b)
+    call.check_out(out, geometry.x_shape, x=x, w=w, **_given(b=b))
     return call.compute("data_grad", _Source(x, "y"), _Source(w, "w"), "x", out=out, bias=b, activation=activation)
 
 
@@ -332,7 +332,7 @@ class _Call:
         self.limit = settings.workspace_limit()
         self.backend = backend_for(kind)
 
-    def check_out(self, out: Array | None, shape: Shape, **inputs: Array | None) -> None:
+    def check_out(self, out: Array | None, shape: Shape, **inputs: Array) -> None:
         """TypeError or ValueError unless out can take a result of this shape."""
         if out is None:
             return
@@ -345,7 +345,7 @@ class _Call:
         if _overlaps_itself(out):
             raise ValueError(f"out must not overlap itself (shape {out.shape}, strides {out.strides})")
         for name, array in inputs.items():
-            if array is not None and _share_memory(self.kind, array, out):
+            if _share_memory(self.kind, array, out):
                 raise ValueError(f"out must not overlap {name} in memory")
 
     def compute(
@@ -416,18 +416,19 @@ class _Call:
         return out
 
 
-def _checked(**arrays: Array | None) -> tuple[Kind, numpy.dtype]:
+def _given(**arrays: Array | None) -> dict[str, Array]:
+    """Those optional arrays that were given."""
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def _checked(**arrays: Array) -> tuple[Kind, numpy.dtype]:
     """The kind of these arrays and the dtype of the result, or an error that names the array that does not fit."""
     kind = kind_of(**arrays)
-    found = []
     for name, array in arrays.items():
-        if array is None:
-            continue
         if not dtypes.supported(array.dtype):
             hint = f"; {name}.astype('float32') makes one of it" if array.dtype.kind in "iub" else ""
             raise TypeError(f"{name} must be one of {', '.join(dtypes.NAMES)}, not {array.dtype}{hint}")
-        found.append(array.dtype)
-    return kind, dtypes.promoted(*found)
+    return kind, dtypes.promoted(*(array.dtype for array in arrays.values()))
 
 
 def _check_shape(name: str, array: Array, shape: Shape) -> None:
@@ -468,7 +469,14 @@ def _check_backward(
             raise TypeError(f"activation={activation!r} needs a real y, not {y.dtype}")
     elif activation is not None:
         raise ValueError(f"activation={activation!r} needs y, the result of the forward call, to take its derivative from")
-    names = (needs,) if isinstance(needs, str) else tuple(needs)
+    return _checked_needs(needs)
+
+
+def _checked_needs(needs: str | Sequence[str]) -> tuple[str, ...]:
+    try:
+        names = (needs,) if isinstance(needs, str) else tuple(needs)
+    except TypeError:
+        raise TypeError(f"needs must be names out of {', '.join(NEEDS)}; got {needs!r}") from None
     for name in names:
         if name not in NEEDS:
             raise ValueError(f"needs must be names out of {', '.join(NEEDS)}; got {name!r}")

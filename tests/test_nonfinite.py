@@ -1,0 +1,78 @@
+"""NaN and Inf reach exactly the results that a direct convolution would reach."""
+
+import gpuconv
+import numpy as np
+import pytest
+import reference
+from cases import CASES, LAYOUTS, channels_first, laid_out
+
+# (direction, the array that holds the NaN), and whether it may also meet the zeros of the padding, which is left open:
+# then all results of the same filter or channel may be NaN, those that it reaches must be.
+PLACES = {
+    ("forward", "x"): False,
+    ("forward", "w"): True,
+    ("data_grad", "dy"): False,
+    ("data_grad", "w"): True,
+    ("weight_grad", "x"): False,
+    ("weight_grad", "dy"): True,
+}
+
+
+def run(direction, arrays, case):
+    """The reference; arrays are x, w and dy by name."""
+    x, w, dy = arrays["x"], arrays["w"], arrays["dy"]
+    if direction == "forward":
+        return reference.forward(x, w, **case.settings)
+    if direction == "data_grad":
+        return reference.data_grad(dy, w, case.x, **case.settings)
+    return reference.weight_grad(dy, x, case.w, **case.settings)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("algorithm", ["auto", *gpuconv.ALGORITHMS])
+@pytest.mark.parametrize("case", [c for c in CASES if len(c.x) < 6], ids=lambda case: case.name)
+def test_nonfinite_elements_stay_where_they_belong(case, algorithm, layout, value, rng):
+    axes = "channels_last" if layout == "channels_last" else "channels_first"
+    settings = {**case.settings, "algorithm": algorithm, "layout": axes}
+    ones = {"x": np.ones(case.x), "w": np.ones(case.w)}
+    ones["dy"] = np.ones_like(reference.forward(ones["x"], ones["w"], **case.settings))
+    for (direction, name), left_open in PLACES.items():
+        place = tuple(int(rng.integers(n)) for n in ones[name].shape)
+        marked = np.zeros_like(ones[name])
+        marked[place] = 1
+        reached = run(direction, {**ones, name: marked}, case) != 0
+        poisoned = {**ones, name: np.where(marked == 1, value, 1.0)}
+        x, w, dy = (laid_out(poisoned[key], layout, key) for key in ("x", "w", "dy"))
+        if direction == "forward":
+            result = channels_first(gpuconv.conv(x, w, **settings), layout)
+        elif direction == "data_grad":
+            result = channels_first(gpuconv.conv_data_grad(dy, w, x.shape, **settings), layout)
+        else:
+            result = channels_first(gpuconv.conv_weight_grad(dy, x, w.shape, **settings), layout, "w")
+        nonfinite = ~np.isfinite(result)
+        if not left_open:
+            np.testing.assert_array_equal(nonfinite, reached)
+        else:
+            assert nonfinite[reached].all()
+            channel = 0 if direction == "weight_grad" else 1
+            others = tuple(axis for axis in range(reached.ndim) if axis != channel)
+            assert not nonfinite.any(others)[~may_be_reached(direction, place, case)].any()
+
+
+def may_be_reached(direction, place, case):
+    """Which filters (or channels, for data_grad) of the result have products with this element of w or dy."""
+    filters, channels = case.w[0], case.x[1]
+    f = place[0] if direction != "weight_grad" else place[1]
+    if direction != "data_grad":
+        return np.arange(filters) == f
+    group = f // (filters // case.groups)
+    return np.arange(channels) == group * (channels // case.groups) + place[1]
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky_relu", "sigmoid", "tanh"])
+def test_nan_passes_through_activations(name):
+    x = np.array([[1.0, np.nan, -1.0]])
+    y = gpuconv.conv(x, np.ones((1, 1, 1)), activation=name)
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(x))
