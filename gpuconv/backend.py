@@ -190,7 +190,7 @@ def backend_for(kind: Kind) -> Backend:
         return NUMPY
     if name == "cupy":
         return cupy_backend()
-    return Backend("cupy", sys.modules["cupy"], None)
+    return Backend("cupy", module_of("cupy"), None)
 
 
 def moved(array: Array, kind: str) -> Array:
@@ -204,26 +204,34 @@ def moved(array: Array, kind: str) -> Array:
     return array if kind == "cupy" else array.get()
 
 
+def module_of(kind: Kind) -> Any:
+    """numpy or cupy, for a kind that arrays of this process have."""
+    return numpy if kind == "numpy" else sys.modules["cupy"]
+
+
+def device_of(array: Array) -> contextlib.AbstractContextManager[Any]:
+    """A context in which the array's device is the current one."""
+    return contextlib.nullcontext() if isinstance(array, numpy.ndarray) else array.device  # type: ignore[no-any-return]
+
+
 @contextlib.contextmanager
-def computing_on(place: Backend, array: Array, precision: str) -> Iterator[None]:
-    """The device of the array made current, and CuPy's matrix products held to the precision asked for."""
+def matrix_products(place: Backend, precision: str) -> Iterator[None]:
+    """CuPy's float32 matrix products held to the precision asked for, whatever CUPY_TF32 says."""
     if place.name != "cupy":
         yield
         return
-    from cupy import _core  # get_compute_type and set_compute_type have no public name
+    from cupy import _core  # the only way in: compute types have no public name
 
+    tf32 = _core._routines_linalg.COMPUTE_TYPE_TF32
     before = _core.get_compute_type("f")
-    wanted = _core._routines_linalg.COMPUTE_TYPE_TF32 if precision == "tf32" else _core._routines_linalg.COMPUTE_TYPE_DEFAULT
-    is_tf32 = before == _core._routines_linalg.COMPUTE_TYPE_TF32
-    changes = is_tf32 != (precision == "tf32")
-    with array.device:
-        if changes:
-            _core.set_compute_type("f", wanted)
-        try:
-            yield
-        finally:
-            if changes:
-                _core.set_compute_type("f", before)
+    if (before == tf32) == (precision == "tf32"):
+        yield
+        return
+    _core.set_compute_type("f", tf32 if precision == "tf32" else _core._routines_linalg.COMPUTE_TYPE_DEFAULT)
+    try:
+        yield
+    finally:
+        _core.set_compute_type("f", before)
 
 
 def show_config() -> None:

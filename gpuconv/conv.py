@@ -16,7 +16,7 @@ import numpy
 from gpuconv import activations, dtypes, geometry as geometry_module, settings, workspace
 from gpuconv.activations import Activation
 from gpuconv.algorithms.blocks import Space, boxes, fitting_box
-from gpuconv.backend import Array, Backend, Kind, backend_for, computing_on, kind_of, moved
+from gpuconv.backend import Array, Backend, Kind, backend_for, device_of, kind_of, matrix_products, module_of, moved
 from gpuconv.choose import MODULES, check_name, choose, consent
 from gpuconv.geometry import Direction, Geometry, Shape
 from gpuconv.operands import Operand, Result, Role, canonical
@@ -363,7 +363,7 @@ class _Call:
         geometry, backend, sums = self.geometry, self.backend, dtypes.accumulator(self.dtype)
         algorithm = choose(geometry, self.dtype, direction, backend, self.algorithm, self.deterministic).algorithm
         shape = {"x": geometry.x_shape, "w": geometry.w_shape, "y": geometry.y_shape}[role]
-        with computing_on(backend, first.array, self.precision):
+        with device_of(first.array), matrix_products(backend, self.precision):
             channels_last = role != "w" and _has_channels_last_memory(first.array, geometry)
             target = out
             if out is None or backend.name != self.kind:
@@ -377,14 +377,14 @@ class _Call:
                 getattr(MODULES[algorithm], direction)(*operands, result, geometry, run)
             else:
                 result.fill(backend.xp)
-            return self.returned(target, out, channels_last)
+            return self._returned(target, out, channels_last)
 
     def bias_grad(self, gradient: _Source) -> Array:
         """db: the sum of the gradient over all but the channels."""
         xp = self.backend.xp
         # Long sums of like terms drift in float32; float64 costs little here.
         sums = dtypes.promoted(self.dtype, numpy.dtype(numpy.float64))
-        with computing_on(self.backend, gradient.array, self.precision):
+        with device_of(gradient.array):
             operand = gradient.operand(self.geometry, self.backend, self.dtype)
             view, positions = operand.view, tuple(range(operand.view.ndim - 2))
             if gradient.activation is None:
@@ -400,19 +400,15 @@ class _Call:
                         block = workspace.shaped(space, view[index].shape)
                         operand.read(xp, index, block)
                         total += xp.sum(block, axis=positions, dtype=sums)
-            return self.returned(total.reshape(-1).astype(self.dtype), None, False)
+            return self._returned(total.reshape(-1).astype(self.dtype), None, False)
 
-    def returned(self, result: Array, out: Array | None, channels_last: bool) -> Array:
+    def _returned(self, result: Array, out: Array | None, channels_last: bool) -> Array:
         """The result as the kind of array that came in, in out where there is one."""
         if self.backend.name == self.kind:
             return result
-        back = moved(result, self.kind)
-        if out is None and not channels_last:
-            return back
         if out is None:
-            import_name = {"numpy": numpy}.get(self.kind)
-            out = _empty(import_name, result.shape, self.dtype, channels_last, self.geometry)
-        out[...] = back
+            out = _empty(module_of(self.kind), result.shape, self.dtype, channels_last, self.geometry)
+        out[...] = moved(result, self.kind)
         return out
 
 

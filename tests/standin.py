@@ -6,6 +6,8 @@ that CuPy does not have. It proves nothing about numbers on a GPU: the tests mar
 """
 
 import contextlib
+import importlib.machinery
+import sys
 import types
 
 import numpy as np
@@ -31,7 +33,10 @@ class ndarray:  # noqa: N801
     device = property(lambda self: Device(0))
 
     def get(self):
-        return self._array.copy()
+        return np.ascontiguousarray(self._array)
+
+    def __int__(self):
+        return int(self._array)
 
     def __getitem__(self, index):
         return ndarray(np.asarray(self._array[index]))
@@ -65,7 +70,7 @@ def _method(name):
 
 for _name in (
     *("transpose", "reshape", "swapaxes", "astype", "view", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__"),
-    *("__rmul__", "__neg__", "__le__", "__eq__"),
+    *("__rmul__", "__neg__", "__le__", "__eq__", "sum"),
 ):
     setattr(ndarray, _name, _method(_name))
 
@@ -105,10 +110,9 @@ def _copyto(target, source, where=True):
 @contextlib.contextmanager
 def installed():
     """The stand-in as ``import cupy`` finds it."""
-    import sys
-
     module = types.ModuleType("cupy")
     module.__version__ = "stand-in"
+    module.__spec__ = importlib.machinery.ModuleSpec("cupy", None)
     module.ndarray, module.asarray = ndarray, asarray
     module.may_share_memory = lambda a, b: np.may_share_memory(_inner(a), _inner(b))
     module.shares_memory = lambda a, b: np.shares_memory(_inner(a), _inner(b))
