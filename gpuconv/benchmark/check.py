@@ -1,0 +1,99 @@
+"""``gpuconv check``: every algorithm of this machine against the float64 reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy
+
+from gpuconv import dtypes
+from gpuconv.backend import NUMPY, Backend, BackendError, cupy_backend, driver_devices
+from gpuconv.benchmark.run import deviation, prepared
+from gpuconv.choose import MODULES
+from gpuconv.geometry import DIRECTIONS, Direction, Geometry
+
+GEOMETRIES = tuple(
+    Geometry.infer(x, w, **settings)
+    for x, w, settings in (
+        ((2, 8, 13, 12), (12, 8, 3, 3), {"padding": 1}),
+        ((2, 8, 13, 12), (12, 8, 1, 1), {}),
+        ((2, 3, 17, 16), (8, 3, 7, 7), {"padding": 3, "stride": 2}),
+        ((2, 4, 12, 11), (4, 4, 2, 4), {"padding": ((0, 1), (2, 1)), "stride": (2, 3)}),
+        ((2, 4, 15, 14), (6, 4, 3, 3), {"padding": 2, "dilation": 2}),
+        ((1, 4, 16, 15), (4, 4, 3, 2), {"stride": 2, "dilation": (3, 2), "padding": ((-1, 3), (2, -2))}),
+        ((2, 6, 9, 10), (9, 2, 3, 3), {"groups": 3, "padding": "same"}),
+        ((2, 8, 11, 12), (8, 1, 3, 3), {"groups": 8, "padding": 1, "stride": 2}),
+        ((3, 3, 4, 4), (5, 3, 3, 3), {"padding": "full", "flip": True}),
+        ((2, 6, 50), (4, 6, 5), {"padding": "causal", "dilation": 2}),
+        ((1, 4, 6, 7, 8), (5, 4, 3, 2, 3), {"padding": 1, "stride": (1, 2, 1)}),
+    )
+)
+
+
+class Outcome(NamedTuple):
+    """All geometries of one algorithm, direction, dtype and backend."""
+
+    backend: str
+    algorithm: str
+    direction: Direction
+    dtype: str
+    right: int
+    refused: int
+    worst: float  # the largest error over its bound
+    wrong: tuple[Geometry, ...]
+
+
+def backends() -> tuple[list[Backend], str]:
+    """The backends that this machine can compute on, and a word on what is missing."""
+    try:
+        return [NUMPY, cupy_backend()], ""
+    except BackendError as error:
+        if driver_devices():
+            raise
+        return [NUMPY], str(error)
+
+
+def available_dtypes() -> list[numpy.dtype]:
+    """All dtypes, bfloat16 only where ml_dtypes is installed."""
+    found = []
+    for name in dtypes.NAMES:
+        try:
+            found.append(dtypes.named(name))
+        except TypeError:
+            continue
+    return found
+
+
+def outcomes(places: list[Backend]) -> Iterator[Outcome]:
+    """An outcome for every backend, algorithm, direction and dtype."""
+    for place in places:
+        for name, module in MODULES.items():
+            for direction in DIRECTIONS:
+                for dtype in available_dtypes():
+                    yield _outcome(place, name, module, direction, dtype)
+
+
+def _outcome(place: Backend, name: str, module: Any, direction: Direction, dtype: numpy.dtype) -> Outcome:
+    refused, worst, wrong = 0, 0.0, []
+    for number, geometry in enumerate(GEOMETRIES):
+        if module.why_not(geometry, dtype, direction, place, False):
+            refused += 1
+            continue
+        rng = numpy.random.default_rng(number)
+        x, w, dy = (
+            place.xp.asarray(_random(rng, shape, dtype))
+            for shape in (geometry.x_shape, geometry.w_shape, geometry.y_shape)
+        )
+        operands, call = prepared(direction, geometry, x, w, dy, algorithm=name)
+        of_bound = deviation(call(), direction, *operands, geometry, dtype, place.xp)[1]
+        worst = max(worst, of_bound)
+        if not of_bound <= 1:
+            wrong.append(geometry)
+    right = len(GEOMETRIES) - refused - len(wrong)
+    return Outcome(place.name, name, direction, dtype.name, right, refused, worst, tuple(wrong))
+
+
+def _random(rng: numpy.random.Generator, shape: tuple[int, ...], dtype: numpy.dtype) -> numpy.ndarray:
+    values = rng.standard_normal(shape)
+    return (values + 1j * rng.standard_normal(shape) if dtype.kind == "c" else values).astype(dtype)

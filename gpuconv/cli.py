@@ -1,0 +1,214 @@
+"""The command line: reads options, calls what does the work, prints. Decides nothing itself."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import gpuconv
+from gpuconv import dtypes, settings
+from gpuconv.backend import BackendError, array_module, config
+from gpuconv.choose import ALGORITHMS
+from gpuconv.geometry import DIRECTIONS, LAYOUTS, PADDING_NAMES
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (try {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; 0 for success, 1 for a wrong result, 2 for a bad option, 130 when interrupted."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (ValueError, TypeError, BackendError) as error:
+        print(f"gpuconv {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"gpuconv {options.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="gpuconv", description="Convolution forward and backward for NumPy and CuPy arrays.")
+    parser.add_argument("--version", action="version", version=f"gpuconv {gpuconv.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    bench = commands.add_parser(
+        "bench",
+        help="verify and time real layers on this machine",
+        description="Runs real layers forward, data_grad and weight_grad in float32 on the backend in force: verifies each"
+        " against a float64 reference, then times it. GFLOP/s count the direct algorithm, GB/s each tensor once, noise is"
+        " the interquartile range over the median, error the largest over the largest element of the reference.",
+    )
+    bench.add_argument("--case", action="append", metavar="NAME", help="only cases whose name contains NAME; may be repeated")
+    bench.add_argument("--direction", action="append", choices=DIRECTIONS, help="only this direction; may be repeated")
+    bench.add_argument("--batch", type=_positive, metavar="N", help="batch size (default 8 on a CPU, 32 on a GPU)")
+    bench.add_argument("--seconds", type=_seconds, default=0.5, metavar="S", help="time for each row (default 0.5)")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write machine, definitions and every sample")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="write bars of GFLOP/s, as PNG, SVG or PDF")
+    bench.set_defaults(run=_bench)
+
+    check = commands.add_parser("check", help="hold every algorithm of this machine against a float64 reference")
+    check.set_defaults(run=_check)
+
+    info = commands.add_parser("info", help="versions, backend, devices, environment variables")
+    info.set_defaults(run=_info)
+
+    explain = commands.add_parser("explain", help="which algorithm would compute a convolution, and why not the others")
+    explain.add_argument("x", type=_ints, metavar="X_SHAPE", help="such as 8,64,56,56")
+    explain.add_argument("w", type=_ints, metavar="W_SHAPE", help="such as 64,64,3,3")
+    explain.add_argument("--stride", type=_per_axis, default=1, help="N or N,N (default 1)")
+    explain.add_argument("--padding", type=_padding, default=0, help=f"N or N,N or LOW:HIGH,LOW:HIGH or {', '.join(PADDING_NAMES)}")
+    explain.add_argument("--dilation", type=_per_axis, default=1, help="N or N,N (default 1)")
+    explain.add_argument("--groups", type=int, default=1)
+    explain.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0])
+    explain.add_argument("--flip", action="store_true", help="true convolution")
+    explain.add_argument("--dtype", choices=dtypes.NAMES, default="float32")
+    explain.add_argument("--direction", choices=DIRECTIONS, help="only this direction (default all)")
+    explain.add_argument("--backend", choices=settings.BACKENDS)
+    explain.add_argument("--algorithm", choices=("auto", *ALGORITHMS), default="auto")
+    explain.set_defaults(run=_explain)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 3600:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 3600, got {text}")
+    return value
+
+
+def _ints(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be ints with commas between them, got {text!r}") from None
+
+
+def _per_axis(text: str) -> int | tuple[int, ...]:
+    values = _ints(text)
+    return values[0] if len(values) == 1 else values
+
+
+def _padding(text: str) -> Any:
+    if text in PADDING_NAMES:
+        return text
+    if ":" not in text:
+        return _per_axis(text)
+    pairs = tuple(_ints(part.replace(":", ",")) for part in text.split(","))
+    if any(len(pair) != 2 for pair in pairs):
+        raise argparse.ArgumentTypeError(f"must be LOW:HIGH for every axis, got {text!r}")
+    return pairs
+
+
+def _bench(options: argparse.Namespace) -> int:
+    missing = [name for name in ("rich", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"needs {' and '.join(missing)}: pip install 'gpuconv[bench]'")
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from gpuconv.benchmark import report, run
+    from gpuconv.benchmark.layers import LAYERS
+
+    layers = [layer for layer in LAYERS if not options.case or any(part in layer.name for part in options.case)]
+    if not layers:
+        raise ValueError(f"no case has {' or '.join(options.case)} in its name; there are: {'; '.join(c.name for c in LAYERS)}")
+    for path in (options.json, options.plot):
+        _check_writable(path)
+    if options.plot:
+        report.check_format(options.plot)
+    directions = options.direction or DIRECTIONS
+    xp = array_module()
+    batch = options.batch or run.default_batch(xp)
+
+    console = Console(width=None if sys.stdout.isatty() else 130, soft_wrap=False)
+    facts = config()
+    for name in ("gpuconv", "CPU", "cores", "NumPy", "CuPy", "backend"):
+        console.print(f"{name:<8} {facts[name]}", highlight=False, soft_wrap=True)
+    console.print(f"computes on {xp.__name__}: float32, batch {batch}, verified before it is timed\n", highlight=False)
+    columns = TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    results = []
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(layers[0].name, total=len(layers) * len(directions))
+        for row in run.rows(layers, directions, xp=xp, batch=batch, seconds=options.seconds):
+            results.append(row)
+            progress.update(task, advance=1, description=row.case)
+    console.print(report.table(results))
+    if options.json:
+        run.write_json(options.json, results, batch)
+    if options.plot:
+        report.plot(results, options.plot, f"gpuconv {facts['gpuconv']} on {xp.__name__}, {facts['CPU']}, float32, batch {batch}")
+    wrong = [row for row in results if not row.right]
+    for row in wrong:
+        print(f"gpuconv bench: wrong result: {row.case}, {row.direction}: {row.of_bound:.3g} times the bound", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _check_writable(path: Path | None) -> None:
+    """Notices before the run that a file cannot be written."""
+    if path is None:
+        return
+    existed = path.exists()
+    try:
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+    if not existed:
+        path.unlink()
+
+
+def _check(options: argparse.Namespace) -> int:
+    from gpuconv.benchmark import check
+
+    places, missing = check.backends()
+    failures = count = 0
+    for outcome in check.outcomes(places):
+        verdict = "ok" if not outcome.wrong else "WRONG"
+        refused = f", {outcome.refused} refused" if outcome.refused else ""
+        print(
+            f"{outcome.backend:<6} {outcome.algorithm:<8} {outcome.direction:<12} {outcome.dtype:<11} {verdict:<6}"
+            f"{outcome.right} right{refused}, largest error {outcome.worst:.2f} of its bound"
+        )
+        for geometry in outcome.wrong:
+            print(f"    {geometry}")
+        failures += len(outcome.wrong)
+        count += outcome.right + len(outcome.wrong)
+    if missing:
+        print(f"cupy   not checked: {missing}")
+    print(f"{count} results checked, {failures} wrong")
+    return 1 if failures or not count else 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    gpuconv.show_config()
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    for direction in [options.direction] if options.direction else DIRECTIONS:
+        print(
+            gpuconv.explain(
+                options.x, options.w, stride=options.stride, padding=options.padding, dilation=options.dilation,
+                groups=options.groups, layout=options.layout, flip=options.flip, dtype=options.dtype, direction=direction,
+                backend=options.backend, algorithm=options.algorithm,
+            )
+        )  # fmt: skip
+    return 0
