@@ -141,7 +141,7 @@ def _bench(options: argparse.Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else 130, soft_wrap=False)
     facts = config()
     for name in ("gpuconv", "CPU", "cores", "NumPy", "CuPy", "backend"):
-        console.print(f"{name:<8} {facts[name]}", highlight=False, soft_wrap=True)
+        console.print(f"{name:<8} {facts[name]}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"computes on {xp.__name__}: float32, batch {batch}, verified before it is timed\n", highlight=False)
     columns = TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     results = []

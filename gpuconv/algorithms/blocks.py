@@ -61,6 +61,12 @@ def largest(extent: int, limit: float, cost: Callable[[int], float]) -> int:
     return max(1, -(-extent // pieces))
 
 
+def channels_innermost(images: Array) -> bool:
+    """Whether (*positions, G, C/G) lies in memory with its channels closer together than its pixels."""
+    channel = images.strides[-1] if images.shape[-1] > 1 else images.strides[-2]
+    return abs(channel) < abs(images.strides[-3])
+
+
 class Space(NamedTuple):
     """Whether something needs room in the workspace, and how many temporaries of its size come and go beside it."""
 

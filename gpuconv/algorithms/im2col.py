@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy
 
-from gpuconv.algorithms.blocks import Arrangement, Space, boxes, fitting_box, largest, pieces
+from gpuconv.algorithms.blocks import Arrangement, Space, boxes, channels_innermost, fitting_box, largest, pieces
 from gpuconv.algorithms.windows import reaches_beyond, region_elements, sliding, windows_of
 from gpuconv.backend import Array, Backend
 from gpuconv.geometry import Direction, Geometry, Shape
@@ -27,7 +27,7 @@ from gpuconv.operands import Index, Operand, Result
 from gpuconv.workspace import Run, shaped
 
 # Larger blocks make longer products, smaller ones stay in the cache.
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 8 << 20
 # Below this many outputs per image, the images of a block share one product, and the result is copied into place.
 SHORT_PRODUCT = 256
 
@@ -132,8 +132,7 @@ def _order(batch: int, rank: int, by_rows: bool, stack: bool) -> _Order:
 
 
 def _order_of(x: Array, geometry: Geometry, stack: bool) -> _Order:
-    channel = x.strides[-1] if x.shape[-1] > 1 else x.strides[-2]
-    return _order(len(geometry.batch), geometry.rank, abs(channel) < abs(x.strides[-3]), stack)
+    return _order(len(geometry.batch), geometry.rank, channels_innermost(x), stack)
 
 
 class _Reading(NamedTuple):

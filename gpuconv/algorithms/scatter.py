@@ -21,15 +21,15 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from gpuconv.algorithms.blocks import Arrangement, Space, boxes, fitting_box, largest, pieces
+from gpuconv.algorithms.blocks import Arrangement, Space, boxes, channels_innermost, fitting_box, largest, pieces
 from gpuconv.algorithms.windows import reaches_beyond, region_elements, windows_of
 from gpuconv.backend import Array, Backend
 from gpuconv.geometry import Direction, Geometry, Shape
 from gpuconv.operands import Index, Operand, Result
 from gpuconv.workspace import Run, shaped
 
-# A block's sums are added to once per tap: they should stay in the cache.
-BLOCK_BYTES = 1 << 20
+# A tap passes over the whole block: smaller ones stay in the cache, larger ones make longer inner loops.
+BLOCK_BYTES = 4 << 20
 
 
 def why_not(geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, deterministic: bool) -> str | None:
@@ -41,7 +41,7 @@ def why_not(geometry: Geometry, dtype: numpy.dtype, direction: Direction, backen
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
     """Adds to y what each tap of w makes of x."""
-    xp, order = run.backend.xp, _images_by_rows(len(geometry.batch) + geometry.rank)
+    xp, order = run.backend.xp, _order_of(x.view, geometry.group_channels)
     summed = y.view.dtype != run.dtype
     sums = Space(summed, y.temporaries)
     sizes = _forward_sizes(geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, _patch_of(x, geometry, run), sums)
@@ -63,7 +63,7 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
     """Adds each tap's share of dy to the inputs that the tap read."""
-    xp, order = run.backend.xp, _images_by_rows(len(geometry.batch) + geometry.rank)
+    xp, order = run.backend.xp, _order_of(dy.view, geometry.group_filters)
     summed = dx.view.dtype != run.dtype
     w = w.part(w.view.swapaxes(-1, -2))
     gradients, sums = Space(not dy.is_plain(run.dtype), dy.temporaries), Space(summed, dx.temporaries)
@@ -90,7 +90,7 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run)
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
     """Adds to each tap of dw the products of dy with what the tap read."""
-    xp, order = run.backend.xp, _images_by_rows(len(geometry.batch) + geometry.rank)
+    xp, order = run.backend.xp, _by_groups(len(geometry.batch) + geometry.rank)
     summed = dw.view.dtype != run.dtype
     sizes = _weight_grad_sizes(
         geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, _patch_of(x, geometry, run), dy.temporaries, summed
@@ -113,10 +113,9 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Ru
 
 def _product(xp: Any, images: Array, weight: Array, order: Arrangement, slice_space: Array, term_space: Array) -> Array:
     """images (*box, G, I) times weight (G, I, J): the box's (*box, G, J), in the workspace."""
-    shape = (*images.shape[:-1], weight.shape[-1])
+    term, matrix = order.empty((*images.shape[:-1], weight.shape[-1]), term_space)
     if weight.shape[-2] == 1:
-        return xp.multiply(images, weight[:, 0], out=shaped(term_space, shape))
-    term, matrix = order.empty(shape, term_space)
+        return xp.multiply(images, weight[:, 0], out=term)
     xp.matmul(_as_rows(images, order, slice_space), weight, out=matrix)
     return term
 
@@ -140,8 +139,16 @@ def _loaded(operand: Operand, index: Index, space: Array, run: Run) -> Array:
     return block
 
 
+def _order_of(images: Array, channels: int) -> Arrangement:
+    """How blocks of these images lie: matrices (G, positions, I) for products, their own order for multiplications."""
+    positions = images.ndim - 2
+    if channels == 1 and channels_innermost(images):
+        return Arrangement(tuple(range(images.ndim)), positions, 2)
+    return _by_groups(positions)
+
+
 @lru_cache(maxsize=16)
-def _images_by_rows(positions: int) -> Arrangement:
+def _by_groups(positions: int) -> Arrangement:
     return Arrangement((positions, *range(positions), positions + 1), positions, 1)
 
 
