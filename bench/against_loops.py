@@ -10,8 +10,9 @@ import itertools
 import statistics
 import time
 
-import gpuconv
 import numpy as np
+
+import gpuconv
 
 SETTINGS = {"stride": 1, "padding": 1}
 

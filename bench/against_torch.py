@@ -32,8 +32,9 @@ TURN_SECONDS = 0.15
 
 
 def gpuconv_calls(name, channels_last):
-    import gpuconv
     import numpy as np
+
+    import gpuconv
 
     channels, filters, extent, stride = LAYERS[name]
     rng = np.random.default_rng(0)
@@ -92,7 +93,9 @@ def work(side):
 
 
 def versions(python, library):
-    answer = subprocess.run([python, "-c", f"import {library}; print({library}.__version__)"], capture_output=True, text=True)
+    answer = subprocess.run(
+        [python, "-c", f"import {library}; print({library}.__version__)"], capture_output=True, text=True
+    )
     if answer.returncode:
         sys.exit(f"{python} cannot import {library}: install it there, or name another Python")
     return answer.stdout.strip()
@@ -117,8 +120,9 @@ def main():
         )
         for side, python in pythons.items()
     }
-    from gpuconv.backend import cpu_name
     from rich.progress import track
+
+    from gpuconv.backend import cpu_name
 
     samples = {}
     for name in track(LAYERS, description="layers", transient=True):
@@ -132,16 +136,28 @@ def main():
         worker.stdin.close()
         worker.wait()
 
-    print(f"gpuconv {found['gpuconv']} on NumPy against PyTorch {found['torch']}, {cpu_name()}, float32, N={BATCH}, 3x3")
+    print(
+        f"gpuconv {found['gpuconv']} on NumPy against PyTorch {found['torch']}, {cpu_name()}, float32, N={BATCH}, 3x3"
+    )
     print("milliseconds, median; ratio = gpuconv / the better PyTorch (below 1: gpuconv is faster)")
-    print(f"{'layer':<12}{'direction':<13}" + "".join(f"{side:>24}" for side in SIDES) + f"{'ratio first':>13}{'ratio last':>12}")
+    print(
+        f"{'layer':<12}{'direction':<13}"
+        + "".join(f"{side:>24}" for side in SIDES)
+        + f"{'ratio first':>13}{'ratio last':>12}"
+    )
     rows = []
     for name in LAYERS:
         for direction in DIRECTIONS:
             medians = [statistics.median(samples[name, direction, side]) * 1e3 for side in SIDES]
             ratios = [mine / min(medians[2:]) for mine in medians[:2]]
-            print(f"{name:<12}{direction:<13}" + "".join(f"{m:>24.2f}" for m in medians) + f"{ratios[0]:>13.2f}{ratios[1]:>12.2f}")
-            rows.append({"layer": name, "direction": direction, "ms": dict(zip(SIDES, medians, strict=True)), "ratio": ratios})
+            print(
+                f"{name:<12}{direction:<13}"
+                + "".join(f"{m:>24.2f}" for m in medians)
+                + f"{ratios[0]:>13.2f}{ratios[1]:>12.2f}"
+            )
+            rows.append(
+                {"layer": name, "direction": direction, "ms": dict(zip(SIDES, medians, strict=True)), "ratio": ratios}
+            )
     print(f"largest ratio {max(max(row['ratio']) for row in rows):.2f}")
     if options.json:
         options.json.write_text(json.dumps({"cpu": cpu_name(), "versions": found, "rows": rows}, indent=1) + "\n")

@@ -11,8 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-import gpuconv
 import numpy as np
+
+import gpuconv
 
 PASS = 0.97
 BATCH = 64
@@ -108,7 +109,13 @@ def train(network, images, labels, epochs, rng):
         rate = RATE * (1 - epoch / epochs)
         order = network.xp.asarray(rng.permutation(len(labels)))
         batches = [order[start : start + BATCH] for start in range(0, len(labels), BATCH)]
-        losses.append(float(np.mean([network.step(shifted(network.xp, images[batch], rng), labels[batch], rate) for batch in batches])))
+        losses.append(
+            float(
+                np.mean(
+                    [network.step(shifted(network.xp, images[batch], rng), labels[batch], rate) for batch in batches]
+                )
+            )
+        )
     return losses
 
 
@@ -150,8 +157,11 @@ def main():
     predicted = network.predict(held_out)
     accuracy = float((predicted == held_out_labels).mean())
     seconds = time.perf_counter() - start
-    print(f"{accuracy:.1%} of {len(held_out_labels)} held-out digits after {options.epochs} epochs, {seconds:.1f} s on {xp.__name__}")
-    held_out, held_out_labels, predicted = (a.get() if hasattr(a, "get") else a for a in (held_out, held_out_labels, predicted))
+    print(f"{accuracy:.1%} of {len(held_out_labels)} held-out digits right after {options.epochs} epochs")
+    print(f"{seconds:.1f} s on {xp.__name__}")
+    held_out, held_out_labels, predicted = (
+        a.get() if hasattr(a, "get") else a for a in (held_out, held_out_labels, predicted)
+    )
     plot(options.plot, losses, held_out, held_out_labels, predicted, accuracy)
     print(f"wrote {options.plot}")
     return 0 if accuracy >= PASS else 1

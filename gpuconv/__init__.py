@@ -14,7 +14,6 @@ from gpuconv.conv import (
     conv_transpose_backward,
     conv_weight_grad,
 )
-
 from gpuconv.sparse import conv_matrix
 
 __all__ = [

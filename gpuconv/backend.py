@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import os
+import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -55,7 +57,8 @@ def _checked(name: str) -> str:
 def set_backend(name: str | None) -> None:
     """Makes "numpy", "cupy" or "auto" the backend of this process; None leaves it to GPUCONV_BACKEND again.
 
-    >>> set_backend("numpy"); get_backend()
+    >>> set_backend("numpy")
+    >>> get_backend()
     'numpy'
     >>> set_backend(None)
     """
@@ -89,7 +92,7 @@ def _selected() -> tuple[str, str]:
         return name, "with backend(...)"
     if _process is not None:
         return _process, "set_backend"
-    return settings.backend(), "GPUCONV_BACKEND"
+    return settings.backend(), "GPUCONV_BACKEND" if os.environ.get("GPUCONV_BACKEND") else "the default"
 
 
 def get_backend() -> str:
@@ -114,7 +117,11 @@ def array_module() -> Any:
         return cupy_backend().xp
     if importlib.util.find_spec("cupy") is None:
         if driver_devices():
-            warnings.warn(f"this machine has a CUDA device, but CuPy is not installed: {INSTALL_HINT}", RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"this machine has a CUDA device, but CuPy is not installed: {INSTALL_HINT}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return numpy
     try:
         return cupy_backend().xp
@@ -138,8 +145,9 @@ def cupy_backend() -> Backend:
         working = int((cupy.arange(3) + 1).sum()) == 6
     except Exception as error:
         raise BackendError(
-            f"backend 'cupy' needs an NVIDIA GPU that CuPy {cupy.__version__} can use ({type(error).__name__}: {error});"
-            f" the driver reports {driver_devices()} device(s). If CUDA's libraries are missing: {INSTALL_HINT}"
+            f"backend 'cupy' needs an NVIDIA GPU that CuPy {cupy.__version__} can use, but it cannot"
+            f" ({type(error).__name__}: {error}); the driver reports {driver_devices()} device(s)."
+            f" If CUDA's libraries are missing: {INSTALL_HINT}"
         ) from error
     if not working:
         raise BackendError(f"CuPy {cupy.__version__} computes wrong sums on this machine's GPU")
@@ -164,12 +172,17 @@ def kind_of(**arrays: Array) -> Kind:
     first = next(iter(kinds))
     for name, kind in kinds.items():
         if kind != kinds[first]:
-            raise TypeError(f"arrays of a call must be of one kind, but {first} is a {kinds[first]}.ndarray and {name} a {kind}.ndarray")
+            raise TypeError(
+                f"arrays of a call must be of one kind,"
+                f" but {first} is a {kinds[first]}.ndarray and {name} a {kind}.ndarray"
+            )
     if kinds[first] == "cupy":
         devices = {name: array.device.id for name, array in arrays.items()}
         for name, device in devices.items():
             if device != devices[first]:
-                raise ValueError(f"arrays of a call must be on one device, but {first} is on {devices[first]} and {name} on {device}")
+                raise ValueError(
+                    f"arrays of a call must be on one device, but {first} is on {devices[first]} and {name} on {device}"
+                )
     return kinds[first]
 
 
@@ -180,7 +193,9 @@ def _kind(name: str, array: Array) -> Kind:
     if cupy is not None and isinstance(array, getattr(cupy, "ndarray", ())):
         return "cupy"
     found = f"{type(array).__module__}.{type(array).__qualname__}".removeprefix("builtins.")
-    raise TypeError(f"{name} must be a numpy.ndarray or a cupy.ndarray, not {found}; numpy.asarray({name}) may make one of it")
+    raise TypeError(
+        f"{name} must be a numpy.ndarray or a cupy.ndarray, not {found}; numpy.asarray({name}) may make one of it"
+    )
 
 
 def backend_for(kind: Kind) -> Backend:
@@ -242,9 +257,6 @@ def show_config() -> None:
 
 def config() -> dict[str, str]:
     """What :func:`show_config` prints, by name."""
-    import os
-    import platform
-
     from gpuconv import __version__
 
     name, source = _selected()
@@ -257,7 +269,7 @@ def config() -> dict[str, str]:
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "CUDA devices (driver)": str(driver_devices()),
         "CuPy": _cupy_facts(),
-        "backend": f"{name} (from {source if source != 'GPUCONV_BACKEND' or os.environ.get(source) else 'the default'})",
+        "backend": f"{name} (from {source})",
     }
     for variable, default in settings.DEFAULTS.items():
         facts[variable] = os.environ.get(variable) or f"unset ({default})"
@@ -279,8 +291,6 @@ def _cupy_facts() -> str:
 
 def cpu_name() -> str:
     """The processor's name as the system gives it."""
-    import platform
-
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
         for line in lines:
             if line.startswith("model name"):

@@ -16,7 +16,7 @@ import numpy
 
 from gpuconv import dtypes, settings
 from gpuconv.algorithms import im2col, scatter
-from gpuconv.backend import Backend, array_module, backend_for, get_backend
+from gpuconv.backend import NUMPY, Backend, array_module, cupy_backend, get_backend
 from gpuconv.geometry import DIRECTIONS, Direction, Geometry
 
 MODULES: dict[str, ModuleType] = {"im2col": im2col, "scatter": scatter}
@@ -37,10 +37,11 @@ class Explanation:
 
     def __str__(self) -> str:
         g = self.geometry
+        gflop = g.flops(is_complex=self.dtype.startswith("complex")) / 1e9
         lines = [
             f"{self.direction} of x {g.x_shape}, w {g.w_shape} -> y {g.y_shape}, {self.dtype} on {self.backend}",
             f"  stride {g.stride}, padding {g.padding}, dilation {g.dilation}, groups {g.groups}, {g.layout}",
-            f"  {g.flops(is_complex=self.dtype.startswith('complex')) / 1e9:.3g} GFLOP in sums of {g.reduction_length(self.direction)} products",
+            f"  {gflop:.3g} GFLOP in sums of {g.reduction_length(self.direction)} products",
             f"takes {self.algorithm}: {self.reason}",
             *(f"not {name}: {reason}" for name, reason in self.refused),
         ]
@@ -53,14 +54,18 @@ def choose(
 ) -> Explanation:
     """The algorithm by name or by rule; ValueError where the named one cannot do it."""
     check_name(algorithm)
-    refusals = {name: module.why_not(geometry, dtype, direction, backend, deterministic) for name, module in MODULES.items()}
+    refusals = {
+        name: module.why_not(geometry, dtype, direction, backend, deterministic) for name, module in MODULES.items()
+    }
     if algorithm != "auto":
         if refusals[algorithm]:
             raise ValueError(f"algorithm={algorithm!r} cannot compute this {direction}: {refusals[algorithm]}")
         name, reason = algorithm, "asked for by name"
     else:
         name, reason = next((name, reason) for name, reason in _preferences(geometry, backend) if not refusals[name])
-    refused = tuple((other, refusals[other] or f"it can, but {name} is taken: {reason}") for other in ALGORITHMS if other != name)
+    refused = tuple(
+        (other, refusals[other] or f"it can, but {name} is taken: {reason}") for other in ALGORITHMS if other != name
+    )
     return Explanation(name, reason, refused, direction, backend.name, dtype.name, geometry)
 
 
@@ -117,11 +122,13 @@ def explain(
     )  # fmt: skip
     check_name(algorithm)
     name = backend or get_backend()
-    place = backend_for("numpy" if (array_module() if name == "auto" else name) in (numpy, "numpy") else "cupy")
+    if name == "auto":
+        name = array_module().__name__
+    place = NUMPY if name == "numpy" else cupy_backend()
     return choose(geometry, kind, direction, place, algorithm, consent(algorithm, deterministic))
 
 
 def consent(algorithm: str, deterministic: bool | None) -> bool:
-    """Whether the order of additions must be fixed: naming an algorithm consents to its own, unless the caller insists."""
+    """Whether additions must have a fixed order: naming an algorithm consents to its own, unless the caller insists."""
     required = settings.deterministic(deterministic)
     return required if algorithm == "auto" else bool(deterministic)

@@ -11,9 +11,10 @@ from typing import Any, NoReturn
 
 import gpuconv
 from gpuconv import dtypes, settings
+from gpuconv.arguments import LAYOUTS, PADDING_NAMES
 from gpuconv.backend import BackendError, array_module, config
 from gpuconv.choose import ALGORITHMS
-from gpuconv.geometry import DIRECTIONS, LAYOUTS, PADDING_NAMES
+from gpuconv.geometry import DIRECTIONS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,11 +46,13 @@ def _parser() -> _Parser:
     bench = commands.add_parser(
         "bench",
         help="verify and time real layers on this machine",
-        description="Runs real layers forward, data_grad and weight_grad in float32 on the backend in force: verifies each"
-        " against a float64 reference, then times it. GFLOP/s count the direct algorithm, GB/s each tensor once, noise is"
-        " the interquartile range over the median, error the largest over the largest element of the reference.",
+        description="Runs real layers forward, data_grad and weight_grad in float32 on the backend in force: verifies"
+        " each against a float64 reference, then times it. GFLOP/s count the direct algorithm, GB/s each tensor once,"
+        " noise is the interquartile range over the median, error the largest over the reference's largest element.",
     )
-    bench.add_argument("--case", action="append", metavar="NAME", help="only cases whose name contains NAME; may be repeated")
+    bench.add_argument(
+        "--case", action="append", metavar="NAME", help="only cases whose name contains NAME; may be repeated"
+    )
     bench.add_argument("--direction", action="append", choices=DIRECTIONS, help="only this direction; may be repeated")
     bench.add_argument("--batch", type=_positive, metavar="N", help="batch size (default 8 on a CPU, 32 on a GPU)")
     bench.add_argument("--seconds", type=_seconds, default=0.5, metavar="S", help="time for each row (default 0.5)")
@@ -67,7 +70,9 @@ def _parser() -> _Parser:
     explain.add_argument("x", type=_ints, metavar="X_SHAPE", help="such as 8,64,56,56")
     explain.add_argument("w", type=_ints, metavar="W_SHAPE", help="such as 64,64,3,3")
     explain.add_argument("--stride", type=_per_axis, default=1, help="N or N,N (default 1)")
-    explain.add_argument("--padding", type=_padding, default=0, help=f"N or N,N or LOW:HIGH,LOW:HIGH or {', '.join(PADDING_NAMES)}")
+    explain.add_argument(
+        "--padding", type=_padding, default=0, help=f"N or N,N or LOW:HIGH,LOW:HIGH or {', '.join(PADDING_NAMES)}"
+    )
     explain.add_argument("--dilation", type=_per_axis, default=1, help="N or N,N (default 1)")
     explain.add_argument("--groups", type=int, default=1)
     explain.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0])
@@ -122,14 +127,23 @@ def _bench(options: argparse.Namespace) -> int:
     if missing:
         raise ValueError(f"needs {' and '.join(missing)}: pip install 'gpuconv[bench]'")
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     from gpuconv.benchmark import report, run
     from gpuconv.benchmark.layers import LAYERS
 
     layers = [layer for layer in LAYERS if not options.case or any(part in layer.name for part in options.case)]
     if not layers:
-        raise ValueError(f"no case has {' or '.join(options.case)} in its name; there are: {'; '.join(c.name for c in LAYERS)}")
+        raise ValueError(
+            f"no case has {' or '.join(options.case)} in its name; there are: {'; '.join(c.name for c in LAYERS)}"
+        )
     for path in (options.json, options.plot):
         _check_writable(path)
     if options.plot:
@@ -143,7 +157,13 @@ def _bench(options: argparse.Namespace) -> int:
     for name in ("gpuconv", "CPU", "cores", "NumPy", "CuPy", "backend"):
         console.print(f"{name:<8} {facts[name]}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"computes on {xp.__name__}: float32, batch {batch}, verified before it is timed\n", highlight=False)
-    columns = TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description:<36}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     results = []
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(layers[0].name, total=len(layers) * len(directions))
@@ -154,10 +174,17 @@ def _bench(options: argparse.Namespace) -> int:
     if options.json:
         run.write_json(options.json, results, batch)
     if options.plot:
-        report.plot(results, options.plot, f"gpuconv {facts['gpuconv']} on {xp.__name__}, {facts['CPU']}, float32, batch {batch}")
+        report.plot(
+            results,
+            options.plot,
+            f"gpuconv {facts['gpuconv']} on {xp.__name__}, {facts['CPU']}, float32, batch {batch}",
+        )
     wrong = [row for row in results if not row.right]
     for row in wrong:
-        print(f"gpuconv bench: wrong result: {row.case}, {row.direction}: {row.of_bound:.3g} times the bound", file=sys.stderr)
+        print(
+            f"gpuconv bench: wrong result: {row.case}, {row.direction}: {row.of_bound:.3g} times the bound",
+            file=sys.stderr,
+        )
     return 1 if wrong else 0
 
 
@@ -207,8 +234,8 @@ def _explain(options: argparse.Namespace) -> int:
         print(
             gpuconv.explain(
                 options.x, options.w, stride=options.stride, padding=options.padding, dilation=options.dilation,
-                groups=options.groups, layout=options.layout, flip=options.flip, dtype=options.dtype, direction=direction,
-                backend=options.backend, algorithm=options.algorithm,
+                groups=options.groups, layout=options.layout, flip=options.flip, dtype=options.dtype,
+                direction=direction, backend=options.backend, algorithm=options.algorithm,
             )
         )  # fmt: skip
     return 0

@@ -7,21 +7,26 @@ those of gpuconv/geometry.py: N batch, C in-channels, F out-channels (filters), 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy
-
-from gpuconv import activations, dtypes, geometry as geometry_module, settings, workspace
+from gpuconv import geometry as geometry_module
+from gpuconv import workspace
 from gpuconv.activations import Activation
-from gpuconv.algorithms.blocks import Space, boxes, fitting_box
-from gpuconv.backend import Array, Backend, Kind, backend_for, device_of, kind_of, matrix_products, module_of, moved
-from gpuconv.choose import MODULES, check_name, choose, consent
-from gpuconv.geometry import Direction, Geometry, Shape
-from gpuconv.operands import Operand, Result, Role, canonical
-
-NEEDS = ("dx", "dw", "db")
+from gpuconv.backend import Array
+from gpuconv.call import (
+    NEEDS,
+    Call,
+    Source,
+    check_activation,
+    check_backward,
+    check_bias,
+    check_shape,
+    checked,
+    given,
+)
+from gpuconv.choose import choose
+from gpuconv.geometry import Geometry
 
 
 class Gradients(NamedTuple):
@@ -71,15 +76,15 @@ def conv(
     array([[[[4., 4.],
              [4., 4.]]]])
     """
-    kind, dtype = _checked(x=x, w=w, **_given(b=b))
+    kind, dtype = checked(x=x, w=w, **given(b=b))
     geometry = Geometry.infer(
         x.shape, w.shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip
     )
-    _check_bias(b, geometry.filters)
-    _check_activation(activation, dtype)
-    call = _Call(geometry, kind, dtype, algorithm, precision, deterministic)
-    call.check_out(out, geometry.y_shape, x=x, w=w, **_given(b=b))
-    return call.compute("forward", _Source(x, "x"), _Source(w, "w"), "y", out=out, bias=b, activation=activation)
+    check_bias(b, geometry.filters)
+    check_activation(activation, dtype)
+    call = Call(geometry, kind, dtype, algorithm, precision, deterministic)
+    call.check_out(out, geometry.y_shape, x=x, w=w, **given(b=b))
+    return call.compute("forward", Source(x, "x"), Source(w, "w"), "y", out=out, bias=b, activation=activation)
 
 
 def conv_data_grad(
@@ -110,15 +115,15 @@ def conv_data_grad(
              [2., 4., 2.],
              [1., 2., 1.]]]])
     """
-    kind, dtype = _checked(dy=dy, w=w)
+    kind, dtype = checked(dy=dy, w=w)
     geometry = Geometry.infer(
         x_shape, w.shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip,
         x_name="x_shape",
     )  # fmt: skip
-    _check_shape("dy", dy, geometry.y_shape)
-    call = _Call(geometry, kind, dtype, algorithm, precision, deterministic)
+    check_shape("dy", dy, geometry.y_shape)
+    call = Call(geometry, kind, dtype, algorithm, precision, deterministic)
     call.check_out(out, geometry.x_shape, dy=dy, w=w)
-    return call.compute("data_grad", _Source(dy, "y"), _Source(w, "w", conjugate=True), "x", out=out)
+    return call.compute("data_grad", Source(dy, "y"), Source(w, "w", conjugate=True), "x", out=out)
 
 
 def conv_weight_grad(
@@ -147,15 +152,15 @@ def conv_weight_grad(
     array([[[[ 8., 12.],
              [20., 24.]]]])
     """
-    kind, dtype = _checked(dy=dy, x=x)
+    kind, dtype = checked(dy=dy, x=x)
     geometry = Geometry.infer(
         x.shape, w_shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip,
         w_name="w_shape",
     )  # fmt: skip
-    _check_shape("dy", dy, geometry.y_shape)
-    call = _Call(geometry, kind, dtype, algorithm, precision, deterministic)
+    check_shape("dy", dy, geometry.y_shape)
+    call = Call(geometry, kind, dtype, algorithm, precision, deterministic)
     call.check_out(out, geometry.w_shape, dy=dy, x=x)
-    return call.compute("weight_grad", _Source(dy, "y"), _Source(x, "x", conjugate=True), "w", out=out)
+    return call.compute("weight_grad", Source(dy, "y"), Source(x, "x", conjugate=True), "w", out=out)
 
 
 def conv_backward(
@@ -188,16 +193,16 @@ def conv_backward(
     >>> dx.shape, dw.shape, db
     ((2, 3, 8, 8), (4, 3, 3, 3), array([72., 72., 72., 72.]))
     """
-    kind, dtype = _checked(dy=dy, x=x, w=w)
+    kind, dtype = checked(dy=dy, x=x, w=w)
     geometry = Geometry.infer(
         x.shape, w.shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip
     )
-    needed = _check_backward(kind, dtype, dy, geometry.y_shape, activation, y, needs)
-    call = _Call(geometry, kind, dtype, algorithm, precision, deterministic)
-    gradient = _Source(dy, "y", y=y if activation else None, activation=activation)
+    needed = check_backward(kind, dtype, dy, geometry.y_shape, activation, y, needs)
+    call = Call(geometry, kind, dtype, algorithm, precision, deterministic)
+    gradient = Source(dy, "y", y=y if activation else None, activation=activation)
     return Gradients(
-        dx=call.compute("data_grad", gradient, _Source(w, "w", conjugate=True), "x") if "dx" in needed else None,
-        dw=call.compute("weight_grad", gradient, _Source(x, "x", conjugate=True), "w") if "dw" in needed else None,
+        dx=call.compute("data_grad", gradient, Source(w, "w", conjugate=True), "x") if "dx" in needed else None,
+        dw=call.compute("weight_grad", gradient, Source(x, "x", conjugate=True), "w") if "dw" in needed else None,
         db=call.bias_grad(gradient) if "db" in needed else None,
     )
 
@@ -233,16 +238,16 @@ def conv_transpose(
     >>> gpuconv.conv_transpose(numpy.ones((1, 1, 2)), numpy.ones((1, 1, 3)), stride=2)
     array([[[1., 1., 2., 1., 1.]]])
     """
-    kind, dtype = _checked(x=x, w=w, **_given(b=b))
+    kind, dtype = checked(x=x, w=w, **given(b=b))
     geometry = Geometry.infer_transposed(
         x.shape, w.shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip,
         output_padding=output_padding,
     )  # fmt: skip
-    _check_bias(b, geometry.channels)
-    _check_activation(activation, dtype)
-    call = _Call(geometry, kind, dtype, algorithm, precision, deterministic)
-    call.check_out(out, geometry.x_shape, x=x, w=w, **_given(b=b))
-    return call.compute("data_grad", _Source(x, "y"), _Source(w, "w"), "x", out=out, bias=b, activation=activation)
+    check_bias(b, geometry.channels)
+    check_activation(activation, dtype)
+    call = Call(geometry, kind, dtype, algorithm, precision, deterministic)
+    call.check_out(out, geometry.x_shape, x=x, w=w, **given(b=b))
+    return call.compute("data_grad", Source(x, "y"), Source(w, "w"), "x", out=out, bias=b, activation=activation)
 
 
 def conv_transpose_backward(
@@ -272,17 +277,17 @@ def conv_transpose_backward(
     >>> gradients.dx.shape, gradients.dw.shape, gradients.db
     ((1, 2, 4, 4), (2, 3, 2, 2), array([64., 64., 64.]))
     """
-    kind, dtype = _checked(dy=dy, x=x, w=w)
+    kind, dtype = checked(dy=dy, x=x, w=w)
     geometry = Geometry.infer_transposed(
         x.shape, w.shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip,
         output_padding=output_padding,
     )  # fmt: skip
-    needed = _check_backward(kind, dtype, dy, geometry.x_shape, activation, y, needs)
-    call = _Call(geometry, kind, dtype, algorithm, precision, deterministic)
-    gradient = _Source(dy, "x", y=y if activation else None, activation=activation)
+    needed = check_backward(kind, dtype, dy, geometry.x_shape, activation, y, needs)
+    call = Call(geometry, kind, dtype, algorithm, precision, deterministic)
+    gradient = Source(dy, "x", y=y if activation else None, activation=activation)
     return Gradients(
-        dx=call.compute("forward", gradient, _Source(w, "w", conjugate=True), "y") if "dx" in needed else None,
-        dw=call.compute("weight_grad", _Source(x, "y", conjugate=True), gradient, "w") if "dw" in needed else None,
+        dx=call.compute("forward", gradient, Source(w, "w", conjugate=True), "y") if "dx" in needed else None,
+        dw=call.compute("weight_grad", Source(x, "y", conjugate=True), gradient, "w") if "dw" in needed else None,
         db=call.bias_grad(gradient) if "db" in needed else None,
     )
 
@@ -292,229 +297,3 @@ def clear_cache() -> None:
     geometry_module.clear_cache()
     choose.cache_clear()
     workspace.clear()
-
-
-class _Source(NamedTuple):
-    """An array that a call reads, the role that it plays in the geometry, and what to make of its elements."""
-
-    array: Array
-    role: Role
-    conjugate: bool = False
-    y: Array | None = None
-    activation: Activation | None = None
-
-    def operand(self, geometry: Geometry, backend: Backend, dtype: numpy.dtype) -> Operand:
-        return Operand(
-            canonical(moved(self.array, backend.name), self.role, geometry),
-            self.conjugate and dtypes.is_complex(dtype),
-            None if self.y is None else canonical(moved(self.y, backend.name), self.role, geometry),
-            self.activation,
-        )
-
-
-class _Call:
-    """One call of a public function: where and how it computes. Settings are read, and refused, here."""
-
-    def __init__(
-        self,
-        geometry: Geometry,
-        kind: Kind,
-        dtype: numpy.dtype,
-        algorithm: str,
-        precision: str | None,
-        deterministic: bool | None,
-    ) -> None:
-        self.geometry, self.kind, self.dtype = geometry, kind, dtype
-        check_name(algorithm)
-        self.algorithm = algorithm
-        self.deterministic = consent(algorithm, deterministic)
-        self.precision = settings.precision(precision)
-        self.limit = settings.workspace_limit()
-        self.backend = backend_for(kind)
-
-    def check_out(self, out: Array | None, shape: Shape, **inputs: Array) -> None:
-        """TypeError or ValueError unless out can take a result of this shape."""
-        if out is None:
-            return
-        kind_of(**inputs, out=out)
-        if out.dtype != self.dtype:
-            raise TypeError(f"out must have the dtype of the result, {self.dtype.name}, not {out.dtype}")
-        _check_shape("out", out, shape)
-        if self.kind == "numpy" and not out.flags.writeable:
-            raise ValueError("out must be writeable, but it is read-only")
-        if _overlaps_itself(out):
-            raise ValueError(f"out must not overlap itself (shape {out.shape}, strides {out.strides})")
-        for name, array in inputs.items():
-            if _share_memory(self.kind, array, out):
-                raise ValueError(f"out must not overlap {name} in memory")
-
-    def compute(
-        self,
-        direction: Direction,
-        first: _Source,
-        second: _Source,
-        role: Role,
-        *,
-        out: Array | None = None,
-        bias: Array | None = None,
-        activation: Activation | None = None,
-    ) -> Array:
-        """Runs one direction. first and second are what the algorithms take: x and w, dy and w, or dy and x."""
-        geometry, backend, sums = self.geometry, self.backend, dtypes.accumulator(self.dtype)
-        algorithm = choose(geometry, self.dtype, direction, backend, self.algorithm, self.deterministic).algorithm
-        shape = {"x": geometry.x_shape, "w": geometry.w_shape, "y": geometry.y_shape}[role]
-        with device_of(first.array), matrix_products(backend, self.precision):
-            channels_last = role != "w" and _has_channels_last_memory(first.array, geometry)
-            target = out
-            if out is None or backend.name != self.kind:
-                target = _empty(backend.xp, shape, self.dtype, channels_last, geometry)
-            if bias is not None:
-                bias = moved(bias, backend.name).astype(sums).reshape(geometry.groups, -1)
-            result = Result(canonical(target, role, geometry), bias, activation)
-            operands = [source.operand(geometry, backend, self.dtype) for source in (first, second)]
-            run = workspace.Run(backend, sums, self.limit)
-            if all(operand.view.size for operand in operands) and result.view.size:
-                getattr(MODULES[algorithm], direction)(*operands, result, geometry, run)
-            else:
-                result.fill(backend.xp)
-            return self._returned(target, out, channels_last)
-
-    def bias_grad(self, gradient: _Source) -> Array:
-        """db: the sum of the gradient over all but the channels."""
-        xp = self.backend.xp
-        # Long sums of like terms drift in float32; float64 costs little here.
-        sums = dtypes.promoted(self.dtype, numpy.dtype(numpy.float64))
-        with device_of(gradient.array):
-            operand = gradient.operand(self.geometry, self.backend, self.dtype)
-            view, positions = operand.view, tuple(range(operand.view.ndim - 2))
-            if gradient.activation is None:
-                total = xp.sum(view, axis=positions, dtype=sums)
-            else:
-                total = xp.zeros(view.shape[-2:], sums)
-                run = workspace.Run(self.backend, dtypes.accumulator(self.dtype), self.limit)
-                channels = math.prod(view.shape[-2:])
-                read = Space(temporaries=operand.temporaries)
-                box, spaces = fitting_box(view.shape[:-2], run.budget, lambda box: [(channels * math.prod(box), read)])
-                with run.workspace(*spaces) as (space,):
-                    for index in boxes(view.shape[:-2], box):
-                        block = workspace.shaped(space, view[index].shape)
-                        operand.read(xp, index, block)
-                        total += xp.sum(block, axis=positions, dtype=sums)
-            return self._returned(total.reshape(-1).astype(self.dtype), None, False)
-
-    def _returned(self, result: Array, out: Array | None, channels_last: bool) -> Array:
-        """The result as the kind of array that came in, in out where there is one."""
-        if self.backend.name == self.kind:
-            return result
-        if out is None:
-            out = _empty(module_of(self.kind), result.shape, self.dtype, channels_last, self.geometry)
-        out[...] = moved(result, self.kind)
-        return out
-
-
-def _given(**arrays: Array | None) -> dict[str, Array]:
-    """Those optional arrays that were given."""
-    return {name: array for name, array in arrays.items() if array is not None}
-
-
-def _checked(**arrays: Array) -> tuple[Kind, numpy.dtype]:
-    """The kind of these arrays and the dtype of the result, or an error that names the array that does not fit."""
-    kind = kind_of(**arrays)
-    for name, array in arrays.items():
-        if not dtypes.supported(array.dtype):
-            hint = f"; {name}.astype('float32') makes one of it" if array.dtype.kind in "iub" else ""
-            raise TypeError(f"{name} must be one of {', '.join(dtypes.NAMES)}, not {array.dtype}{hint}")
-    return kind, dtypes.promoted(*(array.dtype for array in arrays.values()))
-
-
-def _check_shape(name: str, array: Array, shape: Shape) -> None:
-    if array.shape != shape:
-        raise ValueError(f"{name} must have the shape {shape}, but it has {array.shape}")
-
-
-def _check_bias(b: Array | None, channels: int) -> None:
-    if b is not None and b.shape != (channels,):
-        raise ValueError(f"b must have one element for each of the {channels} output channels, shape ({channels},), but it has {b.shape}")
-
-
-def _check_activation(activation: object, dtype: numpy.dtype) -> None:
-    if activation is None:
-        return
-    if not isinstance(activation, str) or activation not in activations.NAMES:
-        raise ValueError(f"activation must be None or one of {', '.join(activations.NAMES)}; got {activation!r}")
-    if dtypes.is_complex(dtype):
-        raise TypeError(f"activation={activation!r} needs a real dtype, but the result is {dtype.name}")
-
-
-def _check_backward(
-    kind: Kind,
-    dtype: numpy.dtype,
-    dy: Array,
-    shape: Shape,
-    activation: Activation | None,
-    y: Array | None,
-    needs: str | Sequence[str],
-) -> tuple[str, ...]:
-    """What is needed, once dy, y and the activation have been found to fit."""
-    _check_shape("dy", dy, shape)
-    _check_activation(activation, dtype)
-    if y is not None:
-        _checked(dy=dy, y=y)
-        _check_shape("y", y, shape)
-        if activation is not None and dtypes.is_complex(y.dtype):
-            raise TypeError(f"activation={activation!r} needs a real y, not {y.dtype}")
-    elif activation is not None:
-        raise ValueError(f"activation={activation!r} needs y, the result of the forward call, to take its derivative from")
-    return _checked_needs(needs)
-
-
-def _checked_needs(needs: str | Sequence[str]) -> tuple[str, ...]:
-    try:
-        names = (needs,) if isinstance(needs, str) else tuple(needs)
-    except TypeError:
-        raise TypeError(f"needs must be names out of {', '.join(NEEDS)}; got {needs!r}") from None
-    for name in names:
-        if name not in NEEDS:
-            raise ValueError(f"needs must be names out of {', '.join(NEEDS)}; got {name!r}")
-    return names
-
-
-def _has_channels_last_memory(array: Array, geometry: Geometry) -> bool:
-    """Whether a channels_first array lies in memory as a contiguous channels_last one (and not as both)."""
-    if geometry.layout == "channels_last" or array.flags.c_contiguous:
-        return False
-    channel = len(geometry.batch)
-    return array.transpose(*range(channel), *range(channel + 1, array.ndim), channel).flags.c_contiguous
-
-
-def _empty(xp: Any, shape: Shape, dtype: numpy.dtype, channels_last: bool, geometry: Geometry) -> Array:
-    """A new array of this shape; with channels_last, a channels_first one with channels_last memory."""
-    if not channels_last:
-        return xp.empty(shape, dtype)
-    channel = len(geometry.batch)
-    memory = xp.empty((*shape[:channel], *shape[channel + 1 :], shape[channel]), dtype)
-    return memory.transpose(*range(channel), len(shape) - 1, *range(channel, len(shape) - 1))
-
-
-def _overlaps_itself(array: Array) -> bool:
-    """Whether two elements may be one: some axis steps back into what the faster ones cover."""
-    covered = array.itemsize
-    for step, size in sorted((abs(step), size) for step, size in zip(array.strides, array.shape, strict=True)):
-        if size > 1:
-            if step < covered:
-                return array.size > 0
-            covered += step * (size - 1)
-    return False
-
-
-def _share_memory(kind: Kind, array: Array, out: Array) -> bool:
-    if kind == "cupy":
-        import cupy
-
-        return bool(cupy.may_share_memory(array, out) and cupy.shares_memory(array, out))
-    if not numpy.may_share_memory(array, out):
-        return False
-    try:
-        return numpy.shares_memory(array, out, max_work=10**6)
-    except numpy.exceptions.TooHardError:
-        return True

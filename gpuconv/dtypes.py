@@ -18,7 +18,7 @@ _HALVES = ("float16", "bfloat16")
 @lru_cache(maxsize=256)
 def supported(dtype: Any) -> bool:
     """Whether a call takes arrays of this dtype (in any byte order)."""
-    return dtype.name in NAMES
+    return str(dtype.name) in NAMES
 
 
 def named(name: Any, argument: str = "dtype") -> numpy.dtype:
@@ -28,20 +28,24 @@ def named(name: Any, argument: str = "dtype") -> numpy.dtype:
             import ml_dtypes
         except ImportError:
             raise TypeError(f"{argument}='bfloat16' needs ml_dtypes (pip install ml_dtypes)") from None
-        return numpy.dtype(ml_dtypes.bfloat16)
+        name = ml_dtypes.bfloat16
     try:
-        dtype = numpy.dtype(name)
+        dtype: numpy.dtype = numpy.dtype(name)
     except TypeError:
         raise TypeError(f"{argument} must be one of {', '.join(NAMES)}; got {name!r}") from None
     if not supported(dtype):
         raise TypeError(f"{argument} must be one of {', '.join(NAMES)}; got {dtype.name}")
-    return dtype.newbyteorder("=")
+    return _native(dtype)
+
+
+def _native(dtype: numpy.dtype) -> numpy.dtype:
+    return dtype if dtype.name == "bfloat16" else dtype.newbyteorder("=")
 
 
 @lru_cache(maxsize=256)
 def promoted(*dtypes: numpy.dtype) -> numpy.dtype:
     """The dtype of a result: NumPy's ``result_type``, with bfloat16 counted as a float32 beside anything else."""
-    native = {dtype.newbyteorder("=") if dtype.name != "bfloat16" else dtype for dtype in dtypes}
+    native = {_native(dtype) for dtype in dtypes}
     if len(native) == 1:
         return native.pop()
     return numpy.result_type(*(numpy.float32 if dtype.name == "bfloat16" else dtype for dtype in native))
@@ -54,7 +58,7 @@ def accumulator(dtype: numpy.dtype) -> numpy.dtype:
 
 
 def is_complex(dtype: Any) -> bool:
-    return dtype.kind == "c"
+    return str(dtype.kind) == "c"
 
 
 def epsilon(dtype: numpy.dtype) -> float:

@@ -11,21 +11,17 @@ array, and every complaint about a shape, a stride or a padding comes from here,
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from itertools import product
 from typing import Literal, NamedTuple, TypeAlias
 
+from gpuconv.arguments import Layout, Pairs, Shape, geometry_settings, per_axis, shape_of
+
 Direction: TypeAlias = Literal["forward", "data_grad", "weight_grad"]
-Layout: TypeAlias = Literal["channels_first", "channels_last"]
-Shape: TypeAlias = tuple[int, ...]
-Pairs: TypeAlias = tuple[tuple[int, int], ...]
 
 DIRECTIONS: tuple[Direction, ...] = ("forward", "data_grad", "weight_grad")
-LAYOUTS: tuple[Layout, ...] = ("channels_first", "channels_last")
-PADDING_NAMES = ("valid", "same", "same_lower", "full", "causal")
 TRANSPOSED_PADDING_NAMES = ("valid", "same", "same_lower")
 
 
@@ -83,7 +79,12 @@ class Geometry:
         Raises ValueError for shapes and values, TypeError for kinds.
         """
         shapes = shape_of(x_shape, x_name), shape_of(w_shape, w_name)
-        return _infer(*shapes, *_settings(shapes[1], w_name, stride, padding, dilation, groups, layout, flip), x_name, w_name)
+        return _infer(
+            *shapes,
+            *geometry_settings(shapes[1], w_name, stride, padding, dilation, groups, layout, flip),
+            x_name,
+            w_name,
+        )
 
     @classmethod
     def infer_transposed(
@@ -105,7 +106,7 @@ class Geometry:
         (8, 3, 32, 32)
         """
         shapes = shape_of(x_shape, "x"), shape_of(w_shape, "w")
-        settings = _settings(shapes[1], "w", stride, padding, dilation, groups, layout, flip)
+        settings = geometry_settings(shapes[1], "w", stride, padding, dilation, groups, layout, flip)
         extra = per_axis(output_padding, len(shapes[1]) - 2, "output_padding", minimum=0)
         return _infer_transposed(*shapes, *settings, extra)
 
@@ -187,7 +188,9 @@ class Geometry:
             return self.group_channels * self.taps
         if direction == "weight_grad":
             return math.prod(self.batch) * math.prod(self.output)
-        reaching = (-(-k // (s // math.gcd(s, d))) for k, s, d in zip(self.kernel, self.stride, self.dilation, strict=True))
+        reaching = (
+            -(-k // (s // math.gcd(s, d))) for k, s, d in zip(self.kernel, self.stride, self.dilation, strict=True)
+        )
         return self.group_filters * math.prod(reaching)
 
     @cached_property
@@ -204,13 +207,13 @@ class Geometry:
             inputs = tuple(axis.inputs for axis in axes)
             taps = tuple(axis.taps for axis in axes)
             geometry = None
-            if all(axis.count for axis in axes):
+            if all(axis.reaching for axis in axes):
                 geometry = replace(
                     self,
                     channels=self.filters,
                     filters=self.channels,
                     input=self.output,
-                    kernel=tuple(axis.count for axis in axes),
+                    kernel=tuple(axis.reaching for axis in axes),
                     stride=(1,) * self.rank,
                     padding=tuple(axis.padding for axis in axes),
                     dilation=tuple(axis.dilation for axis in axes),
@@ -238,96 +241,9 @@ class Geometry:
 class _AxisResidue(NamedTuple):
     inputs: slice
     taps: slice
-    count: int
+    reaching: int  # how many taps
     padding: tuple[int, int]
     dilation: int
-
-
-def shape_of(value: object, name: str) -> Shape:
-    """A shape given by a caller, as a tuple of Python ints."""
-    try:
-        shape = tuple(integer(extent, name) for extent in value)  # type: ignore[attr-defined]
-    except TypeError:
-        raise TypeError(f"{name} must be a shape, a sequence of ints, not {value!r}") from None
-    if any(extent < 0 for extent in shape):
-        raise ValueError(f"{name} must have no negative extent, got {shape}")
-    return shape
-
-
-def integer(value: object, name: str) -> int:
-    """An int or anything that NumPy counts as one; bool is not."""
-    try:
-        if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
-            raise TypeError
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name} must be made of ints, got {value!r}") from None
-
-
-def _is_sequence(value: object) -> bool:
-    return hasattr(value, "__len__") and hasattr(value, "__iter__") and not isinstance(value, (str, bytes, dict, set))
-
-
-def per_axis(value: object, rank: int, name: str, minimum: int) -> Shape:
-    """An int, or one int per axis, as one int per axis."""
-    if _is_sequence(value) and getattr(value, "ndim", 1):
-        items = tuple(integer(item, name) for item in value)  # type: ignore[attr-defined]
-        if len(items) != rank:
-            raise ValueError(f"{name} must be an int or one int per spatial axis: {rank} expected, got {value!r}")
-    elif isinstance(value, (str, bytes, dict, set)):
-        raise TypeError(f"{name} must be an int or one int per spatial axis, got {value!r}")
-    else:
-        items = (integer(value, name),) * rank
-    if any(item < minimum for item in items):
-        raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
-    return items
-
-
-def _read_padding(value: object, rank: int) -> Pairs | str:
-    """padding as (low, high) of every axis, or the name of a rule."""
-    if isinstance(value, str):
-        if value not in PADDING_NAMES:
-            raise ValueError(f"padding must be an int, one int or (low, high) per axis, or one of {', '.join(PADDING_NAMES)}; got {value!r}")
-        return value
-    if not _is_sequence(value) or not getattr(value, "ndim", 1):
-        size = integer(value, "padding")
-        return ((size, size),) * rank
-    items = tuple(value)  # type: ignore[arg-type]
-    if len(items) != rank:
-        hint = f"; for one axis write padding=(({items[0]!r}, {items[1]!r}),)" if rank == 1 and len(items) == 2 else ""
-        raise ValueError(f"padding must have one int or one (low, high) pair per spatial axis: {rank} expected, got {value!r}{hint}")
-    if not any(_is_sequence(item) for item in items):
-        return tuple((integer(item, "padding"),) * 2 for item in items)
-    pairs = []
-    for item in items:
-        if not _is_sequence(item) or len(item) != 2:
-            raise ValueError(f"padding must be ints or (low, high) pairs throughout, got {value!r}")
-        pairs.append((integer(item[0], "padding"), integer(item[1], "padding")))
-    return tuple(pairs)
-
-
-def _settings(
-    w_shape: Shape, w_name: str, stride: object, padding: object, dilation: object, groups: object, layout: object, flip: object
-) -> tuple[Shape, Pairs | str, Shape, int, Layout, bool]:
-    """The settings in one form each, so that equal convolutions are equal keys."""
-    rank = len(w_shape) - 2
-    if rank < 1:
-        raise ValueError(f"{w_name} must have two channel axes and at least one spatial axis, got shape {w_shape}")
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
-    if not isinstance(flip, bool) and type(flip).__name__ not in ("bool", "bool_"):
-        raise TypeError(f"flip must be True or False, got {flip!r}")
-    count = integer(groups, "groups")
-    if count < 1:
-        raise ValueError(f"groups must be at least 1, got {groups!r}")
-    return (
-        per_axis(stride, rank, "stride", minimum=1),
-        _read_padding(padding, rank),
-        per_axis(dilation, rank, "dilation", minimum=1),
-        count,
-        layout,  # type: ignore[return-value]
-        bool(flip),
-    )
 
 
 def _split(x_shape: Shape, w_shape: Shape, layout: Layout, x_name: str, w_name: str) -> tuple[Shape, int, Shape, Shape]:
@@ -335,7 +251,8 @@ def _split(x_shape: Shape, w_shape: Shape, layout: Layout, x_name: str, w_name: 
     rank = len(w_shape) - 2
     if len(x_shape) <= rank:
         raise ValueError(
-            f"{x_name} must have a channel axis and the {rank} spatial axes of {w_name} ({x_name} {x_shape}, {w_name} {w_shape})"
+            f"{x_name} must have a channel axis and the {rank} spatial axes of {w_name}"
+            f" ({x_name} {x_shape}, {w_name} {w_shape})"
         )
     axes = len(x_shape) - rank - 1
     if layout == "channels_last":
@@ -365,7 +282,9 @@ def _infer(
     group_channels, filters = w_shape[-2:] if layout == "channels_last" else (w_shape[1], w_shape[0])
     shapes = f"({x_name} {x_shape}, {w_name} {w_shape}, groups={groups})"
     if channels % groups:
-        raise ValueError(f"groups must divide the channels of {x_name}, but {groups} does not divide {channels} {shapes}")
+        raise ValueError(
+            f"groups must divide the channels of {x_name}, but {groups} does not divide {channels} {shapes}"
+        )
     if filters % groups:
         raise ValueError(f"groups must divide the filters of {w_name}, but {groups} does not divide {filters} {shapes}")
     if channels != group_channels * groups:
@@ -375,10 +294,11 @@ def _infer(
     geometry = Geometry(batch, channels, filters, extent, kernel, stride, pairs, dilation, groups, layout, flip)
     for axis, size in enumerate(geometry.output):
         if size < 1:
-            low, high = pairs[axis]
+            n, k, s, d, (low, high) = extent[axis], kernel[axis], stride[axis], dilation[axis], pairs[axis]
             raise ValueError(
-                f"y would be empty on spatial axis {axis}: ({extent[axis]} + {low} + {high} - {dilation[axis]} * ({kernel[axis]} - 1) - 1)"
-                f" // {stride[axis]} + 1 = {size}, from (input + low + high - dilation * (kernel - 1) - 1) // stride + 1 {shapes}"
+                f"y would be empty on spatial axis {axis}:"
+                f" ({n} + {low} + {high} - {d} * ({k} - 1) - 1) // {s} + 1 = {size},"
+                f" from (input + low + high - dilation * (kernel - 1) - 1) // stride + 1 {shapes}"
             )
     return geometry
 
@@ -430,15 +350,22 @@ def _infer_transposed(
     if isinstance(padding, str):
         if padding not in TRANSPOSED_PADDING_NAMES:
             raise ValueError(
-                f"padding={padding!r} has no meaning for a transposed convolution; the names are {', '.join(TRANSPOSED_PADDING_NAMES)}"
+                f"padding={padding!r} has no meaning for a transposed convolution;"
+                f" the names are {', '.join(TRANSPOSED_PADDING_NAMES)}"
             )
         if padding != "valid" and any(output_padding):
-            raise ValueError(f"output_padding must be 0 beside padding={padding!r}, which sets the output itself, got {output_padding}")
+            raise ValueError(
+                f"output_padding must be 0 beside padding={padding!r}, which sets the output itself,"
+                f" got {output_padding}"
+            )
     pairs, result = [], []
     for axis, (n, k, s, d) in enumerate(zip(extent, kernel, stride, dilation, strict=True)):
         reach, extra = d * (k - 1), output_padding[axis]
         if extra and extra >= max(s, d):
-            raise ValueError(f"output_padding must be less than max(stride, dilation) = {max(s, d)}, got {extra} on spatial axis {axis}")
+            raise ValueError(
+                f"output_padding must be less than max(stride, dilation) = {max(s, d)},"
+                f" got {extra} on spatial axis {axis}"
+            )
         if padding == "valid":
             low = high = 0
         elif isinstance(padding, str):
@@ -449,14 +376,17 @@ def _infer_transposed(
         size = (n - 1) * s + reach + 1 - low - high + extra
         if n < 1 or size < 1:
             raise ValueError(
-                f"y would be empty on spatial axis {axis}: ({n} - 1) * {s} + {d} * ({k} - 1) + 1 - {low} - {high} + {extra} = {size},"
+                f"y would be empty on spatial axis {axis}:"
+                f" ({n} - 1) * {s} + {d} * ({k} - 1) + 1 - {low} - {high} + {extra} = {size},"
                 f" from (input - 1) * stride + dilation * (kernel - 1) + 1 - low - high + output_padding {shapes}"
             )
         # What is added at the high end is padding that the convolution on the result does not see.
         pairs.append((low, high - extra))
         result.append(size)
     channels = group_channels * groups
-    return Geometry(batch, channels, filters, tuple(result), kernel, stride, tuple(pairs), dilation, groups, layout, flip)
+    return Geometry(
+        batch, channels, filters, tuple(result), kernel, stride, tuple(pairs), dilation, groups, layout, flip
+    )
 
 
 def clear_cache() -> None:

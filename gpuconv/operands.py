@@ -17,7 +17,7 @@ from gpuconv.backend import Array
 from gpuconv.geometry import Geometry
 
 Role: TypeAlias = Literal["x", "w", "y"]
-Index: TypeAlias = tuple[slice, ...]
+Index: TypeAlias = tuple[Any, ...]  # slices of a canonical view, an Ellipsis among them
 
 
 def canonical(array: Array, role: Role, geometry: Geometry) -> Array:

@@ -4,11 +4,13 @@ import collections
 import ctypes
 import sys
 
-import gpuconv
 import numpy as np
 import pytest
-import standin
 from hypothesis import settings
+
+import gpuconv
+
+import standin
 
 settings.register_profile("gpuconv", deadline=None, derandomize=True)
 settings.load_profile("gpuconv")

@@ -1,8 +1,10 @@
 """Gradients as adjoints, in real and complex numbers: <conv(x, w), dy> == <x, dx> == <w, dw>, without a reference."""
 
-import gpuconv
 import numpy as np
 import pytest
+
+import gpuconv
+
 from cases import CASES, draw, laid_out, named_dtype
 
 DTYPES = ("float64", "complex128")
@@ -42,9 +44,8 @@ def test_transposed_convolution_is_the_transpose_and_has_its_adjoints(case, algo
     v, w = arrays.asarray(v), arrays.asarray(w)
     forward = gpuconv.conv(v, w, **settings)
     x = arrays.asarray(draw(rng, forward.shape, dtype, True))
-    extents = {axis: n for axis, n in enumerate(case.x[2:])}
     spare = []
-    for axis, n in extents.items():
+    for axis, n in enumerate(case.x[2:]):
         reach = case.dilation[axis] * (case.w[2:][axis] - 1) + 1
         outputs = forward.shape[axis + (1 if layout == "channels_last" else 2)]
         spare.append(n - ((outputs - 1) * case.stride[axis] + reach - sum(case.padding[axis])))

@@ -5,13 +5,15 @@ import sys
 import threading
 import types
 
-import gpuconv
 import numpy as np
 import pytest
-import standin
-from conftest import HAS_GPU
+
+import gpuconv
 from gpuconv.backend import cupy_backend
 from gpuconv.choose import MODULES
+
+import standin
+from conftest import HAS_GPU
 
 backend_module = sys.modules["gpuconv.backend"]  # gpuconv.backend is the function
 
@@ -38,7 +40,9 @@ def broken_cupy(monkeypatch):
         raise OSError("CUDA driver version is insufficient")
 
     cupy_backend.cache_clear()
-    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(__version__="14", arange=fail, ndarray=standin.ndarray))
+    monkeypatch.setitem(
+        sys.modules, "cupy", types.SimpleNamespace(__version__="14", arange=fail, ndarray=standin.ndarray)
+    )
     monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
     yield
     cupy_backend.cache_clear()
@@ -57,7 +61,9 @@ def test_the_default_is_auto():
     assert gpuconv.get_backend() == "auto"
 
 
-@pytest.mark.parametrize("value, name", [("numpy", "numpy"), ("NumPy", "numpy"), (" CUPY ", "cupy"), ("", "auto"), ("Auto", "auto")])
+@pytest.mark.parametrize(
+    "value, name", [("numpy", "numpy"), ("NumPy", "numpy"), (" CUPY ", "cupy"), ("", "auto"), ("Auto", "auto")]
+)
 def test_the_variable_is_read_at_the_call_whatever_its_case(value, name, monkeypatch):
     monkeypatch.setenv("GPUCONV_BACKEND", value)
     assert gpuconv.get_backend() == name
@@ -162,7 +168,9 @@ def test_auto_computes_where_the_arrays_live(cupy):
 @pytest.mark.parametrize("forced", ["numpy", "cupy"])
 @pytest.mark.parametrize("given", ["numpy", "cupy"])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_a_forced_backend_computes_and_the_kind_that_came_in_comes_back(forced, given, channels_last, cupy, monkeypatch):
+def test_a_forced_backend_computes_and_the_kind_that_came_in_comes_back(
+    forced, given, channels_last, cupy, monkeypatch
+):
     used = []
     for module in MODULES.values():
         for name in ("forward", "data_grad", "weight_grad"):
@@ -200,7 +208,10 @@ def test_other_byte_orders_reach_a_forced_gpu(cupy):
 
 def test_forced_cupy_without_cupy_names_the_extra(no_cupy):
     for call in (lambda: gpuconv.conv(X, W), gpuconv.array_module):
-        with gpuconv.backend("cupy"), pytest.raises(gpuconv.BackendError, match=r"not installed: pip install 'gpuconv\[cuda12\]'"):
+        with (
+            gpuconv.backend("cupy"),
+            pytest.raises(gpuconv.BackendError, match=r"not installed: pip install 'gpuconv\[cuda12\]'"),
+        ):
             call()
     assert issubclass(gpuconv.BackendError, RuntimeError)
 
@@ -255,9 +266,16 @@ def test_scatter_on_a_gpu_needs_consent_to_its_order(cupy):
 
 @pytest.mark.parametrize(
     "environment, argument, wanted",
-    [({}, None, 1), ({"CUPY_TF32": "1"}, None, 7), ({"CUPY_TF32": "1"}, "ieee", 1), ({"GPUCONV_PRECISION": "tf32"}, None, 7),
-     ({"GPUCONV_PRECISION": "ieee", "CUPY_TF32": "1"}, None, 1), ({}, "tf32", 7), ({"CUPY_TF32": "1"}, "tf32x3", 1)],
-)  # fmt: skip
+    [
+        ({}, None, 1),
+        ({"CUPY_TF32": "1"}, None, 7),
+        ({"CUPY_TF32": "1"}, "ieee", 1),
+        ({"GPUCONV_PRECISION": "tf32"}, None, 7),
+        ({"GPUCONV_PRECISION": "ieee", "CUPY_TF32": "1"}, None, 1),
+        ({}, "tf32", 7),
+        ({"CUPY_TF32": "1"}, "tf32x3", 1),
+    ],
+)
 def test_precision_decides_how_cupy_multiplies(environment, argument, wanted, cupy, monkeypatch):
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
@@ -278,7 +296,14 @@ def test_show_config_tells_what_decides(capsys, monkeypatch):
     with gpuconv.backend("numpy"):
         gpuconv.show_config()
     text = capsys.readouterr().out
-    for fact in (gpuconv.__version__, np.__version__, "numpy (from with backend(...))", "1MiB", "GPUCONV_PRECISION", "CuPy"):
+    for fact in (
+        gpuconv.__version__,
+        np.__version__,
+        "numpy (from with backend(...))",
+        "1MiB",
+        "GPUCONV_PRECISION",
+        "CuPy",
+    ):
         assert fact in text
 
 
@@ -294,7 +319,7 @@ assert not heavy, heavy
 
 
 def test_every_name_taken_from_an_array_module_is_in_cupy():
-    """The stand-in offers what CuPy has: checked against the CuPy that is installed, which needs no GPU to be looked at."""
+    """The stand-in offers what CuPy has: held against the CuPy installed, which can be looked at without a GPU."""
     cupy = pytest.importorskip("cupy")
     with standin.installed() as module:
         names = [name for name in vars(module) if not name.startswith("_") and name != "lib"]

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from gpuconv.compat import cs231n, nhwc
 
 
@@ -94,7 +95,12 @@ def test_nhwc_takes_activations_as_callables_names_and_none(rng):
     ],
 )
 def test_nhwc_refuses_bad_input_in_words(change, exception, phrase):
-    arguments = {"A_prev": np.ones((1, 5, 5, 2)), "W": np.ones((3, 3, 2, 3)), "b": np.ones((1, 1, 1, 3)), "activation": None}
+    arguments = {
+        "A_prev": np.ones((1, 5, 5, 2)),
+        "W": np.ones((3, 3, 2, 3)),
+        "b": np.ones((1, 1, 1, 3)),
+        "activation": None,
+    }
     with pytest.raises(exception) as caught:
         nhwc.conv_forward(**{**arguments, **change})
     assert phrase in str(caught.value)

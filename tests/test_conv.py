@@ -1,9 +1,11 @@
 """What the public functions promise beside the numbers: batch axes, memory order, out, activations, dtypes, needs."""
 
-import gpuconv
 import ml_dtypes
 import numpy as np
 import pytest
+
+import gpuconv
+
 import reference
 from cases import draw, laid_out, named_dtype
 from tolerances import assert_within, direct_bound, epsilon
@@ -14,7 +16,11 @@ SETTINGS = {"stride": (1, 1), "padding": ONE, "dilation": (1, 1)}
 
 @pytest.fixture
 def xwb(rng):
-    return draw(rng, (2, 3, 6, 7), "float64", True), draw(rng, (4, 3, 3, 3), "float64", True), draw(rng, (4,), "float64", True)
+    return (
+        draw(rng, (2, 3, 6, 7), "float64", True),
+        draw(rng, (4, 3, 3, 3), "float64", True),
+        draw(rng, (4,), "float64", True),
+    )
 
 
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
@@ -65,8 +71,12 @@ def test_any_strides_are_taken_and_come_back_contiguous(view, algorithm, xwb):
     np.testing.assert_array_equal(y, reference.forward(x.astype(float), w.astype(float), **SETTINGS) + b[:, None, None])
     dy = view(y.copy())
     gradients = gpuconv.conv_backward(dy, x, w, padding=1, algorithm=algorithm)
-    np.testing.assert_array_equal(gradients.dx, reference.data_grad(dy.astype(float), w.astype(float), x.shape, **SETTINGS))
-    np.testing.assert_array_equal(gradients.dw, reference.weight_grad(dy.astype(float), x.astype(float), w.shape, **SETTINGS))
+    np.testing.assert_array_equal(
+        gradients.dx, reference.data_grad(dy.astype(float), w.astype(float), x.shape, **SETTINGS)
+    )
+    np.testing.assert_array_equal(
+        gradients.dw, reference.weight_grad(dy.astype(float), x.astype(float), w.shape, **SETTINGS)
+    )
     for result in (y, *gradients):
         assert result.flags.c_contiguous
         assert result.dtype.isnative
@@ -75,7 +85,9 @@ def test_any_strides_are_taken_and_come_back_contiguous(view, algorithm, xwb):
 def test_broadcast_and_read_only_arrays_and_memmaps_are_taken(tmp_path, xwb):
     x, w, b = xwb
     ones = np.broadcast_to(1.0, x.shape)
-    np.testing.assert_array_equal(gpuconv.conv(ones, w), reference.forward(np.ones(x.shape), w, (1, 1), ((0, 0),) * 2, (1, 1)))
+    np.testing.assert_array_equal(
+        gpuconv.conv(ones, w), reference.forward(np.ones(x.shape), w, (1, 1), ((0, 0),) * 2, (1, 1))
+    )
     x.setflags(write=False)
     np.save(tmp_path / "w.npy", w)
     mapped = np.load(tmp_path / "w.npy", mmap_mode="r")
@@ -153,7 +165,9 @@ def test_activation_and_its_derivative(name, dtype, algorithm, arrays, rng):
     magnitude = reference.forward(abs(x), abs(w), **SETTINGS) + abs(b[:, None, None])
     given = [arrays.asarray(a.astype(named_dtype(dtype))) for a in (x, w, b)]
     y = gpuconv.conv(*given, padding=1, activation=name, algorithm=algorithm)
-    rounding = 4 * epsilon(named_dtype(dtype)) + 16 * epsilon(np.dtype(np.float32 if dtype != "float64" else np.float64))
+    rounding = 4 * epsilon(named_dtype(dtype)) + 16 * epsilon(
+        np.dtype(np.float32 if dtype != "float64" else np.float64)
+    )
     # Every activation here has a slope of at most 1.
     assert_within(arrays.asnumpy(y), function(z), direct_bound(z, magnitude, 28, dtype) + rounding)
 
@@ -164,8 +178,18 @@ def test_activation_and_its_derivative(name, dtype, algorithm, arrays, rng):
         arrays.asarray(dy.astype(named_dtype(dtype))), *given[:2], padding=1, activation=name, y=y, algorithm=algorithm
     )
     for gradient, exact, size, terms in (
-        (gradients.dx, reference.data_grad(g, w, x.shape, **SETTINGS), reference.data_grad(abs(g), abs(w), x.shape, **SETTINGS), 36),
-        (gradients.dw, reference.weight_grad(g, x, w.shape, **SETTINGS), reference.weight_grad(abs(g), abs(x), w.shape, **SETTINGS), 84),
+        (
+            gradients.dx,
+            reference.data_grad(g, w, x.shape, **SETTINGS),
+            reference.data_grad(abs(g), abs(w), x.shape, **SETTINGS),
+            36,
+        ),
+        (
+            gradients.dw,
+            reference.weight_grad(g, x, w.shape, **SETTINGS),
+            reference.weight_grad(abs(g), abs(x), w.shape, **SETTINGS),
+            84,
+        ),
         (gradients.db, g.sum((0, 2, 3)), abs(g).sum((0, 2, 3)), 84),
     ):
         assert_within(arrays.asnumpy(gradient), exact, direct_bound(exact, size, terms, dtype))
@@ -208,7 +232,9 @@ def test_dtypes_are_promoted(one, other, result, rng):
     np.testing.assert_array_equal(y, exact.astype(y.dtype))
     gradients = gpuconv.conv_backward(y, *given)
     assert {g.dtype for g in gradients} == {named_dtype(result)}
-    np.testing.assert_array_equal(gradients.dx, reference.data_grad(y.astype(exact.dtype), w, x.shape, **no_padding).astype(y.dtype))
+    np.testing.assert_array_equal(
+        gradients.dx, reference.data_grad(y.astype(exact.dtype), w, x.shape, **no_padding).astype(y.dtype)
+    )
 
 
 def test_bias_takes_part_in_promotion_but_y_of_backward_does_not():

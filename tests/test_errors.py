@@ -1,8 +1,9 @@
 """Bad input: which exception, and words of its message. Nothing is computed and out stays as it was."""
 
-import gpuconv
 import numpy as np
 import pytest
+
+import gpuconv
 
 X, W, B = np.ones((2, 3, 9, 8)), np.ones((4, 3, 3, 3)), np.ones(4)
 Y = np.ones((2, 4, 7, 6))
@@ -154,7 +155,13 @@ def test_booleans_that_can_be_read(value, monkeypatch):
 def test_out_and_inputs_are_untouched_when_a_call_is_refused():
     out = np.full(Y.shape, 5.0)
     x, w = X.copy(), W.copy()
-    for bad in ({"stride": 2}, {"algorithm": "magic"}, {"activation": "gelu"}, {"precision": "x"}, {"deterministic": "x"}):
+    for bad in (
+        {"stride": 2},
+        {"algorithm": "magic"},
+        {"activation": "gelu"},
+        {"precision": "x"},
+        {"deterministic": "x"},
+    ):
         with pytest.raises((ValueError, TypeError)):
             C(x, w, out=out, **bad)
     assert (out == 5).all()

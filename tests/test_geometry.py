@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from gpuconv.geometry import Geometry
 
 INFER = Geometry.infer
@@ -12,7 +13,7 @@ INFER = Geometry.infer
 def test_output_extent_counts_the_positions_of_the_window():
     for n, k, s, d, low, high in itertools.product(range(1, 7), (1, 2, 3), (1, 2, 3), (1, 2), (0, 2), (-1, 0, 1)):
         window = d * (k - 1) + 1
-        starts = [start for start in range(0, n + low + high - window + 1, s)]
+        starts = range(0, n + low + high - window + 1, s)
         if starts:
             geometry = INFER((1, 1, n), (1, 1, k), stride=s, dilation=d, padding=((low, high),))
             assert geometry.output == (len(starts),)
@@ -118,7 +119,10 @@ def test_residues_cover_every_input_once_and_every_product_once():
                         products.add((i, tap, o))
         assert sorted(inputs) == list(range(n))
         everything = {
-            (o * s + t * d - low, t, o) for o in range(geometry.output[0]) for t in range(k) if 0 <= o * s + t * d - low < n
+            (o * s + t * d - low, t, o)
+            for o in range(geometry.output[0])
+            for t in range(k)
+            if 0 <= o * s + t * d - low < n
         }
         assert products == everything
 

@@ -3,14 +3,16 @@
 import functools
 import zlib
 
-import gpuconv
 import numpy as np
 import pytest
-import reference
-from cases import CASES, DIRECTIONS, DTYPES, LAYOUTS, channels_first, draw, laid_out, named_dtype
+
+import gpuconv
 from gpuconv.backend import NUMPY
 from gpuconv.choose import MODULES
 from gpuconv.geometry import Geometry
+
+import reference
+from cases import CASES, DIRECTIONS, DTYPES, LAYOUTS, channels_first, draw, laid_out, named_dtype
 from tolerances import assert_within, direct_bound
 
 BY_NAME = {case.name: case for case in CASES}

@@ -2,9 +2,11 @@
 
 import tracemalloc
 
-import gpuconv
 import numpy as np
 import pytest
+
+import gpuconv
+
 from cases import named_dtype
 
 MIB = 2**20

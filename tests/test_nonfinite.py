@@ -1,8 +1,10 @@
 """NaN and Inf reach exactly the results that a direct convolution would reach."""
 
-import gpuconv
 import numpy as np
 import pytest
+
+import gpuconv
+
 import reference
 from cases import CASES, LAYOUTS, channels_first, laid_out
 

@@ -1,13 +1,15 @@
 """Convolutions that nobody thought of: geometries drawn by hypothesis, small integers, exact equality."""
 
-import gpuconv
 import numpy as np
-import reference
-from cases import DTYPES, LAYOUTS, channels_first, draw, laid_out, named_dtype
-from gpuconv.geometry import Geometry
 from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+
+import gpuconv
+from gpuconv.geometry import Geometry
+
+import reference
+from cases import DTYPES, LAYOUTS, channels_first, draw, laid_out, named_dtype
 
 
 @st.composite
@@ -61,7 +63,11 @@ def test_any_convolution_is_exact_on_small_integers(convolution, dtype, layout, 
         dy.sum((0, *range(2, dy.ndim))),
     )
     given_arrays = [laid_out(a.astype(named_dtype(dtype)), layout, r) for a, r in ((x, "x"), (w, "w"), (dy, "x"))]
-    options = {**settings, "algorithm": algorithm, "layout": "channels_last" if layout == "channels_last" else "channels_first"}
+    options = {
+        **settings,
+        "algorithm": algorithm,
+        "layout": "channels_last" if layout == "channels_last" else "channels_first",
+    }
     with limited(limit):
         results = (
             gpuconv.conv(*given_arrays[:2], **options),

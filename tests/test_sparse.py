@@ -1,8 +1,10 @@
 """conv_matrix against conv: A @ x.ravel() == y.ravel()."""
 
-import gpuconv
 import numpy as np
 import pytest
+
+import gpuconv
+
 from cases import CASES, draw, laid_out
 
 

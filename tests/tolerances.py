@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+
 from cases import named_dtype
 
 
@@ -31,4 +32,6 @@ def assert_within(result, exact, bound):
     within = error <= bound
     assert np.isfinite(result).all(), "the result is not finite"
     worst = np.unravel_index(np.argmax(error - bound), error.shape)
-    assert within.all(), f"at {worst}: {result[worst]} but exactly {exact[worst]}, bound {np.broadcast_to(bound, error.shape)[worst]}"
+    assert within.all(), (
+        f"at {worst}: {result[worst]} but exactly {exact[worst]}, bound {np.broadcast_to(bound, error.shape)[worst]}"
+    )

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+from gpuconv.arguments import Shape
 from gpuconv.backend import Array
-from gpuconv.geometry import Shape
 from gpuconv.operands import Index, Operand
 from gpuconv.workspace import Run, shaped
 
@@ -64,7 +64,7 @@ def largest(extent: int, limit: float, cost: Callable[[int], float]) -> int:
 def channels_innermost(images: Array) -> bool:
     """Whether (*positions, G, C/G) lies in memory with its channels closer together than its pixels."""
     channel = images.strides[-1] if images.shape[-1] > 1 else images.strides[-2]
-    return abs(channel) < abs(images.strides[-3])
+    return bool(abs(channel) < abs(images.strides[-3]))
 
 
 class Space(NamedTuple):
@@ -88,8 +88,12 @@ def fitting_box(
 
     box = [1] * len(extents)
     for axis in reversed(range(len(extents))):
-        head, tail = tuple(box[:axis]), tuple(box[axis + 1 :])
-        box[axis] = largest(extents[axis], limit, lambda size, head=head, tail=tail: cost((*head, size, *tail)))
+        before, after = tuple(box[:axis]), tuple(box[axis + 1 :])
+
+        def cost_of(size: int, before: Shape = before, after: Shape = after) -> int:
+            return cost((*before, size, *after))
+
+        box[axis] = largest(extents[axis], limit, cost_of)
         if box[axis] < extents[axis]:
             break
     return tuple(box), tuple(elements * space.needed for elements, space in parts(tuple(box)))

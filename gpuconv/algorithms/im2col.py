@@ -21,8 +21,9 @@ import numpy
 
 from gpuconv.algorithms.blocks import Arrangement, Space, boxes, channels_innermost, fitting_box, largest, pieces
 from gpuconv.algorithms.windows import reaches_beyond, region_elements, sliding, windows_of
+from gpuconv.arguments import Shape
 from gpuconv.backend import Array, Backend
-from gpuconv.geometry import Direction, Geometry, Shape
+from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import Index, Operand, Result
 from gpuconv.workspace import Run, shaped
 
@@ -32,7 +33,9 @@ BLOCK_BYTES = 8 << 20
 SHORT_PRODUCT = 256
 
 
-def why_not(geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, deterministic: bool) -> str | None:
+def why_not(
+    geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, deterministic: bool
+) -> str | None:
     """None: im2col accepts everything."""
     return None
 
@@ -159,7 +162,9 @@ class _Sizes(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _forward_sizes(geometry: Geometry, budget: int, block: int, reading: _Reading, weights: bool, sums: Space) -> _Sizes:
+def _forward_sizes(
+    geometry: Geometry, budget: int, block: int, reading: _Reading, weights: bool, sums: Space
+) -> _Sizes:
     per_filter = geometry.channels * geometry.taps if weights else 0
     filters = largest(geometry.group_filters, budget / 2, lambda count: per_filter * count)
     limit = min(budget - per_filter * filters, block)
@@ -188,7 +193,9 @@ def _box_sizes(geometry: Geometry, limit: int, filters: int, weights: int, readi
     return _Sizes(filters, box, weights, spaces)
 
 
-def _unfold(x: Operand, index: Index, geometry: Geometry, order: _Order, patch_space: Array, cols_space: Array, run: Run) -> Array:
+def _unfold(
+    x: Operand, index: Index, geometry: Geometry, order: _Order, patch_space: Array, cols_space: Array, run: Run
+) -> Array:
     """cols: the windows of a block of outputs as matrices."""
     windows = windows_of(x, index, geometry, order.images, patch_space, run)
     cols = order.windows.matrix(windows)

@@ -23,8 +23,9 @@ import numpy
 
 from gpuconv.algorithms.blocks import Arrangement, Space, boxes, channels_innermost, fitting_box, largest, pieces
 from gpuconv.algorithms.windows import reaches_beyond, region_elements, windows_of
+from gpuconv.arguments import Shape
 from gpuconv.backend import Array, Backend
-from gpuconv.geometry import Direction, Geometry, Shape
+from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import Index, Operand, Result
 from gpuconv.workspace import Run, shaped
 
@@ -32,7 +33,9 @@ from gpuconv.workspace import Run, shaped
 BLOCK_BYTES = 4 << 20
 
 
-def why_not(geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, deterministic: bool) -> str | None:
+def why_not(
+    geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, deterministic: bool
+) -> str | None:
     """A reason on a GPU, where scattered additions have no fixed order."""
     if deterministic and backend.name == "cupy":
         return "it adds in no fixed order on a GPU, and deterministic=True was asked for"
@@ -192,7 +195,7 @@ def _patch_of(x: Operand, geometry: Geometry, run: Run) -> Space:
 
 
 class _Sizes(NamedTuple):
-    """The filters (or channels) per group and the block done at once, and the elements of each part of the workspace."""
+    """The filters (or channels) per group and the block done at once, and the elements of each workspace."""
 
     pieces: int
     box: Shape

@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 from gpuconv.algorithms.blocks import Arrangement
+from gpuconv.arguments import Shape
 from gpuconv.backend import Array
-from gpuconv.geometry import Geometry, Shape
+from gpuconv.geometry import Geometry
 from gpuconv.operands import Index, Operand
 from gpuconv.workspace import Run
 
@@ -38,14 +39,18 @@ def windows_of(x: Operand, index: Index, geometry: Geometry, order: Arrangement,
         region.append((start, stop))
         inside.append(slice(min(max(start, 0), n), max(min(stop, n), 0)))
     seen = (*index[:batch], *inside)
-    if x.is_plain(run.dtype) and all((axis.start, axis.stop) == ends for axis, ends in zip(inside, region, strict=True)):
+    if x.is_plain(run.dtype) and all(
+        (axis.start, axis.stop) == ends for axis, ends in zip(inside, region, strict=True)
+    ):
         source = x.view[seen]
     else:
         source = _patch(x, seen, region, order, patch_space, run)
     return sliding(run.backend.xp, source, geometry, tuple(axis.stop - axis.start for axis in index[batch:]))
 
 
-def _patch(x: Operand, inside: Index, region: list[tuple[int, int]], order: Arrangement, space: Array, run: Run) -> Array:
+def _patch(
+    x: Operand, inside: Index, region: list[tuple[int, int]], order: Arrangement, space: Array, run: Run
+) -> Array:
     piece = x.view[inside]
     batch = len(inside) - len(region)
     shape = (*piece.shape[:batch], *(stop - start for start, stop in region), *piece.shape[-2:])
@@ -53,7 +58,10 @@ def _patch(x: Operand, inside: Index, region: list[tuple[int, int]], order: Arra
     if piece.shape != shape:
         patch[...] = 0
     if piece.size:
-        middle = (slice(axis.start - start, axis.stop - start) for axis, (start, _) in zip(inside[batch:], region, strict=True))
+        middle = (
+            slice(axis.start - start, axis.stop - start)
+            for axis, (start, _) in zip(inside[batch:], region, strict=True)
+        )
         x.read(run.backend.xp, inside, patch[(*(slice(None),) * batch, *middle)])
     return patch
 

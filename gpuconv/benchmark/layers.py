@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from gpuconv.geometry import Geometry, Shape
+from gpuconv.arguments import Shape
+from gpuconv.geometry import Geometry
 
 CPU_BATCH, GPU_BATCH = 8, 32
 
@@ -24,9 +25,7 @@ class Layer(NamedTuple):
     def geometry(self, batch: int) -> Geometry:
         """The convolution at this batch size."""
         size = max(1, batch // self.batch_share)
-        return Geometry.infer(
-            (size, *self.x), self.w, stride=self.stride, padding=self.padding, groups=self.groups
-        )
+        return Geometry.infer((size, *self.x), self.w, stride=self.stride, padding=self.padding, groups=self.groups)
 
 
 _RESNET = "ResNet-50, He et al. 2015, arXiv:1512.03385, table 1 (stride in the 3x3, as torchvision has it)"

@@ -27,7 +27,9 @@ def exact(direction: Direction, first: Array, second: Array, geometry: Geometry,
     return _weight_grad(first, second, geometry, xp)
 
 
-def bound(direction: Direction, first: Array, second: Array, geometry: Geometry, dtype: numpy.dtype, xp: Any = numpy) -> Array:
+def bound(
+    direction: Direction, first: Array, second: Array, geometry: Geometry, dtype: numpy.dtype, xp: Any = numpy
+) -> Array:
     """How far a direct algorithm may be from the exact result, elementwise.
 
     One rounding of the result and a random walk of the roundings of K products, eps |y| + 2 sqrt(K) eps sum|x||w|; a
@@ -104,9 +106,7 @@ def _data_grad(dy: Array, w: Array, geometry: Geometry, xp: Any) -> Array:
 
 def _weight_grad(dy: Array, x: Array, geometry: Geometry, xp: Any) -> Array:
     padded = xp.conjugate(_padded(x, geometry, xp))
-    dw = xp.zeros(
-        (geometry.filters, geometry.group_channels, *geometry.kernel), numpy.result_type(dy.dtype, x.dtype)
-    )
+    dw = xp.zeros((geometry.filters, geometry.group_channels, *geometry.kernel), numpy.result_type(dy.dtype, x.dtype))
     gradients = _grouped(dy, geometry.groups).swapaxes(-1, -2)
     for tap, seen in _taps(geometry):
         images = _grouped(padded[(slice(None), slice(None), *seen)], geometry.groups)

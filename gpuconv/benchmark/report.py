@@ -76,4 +76,6 @@ def check_format(path: Path) -> None:
 
     formats = FigureCanvasBase.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
-        raise ValueError(f"cannot plot to {path.name}: the name must end in one of {', '.join('.' + f for f in formats)}")
+        raise ValueError(
+            f"cannot plot to {path.name}: the name must end in one of {', '.join('.' + f for f in formats)}"
+        )

@@ -110,7 +110,7 @@ def prepared(
 def deviation(
     result: Array, direction: Direction, first: Array, second: Array, geometry: Geometry, dtype: numpy.dtype, xp: Any
 ) -> tuple[float, float]:
-    """The largest error over the largest exact element, and the largest error over its bound; NaN counts as infinite."""
+    """The largest error over the largest exact element, and the largest over its bound; NaN counts as infinite."""
     wide = numpy.dtype(numpy.complex128 if dtype.kind == "c" else numpy.float64)
     first, second = first.astype(wide), second.astype(wide)
     exact = reference.exact(direction, first, second, geometry, xp)
@@ -156,7 +156,9 @@ def _commit() -> str | None:
     if not (folder / ".git").exists():
         return None
     try:
-        answer = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        answer = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return answer.stdout.strip()

@@ -12,8 +12,8 @@ from typing import Any
 
 import gpuconv
 from gpuconv.activations import NAMES
+from gpuconv.arguments import per_axis
 from gpuconv.backend import Array
-from gpuconv.geometry import per_axis
 
 
 def conv_forward(
@@ -58,7 +58,7 @@ def conv_backward(
     geometry = _geometry(A_prev, W, padding, stride)
     _check_bias(b, W)
     dx, dw, db = gpuconv.conv_backward(dZ, A_prev, W, **geometry)
-    return dx, dw, db.reshape(b.shape)
+    return dx, dw, db.reshape(b.shape)  # type: ignore[union-attr]
 
 
 def _geometry(A_prev: Array, W: Array, padding: str, stride: Any) -> dict[str, Any]:  # noqa: N803
@@ -71,9 +71,7 @@ def _geometry(A_prev: Array, W: Array, padding: str, stride: Any) -> dict[str, A
     if padding == "valid":
         pads = [(0, 0), (0, 0)]
     elif padding == "same":
-        sizes = (
-            -(-((s - 1) * n - s + k) // 2) for s, n, k in zip(steps, A_prev.shape[1:3], W.shape[:2], strict=True)
-        )
+        sizes = (-(-((s - 1) * n - s + k) // 2) for s, n, k in zip(steps, A_prev.shape[1:3], W.shape[:2], strict=True))
         pads = [(size, size) for size in sizes]
     else:
         raise ValueError(f"padding must be 'same' or 'valid', got {padding!r}")

@@ -1,0 +1,117 @@
+"""What a caller may write for a shape, a stride or a padding, brought into one form each.
+
+Equal settings become equal tuples, so that a Geometry made of them can be looked up.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Literal, TypeAlias
+
+Layout: TypeAlias = Literal["channels_first", "channels_last"]
+Shape: TypeAlias = tuple[int, ...]
+Pairs: TypeAlias = tuple[tuple[int, int], ...]
+
+LAYOUTS: tuple[Layout, ...] = ("channels_first", "channels_last")
+PADDING_NAMES = ("valid", "same", "same_lower", "full", "causal")
+
+
+def shape_of(value: object, name: str) -> Shape:
+    """A shape given by a caller, as a tuple of Python ints."""
+    try:
+        shape = tuple(integer(extent, name) for extent in value)  # type: ignore[attr-defined]
+    except TypeError:
+        raise TypeError(f"{name} must be a shape, a sequence of ints, not {value!r}") from None
+    if any(extent < 0 for extent in shape):
+        raise ValueError(f"{name} must have no negative extent, got {shape}")
+    return shape
+
+
+def integer(value: object, name: str) -> int:
+    """An int or anything that NumPy counts as one; bool is not."""
+    try:
+        if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be made of ints, got {value!r}") from None
+
+
+def _is_sequence(value: object) -> bool:
+    if isinstance(value, (str, bytes, dict, set)) or getattr(value, "ndim", None) == 0:
+        return False
+    return hasattr(value, "__len__") and hasattr(value, "__iter__")
+
+
+def per_axis(value: object, rank: int, name: str, minimum: int) -> Shape:
+    """An int, or one int per axis, as one int per axis."""
+    if _is_sequence(value):
+        items: Shape = tuple(integer(item, name) for item in value)  # type: ignore[attr-defined]
+        if len(items) != rank:
+            raise ValueError(f"{name} must be an int or one int per spatial axis: {rank} expected, got {value!r}")
+    elif isinstance(value, (str, bytes, dict, set)):
+        raise TypeError(f"{name} must be an int or one int per spatial axis, got {value!r}")
+    else:
+        items = (integer(value, name),) * rank
+    if any(item < minimum for item in items):
+        raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
+    return items
+
+
+def _padding(value: object, rank: int) -> Pairs | str:
+    """padding as (low, high) of every axis, or the name of a rule."""
+    if isinstance(value, str):
+        if value not in PADDING_NAMES:
+            raise ValueError(
+                f"padding must be an int, one int or (low, high) per axis, or one of {', '.join(PADDING_NAMES)};"
+                f" got {value!r}"
+            )
+        return value
+    if not _is_sequence(value):
+        size = integer(value, "padding")
+        return ((size, size),) * rank
+    items = tuple(value)  # type: ignore[arg-type, var-annotated]
+    if len(items) != rank:
+        hint = f"; for one axis write padding=(({items[0]!r}, {items[1]!r}),)" if rank == 1 and len(items) == 2 else ""
+        raise ValueError(
+            f"padding must have one int or one (low, high) pair per spatial axis: {rank} expected, got {value!r}{hint}"
+        )
+    if not any(_is_sequence(item) for item in items):
+        return tuple((integer(item, "padding"),) * 2 for item in items)
+    pairs = []
+    for item in items:
+        if not _is_sequence(item) or len(item) != 2:
+            raise ValueError(f"padding must be ints or (low, high) pairs throughout, got {value!r}")
+        pairs.append((integer(item[0], "padding"), integer(item[1], "padding")))
+    return tuple(pairs)
+
+
+def geometry_settings(
+    w_shape: Shape,
+    w_name: str,
+    stride: object,
+    padding: object,
+    dilation: object,
+    groups: object,
+    layout: object,
+    flip: object,
+) -> tuple[Shape, Pairs | str, Shape, int, Layout, bool]:
+    """The settings in one form each, so that equal convolutions are equal keys."""
+    rank = len(w_shape) - 2
+    if rank < 1:
+        raise ValueError(f"{w_name} must have two channel axes and at least one spatial axis, got shape {w_shape}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
+    if not isinstance(flip, bool) and type(flip).__name__ not in ("bool", "bool_"):
+        raise TypeError(f"flip must be True or False, got {flip!r}")
+    count = integer(groups, "groups")
+    if count < 1:
+        raise ValueError(f"groups must be at least 1, got {groups!r}")
+    return (
+        per_axis(stride, rank, "stride", minimum=1),
+        _padding(padding, rank),
+        per_axis(dilation, rank, "dilation", minimum=1),
+        count,
+        layout,  # type: ignore[return-value]
+        bool(flip),
+    )
