@@ -86,16 +86,18 @@ def _parser() -> _Parser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an int of at least 1, got {text!r}")
+    return int(text)
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
     if not 0 <= value < 3600:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 3600, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 3600, got {text!r}")
     return value
 
 

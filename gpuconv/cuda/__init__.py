@@ -1,0 +1,16 @@
+"""The CUDA side: where the kernels' sources are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gpuconv
+
+
+def kernels_folder() -> Path:
+    """The folder of the ``.cu`` files: inside the package in a wheel, beside it in a checkout or an editable install."""
+    package = Path(gpuconv.__file__).parent
+    for folder in (package / "kernels", package.parent / "kernels"):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"gpuconv's kernels are neither in {package} nor beside it: the installation is incomplete")

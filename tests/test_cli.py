@@ -1,0 +1,229 @@
+"""The command line: what it prints, writes and answers, and that it does so from a wheel."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gpuconv
+from gpuconv.algorithms import scatter
+from gpuconv.benchmark.layers import LAYERS
+from gpuconv.benchmark.run import deviation
+from gpuconv.benchmark.timing import Timing, measure
+from gpuconv.cli import main
+from gpuconv.cuda import kernels_folder
+from gpuconv.geometry import DIRECTIONS, Geometry
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["bench", "--case", "1x1 144>24", "--case", "depthwise 3x3 144", "--batch", "1", "--seconds", "0"]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch):
+    monkeypatch.setenv("GPUCONV_BACKEND", "numpy")
+
+
+def test_bench_verifies_times_prints_and_writes(tmp_path, capsys):
+    assert main([*QUICK, "--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")]) == 0
+    printed = capsys.readouterr().out
+    for part in ("NumPy", "median ms", "noise", "GFLOP/s", "GB/s", "error", "im2col", "scatter", *DIRECTIONS):
+        assert part in printed
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert written["schema"] == 1
+    assert {"machine", "date", "commit", "batch", "dtype", "definitions"} <= set(written)
+    assert [(row["case"], row["direction"]) for row in written["rows"]] == [
+        (layer.name, direction)
+        for layer in LAYERS
+        if "1x1 144>24" in layer.name or "depthwise 3x3 144" in layer.name
+        for direction in DIRECTIONS
+    ]
+    for row in written["rows"]:
+        assert 0 < row["of_bound"] <= 1
+        assert len(row["samples"]) >= 5
+        assert min(row["samples"]) > 0
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_does_not_time_a_wrong_result(monkeypatch, capsys):
+    original = scatter.forward
+
+    def wrong(x, w, y, geometry, run):
+        original(x, w, y, geometry, run)
+        y.view[(0,) * y.view.ndim] += 1
+
+    monkeypatch.setattr(scatter, "forward", wrong)
+    assert main(QUICK) == 1
+    answer = capsys.readouterr()
+    assert "WRONG" in answer.out
+    assert "wrong result: mobilenet depthwise 3x3 144 @56, forward" in answer.err
+
+
+def test_check_holds_every_algorithm_against_the_reference(capsys):
+    assert main(["check"]) == 0
+    printed = capsys.readouterr().out
+    for algorithm in gpuconv.ALGORITHMS:
+        for direction in DIRECTIONS:
+            assert f"numpy  {algorithm:<8} {direction:<12} float32     ok" in printed
+    assert " 0 wrong" in printed
+
+
+@pytest.mark.parametrize("wrong_value", [1.0, np.nan])
+def test_check_answers_1_where_a_result_is_wrong(wrong_value, monkeypatch, capsys):
+    original = scatter.weight_grad
+
+    def wrong(dy, x, dw, geometry, run):
+        original(dy, x, dw, geometry, run)
+        dw.view[(0,) * dw.view.ndim] += wrong_value
+
+    monkeypatch.setattr(scatter, "weight_grad", wrong)
+    assert main(["check"]) == 1
+    printed = capsys.readouterr().out
+    assert "numpy  scatter  weight_grad  float32     WRONG" in printed
+    assert "numpy  scatter  forward      float32     ok" in printed
+
+
+def test_info_and_version(capsys):
+    assert main(["info"]) == 0
+    assert "numpy (from GPUCONV_BACKEND)" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"gpuconv {gpuconv.__version__}\n"
+
+
+def test_explain_says_which_algorithm_and_why_not_the_others(capsys):
+    assert main(["explain", "8,64,56,56", "64,64,3,3", "--padding", "1", "--direction", "forward"]) == 0
+    printed = capsys.readouterr().out
+    assert "y (8, 64, 56, 56), float32 on numpy" in printed
+    assert "takes im2col: " in printed
+    assert "not scatter: " in printed
+    assert main(["explain", "1,4,9", "4,1,3", "--groups", "4", "--padding", "2:0", "--stride", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("takes scatter: ") == 3
+    assert "padding ((2, 0),)" in printed
+
+
+@pytest.mark.parametrize(
+    "arguments, phrase",
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["benhc"], "invalid choice: 'benhc'"),
+        (["bench", "--cases"], "unrecognized arguments: --cases"),
+        (["bench", "--case", "vgg"], "no case has vgg in its name; there are: resnet stem"),
+        (["bench", "--batch", "0"], "must be an int of at least 1, got '0'"),
+        (["bench", "--batch", "x"], "must be an int of at least 1, got 'x'"),
+        (["bench", "--seconds", "-1"], "must be a number from 0 to 3600, got '-1'"),
+        (["bench", "--seconds", "soon"], "must be a number from 0 to 3600, got 'soon'"),
+        (["bench", "--json", "/nowhere/b.json"], "cannot write /nowhere/b.json: No such file or directory"),
+        (["bench", "--plot", "b.xyz"], "cannot plot to b.xyz: the name must end in one of .eps"),
+        (["bench", "--direction", "backward"], "invalid choice: 'backward'"),
+        (["explain", "8,64", "a,b"], "must be ints with commas between them, got 'a,b'"),
+        (["explain", "8,3,9,9", "4,2,3,3"], "x_shape has 3 channels but w_shape expects 2"),
+        (["explain", "8,3,9,9", "4,3,3,3", "--padding", "1:2:3"], "must be LOW:HIGH for every axis"),
+        (["explain", "8,3,9,9", "4,3,3,3", "--padding", "everywhere"], "must be ints with commas"),
+    ],
+)
+def test_bad_options_get_one_line_and_status_2(arguments, phrase, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    answer = capsys.readouterr()
+    assert status == 2
+    assert phrase in answer.err
+    assert answer.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bad_variable_gets_one_line_and_status_2(monkeypatch, capsys):
+    monkeypatch.setenv("GPUCONV_BACKEND", "tpu")
+    assert main(QUICK) == 2
+    assert "GPUCONV_BACKEND must be one of auto, numpy, cupy; got 'tpu'" in capsys.readouterr().err
+
+
+def test_missing_extras_are_named(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(QUICK) == 2
+    assert "needs rich and matplotlib: pip install 'gpuconv[bench]'" in capsys.readouterr().err
+
+
+def test_deviation_does_not_let_nan_or_unwritten_elements_pass():
+    geometry = Geometry.infer((1, 1, 4), (1, 1, 1))
+    x, w = np.ones((1, 1, 4)), np.zeros((1, 1, 1))
+    for bad in (np.nan, np.inf, 1e-300):
+        result = np.zeros((1, 1, 4))
+        result[0, 0, 2] = bad
+        assert deviation(result, "forward", x, w, geometry, np.dtype(np.float64), np)[1] == np.inf
+    assert deviation(np.zeros((1, 1, 4)), "forward", x, w, geometry, np.dtype(np.float64), np) == (0, 0)
+
+
+def test_timing_is_the_median_and_the_interquartile_range():
+    timing = Timing((4.0, 1.0, 2.0, 3.0, 100.0))
+    assert timing.median == 3
+    assert timing.noise == pytest.approx((4 - 2) / 3)
+    calls = []
+    measured = measure(lambda: calls.append(1), np, 0)
+    assert len(measured.samples) == 5
+    assert len(calls) == 6
+
+
+def test_kernels_are_found_from_the_checkout():
+    assert (kernels_folder() / "README.md").is_file()
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """A wheel made from the sdist that was made from the checkout."""
+    pytest.importorskip("hatchling")
+    folder = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "hatchling", "build", "-d", str(folder), "-t"]
+    subprocess.run([*build, "sdist"], cwd=ROOT, check=True, capture_output=True)
+    (sdist,) = folder.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    subprocess.run([*build, "wheel"], cwd=unpacked, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    return sdist, wheel
+
+
+def test_the_distributions_hold_what_they_should(distributions):
+    sdist, wheel = distributions
+    with tarfile.open(sdist) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"kernels/README.md", "tests/test_cli.py", "bench/train_digits.py", "LICENSE", "CHANGELOG.md"} <= inside
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"gpuconv/kernels/README.md", "gpuconv/py.typed", "gpuconv/algorithms/im2col.py"} <= names
+    assert not any(name.startswith(("tests/", "bench/", "kernels/")) for name in names)
+
+
+def test_bench_and_check_run_from_a_wheel_outside_the_checkout(distributions, tmp_path):
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
+    subprocess.run([*install, str(distributions[1])], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(site), "GPUCONV_BACKEND": "numpy"}
+
+    def run(*command):
+        return subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+
+    where = run(sys.executable, "-c", "import gpuconv, gpuconv.cuda as c; print(gpuconv.__file__, c.kernels_folder())")
+    assert where.split() == [str(site / "gpuconv" / "__init__.py"), str(site / "gpuconv" / "kernels")]
+    script = str(site / "bin" / "gpuconv")
+    assert "weight_grad" in run(sys.executable, script, *QUICK, "--json", "b.json")
+    assert json.loads((tmp_path / "b.json").read_text())["commit"] is None
+    assert " 0 wrong" in run(sys.executable, "-m", "gpuconv", "check")
+
+
+def test_the_documented_commands_are_the_ones_that_ci_runs():
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    for command in ('pip install ".[bench]" && gpuconv bench', 'pip install -e ".[test]" && pytest'):
+        assert command in readme
+        for part in command.split(" && "):
+            assert part in ci
