@@ -8,7 +8,7 @@ import gpuconv
 
 
 def kernels_folder() -> Path:
-    """The folder of the ``.cu`` files: inside the package in a wheel, beside it in a checkout and an editable install."""
+    """The folder of the ``.cu`` files: in the package in a wheel, beside it in a checkout or an editable install."""
     package = Path(gpuconv.__file__).parent
     for folder in (package / "kernels", package.parent / "kernels"):
         if folder.is_dir():
