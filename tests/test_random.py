@@ -56,8 +56,10 @@ def test_any_convolution_is_exact_on_small_integers(convolution, dtype, layout, 
     x, w = draw(rng, x_shape, dtype, True), draw(rng, w_shape, dtype, True)
     y = reference.forward(x, w, **settings)
     dy = draw(rng, y.shape, dtype, True)
+    b, c = draw(rng, w_shape[:1], dtype, True), draw(rng, x_shape[1:2], dtype, True)
     exact = (
-        y,
+        y + b.reshape(-1, *(1,) * (y.ndim - 2)),
+        reference.data_grad(dy, np.conj(w), x_shape, **settings) + c.reshape(-1, *(1,) * (y.ndim - 2)),
         reference.data_grad(dy, w, x_shape, **settings),
         reference.weight_grad(dy, x, w_shape, **settings),
         dy.sum((0, *range(2, dy.ndim))),
@@ -68,12 +70,26 @@ def test_any_convolution_is_exact_on_small_integers(convolution, dtype, layout, 
         "algorithm": algorithm,
         "layout": "channels_last" if layout == "channels_last" else "channels_first",
     }
+    b, c = (a.astype(named_dtype(dtype)) for a in (b, c))
+    spare = [
+        n + low + high - (m - 1) * s - d * (k - 1) - 1
+        for n, (low, high), m, s, d, k in zip(
+            x_shape[2:],
+            settings["padding"],
+            y.shape[2:],
+            settings["stride"],
+            settings["dilation"],
+            w_shape[2:],
+            strict=True,
+        )
+    ]
     with limited(limit):
         results = (
-            gpuconv.conv(*given_arrays[:2], **options),
+            gpuconv.conv(*given_arrays[:2], b, **options),
+            gpuconv.conv_transpose(given_arrays[2], given_arrays[1], c, output_padding=spare, **options),
             *gpuconv.conv_backward(given_arrays[2], *given_arrays[:2], **options),
         )
-    for result, expected, role in zip(results, exact, ("x", "x", "w", "b"), strict=True):
+    for result, expected, role in zip(results, exact, ("x", "x", "x", "w", "b"), strict=True):
         if role != "b":
             result = channels_first(result, layout, role)
         np.testing.assert_array_equal(result, expected.astype(named_dtype(dtype)))
