@@ -40,6 +40,11 @@ def _canonical_weight(w: Array, geometry: Geometry) -> Array:
     return w[(slice(None, None, -1),) * rank] if geometry.flip else w
 
 
+def in_place(view: Array, dtype: numpy.dtype) -> bool:
+    """Whether sums of this dtype can be read from, or formed in, an array's own memory."""
+    return bool(view.dtype == dtype and getattr(view.flags, "aligned", True))
+
+
 @dataclass(frozen=True)
 class Operand:
     """An array to read, in pieces, in the dtype of the sums."""
@@ -51,7 +56,7 @@ class Operand:
 
     def is_plain(self, dtype: numpy.dtype) -> bool:
         """Whether a piece can be used where it lies."""
-        return self.view.dtype == dtype and not self.conjugate and self.activation is None
+        return in_place(self.view, dtype) and not self.conjugate and self.activation is None
 
     @property
     def temporaries(self) -> int:

@@ -35,6 +35,9 @@ class ndarray:  # noqa: N801
     def get(self):
         return np.ascontiguousarray(self._array)
 
+    def __bool__(self):
+        return bool(self._array)
+
     def __int__(self):
         return int(self._array)
 
@@ -124,7 +127,7 @@ def installed():
     )
     for name in (
         *("empty", "zeros", "arange", "matmul", "multiply", "maximum", "tanh", "exp", "negative", "divide"),
-        *("conjugate", "sum"),
+        *("conjugate", "isfinite", "sum"),
     ):
         setattr(module, name, _function(name))
     before = sys.modules.get("cupy")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from gpuconv.arguments import Shape
 from gpuconv.backend import Array
-from gpuconv.operands import Index, Operand
+from gpuconv.operands import Index, Operand, in_place
 from gpuconv.workspace import Run, shaped
 
 
@@ -45,7 +45,7 @@ class Arrangement(NamedTuple):
 
     def place(self, target: Array, flat: Array, run: Run) -> tuple[Array, Array]:
         """Where matrix products that belong in target may be formed: target itself if that will do, else workspace."""
-        matrix = self.matrix(target) if target.dtype == run.dtype else None
+        matrix = self.matrix(target) if in_place(target, run.dtype) else None
         return (target, matrix) if matrix is not None else self.empty(target.shape, flat)
 
 

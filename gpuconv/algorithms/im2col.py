@@ -5,6 +5,7 @@ Each direction is a product with unfolded windows ``cols``, K = C / G * T * R * 
 
     forward      y  = cols(x) w         over blocks of outputs
     data_grad    dx = cols(dy) w        a forward convolution of dy for every residue of the stride (Geometry.residues)
+                 cols(dx) = dy w'       where windows do not overlap
     weight_grad  dw = cols(x)' dy       summed over blocks of outputs
 
 A block lies in memory the way x does: with a row of ``cols`` per output where the channels of x are innermost, with
@@ -19,12 +20,13 @@ from typing import NamedTuple
 
 import numpy
 
+from gpuconv.algorithms import scatter
 from gpuconv.algorithms.blocks import Arrangement, Space, boxes, channels_innermost, fitting_box, largest, pieces
-from gpuconv.algorithms.windows import reaches_beyond, region_elements, sliding, windows_of
+from gpuconv.algorithms.windows import reaches_beyond, read_tap, region_elements, sliding, taps_of, windows_of
 from gpuconv.arguments import Shape
 from gpuconv.backend import Array, Backend
 from gpuconv.geometry import Direction, Geometry
-from gpuconv.operands import Index, Operand, Result
+from gpuconv.operands import Index, Operand, Result, in_place
 from gpuconv.workspace import Run, shaped
 
 # Larger blocks make longer products, smaller ones stay in the cache.
@@ -50,13 +52,13 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> 
         BLOCK_BYTES // run.dtype.itemsize,
         _reading(x, order, geometry, run),
         weights=not w.is_plain(run.dtype) or order.weights.matrix(w.view) is None,
-        sums=Space(y.view.dtype != run.dtype or order.images.matrix(y.view) is None, y.temporaries),
+        sums=Space(not in_place(y.view, run.dtype) or order.images.matrix(y.view) is None, y.temporaries),
     )
     with run.workspace(sizes.weights, *sizes.block) as (weight_space, patch_space, cols_space, sums_space):
-        for filters in pieces(geometry.group_filters, sizes.filters):
+        for filters in pieces(geometry.group_filters, sizes.pieces):
             weights = order.weights.load(w, (..., filters), weight_space, run)
             for index in boxes((*geometry.batch, *geometry.output), sizes.box):
-                cols = _unfold(x, index, geometry, order, patch_space, cols_space, run)
+                cols = _unfold(x, index, geometry, order, sizes.tap_by_tap, patch_space, cols_space, run)
                 target = y.view[(*index, slice(None), filters)]
                 block, sums = order.images.place(target, sums_space, run)
                 xp.matmul(*((cols, weights) if order.by_rows else (weights, cols)), out=sums)
@@ -67,6 +69,26 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
     """dx[i] = sum over the taps t and outputs o with o * stride + t * dilation - low = i of dy[o] w[t]'."""
+    if not reaches_beyond(geometry) and all(s >= k for s, k in zip(geometry.stride, geometry.window, strict=True)):
+        _data_grad_apart(dy, w, dx, geometry, run)
+    elif _has_many_residues(geometry) or not _is_finite(w, run):
+        scatter.data_grad(dy, w, dx, geometry, run)
+    else:
+        _data_grad_by_residues(dy, w, dx, geometry, run)
+
+
+def _has_many_residues(geometry: Geometry) -> bool:
+    """Whether taking taps one at a time is fewer steps than taking residues of the stride."""
+    return math.prod(min(s, n) for s, n in zip(geometry.stride, geometry.input, strict=True)) > 4 * geometry.taps
+
+
+def _is_finite(w: Operand, run: Run) -> bool:
+    """False where w holds NaN or Inf: by residues it would meet zeros beyond dy, and NaN spread where none belongs."""
+    with numpy.errstate(over="ignore", invalid="ignore"):
+        return bool(run.backend.xp.isfinite(w.view.sum(dtype=run.dtype)))
+
+
+def _data_grad_by_residues(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
     backwards = (slice(None, None, -1),) * geometry.rank
     for residue in geometry.residues:
         part = dx.part((*(slice(None) for _ in geometry.batch), *residue.inputs))
@@ -75,6 +97,28 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run)
         else:
             taps = w.part(w.view[residue.taps][backwards].swapaxes(-1, -2))
             forward(dy, taps, part, residue.geometry, run)
+
+
+def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
+    """Windows that do not overlap, as in patch embeddings and their transposes: each is a product of its own."""
+    xp, order = run.backend.xp, _order_of(dy.view, geometry, stack=False)
+    copies_weights = not w.is_plain(run.dtype) or order.weights.matrix(w.view) is None
+    gradients = Space(not dy.is_plain(run.dtype) or order.images.matrix(dy.view) is None, dy.temporaries)
+    sizes = _apart_sizes(
+        geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, copies_weights, gradients, dx.temporaries
+    )
+    dx.fill(xp)
+    windows = sliding(xp, dx.view, geometry, geometry.output)
+    with run.workspace(sizes.weights, *sizes.block) as (weight_space, dy_space, cols_space):
+        for channels in pieces(geometry.group_channels, sizes.pieces):
+            weights = order.weights.load(w, (..., channels, slice(None)), weight_space, run).swapaxes(-1, -2)
+            for index in boxes((*geometry.batch, *geometry.output), sizes.box):
+                sums = order.images.load(dy, index, dy_space, run)
+                target = windows[(*index, ..., channels)]
+                block, cols = order.windows.empty(target.shape, cols_space)
+                xp.matmul(*((sums, weights) if order.by_rows else (weights, sums)), out=cols)
+                dx.finish(xp, block, channels)
+                target[...] = block
 
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
@@ -86,12 +130,14 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Ru
     )
     with run.workspace(sizes.weights, sizes.weights, *sizes.block) as spaces:
         total_space, term_space, patch_space, cols_space, dy_space = spaces
-        for filters in pieces(geometry.group_filters, sizes.filters):
+        for filters in pieces(geometry.group_filters, sizes.pieces):
             target = dw.view[..., filters]
             block, total = order.weights.place(target, total_space, run)
             term = None
             for index in boxes((*geometry.batch, *geometry.output), sizes.box):
-                cols = _unfold(x, index, geometry, order, patch_space, cols_space, run).swapaxes(-1, -2)
+                cols = _unfold(x, index, geometry, order, sizes.tap_by_tap, patch_space, cols_space, run).swapaxes(
+                    -1, -2
+                )
                 sums = order.images.load(dy, (*index, slice(None), filters), dy_space, run)
                 factors = (cols, sums) if order.by_rows else (sums, cols)
                 if term is None:
@@ -153,12 +199,13 @@ def _reading(x: Operand, order: _Order, geometry: Geometry, run: Run) -> _Readin
 
 
 class _Sizes(NamedTuple):
-    """The filters (per group) and the block of outputs done at once, and the elements of each workspace."""
+    """The filters (or channels) per group and the block of outputs done at once, and the elements of each workspace."""
 
-    filters: int
+    pieces: int
     box: Shape
     weights: int
     block: tuple[int, ...]  # patch, cols, and a block of y or dy
+    tap_by_tap: bool = False  # cols are read tap by tap, without a patch
 
 
 @lru_cache(maxsize=1024)
@@ -166,7 +213,7 @@ def _forward_sizes(
     geometry: Geometry, budget: int, block: int, reading: _Reading, weights: bool, sums: Space
 ) -> _Sizes:
     per_filter = geometry.channels * geometry.taps if weights else 0
-    filters = largest(geometry.group_filters, budget / 2, lambda count: per_filter * count)
+    filters = largest(geometry.group_filters, budget // 2, lambda count: per_filter * count)
     limit = min(budget - per_filter * filters, block)
     return _box_sizes(geometry, limit, filters, per_filter * filters, reading, sums)
 
@@ -174,7 +221,7 @@ def _forward_sizes(
 @lru_cache(maxsize=1024)
 def _weight_grad_sizes(geometry: Geometry, budget: int, block: int, reading: _Reading, gradients: Space) -> _Sizes:
     per_filter = geometry.channels * geometry.taps
-    filters = largest(geometry.group_filters, budget / 2, lambda count: 2 * per_filter * count)
+    filters = largest(geometry.group_filters, budget // 2, lambda count: 2 * per_filter * count)
     # Each block adds a whole dw to the sum: it should be worth that.
     limit = min(budget - 2 * per_filter * filters, max(block, 4 * per_filter * filters))
     return _box_sizes(geometry, limit, filters, per_filter * filters, reading, gradients)
@@ -189,17 +236,59 @@ def _box_sizes(geometry: Geometry, limit: int, filters: int, weights: int, readi
             (outputs * geometry.groups * filters, images),
         )
 
-    box, spaces = fitting_box((*geometry.batch, *geometry.output), limit, parts)
+    def parts_tap_by_tap(box: Shape) -> tuple[tuple[int, Space], ...]:
+        tap = math.prod(box) * geometry.channels, Space(False, reading.patch.temporaries)
+        return (tap, *parts(box)[1:])
+
+    extents = (*geometry.batch, *geometry.output)
+    box, spaces = fitting_box(extents, limit, parts)
+    if reading.patch.needed and spaces[0] > spaces[1]:  # far more lies between the taps than under them
+        box, spaces = fitting_box(extents, limit, parts_tap_by_tap)
+        return _Sizes(filters, box, weights, spaces, True)
     return _Sizes(filters, box, weights, spaces)
 
 
+@lru_cache(maxsize=1024)
+def _apart_sizes(
+    geometry: Geometry, budget: int, block: int, copies_weights: bool, gradients: Space, temporaries: int
+) -> _Sizes:
+    per_channel = geometry.filters * geometry.taps if copies_weights else 0
+    channels = largest(geometry.group_channels, budget // 2, lambda count: per_channel * count)
+
+    def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
+        outputs = math.prod(box)
+        return (
+            (outputs * geometry.filters, gradients),
+            (outputs * geometry.groups * channels * geometry.taps, Space(True, temporaries)),
+        )
+
+    limit = min(budget - per_channel * channels, block)
+    box, spaces = fitting_box((*geometry.batch, *geometry.output), limit, parts)
+    return _Sizes(channels, box, per_channel * channels, spaces)
+
+
 def _unfold(
-    x: Operand, index: Index, geometry: Geometry, order: _Order, patch_space: Array, cols_space: Array, run: Run
+    x: Operand,
+    index: Index,
+    geometry: Geometry,
+    order: _Order,
+    tap_by_tap: bool,
+    patch_space: Array,
+    cols_space: Array,
+    run: Run,
 ) -> Array:
     """cols: the windows of a block of outputs as matrices."""
+    if tap_by_tap:
+        sizes = (axis.stop - axis.start for axis in index)
+        shape = (*sizes, *geometry.kernel, geometry.groups, geometry.group_channels)
+        block, cols = order.windows.empty(shape, cols_space)
+        for tap in taps_of(geometry):
+            read_tap(x, tap, index, geometry, block[(..., *tap, slice(None), slice(None))], run)
+        return cols
     windows = windows_of(x, index, geometry, order.images, patch_space, run)
-    cols = order.windows.matrix(windows)
-    if cols is None:
-        block, cols = order.windows.empty(windows.shape, cols_space)
-        block[...] = windows
+    lying = order.windows.matrix(windows)
+    if lying is not None:
+        return lying
+    block, cols = order.windows.empty(windows.shape, cols_space)
+    block[...] = windows
     return cols

@@ -16,21 +16,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import product
 from typing import Any, NamedTuple
 
 import numpy
 
 from gpuconv.algorithms.blocks import Arrangement, Space, boxes, channels_innermost, fitting_box, largest, pieces
-from gpuconv.algorithms.windows import reaches_beyond, region_elements, windows_of
+from gpuconv.algorithms.windows import inputs_seen, read_tap, taps_of
 from gpuconv.arguments import Shape
 from gpuconv.backend import Array, Backend
 from gpuconv.geometry import Direction, Geometry
-from gpuconv.operands import Index, Operand, Result
+from gpuconv.operands import Index, Operand, Result, in_place
 from gpuconv.workspace import Run, shaped
 
 # A tap passes over the whole block: smaller ones stay in the cache, larger ones make longer inner loops.
 BLOCK_BYTES = 4 << 20
+# Up to this many taps are added up one after the other.
+ONE_RUN = 64
 
 
 def why_not(
@@ -45,20 +46,28 @@ def why_not(
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
     """Adds to y what each tap of w makes of x."""
     xp, order = run.backend.xp, _order_of(x.view, geometry.group_channels)
-    summed = y.view.dtype != run.dtype
-    sums = Space(summed, y.temporaries)
-    sizes = _forward_sizes(geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, _patch_of(x, geometry, run), sums)
-    with run.workspace(*sizes.spaces) as (weight_space, patch_space, slice_space, term_space, sums_space):
+    summed = not in_place(y.view, run.dtype)
+    everything = (slice(None),) * len(geometry.batch)
+    sizes = _forward_sizes(
+        geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, x.temporaries, Space(summed, y.temporaries)
+    )
+    with run.workspace(*sizes.spaces) as (weight_space, slice_space, term_space, part_space, sums_space):
         for filters in pieces(geometry.group_filters, sizes.pieces):
-            weights = _loaded(w, (*_everything(geometry.rank + 2), filters), weight_space, run)
+            weights = _loaded(w, (..., filters), weight_space, run)
             for index in boxes((*geometry.batch, *geometry.output), sizes.box):
-                windows = windows_of(x, index, geometry, order, patch_space, run)
                 target = y.view[(*index, slice(None), filters)]
                 total = shaped(sums_space, target.shape) if summed else target
                 total[...] = 0
-                for tap in _taps(geometry):
-                    seen = windows[(..., *tap, slice(None), slice(None))]
-                    total += _product(xp, seen, weights[tap], order, slice_space, term_space)
+                for taps in _runs_of_taps(geometry):
+                    part = _part_of(total, geometry, part_space)
+                    for tap in taps:
+                        into, seen = inputs_seen(tap, index, geometry)
+                        images = _read(x, (*index[: len(everything)], *seen), order, slice_space, run)
+                        if images.size:
+                            product = _product(xp, images, weights[tap], order, slice_space, term_space)
+                            part[(*everything, *into)] += product
+                    if part is not total:
+                        total += part
                 y.finish(xp, total, filters)
                 if summed:
                     target[...] = total
@@ -67,25 +76,28 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
     """Adds each tap's share of dy to the inputs that the tap read."""
     xp, order = run.backend.xp, _order_of(dy.view, geometry.group_filters)
-    summed = dx.view.dtype != run.dtype
+    summed = not in_place(dx.view, run.dtype)
     w = w.part(w.view.swapaxes(-1, -2))
     gradients, sums = Space(not dy.is_plain(run.dtype), dy.temporaries), Space(summed, dx.temporaries)
     sizes = _data_grad_sizes(geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, gradients, sums)
-    with run.workspace(*sizes.spaces) as (weight_space, dy_space, slice_space, term_space, sums_space):
+    with run.workspace(*sizes.spaces) as (weight_space, dy_space, slice_space, term_space, part_space, sums_space):
         for channels in pieces(geometry.group_channels, sizes.pieces):
-            weights = _loaded(w, (*_everything(geometry.rank + 2), channels), weight_space, run)
+            weights = _loaded(w, (..., channels), weight_space, run)
             for index in boxes((*geometry.batch, *geometry.input), sizes.box):
                 target = dx.view[(*index, slice(None), channels)]
                 total = shaped(sums_space, target.shape) if summed else target
                 total[...] = 0
                 outputs = _outputs_reaching(index, geometry)
-                if all(axis.start < axis.stop for axis in outputs[len(geometry.batch) :]):
-                    block = _loaded(dy, (*outputs, slice(None), slice(None)), dy_space, run)
-                    for tap in _taps(geometry):
+                block = _loaded(dy, (*outputs, slice(None), slice(None)), dy_space, run)
+                for taps in _runs_of_taps(geometry) if block.size else ():
+                    part = _part_of(total, geometry, part_space)
+                    for tap in taps:
                         into, source = _meeting(tap, index, outputs, geometry)
                         share = block[source]
                         if share.size:
-                            total[into] += _product(xp, share, weights[tap], order, slice_space, term_space)
+                            part[into] += _product(xp, share, weights[tap], order, slice_space, term_space)
+                    if part is not total:
+                        total += part
                 dx.finish(xp, total, channels)
                 if summed:
                     target[...] = total
@@ -94,24 +106,44 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run)
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
     """Adds to each tap of dw the products of dy with what the tap read."""
     xp, order = run.backend.xp, _by_groups(len(geometry.batch) + geometry.rank)
-    summed = dw.view.dtype != run.dtype
+    summed = not in_place(dw.view, run.dtype)
     sizes = _weight_grad_sizes(
-        geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, _patch_of(x, geometry, run), dy.temporaries, summed
+        geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, x.temporaries, dy.temporaries, summed
     )
-    with run.workspace(*sizes.spaces) as (patch_space, slice_space, dy_space, term_space, sums_space):
+    with run.workspace(*sizes.spaces) as (slice_space, dy_space, term_space, sums_space):
         for filters in pieces(geometry.group_filters, sizes.pieces):
             target = dw.view[..., filters]
             total = shaped(sums_space, target.shape) if summed else target
             total[...] = 0
             for index in boxes((*geometry.batch, *geometry.output), sizes.box):
-                windows = windows_of(x, index, geometry, order, patch_space, run)
                 gradients = order.load(dy, (*index, slice(None), filters), dy_space, run)
-                for tap in _taps(geometry):
-                    seen = _as_rows(windows[(..., *tap, slice(None), slice(None))], order, slice_space)
+                shape = (*(axis.stop - axis.start for axis in index), geometry.groups, geometry.group_channels)
+                for tap in taps_of(geometry):
+                    images, rows = order.empty(shape, slice_space)
+                    read_tap(x, tap, index, geometry, images, run)
                     term = shaped(term_space, total[tap].shape)
-                    total[tap] += xp.matmul(seen.swapaxes(-1, -2), gradients, out=term)
+                    total[tap] += xp.matmul(rows.swapaxes(-1, -2), gradients, out=term)
             if summed:
                 target[...] = total
+
+
+def _runs_of_taps(geometry: Geometry) -> Iterator[list[Shape]]:
+    """The taps, in runs about as many as they are long where there are many.
+
+    Adding up K terms in runs keeps the rounding of like terms, which drifts one way, to the order of sqrt(K).
+    """
+    taps = list(taps_of(geometry))
+    length = len(taps) if len(taps) <= ONE_RUN else math.isqrt(len(taps))
+    return (taps[start : start + length] for start in range(0, len(taps), length))
+
+
+def _part_of(total: Array, geometry: Geometry, space: Array) -> Array:
+    """Where a run of taps is added up: in the total, where there is one run, else in a part that begins at 0."""
+    if geometry.taps <= ONE_RUN:
+        return total
+    part = shaped(space, total.shape)
+    part[...] = 0
+    return part
 
 
 def _product(xp: Any, images: Array, weight: Array, order: Arrangement, slice_space: Array, term_space: Array) -> Array:
@@ -138,7 +170,18 @@ def _loaded(operand: Operand, index: Index, space: Array, run: Run) -> Array:
     if operand.is_plain(run.dtype):
         return piece
     block = shaped(space, piece.shape)
-    operand.read(run.backend.xp, index, block)
+    if block.size:
+        operand.read(run.backend.xp, index, block)
+    return block
+
+
+def _read(images: Operand, index: Index, order: Arrangement, space: Array, run: Run) -> Array:
+    """The same for images, which lie in the workspace in the order in which they are multiplied."""
+    piece = images.view[index]
+    if images.is_plain(run.dtype) or not piece.size:
+        return piece
+    block, _ = order.empty(piece.shape, space)
+    images.read(run.backend.xp, index, block)
     return block
 
 
@@ -155,14 +198,6 @@ def _by_groups(positions: int) -> Arrangement:
     return Arrangement((positions, *range(positions), positions + 1), positions, 1)
 
 
-def _taps(geometry: Geometry) -> Iterator[tuple[int, ...]]:
-    return product(*(range(k) for k in geometry.kernel))
-
-
-def _everything(axes: int) -> Index:
-    return (slice(None),) * axes
-
-
 def _outputs_reaching(index: Index, geometry: Geometry) -> Index:
     """The outputs whose windows meet a block of inputs; batch axes as they are."""
     batch = len(geometry.batch)
@@ -177,7 +212,7 @@ def _outputs_reaching(index: Index, geometry: Geometry) -> Index:
 def _meeting(tap: tuple[int, ...], index: Index, outputs: Index, geometry: Geometry) -> tuple[Index, Index]:
     """Where a tap takes a block of outputs to in a block of inputs: slices of the inputs and of the outputs."""
     batch = len(geometry.batch)
-    into, source = list(_everything(batch)), list(_everything(batch))
+    into, source = [slice(None)] * batch, [slice(None)] * batch
     for axis, t in enumerate(tap):
         s, inputs, block = geometry.stride[axis], index[batch + axis], outputs[batch + axis]
         shift = t * geometry.dilation[axis] - geometry.padding[axis][0]  # input = output * s + shift
@@ -190,10 +225,6 @@ def _meeting(tap: tuple[int, ...], index: Index, outputs: Index, geometry: Geome
     return tuple(into), tuple(source)
 
 
-def _patch_of(x: Operand, geometry: Geometry, run: Run) -> Space:
-    return Space(not x.is_plain(run.dtype) or reaches_beyond(geometry), x.temporaries)
-
-
 class _Sizes(NamedTuple):
     """The filters (or channels) per group and the block done at once, and the elements of each workspace."""
 
@@ -203,17 +234,17 @@ class _Sizes(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _forward_sizes(geometry: Geometry, budget: int, block: int, patch: Space, sums: Space) -> _Sizes:
+def _forward_sizes(geometry: Geometry, budget: int, block: int, temporaries: int, sums: Space) -> _Sizes:
     weights = geometry.channels * geometry.taps  # per filter of each group
-    filters = largest(geometry.group_filters, budget / 2, lambda count: weights * count)
+    filters = largest(geometry.group_filters, budget // 2, lambda count: weights * count)
 
     def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
         outputs = math.prod(box)
         terms = outputs * geometry.groups * filters
         return (
-            (region_elements(geometry, box), patch),
-            (outputs * geometry.channels, Space()),
+            (outputs * geometry.channels, Space(True, temporaries)),
             (terms, Space()),
+            (terms, Space(geometry.taps > ONE_RUN)),
             (terms, sums),
         )
 
@@ -225,18 +256,20 @@ def _forward_sizes(geometry: Geometry, budget: int, block: int, patch: Space, su
 @lru_cache(maxsize=1024)
 def _data_grad_sizes(geometry: Geometry, budget: int, block: int, gradients: Space, sums: Space) -> _Sizes:
     weights = geometry.filters * geometry.taps  # per channel of each group
-    channels = largest(geometry.group_channels, budget / 2, lambda count: weights * count)
+    channels = largest(geometry.group_channels, budget // 2, lambda count: weights * count)
     batch = len(geometry.batch)
 
     def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
         axes = zip(box[batch:], geometry.stride, geometry.window, geometry.output, strict=True)
         reaching = (min(m, (size + window - 2) // s + 1) for size, s, window, m in axes)
         outputs = math.prod(box[:batch]) * math.prod(reaching)
+        terms = math.prod(box) * geometry.groups * channels
         return (
             (outputs * geometry.filters, gradients),
             (outputs * geometry.filters, Space()),
             (outputs * geometry.groups * channels, Space()),
-            (math.prod(box) * geometry.groups * channels, sums),
+            (terms, Space(geometry.taps > ONE_RUN)),
+            (terms, sums),
         )
 
     limit = min(budget - weights * channels, block)
@@ -246,16 +279,15 @@ def _data_grad_sizes(geometry: Geometry, budget: int, block: int, gradients: Spa
 
 @lru_cache(maxsize=1024)
 def _weight_grad_sizes(
-    geometry: Geometry, budget: int, block: int, patch: Space, dy_temporaries: int, summed: bool
+    geometry: Geometry, budget: int, block: int, temporaries: int, dy_temporaries: int, summed: bool
 ) -> _Sizes:
     weights = geometry.channels * geometry.taps  # per filter of each group
-    filters = largest(geometry.group_filters, budget / 2, lambda count: (1 + summed) * weights * count)
+    filters = largest(geometry.group_filters, budget // 2, lambda count: (1 + summed) * weights * count)
 
     def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
         outputs = math.prod(box)
         return (
-            (region_elements(geometry, box), patch),
-            (outputs * geometry.channels, Space()),
+            (outputs * geometry.channels, Space(True, temporaries)),
             (outputs * geometry.groups * filters, Space(True, dy_temporaries)),
         )
 

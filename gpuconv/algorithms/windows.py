@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 from gpuconv.algorithms.blocks import Arrangement
@@ -20,7 +22,7 @@ def reaches_beyond(geometry: Geometry) -> bool:
 
 
 def region_elements(geometry: Geometry, box: Shape) -> int:
-    """Elements of x, padding included, that a block of outputs sees."""
+    """Elements of x, padding included, from the first to the last that a block of outputs sees."""
     batch = len(geometry.batch)
     axes = zip(box[batch:], geometry.stride, geometry.window, strict=True)
     return math.prod(box[:batch]) * geometry.channels * math.prod((size - 1) * s + window for size, s, window in axes)
@@ -39,12 +41,8 @@ def windows_of(x: Operand, index: Index, geometry: Geometry, order: Arrangement,
         region.append((start, stop))
         inside.append(slice(min(max(start, 0), n), max(min(stop, n), 0)))
     seen = (*index[:batch], *inside)
-    if x.is_plain(run.dtype) and all(
-        (axis.start, axis.stop) == ends for axis, ends in zip(inside, region, strict=True)
-    ):
-        source = x.view[seen]
-    else:
-        source = _patch(x, seen, region, order, patch_space, run)
+    is_inside = all((axis.start, axis.stop) == ends for axis, ends in zip(inside, region, strict=True))
+    source = x.view[seen] if is_inside and x.is_plain(run.dtype) else _patch(x, seen, region, order, patch_space, run)
     return sliding(run.backend.xp, source, geometry, tuple(axis.stop - axis.start for axis in index[batch:]))
 
 
@@ -58,12 +56,44 @@ def _patch(
     if piece.shape != shape:
         patch[...] = 0
     if piece.size:
-        middle = (
-            slice(axis.start - start, axis.stop - start)
-            for axis, (start, _) in zip(inside[batch:], region, strict=True)
-        )
+        ends = zip(inside[batch:], region, strict=True)
+        middle = (slice(axis.start - start, axis.stop - start) for axis, (start, _) in ends)
         x.read(run.backend.xp, inside, patch[(*(slice(None),) * batch, *middle)])
     return patch
+
+
+def read_tap(x: Operand, tap: Shape, index: Index, geometry: Geometry, into: Array, run: Run) -> None:
+    """Puts what one tap shows a block of outputs into an array (*batch, *outputs, G, C/G).
+
+    Unlike windows_of it reads nothing between the taps, which under dilation may be far more than they are.
+    """
+    batch = len(geometry.batch)
+    meeting, seen = inputs_seen(tap, index, geometry)
+    if any(axis != slice(0, size) for axis, size in zip(meeting, into.shape[batch:-2], strict=True)):
+        into[...] = 0
+    if all(axis.start < axis.stop for axis in meeting):
+        x.read(run.backend.xp, (*index[:batch], *seen), into[(*(slice(None),) * batch, *meeting)])
+
+
+def taps_of(geometry: Geometry) -> Iterator[Shape]:
+    """Every tap of the kernel."""
+    return product(*(range(k) for k in geometry.kernel))
+
+
+def inputs_seen(tap: Shape, index: Index, geometry: Geometry) -> tuple[Index, Index]:
+    """Which of a block's outputs a tap shows some input, and those inputs: slices of the spatial axes."""
+    batch = len(geometry.batch)
+    meeting, seen = [], []
+    for axis, t in enumerate(tap):
+        s, n, outputs = geometry.stride[axis], geometry.input[axis], index[batch + axis]
+        shift = t * geometry.dilation[axis] - geometry.padding[axis][0]  # input = output * s + shift
+        first = max(outputs.start, -(shift // s))
+        last = min(outputs.stop - 1, (n - 1 - shift) // s)
+        count = max(0, last - first + 1)
+        start = first * s + shift
+        meeting.append(slice(first - outputs.start, first - outputs.start + count) if count else slice(0, 0))
+        seen.append(slice(start, start + (count - 1) * s + 1, s) if count else slice(0, 0))
+    return tuple(meeting), tuple(seen)
 
 
 def sliding(xp: Any, source: Array, geometry: Geometry, outputs: Shape) -> Array:
