@@ -108,7 +108,9 @@ def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, ru
         geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, copies_weights, gradients, dx.temporaries
     )
     dx.fill(xp)
-    windows = sliding(xp, dx.view, geometry, geometry.output)
+    cropped = (slice(-low, None) for low, _ in geometry.padding)
+    inputs = dx.view[(*(slice(None) for _ in geometry.batch), *cropped)]
+    windows = sliding(xp, inputs, geometry, geometry.output)
     with run.workspace(sizes.weights, *sizes.block) as (weight_space, dy_space, cols_space):
         for channels in pieces(geometry.group_channels, sizes.pieces):
             weights = order.weights.load(w, (..., channels, slice(None)), weight_space, run).swapaxes(-1, -2)

@@ -205,7 +205,7 @@ def _outputs_reaching(index: Index, geometry: Geometry) -> Index:
     axes = zip(index[batch:], geometry.stride, geometry.window, geometry.padding, geometry.output, strict=True)
     for inputs, s, window, (low, _), m in axes:
         first = max(0, -(-(inputs.start + low - window + 1) // s))
-        outputs.append(slice(first, min(m, (inputs.stop - 1 + low) // s + 1)))
+        outputs.append(slice(first, max(first, min(m, (inputs.stop - 1 + low) // s + 1))))
     return (*index[:batch], *outputs)
 
 
