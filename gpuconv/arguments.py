@@ -13,6 +13,12 @@ Shape: TypeAlias = tuple[int, ...]
 Pairs: TypeAlias = tuple[tuple[int, int], ...]
 
 LAYOUTS: tuple[Layout, ...] = ("channels_first", "channels_last")
+# NumPy's arrays have 64 axes, and a view of windows has two for every spatial one.
+MOST_AXES = 28
+
+# Beyond this no array has an extent; products of these fit the 64 bits of a stride.
+LARGEST = 2**31 - 1
+
 PADDING_NAMES = ("valid", "same", "same_lower", "full", "causal")
 
 
@@ -32,9 +38,12 @@ def integer(value: object, name: str) -> int:
     try:
         if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
             raise TypeError
-        return operator.index(value)  # type: ignore[arg-type]
+        number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{name} must be made of ints, got {value!r}") from None
+    if abs(number) > LARGEST:
+        raise ValueError(f"{name} must be between -{LARGEST} and {LARGEST}, got {value!r}")
+    return number
 
 
 def _is_sequence(value: object) -> bool:
@@ -72,7 +81,8 @@ def _padding(value: object, rank: int) -> Pairs | str:
         return ((size, size),) * rank
     items = tuple(value)  # type: ignore[arg-type, var-annotated]
     if len(items) != rank:
-        hint = f"; for one axis write padding=(({items[0]!r}, {items[1]!r}),)" if rank == 1 and len(items) == 2 else ""
+        bare = rank == 1 and len(items) == 2 and not any(_is_sequence(item) for item in items)
+        hint = f"; for one axis write padding=(({items[0]}, {items[1]}),)" if bare else ""
         raise ValueError(
             f"padding must have one int or one (low, high) pair per spatial axis: {rank} expected, got {value!r}{hint}"
         )
@@ -98,6 +108,8 @@ def geometry_settings(
 ) -> tuple[Shape, Pairs | str, Shape, int, Layout, bool]:
     """The settings in one form each, so that equal convolutions are equal keys."""
     rank = len(w_shape) - 2
+    if rank > MOST_AXES:
+        raise ValueError(f"{w_name} must have at most {MOST_AXES} spatial axes, got shape {w_shape}")
     if rank < 1:
         raise ValueError(f"{w_name} must have two channel axes and at least one spatial axis, got shape {w_shape}")
     if layout not in LAYOUTS:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy
 
 from gpuconv import activations, dtypes, settings, workspace
 from gpuconv.activations import Activation
-from gpuconv.algorithms.blocks import Space, boxes, fitting_box
+from gpuconv.algorithms.blocks import Space, boxes, fitting_box, group_parts
 from gpuconv.arguments import Shape
 from gpuconv.backend import Array, Backend, Kind, backend_for, device_of, kind_of, matrix_products, module_of, moved
 from gpuconv.choose import MODULES, check_name, choose, consent
@@ -97,13 +97,32 @@ class Call:
             if bias is not None:
                 bias = moved(bias, backend.name).astype(sums).reshape(geometry.groups, -1)
             result = Result(canonical(target, role, geometry), bias, activation)
-            operands = [source.operand(geometry, backend, self.dtype) for source in (first, second)]
+            sources = (first, second)
+            operands = [source.operand(geometry, backend, self.dtype) for source in sources]
             run = workspace.Run(backend, sums, self.limit)
             if all(operand.view.size for operand in operands) and result.view.size:
-                getattr(MODULES[algorithm], direction)(*operands, result, geometry, run)
+                self._run_by_groups(getattr(MODULES[algorithm], direction), operands, sources, result, role, run)
             else:
                 result.fill(backend.xp)
             return self._returned(target, out, channels_last)
+
+    def _run_by_groups(
+        self,
+        algorithm: Callable[..., None],
+        operands: Sequence[Operand],
+        sources: Sequence[Source],
+        result: Result,
+        role: Role,
+        run: workspace.Run,
+    ) -> None:
+        """All groups at once, or as many at a time as the workspace has room for."""
+        parts = group_parts(self.geometry, run.budget)
+        if len(parts) == 1:
+            algorithm(*operands, result, self.geometry, run)
+            return
+        for groups, part in parts:
+            read = (operand.of_groups(groups, source.role) for operand, source in zip(operands, sources, strict=True))
+            algorithm(*read, result.of_groups(groups, role), part, run)
 
     def bias_grad(self, gradient: Source) -> Array:
         """db: the sum of the gradient over all but the channels."""
@@ -228,14 +247,22 @@ def _empty(xp: Any, shape: Shape, dtype: numpy.dtype, channels_last: bool, geome
 
 
 def _overlaps_itself(array: Array) -> bool:
-    """Whether two elements may be one: some axis steps back into what the faster ones cover."""
+    """Whether two elements share memory: possible only where an axis steps into what the faster ones cover."""
     covered = array.itemsize
     for step, size in sorted((abs(step), size) for step, size in zip(array.strides, array.shape, strict=True)):
         if size > 1:
             if step < covered:
-                return bool(array.size)
+                return _shares_bytes(array)
             covered += step * (size - 1)
     return False
+
+
+def _shares_bytes(array: Array) -> bool:
+    """The same by looking at the place of every element."""
+    places: Any = 0
+    for axis, (step, size) in enumerate(zip(array.strides, array.shape, strict=True)):
+        places = places + (numpy.arange(size) * step).reshape(-1, *(1,) * (array.ndim - axis - 1))
+    return bool((numpy.diff(numpy.sort(places, axis=None)) < array.itemsize).any())
 
 
 def _share_memory(kind: Kind, array: Array, out: Array) -> bool:

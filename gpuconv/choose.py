@@ -98,6 +98,7 @@ def explain(
     direction: Direction = "forward",
     backend: str | None = None,
     algorithm: str = "auto",
+    precision: str | None = None,
     deterministic: bool | None = None,
 ) -> Explanation:
     """Which algorithm would compute this convolution, and why each other one would not.
@@ -121,6 +122,7 @@ def explain(
         x_name="x_shape", w_name="w_shape",
     )  # fmt: skip
     check_name(algorithm)
+    settings.precision(precision)
     name = backend or get_backend()
     if name == "auto":
         name = array_module().__name__

@@ -71,7 +71,10 @@ def _parser() -> _Parser:
     explain.add_argument("w", type=_ints, metavar="W_SHAPE", help="such as 64,64,3,3")
     explain.add_argument("--stride", type=_per_axis, default=1, help="N or N,N (default 1)")
     explain.add_argument(
-        "--padding", type=_padding, default=0, help=f"N or N,N or LOW:HIGH,LOW:HIGH or {', '.join(PADDING_NAMES)}"
+        "--padding",
+        type=_padding,
+        default=0,
+        help=f"N or N,N or LOW:HIGH,LOW:HIGH or {', '.join(PADDING_NAMES)}; negative ones as --padding=-1,-1",
     )
     explain.add_argument("--dilation", type=_per_axis, default=1, help="N or N,N (default 1)")
     explain.add_argument("--groups", type=int, default=1)

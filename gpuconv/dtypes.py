@@ -30,6 +30,8 @@ def named(name: Any, argument: str = "dtype") -> numpy.dtype:
             raise TypeError(f"{argument}='bfloat16' needs ml_dtypes (pip install ml_dtypes)") from None
         name = ml_dtypes.bfloat16
     try:
+        if name is None:
+            raise TypeError
         dtype: numpy.dtype = numpy.dtype(name)
     except TypeError:
         raise TypeError(f"{argument} must be one of {', '.join(NAMES)}; got {name!r}") from None

@@ -40,6 +40,10 @@ def _canonical_weight(w: Array, geometry: Geometry) -> Array:
     return w[(slice(None, None, -1),) * rank] if geometry.flip else w
 
 
+def _groups_index(groups: slice, role: Role) -> Index:
+    return (..., groups, slice(None), slice(None)) if role == "w" else (..., groups, slice(None))
+
+
 def in_place(view: Array, dtype: numpy.dtype) -> bool:
     """Whether sums of this dtype can be read from, or formed in, an array's own memory."""
     return bool(view.dtype == dtype and getattr(view.flags, "aligned", True))
@@ -70,6 +74,11 @@ class Operand:
             xp.conjugate(into, out=into)
         if self.activation is not None:
             activations.apply_derivative(xp, self.activation, into, self.y[index].astype(into.dtype, copy=False))  # type: ignore[index]
+
+    def of_groups(self, groups: slice, role: Role) -> Operand:
+        """The operand as far as some of the groups go."""
+        y = None if self.y is None else self.y[_groups_index(groups, role)]
+        return replace(self, view=self.view[_groups_index(groups, role)], y=y)
 
     def part(self, view: Array) -> Operand:
         """The same with another view of the array."""
@@ -102,6 +111,11 @@ class Result:
             block = xp.zeros(self.view.shape[-2:], self.view.dtype if self.bias is None else self.bias.dtype)
             self.finish(xp, block)
             self.view[...] = block
+
+    def of_groups(self, groups: slice, role: Role) -> Result:
+        """The result as far as some of the groups go."""
+        bias = None if self.bias is None else self.bias[groups]
+        return replace(self, view=self.view[_groups_index(groups, role)], bias=bias)
 
     def part(self, index: Index) -> Result:
         """The result as far as this index goes."""

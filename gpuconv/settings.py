@@ -10,6 +10,8 @@ import os
 import re
 from functools import lru_cache
 
+import numpy
+
 BACKENDS = ("auto", "numpy", "cupy")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 
@@ -55,9 +57,9 @@ def deterministic(argument: bool | None) -> bool:
     if argument is None:
         value = _boolean("GPUCONV_DETERMINISTIC")
         return True if value is None else value
-    if not isinstance(argument, bool):
+    if not isinstance(argument, (bool, numpy.bool_)):
         raise TypeError(f"deterministic must be True, False or None, got {argument!r}")
-    return argument
+    return bool(argument)
 
 
 def precision(argument: str | None) -> str:
@@ -85,4 +87,6 @@ def workspace_limit() -> int:
 @lru_cache(maxsize=32)
 def _byte_count(value: str) -> int | None:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?b|)", value)
-    return int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else None
+    if not match or match[2] not in _UNITS or len(match[1]) > 18:
+        return None
+    return int(float(match[1]) * _UNITS[match[2]])

@@ -41,7 +41,10 @@ def conv_matrix(
     """
     kind = kind_of(w=w)
     if w.dtype.name not in _SPARSE_DTYPES:
-        raise TypeError(f"w must be one of {', '.join(_SPARSE_DTYPES)} to become a sparse matrix, not {w.dtype}")
+        hint = "w.astype('float32') makes one of it"
+        raise TypeError(
+            f"w must be one of {', '.join(_SPARSE_DTYPES)} to become a sparse matrix, not {w.dtype}; {hint}"
+        )
     geometry = Geometry.infer(
         x_shape, w.shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip,
         x_name="x_shape",

@@ -49,6 +49,12 @@ def test_cs231n_refuses_what_it_cannot_read():
     x, w, b = np.ones((2, 3, 5, 5)), np.ones((4, 3, 3, 3)), np.ones(4)
     with pytest.raises(ValueError, match="conv_param must have 'stride' and 'pad'"):
         cs231n.conv_forward(x, w, b, {"stride": 1})
+    with pytest.raises(TypeError, match="conv_param must be a dict with 'stride' and 'pad', got None"):
+        cs231n.conv_forward(x, w, b, None)
+    with pytest.raises(TypeError, match="pad must be made of ints, got 1.5"):
+        cs231n.conv_forward(x, w, b, {"stride": 1, "pad": 1.5})
+    with pytest.raises(ValueError, match="dout must have the shape"):
+        cs231n.conv_backward(x, (x, w, b, {"stride": 1, "pad": 0}))
     with pytest.raises(ValueError, match="x must have 4 axes"):
         cs231n.conv_forward(x[0], w, b, {"stride": 1, "pad": 0})
 
@@ -91,7 +97,10 @@ def test_nhwc_takes_activations_as_callables_names_and_none(rng):
         ({"activation": "gelu"}, ValueError, "activation must be a callable"),
         ({"A_prev": np.ones((5, 5, 2))}, ValueError, "A_prev must have 4 axes"),
         ({"W": [1]}, TypeError, "W must be a numpy.ndarray"),
-        ({"W": np.ones((3, 3, 4, 3))}, ValueError, "x has 2 channels but w expects 4"),
+        ({"W": np.ones((3, 3, 4, 3))}, ValueError, "A_prev has 2 channels but W expects 4"),
+        ({"A_prev": np.ones((1, 5, 5, 2), int)}, TypeError, "A_prev must be one of float16"),
+        ({"A_prev": np.ma.ones((1, 5, 5, 2))}, TypeError, "A_prev must be a numpy.ndarray"),
+        ({"b": [[[[1, 2, 3]]]]}, TypeError, "b must be a numpy.ndarray"),
     ],
 )
 def test_nhwc_refuses_bad_input_in_words(change, exception, phrase):

@@ -53,6 +53,9 @@ BAD = {
     "padding mixed": (lambda: C(X, W, padding=(1, (1, 2))), ValueError, "padding must be ints or (low, high) pairs throughout"),
     "padding of triples": (lambda: C(X, W, padding=((1, 2, 3), (1, 2, 3))), ValueError, "padding must be ints or (low, high) pairs"),
     "bare pair in 1-D": (lambda: C(X[0], np.ones((4, 9, 3)), padding=(1, 2)), ValueError, "for one axis write padding=((1, 2),)"),
+    "bare pairs in 1-D": (lambda: C(X[0], np.ones((4, 9, 3)), padding=((1, 2), (3, 4))), ValueError, "1 expected, got ((1, 2), (3, 4))"),
+    "stride beyond any array": (lambda: C(X, W, stride=2**62), ValueError, "stride must be between -2147483647 and 2147483647"),
+    "too many axes": (lambda: C(np.ones((1,) * 33), np.ones((1,) * 33)), ValueError, "w must have at most 28 spatial axes"),
     "causal in 2-D": (lambda: C(X, W, padding="causal"), ValueError, "padding='causal' is for one spatial axis"),
     "layout": (lambda: C(X, W, layout="NCHW"), ValueError, "layout must be one of channels_first, channels_last; got 'NCHW'"),
     "flip": (lambda: C(X, W, flip=1), TypeError, "flip must be True or False, got 1"),
@@ -130,6 +133,7 @@ def test_bad_input_is_refused_in_words(name):
         ("CUPY_TF32", "perhaps"),
         ("GPUCONV_WORKSPACE_LIMIT", "lots"),
         ("GPUCONV_WORKSPACE_LIMIT", "-1"),
+        ("GPUCONV_WORKSPACE_LIMIT", "9" * 400),
         ("GPUCONV_WORKSPACE_LIMIT", "10 PiB"),
     ],
 )
@@ -167,6 +171,11 @@ def test_out_and_inputs_are_untouched_when_a_call_is_refused():
     assert (out == 5).all()
     assert (x == X).all()
     assert (w == W).all()
+
+
+def test_out_whose_elements_interlace_is_taken():
+    out = np.lib.stride_tricks.as_strided(np.zeros(20), (1, 3, 2), (0, 16, 24))
+    np.testing.assert_array_equal(C(np.ones((1, 3, 2)), np.ones((3, 3, 1)), out=out), np.full((1, 3, 2), 3.0))
 
 
 def test_interleaved_arrays_do_not_overlap():

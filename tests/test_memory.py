@@ -86,6 +86,38 @@ def test_memory_of_activations_mixed_dtypes_and_transposed_calls(limit, monkeypa
         assert peak_beside(size, call) <= limit * MIB + SLACK
 
 
+@pytest.mark.parametrize(
+    "x_shape, w_shape, settings",
+    [
+        ((1, 1024, 16, 16), (1024, 1, 15, 15), {"padding": 7, "groups": 1024}),
+        ((1, 64, 300, 300), (4, 64, 2, 2), {"dilation": 290}),
+        ((1, 64, 300, 300), (4, 64, 2, 2), {"dilation": 290, "padding": 3}),
+        ((2, 3, 128, 128), (256, 3, 16, 16), {"stride": 16}),
+    ],
+    ids=["many groups", "far taps", "far padded taps", "patches"],
+)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("algorithm", gpuconv.ALGORITHMS)
+def test_memory_of_extremes(x_shape, w_shape, settings, dtype, algorithm, monkeypatch):
+    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "1MiB")
+    x, w = np.full(x_shape, 1 / 64, dtype), np.full(w_shape, 1 / 64, dtype)
+    options = {**settings, "algorithm": algorithm}
+    y = gpuconv.conv(x, w, **options)
+    assert peak_beside(y.nbytes, lambda: gpuconv.conv(x, w, **options)) <= MIB + SLACK
+    assert peak_beside(x.nbytes, lambda: gpuconv.conv_data_grad(y, w, x_shape, **options)) <= MIB + SLACK
+    assert peak_beside(w.nbytes, lambda: gpuconv.conv_weight_grad(y, x, w_shape, **options)) <= MIB + SLACK
+
+
+def test_memory_of_unaligned_arrays(monkeypatch):
+    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "1MiB")
+    x = np.zeros(4 * 64 * 64 * 64 * 4 + 1, np.uint8)[1:].view(np.float32).reshape(4, 64, 64, 64)
+    w = np.ones((64, 64, 1, 1), np.float32)
+    assert peak_beside(x.nbytes, lambda: gpuconv.conv(x, w)) <= MIB + SLACK
+    y = np.ones(x.shape, np.float32)
+    assert peak_beside(0, lambda: gpuconv.conv(y, w, out=x)) <= MIB + SLACK
+    assert (x == 64).all()
+
+
 def test_the_workspace_is_used_again(rng):
     x, w = rng.standard_normal((4, 16, 64, 64), np.float32), rng.standard_normal((16, 16, 3, 3), np.float32)
     y = gpuconv.conv(x, w)

@@ -73,6 +73,14 @@ def may_be_reached(direction, place, case):
     return np.arange(channels) == group * (channels // case.groups) + place[1]
 
 
+@pytest.mark.parametrize("algorithm", ["auto", *gpuconv.ALGORITHMS])
+def test_inf_in_w_meets_no_zeros_beyond_dy(algorithm):
+    w = np.array([[[1.0, 2.0, np.inf]]])
+    dx = gpuconv.conv_data_grad(np.ones((1, 1, 3)), w, (1, 1, 5), algorithm=algorithm)
+    np.testing.assert_array_equal(dx, [[[1, 3, np.inf, np.inf, np.inf]]])
+    np.testing.assert_array_equal(gpuconv.conv_transpose(np.ones((1, 1, 3)), w, algorithm=algorithm), dx)
+
+
 @pytest.mark.parametrize("name", ["relu", "leaky_relu", "sigmoid", "tanh"])
 def test_nan_passes_through_activations(name):
     x = np.array([[1.0, np.nan, -1.0]])

@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
 from gpuconv.arguments import Shape
 from gpuconv.backend import Array
+from gpuconv.geometry import Geometry
 from gpuconv.operands import Index, Operand, in_place
 from gpuconv.workspace import Run, shaped
+
+# Blocks of fewer outputs are not worth their overhead, where fewer groups at a time make them longer.
+FEWEST_OUTPUTS = 64
 
 
 class Arrangement(NamedTuple):
@@ -65,6 +70,19 @@ def channels_innermost(images: Array) -> bool:
     """Whether (*positions, G, C/G) lies in memory with its channels closer together than its pixels."""
     channel = images.strides[-1] if images.shape[-1] > 1 else images.strides[-2]
     return bool(abs(channel) < abs(images.strides[-3]))
+
+
+@lru_cache(maxsize=1024)
+def group_parts(geometry: Geometry, budget: int) -> tuple[tuple[slice, Geometry], ...]:
+    """The groups, in as many parts as it takes for a few outputs of all of a part's channels to fit the budget."""
+    per_output = 3 * max(geometry.group_channels, geometry.group_filters) * geometry.taps  # windows, weights and sums
+    size = largest(geometry.groups, budget // FEWEST_OUTPUTS, lambda groups: per_output * groups)
+    return tuple((groups, _part_of(geometry, groups.stop - groups.start)) for groups in pieces(geometry.groups, size))
+
+
+def _part_of(geometry: Geometry, groups: int) -> Geometry:
+    channels, filters = groups * geometry.group_channels, groups * geometry.group_filters
+    return replace(geometry, groups=groups, channels=channels, filters=filters)
 
 
 class Space(NamedTuple):

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import gpuconv
 from gpuconv.backend import Array
+from gpuconv.compat import named
 
 Cache: TypeAlias = tuple[Array, Array, Array, Mapping[str, Any]]
 
@@ -24,13 +25,17 @@ def conv_forward(x: Array, w: Array, b: Array, conv_param: Mapping[str, Any]) ->
     >>> y.shape
     (2, 4, 2, 2)
     """
-    return gpuconv.conv(x, w, b, **_geometry(x, w, conv_param)), (x, w, b, conv_param)
+    geometry = _geometry(x, w, conv_param)
+    with named(padding="pad"):
+        return gpuconv.conv(x, w, b, **geometry), (x, w, b, conv_param)
 
 
 def conv_backward(dout: Array, cache: Cache) -> tuple[Array, Array, Array]:
     """dx, dw and db, from the gradient in y and what :func:`conv_forward` left."""
     x, w, _, conv_param = cache
-    dx, dw, db = gpuconv.conv_backward(dout, x, w, **_geometry(x, w, conv_param))
+    geometry = _geometry(x, w, conv_param)
+    with named(dy="dout", padding="pad"):
+        dx, dw, db = gpuconv.conv_backward(dout, x, w, **geometry)
     return dx, dw, db
 
 
@@ -38,6 +43,8 @@ def _geometry(x: Array, w: Array, conv_param: Mapping[str, Any]) -> dict[str, An
     for name, array in (("x", x), ("w", w)):
         if getattr(array, "ndim", 4) != 4:
             raise ValueError(f"{name} must have 4 axes, but it has the shape {array.shape}")
+    if not isinstance(conv_param, Mapping):
+        raise TypeError(f"conv_param must be a dict with 'stride' and 'pad', got {conv_param!r}")
     for key in ("stride", "pad"):
         if key not in conv_param:
             raise ValueError(f"conv_param must have 'stride' and 'pad', got {dict(conv_param)}")

@@ -13,7 +13,8 @@ from typing import Any
 import gpuconv
 from gpuconv.activations import NAMES
 from gpuconv.arguments import per_axis
-from gpuconv.backend import Array
+from gpuconv.backend import Array, kind_of
+from gpuconv.compat import named
 
 
 def conv_forward(
@@ -33,11 +34,12 @@ def conv_forward(
     """
     geometry = _geometry(A_prev, W, padding, stride)
     _check_bias(b, W)
-    if callable(activation):
-        return activation(gpuconv.conv(A_prev, W, b.reshape(-1), **geometry))
-    if activation is not None and activation not in NAMES:
+    if activation is not None and not callable(activation) and activation not in NAMES:
         raise ValueError(f"activation must be a callable, None or one of {', '.join(NAMES)}; got {activation!r}")
-    return gpuconv.conv(A_prev, W, b.reshape(-1), activation=activation, **geometry)  # type: ignore[arg-type]
+    fused: Any = None if callable(activation) else activation
+    with named(x="A_prev", w="W"):
+        z = gpuconv.conv(A_prev, W, b.reshape(-1), activation=fused, **geometry)
+    return activation(z) if callable(activation) else z
 
 
 def conv_backward(
@@ -57,14 +59,14 @@ def conv_backward(
     """
     geometry = _geometry(A_prev, W, padding, stride)
     _check_bias(b, W)
-    dx, dw, db = gpuconv.conv_backward(dZ, A_prev, W, **geometry)
+    with named(x="A_prev", w="W", dy="dZ"):
+        dx, dw, db = gpuconv.conv_backward(dZ, A_prev, W, **geometry)
     return dx, dw, db.reshape(b.shape)  # type: ignore[union-attr]
 
 
 def _geometry(A_prev: Array, W: Array, padding: str, stride: Any) -> dict[str, Any]:  # noqa: N803
     for name, array in (("A_prev", A_prev), ("W", W)):
-        if not hasattr(array, "shape"):
-            raise TypeError(f"{name} must be a numpy.ndarray or a cupy.ndarray, not {type(array).__name__}")
+        kind_of(**{name: array})
         if len(array.shape) != 4:
             raise ValueError(f"{name} must have 4 axes, but it has the shape {array.shape}")
     steps = per_axis(stride, 2, "stride", minimum=1)
@@ -79,5 +81,6 @@ def _geometry(A_prev: Array, W: Array, padding: str, stride: Any) -> dict[str, A
 
 
 def _check_bias(b: Array, W: Array) -> None:  # noqa: N803
-    if getattr(b, "shape", None) != (1, 1, 1, W.shape[-1]):
-        raise ValueError(f"b must have the shape (1, 1, 1, {W.shape[-1]}), but it has {getattr(b, 'shape', None)}")
+    kind_of(b=b)
+    if b.shape != (1, 1, 1, W.shape[-1]):
+        raise ValueError(f"b must have the shape (1, 1, 1, {W.shape[-1]}), but it has {b.shape}")
