@@ -51,7 +51,7 @@ def test_cs231n_refuses_what_it_cannot_read():
         cs231n.conv_forward(x, w, b, {"stride": 1})
     with pytest.raises(TypeError, match="conv_param must be a dict with 'stride' and 'pad', got None"):
         cs231n.conv_forward(x, w, b, None)
-    with pytest.raises(TypeError, match="pad must be made of ints, got 1.5"):
+    with pytest.raises(TypeError, match=r"pad must be made of ints, got 1\.5"):
         cs231n.conv_forward(x, w, b, {"stride": 1, "pad": 1.5})
     with pytest.raises(ValueError, match="dout must have the shape"):
         cs231n.conv_backward(x, (x, w, b, {"stride": 1, "pad": 0}))
