@@ -24,30 +24,40 @@ LAYERS = {
     "1x1": ((2, 128, 64, 64), (256, 128, 1, 1), {}),
     "1x1 stride 2": ((2, 128, 64, 64), (256, 128, 1, 1), {"stride": 2}),
     "stem": ((2, 3, 224, 224), (32, 3, 7, 7), {"padding": 3, "stride": 2}),
-    "1-D": ((2, 32, 60000), (32, 32, 9), {"padding": 4}),
+    "1-D": ((2, 32, 20000), (32, 32, 9), {"padding": 4}),
     "3-D": ((1, 8, 40, 40, 40), (16, 8, 3, 3, 3), {"padding": 1}),
 }
 
 
-def peak_beside(result_bytes, call):
-    """The peak of a call's own memory, less its result's, of two calls the smaller.
+def assert_stays_within(limit, result_bytes, call):
+    """The peak of a call's own memory, less its result's, is within the limit.
 
-    as_strided makes strings, and the interpreter's table of them grows by up to 2 MB at some call or other.
+    A second call decides where the first one is beyond it: as_strided makes strings, and the interpreter's table of
+    them grows by up to 2 MB at some call or other.
     """
-    peaks = []
-    for _ in range(2):
+    for _attempt in range(2):
         gpuconv.clear_cache()
         tracemalloc.start()
         try:
             call()
-            peaks.append(tracemalloc.get_traced_memory()[1] - result_bytes)
+            peak = tracemalloc.get_traced_memory()[1] - result_bytes
         finally:
             tracemalloc.stop()
-    return min(peaks)
+        if peak <= limit + SLACK:
+            return
+    assert peak <= limit + SLACK, f"takes {peak} bytes beside its result"
 
 
-@pytest.mark.parametrize("dtype, limit", [("float32", 64), ("float32", 1), ("float16", 1), ("complex64", 1)])
-@pytest.mark.parametrize("memory", ["channels_first", "channels_last"])
+@pytest.mark.parametrize(
+    "dtype, memory, limit",
+    [
+        ("float32", "channels_first", 64),
+        ("float32", "channels_first", 1),
+        ("float32", "channels_last", 1),
+        ("float16", "channels_first", 1),
+        ("complex64", "channels_last", 1),
+    ],
+)
 @pytest.mark.parametrize("algorithm", gpuconv.ALGORITHMS)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_memory_stays_within_the_limit(layer, dtype, algorithm, memory, limit, monkeypatch):
@@ -62,7 +72,7 @@ def test_memory_stays_within_the_limit(layer, dtype, algorithm, memory, limit, m
         (x, lambda: gpuconv.conv_data_grad(y, w, x_shape, algorithm=algorithm, **settings)),
         (w, lambda: gpuconv.conv_weight_grad(y, x, w_shape, algorithm=algorithm, **settings)),
     ):
-        assert peak_beside(result.nbytes, call) <= limit * MIB + SLACK
+        assert_stays_within(limit * MIB, result.nbytes, call)
 
 
 @pytest.mark.parametrize("limit", [64, 1])
@@ -83,7 +93,7 @@ def test_memory_of_activations_mixed_dtypes_and_transposed_calls(limit, monkeypa
         (w.nbytes, lambda: gpuconv.conv_transpose_backward(t, x, w, y=t, needs="dw", stride=2, **settings)),
         (b.nbytes, lambda: gpuconv.conv_transpose_backward(t, x, w, y=t, needs="db", stride=2, **settings)),
     ):
-        assert peak_beside(size, call) <= limit * MIB + SLACK
+        assert_stays_within(limit * MIB, size, call)
 
 
 @pytest.mark.parametrize(
@@ -103,18 +113,18 @@ def test_memory_of_extremes(x_shape, w_shape, settings, dtype, algorithm, monkey
     x, w = np.full(x_shape, 1 / 64, dtype), np.full(w_shape, 1 / 64, dtype)
     options = {**settings, "algorithm": algorithm}
     y = gpuconv.conv(x, w, **options)
-    assert peak_beside(y.nbytes, lambda: gpuconv.conv(x, w, **options)) <= MIB + SLACK
-    assert peak_beside(x.nbytes, lambda: gpuconv.conv_data_grad(y, w, x_shape, **options)) <= MIB + SLACK
-    assert peak_beside(w.nbytes, lambda: gpuconv.conv_weight_grad(y, x, w_shape, **options)) <= MIB + SLACK
+    assert_stays_within(MIB, y.nbytes, lambda: gpuconv.conv(x, w, **options))
+    assert_stays_within(MIB, x.nbytes, lambda: gpuconv.conv_data_grad(y, w, x_shape, **options))
+    assert_stays_within(MIB, w.nbytes, lambda: gpuconv.conv_weight_grad(y, x, w_shape, **options))
 
 
 def test_memory_of_unaligned_arrays(monkeypatch):
     monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "1MiB")
     x = np.zeros(4 * 64 * 64 * 64 * 4 + 1, np.uint8)[1:].view(np.float32).reshape(4, 64, 64, 64)
     w = np.ones((64, 64, 1, 1), np.float32)
-    assert peak_beside(x.nbytes, lambda: gpuconv.conv(x, w)) <= MIB + SLACK
+    assert_stays_within(MIB, x.nbytes, lambda: gpuconv.conv(x, w))
     y = np.ones(x.shape, np.float32)
-    assert peak_beside(0, lambda: gpuconv.conv(y, w, out=x)) <= MIB + SLACK
+    assert_stays_within(MIB, 0, lambda: gpuconv.conv(y, w, out=x))
     assert (x == 64).all()
 
 
