@@ -64,7 +64,7 @@ def choose(
     else:
         name, reason = next((name, reason) for name, reason in _preferences(geometry, backend) if not refusals[name])
     refused = tuple(
-        (other, refusals[other] or f"it can, but {name} is taken: {reason}") for other in ALGORITHMS if other != name
+        (other, refusals[other] or f"it can, but {name} goes first here") for other in ALGORITHMS if other != name
     )
     return Explanation(name, reason, refused, direction, backend.name, dtype.name, geometry)
 

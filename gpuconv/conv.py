@@ -62,10 +62,15 @@ def conv(
     axes, not memory: y takes the memory order of x.
 
     stride, dilation: an int, or one per spatial axis. padding: an int, one per axis, a (low, high) pair per axis, or
-    "valid", "same", "same_lower", "full", "causal"; negative numbers crop. flip=False is cross-correlation, what deep
-    learning calls convolution; flip=True is true convolution. activation: None, "relu", "leaky_relu" (slope 0.01),
-    "sigmoid" or "tanh". dtypes: float16, bfloat16, float32, float64, complex64, complex128, promoted to a common one;
-    sums are formed in float32 at least. out: an array that receives y and is returned.
+    "valid", "same", "same_lower", "full", "causal"; negative numbers crop. groups: that many convolutions side by side,
+    each of C/G channels and F/G filters. flip=False is cross-correlation, what deep learning calls convolution;
+    flip=True is true convolution. activation: None, "relu", "leaky_relu" (slope 0.01), "sigmoid" or "tanh".
+
+    dtypes: float16, bfloat16, float32, float64, complex64, complex128, promoted to a common one; sums are formed in
+    float32 at least. algorithm: "auto" or one of gpuconv.ALGORITHMS. precision: "ieee", or "tf32" or "tf32x3" to permit
+    TensorFloat-32 products of float32 arrays on a GPU; None leaves it to GPUCONV_PRECISION. deterministic: True for the
+    same bits every time, False to let "auto" add in any order; None leaves it to GPUCONV_DETERMINISTIC. out: an array
+    that receives y and is returned.
 
     Raises ValueError for shapes and values, TypeError for kinds and dtypes, BackendError where a backend that was
     asked for cannot be used. No input is modified, and out is untouched unless all checks have passed.

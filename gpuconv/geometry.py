@@ -260,6 +260,14 @@ def _split(x_shape: Shape, w_shape: Shape, layout: Layout, x_name: str, w_name: 
     return x_shape[:axes], x_shape[axes], x_shape[axes + 1 :], w_shape[2:]
 
 
+def _layout_hint(x_shape: Shape, w_shape: Shape, layout: Layout, groups: int) -> str:
+    """A word where the shapes fit the other layout."""
+    last = layout == "channels_first"
+    channels = x_shape[-1] if last else x_shape[-len(w_shape) + 1]
+    expected = groups * (w_shape[-2] if last else w_shape[1])
+    return f"; they fit layout={'channels_last' if last else 'channels_first'!r}" if channels == expected else ""
+
+
 def _check_kernel(kernel: Shape, w_shape: Shape, w_name: str) -> None:
     if min(kernel) < 1:
         raise ValueError(f"{w_name} must have a kernel extent of at least 1 on every axis ({w_name} {w_shape})")
@@ -288,7 +296,10 @@ def _infer(
     if filters % groups:
         raise ValueError(f"groups must divide the filters of {w_name}, but {groups} does not divide {filters} {shapes}")
     if channels != group_channels * groups:
-        raise ValueError(f"{x_name} has {channels} channels but {w_name} expects {group_channels * groups} {shapes}")
+        hint = _layout_hint(x_shape, w_shape, layout, groups)
+        raise ValueError(
+            f"{x_name} has {channels} channels but {w_name} expects {group_channels * groups} {shapes}{hint}"
+        )
     _check_kernel(kernel, w_shape, w_name)
     pairs = padding if isinstance(padding, tuple) else _named_padding(padding, extent, kernel, stride, dilation)
     geometry = Geometry(batch, channels, filters, extent, kernel, stride, pairs, dilation, groups, layout, flip)

@@ -51,21 +51,23 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
     from matplotlib import pyplot
 
     cases = list(dict.fromkeys(row.case for row in rows))
-    figure, axes = pyplot.subplots(figsize=(9, 1.6 + 0.62 * len(cases)), layout="constrained")
-    height = 0.8 / len(DIRECTIONS)
-    for number, direction in enumerate(DIRECTIONS):
+    directions = [direction for direction in DIRECTIONS if any(row.direction == direction for row in rows)]
+    figure, axes = pyplot.subplots(figsize=(9, 2 + 0.21 * len(directions) * len(cases)), layout="constrained")
+    height = 0.8 / len(directions)
+    for number, direction in enumerate(directions):
         chosen = [row for row in rows if row.direction == direction and row.right]
-        places = [cases.index(row.case) + (number - 1) * height for row in chosen]
+        places = [cases.index(row.case) + (number - (len(directions) - 1) / 2) * height for row in chosen]
         rates = [row.flops / row.timing.median / 1e9 for row in chosen]
-        bars = axes.barh(places, rates, height, label=direction)
+        color = f"C{DIRECTIONS.index(direction)}"
+        bars = axes.barh(places, rates, height, label=direction, color=color)
         axes.bar_label(bars, [f"{rate:.3g}" for rate in rates], padding=3, fontsize=7)
     axes.set_yticks(range(len(cases)), cases, fontsize=8)
-    axes.invert_yaxis()
-    axes.margins(x=0.1, y=0.01)
+    axes.margins(x=0.1)
+    axes.set_ylim(len(cases) - 0.5, -0.5)
     axes.set_xlabel("GFLOP/s of the direct algorithm (higher is better)")
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=len(DIRECTIONS), frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(directions), frameon=False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
