@@ -39,6 +39,10 @@ class Arrangement(NamedTuple):
         matrix = memory.reshape(*ordered[:rows], math.prod(ordered[rows:columns]), math.prod(ordered[columns:]))
         return memory.transpose(_inverse(self.axes)), matrix
 
+    def copies(self, operand: Operand, run: Run) -> bool:
+        """Whether loading the operand takes room in the workspace."""
+        return not operand.is_plain(run.dtype) or self.matrix(operand.view) is None
+
     def load(self, operand: Operand, index: Index, flat: Array, run: Run) -> Array:
         """A piece of an operand as matrices: where it lies if that will do, else read into the workspace."""
         piece = operand.view[index]

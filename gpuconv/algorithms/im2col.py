@@ -51,7 +51,7 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> 
         run.budget,
         BLOCK_BYTES // run.dtype.itemsize,
         _reading(x, order, geometry, run),
-        weights=not w.is_plain(run.dtype) or order.weights.matrix(w.view) is None,
+        weights=order.weights.copies(w, run),
         sums=Space(not in_place(y.view, run.dtype) or order.images.matrix(y.view) is None, y.temporaries),
     )
     with run.workspace(sizes.weights, *sizes.block) as (weight_space, patch_space, cols_space, sums_space):
@@ -102,10 +102,13 @@ def _data_grad_by_residues(dy: Operand, w: Operand, dx: Result, geometry: Geomet
 def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
     """Windows that do not overlap, as in patch embeddings and their transposes: each is a product of its own."""
     xp, order = run.backend.xp, _order_of(dy.view, geometry, stack=False)
-    copies_weights = not w.is_plain(run.dtype) or order.weights.matrix(w.view) is None
-    gradients = Space(not dy.is_plain(run.dtype) or order.images.matrix(dy.view) is None, dy.temporaries)
     sizes = _apart_sizes(
-        geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, copies_weights, gradients, dx.temporaries
+        geometry,
+        run.budget,
+        BLOCK_BYTES // run.dtype.itemsize,
+        order.weights.copies(w, run),
+        Space(order.images.copies(dy, run), dy.temporaries),
+        dx.temporaries,
     )
     dx.fill(xp)
     cropped = (slice(-low, None) for low, _ in geometry.padding)
@@ -126,7 +129,7 @@ def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, ru
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
     """dw[t, c] = sum over outputs o of x[o * stride + t * dilation - low, c] dy[o]."""
     xp, order = run.backend.xp, _order_of(x.view, geometry, stack=False)
-    gradients = Space(not dy.is_plain(run.dtype) or order.images.matrix(dy.view) is None, dy.temporaries)
+    gradients = Space(order.images.copies(dy, run), dy.temporaries)
     sizes = _weight_grad_sizes(
         geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, _reading(x, order, geometry, run), gradients
     )
@@ -137,11 +140,9 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Ru
             block, total = order.weights.place(target, total_space, run)
             term = None
             for index in boxes((*geometry.batch, *geometry.output), sizes.box):
-                cols = _unfold(x, index, geometry, order, sizes.tap_by_tap, patch_space, cols_space, run).swapaxes(
-                    -1, -2
-                )
+                cols = _unfold(x, index, geometry, order, sizes.tap_by_tap, patch_space, cols_space, run)
                 sums = order.images.load(dy, (*index, slice(None), filters), dy_space, run)
-                factors = (cols, sums) if order.by_rows else (sums, cols)
+                factors = (cols.swapaxes(-1, -2), sums) if order.by_rows else (sums, cols.swapaxes(-1, -2))
                 if term is None:
                     xp.matmul(*factors, out=total)
                     term = shaped(term_space, total.shape)
