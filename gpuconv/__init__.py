@@ -14,11 +14,13 @@ from gpuconv.conv import (
     conv_transpose_backward,
     conv_weight_grad,
 )
+from gpuconv.cuda.compiler import CompileError
 from gpuconv.sparse import conv_matrix
 
 __all__ = [
     "ALGORITHMS",
     "BackendError",
+    "CompileError",
     "Explanation",
     "Gradients",
     "array_module",

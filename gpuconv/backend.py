@@ -40,6 +40,11 @@ class Backend(NamedTuple):
     xp: Any
     launch: Callable[..., None] | None
 
+    @property
+    def kind(self) -> Kind:
+        """The kind of its arrays."""
+        return "cupy" if self.name == "cupy" else "numpy"
+
 
 NUMPY = Backend("numpy", numpy, None)
 
@@ -151,7 +156,13 @@ def cupy_backend() -> Backend:
         ) from error
     if not working:
         raise BackendError(f"CuPy {cupy.__version__} computes wrong sums on this machine's GPU")
-    return Backend("cupy", cupy, None)
+    return _cupy(cupy)
+
+
+def _cupy(cupy: Any) -> Backend:
+    from gpuconv.cuda.launch import launch_cuda
+
+    return Backend("cupy", cupy, launch_cuda)
 
 
 def driver_devices() -> int:
@@ -205,7 +216,7 @@ def backend_for(kind: Kind) -> Backend:
         return NUMPY
     if name == "cupy":
         return cupy_backend()
-    return Backend("cupy", module_of("cupy"), None)
+    return _cupy(module_of("cupy"))
 
 
 def moved(array: Array, kind: str) -> Array:
@@ -222,6 +233,22 @@ def moved(array: Array, kind: str) -> Array:
 def module_of(kind: Kind) -> Any:
     """numpy or cupy, for a kind that arrays of this process have."""
     return numpy if kind == "numpy" else sys.modules["cupy"]
+
+
+def address(array: Array) -> int:
+    """Where an array's first element lies in its memory."""
+    interface = "__array_interface__" if isinstance(array, numpy.ndarray) else "__cuda_array_interface__"
+    return int(getattr(array, interface)["data"][0])
+
+
+def addressable(array: Array) -> bool:
+    """Whether a kernel can read and write the array as it lies: whole elements, in the machine's byte order."""
+    item = array.itemsize if array.dtype.kind != "c" else array.itemsize // 2
+    return bool(
+        getattr(array.dtype, "isnative", True)
+        and address(array) % item == 0
+        and all(step % array.itemsize == 0 for step in array.strides)
+    )
 
 
 def device_of(array: Array) -> contextlib.AbstractContextManager[Any]:

@@ -12,7 +12,18 @@ from gpuconv import activations, dtypes, settings, workspace
 from gpuconv.activations import Activation
 from gpuconv.algorithms.blocks import Space, boxes, fitting_box, group_parts
 from gpuconv.arguments import Shape
-from gpuconv.backend import Array, Backend, Kind, backend_for, device_of, kind_of, matrix_products, module_of, moved
+from gpuconv.backend import (
+    Array,
+    Backend,
+    Kind,
+    addressable,
+    backend_for,
+    device_of,
+    kind_of,
+    matrix_products,
+    module_of,
+    moved,
+)
 from gpuconv.choose import MODULES, check_name, choose, consent
 from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import Operand, Result, Role, canonical
@@ -31,11 +42,19 @@ class Source(NamedTuple):
 
     def operand(self, geometry: Geometry, backend: Backend, dtype: numpy.dtype) -> Operand:
         return Operand(
-            canonical(moved(self.array, backend.name), self.role, geometry),
+            canonical(_within_reach(self.array, backend), self.role, geometry),
             self.conjugate and dtypes.is_complex(dtype),
-            None if self.y is None else canonical(moved(self.y, backend.name), self.role, geometry),
+            None if self.y is None else canonical(_within_reach(self.y, backend), self.role, geometry),
             self.activation,
         )
+
+
+def _within_reach(array: Array, backend: Backend) -> Array:
+    """The array where the backend computes; a copy of what kernels cannot address."""
+    array = moved(array, backend.kind)
+    if backend.launch is None or addressable(array):
+        return array
+    return array.astype(dtypes.native(array.dtype))
 
 
 class Call:
@@ -92,10 +111,10 @@ class Call:
         with device_of(first.array), matrix_products(backend, self.precision):
             channels_last = role != "w" and _has_channels_last_memory(first.array, geometry)
             target = out
-            if out is None or backend.name != self.kind:
+            if out is None or backend.kind != self.kind or not (backend.launch is None or addressable(out)):
                 target = _empty(backend.xp, shape, self.dtype, channels_last, geometry)
             if bias is not None:
-                bias = moved(bias, backend.name).astype(sums).reshape(geometry.groups, -1)
+                bias = moved(bias, backend.kind).astype(sums).reshape(geometry.groups, -1)
             result = Result(canonical(target, role, geometry), bias, activation)
             sources = (first, second)
             operands = [source.operand(geometry, backend, self.dtype) for source in sources]
@@ -149,7 +168,7 @@ class Call:
 
     def _returned(self, result: Array, out: Array | None, channels_last: bool) -> Array:
         """The result as the kind of array that came in, in out where there is one."""
-        if self.backend.name == self.kind:
+        if result is out or (out is None and self.backend.kind == self.kind):
             return result
         if out is None:
             out = _empty(module_of(self.kind), result.shape, self.dtype, channels_last, self.geometry)

@@ -15,11 +15,11 @@ from typing import Any, get_args
 import numpy
 
 from gpuconv import dtypes, settings
-from gpuconv.algorithms import im2col, scatter
+from gpuconv.algorithms import direct, im2col, scatter
 from gpuconv.backend import NUMPY, Backend, array_module, cupy_backend, get_backend
 from gpuconv.geometry import DIRECTIONS, Direction, Geometry
 
-MODULES: dict[str, ModuleType] = {"im2col": im2col, "scatter": scatter}
+MODULES: dict[str, ModuleType] = {"im2col": im2col, "scatter": scatter, "direct": direct}
 ALGORITHMS: tuple[str, ...] = tuple(MODULES)
 
 
@@ -72,7 +72,7 @@ def choose(
 def _preferences(geometry: Geometry, backend: Backend) -> list[tuple[str, str]]:
     """Algorithms from the most wanted on, each with the reason; the last one accepts everything."""
     wanted = []
-    if geometry.group_channels == geometry.group_filters == 1 and backend.name != "cupy":
+    if geometry.group_channels == geometry.group_filters == 1 and backend.launch is None:
         wanted.append(("scatter", "with one filter per channel a matrix product has nothing to do"))
     wanted.append(("im2col", "one matrix product does all filters at once"))
     return wanted

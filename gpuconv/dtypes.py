@@ -37,17 +37,18 @@ def named(name: Any, argument: str = "dtype") -> numpy.dtype:
         raise TypeError(f"{argument} must be one of {', '.join(NAMES)}; got {name!r}") from None
     if not supported(dtype):
         raise TypeError(f"{argument} must be one of {', '.join(NAMES)}; got {dtype.name}")
-    return _native(dtype)
+    return native(dtype)
 
 
-def _native(dtype: numpy.dtype) -> numpy.dtype:
+def native(dtype: numpy.dtype) -> numpy.dtype:
+    """The dtype in the machine's byte order."""
     return dtype if dtype.name == "bfloat16" else dtype.newbyteorder("=")
 
 
 @lru_cache(maxsize=256)
 def promoted(*dtypes: numpy.dtype) -> numpy.dtype:
     """The dtype of a result: NumPy's ``result_type``, with bfloat16 counted as a float32 beside anything else."""
-    native = {_native(dtype) for dtype in dtypes}
+    native = {native(dtype) for dtype in dtypes}
     if len(native) == 1:
         return native.pop()
     return numpy.result_type(*(numpy.float32 if dtype.name == "bfloat16" else dtype for dtype in native))

@@ -194,6 +194,13 @@ class Geometry:
         return self.group_filters * math.prod(reaching)
 
     @cached_property
+    def largest_index(self) -> int:
+        """A bound on the elements of x, w and y, and on every position that a tap or the padding leads to."""
+        elements = (math.prod(shape) for shape in (self.x_shape, self.w_shape, self.y_shape))
+        axes = zip(self.input, self.padding, self.window, strict=True)
+        return max(*elements, *(n + abs(low) + abs(high) + window for n, (low, high), window in axes))
+
+    @cached_property
     def residues(self) -> tuple[Residue, ...]:
         """data_grad as forward convolutions of dy, one for each residue of the input index modulo the stride.
 

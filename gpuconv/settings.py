@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from functools import lru_cache
+from pathlib import Path
 
 import numpy
 
@@ -20,6 +22,8 @@ DEFAULTS = {
     "GPUCONV_DETERMINISTIC": "1",
     "GPUCONV_PRECISION": "ieee",
     "GPUCONV_WORKSPACE_LIMIT": "64MiB",
+    "GPUCONV_CACHE_DIR": "the user's cache folder",
+    "GPUCONV_DUMP": "nowhere",
 }
 
 _BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
@@ -90,3 +94,32 @@ def _byte_count(value: str) -> int | None:
     if not match or match[2] not in _UNITS or len(match[1]) > 18:
         return None
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def cache_folder() -> Path:
+    """GPUCONV_CACHE_DIR, else gpuconv's folder among the user's caches."""
+    named = _folder("GPUCONV_CACHE_DIR")
+    if named is not None:
+        return named
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "gpuconv"
+
+
+def dump_folder() -> Path | None:
+    """GPUCONV_DUMP: where kernels' final sources are written, None where it is unset."""
+    return _folder("GPUCONV_DUMP")
+
+
+def _folder(variable: str) -> Path | None:
+    value = os.environ.get(variable, "").strip()
+    if not value:
+        return None
+    path = Path(value).expanduser()
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{variable} must name a folder, but {value!r} is a file")
+    return path

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
 from gpuconv.backend import Array, Backend
+
+if TYPE_CHECKING:
+    from gpuconv.cuda.kernel import Kernel
 
 _ALIGNMENT = 64  # bytes: a cache line
 
@@ -30,6 +34,11 @@ class Run:
     def budget(self) -> int:
         """Elements of the dtype of the sums that fit into the limit."""
         return self.limit // self.dtype.itemsize
+
+    def launch(self, kernel: Kernel, grid: int, block: int, arguments: Sequence[Any], shared_memory: int = 0) -> None:
+        """Runs a kernel, on a backend that has them."""
+        assert self.backend.launch is not None
+        self.backend.launch(kernel, grid, block, arguments, shared_memory)
 
     @contextlib.contextmanager
     def workspace(self, *sizes: int) -> Iterator[list[Array]]:

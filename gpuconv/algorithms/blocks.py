@@ -143,8 +143,8 @@ def as_matrix(view: Array, row_axes: int, column_axes: int) -> Array | None:
     """
     lead = view.ndim - row_axes - column_axes
     middle = lead + row_axes
-    rows = _merged(view.shape[lead:middle], view.strides[lead:middle])
-    columns = _merged(view.shape[middle:], view.strides[middle:])
+    rows = merged(view.shape[lead:middle], view.strides[lead:middle])
+    columns = merged(view.shape[middle:], view.strides[middle:])
     if rows is None or columns is None:
         return None
     (m, row_step), (k, column_step), item = rows, columns, view.itemsize
@@ -153,7 +153,7 @@ def as_matrix(view: Array, row_axes: int, column_axes: int) -> Array | None:
     return view.reshape(*view.shape[:lead], m, k) if by_rows or by_columns else None
 
 
-def _merged(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int] | None:
+def merged(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int] | None:
     """The extent and stride of one axis that stands for these, or None."""
     extent, step = 1, 0
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy
 
-from gpuconv.algorithms import scatter
+from gpuconv.algorithms import slices
 from gpuconv.algorithms.blocks import Arrangement, Space, boxes, channels_innermost, fitting_box, largest, pieces
 from gpuconv.algorithms.windows import reaches_beyond, read_tap, region_elements, sliding, taps_of, windows_of
 from gpuconv.arguments import Shape
@@ -72,7 +72,7 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run)
     if not reaches_beyond(geometry) and all(s >= k for s, k in zip(geometry.stride, geometry.window, strict=True)):
         _data_grad_apart(dy, w, dx, geometry, run)
     elif _has_many_residues(geometry) or not _is_finite(w, run):
-        scatter.data_grad(dy, w, dx, geometry, run)
+        slices.data_grad(dy, w, dx, geometry, run)
     else:
         _data_grad_by_residues(dy, w, dx, geometry, run)
 

@@ -1,296 +1,258 @@
 """scatter: each output gradient adds its products to the inputs and weights that it came from.
 
-One tap of the kernel at a time: all outputs meet the inputs that this tap shows them, which lie a stride apart, so
-that a tap is one product and one addition to a strided slice. Nothing is unfolded. The sums of a block are formed in
-the workspace, tap after tap in a fixed order, and stored once.
+On a GPU by CUDA kernels (kernels/scatter.cu) with atomic additions, after a block has added up what it can in
+registers and in shared memory. Blocks come in any order, and so do the additions. Sums are formed in float32 at
+least: float16 and bfloat16 results are rounded once, from a workspace.
 
-    forward      y[o]          += x[o * stride + t * dilation - low] w[t]
-    data_grad    dx[o * stride + t * dilation - low] += dy[o] w[t]'
-    weight_grad  dw[t]         += x[o * stride + t * dilation - low]' dy[o]
-
-With one filter per channel there is nothing for a matrix product to do, and this is the faster way on NumPy.
+On NumPy, and in the forward direction, tap by tap with strided slices (algorithms/slices.py), in a fixed order.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import lru_cache
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy
 
-from gpuconv.algorithms.blocks import Arrangement, Space, boxes, channels_innermost, fitting_box, largest, pieces
-from gpuconv.algorithms.windows import inputs_seen, read_tap, taps_of
+from gpuconv.algorithms import slices
+from gpuconv.algorithms.blocks import channels_innermost, largest, pieces
 from gpuconv.arguments import Shape
-from gpuconv.backend import Array, Backend
+from gpuconv.backend import Array, Backend, address
+from gpuconv.cuda import arguments, structs
+from gpuconv.cuda.kernel import Kernel
+from gpuconv.cuda.launch import blocks
 from gpuconv.geometry import Direction, Geometry
-from gpuconv.operands import Index, Operand, Result, in_place
+from gpuconv.operands import Operand, Result, in_place
 from gpuconv.workspace import Run, shaped
 
-# A tap passes over the whole block: smaller ones stay in the cache, larger ones make longer inner loops.
-BLOCK_BYTES = 4 << 20
-# Up to this many taps are added up one after the other.
-ONE_RUN = 64
+THREADS = 128
+SHARED_MEMORY = 48 << 10  # bytes that a block may have without asking for more
+PAD = 4  # of the rows of a tile, as in scatter.cu
+# weight_grad: blocks enough to keep a large GPU busy, unless their slices would have fewer outputs than these chunks.
+MOST_BLOCKS = 1024
+FEWEST_CHUNKS = 8
+
+
+class Tile(NamedTuple):
+    """The constants of scatter.cu."""
+
+    WIDTH: int  # channels (data_grad) or filters (weight_grad) of a tile
+    TILE_OUTPUTS: int
+    CHUNK: int  # filters that data_grad loads at a time
+    TILE_ROWS: int  # taps times channels
+    DEPTH: int  # outputs that weight_grad loads at a time
+    THREADS: int = THREADS
+
+
+ONE, FEW, MANY = Tile(1, 256, 8, 16, 64), Tile(4, 256, 8, 64, 32), Tile(32, 64, 16, 64, 16)
+
+
+def tile_for(channels: int, itemsize: int) -> Tile:
+    """The tile for this many channels of a group; the widest one has no room for numbers of 16 bytes."""
+    if channels == 1:
+        return ONE
+    return FEW if channels <= 8 or itemsize > 8 else MANY
 
 
 def why_not(
     geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, deterministic: bool
 ) -> str | None:
-    """A reason on a GPU, where scattered additions have no fixed order."""
-    if deterministic and backend.name == "cupy":
+    """A reason on a GPU, where scattered additions have no fixed order and kernels take one to three axes."""
+    if backend.launch is None:
+        return None
+    if deterministic:
         return "it adds in no fixed order on a GPU, and deterministic=True was asked for"
-    return None
+    return arguments.why_not(geometry)
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
     """Adds to y what each tap of w makes of x."""
-    xp, order = run.backend.xp, _order_of(x.view, geometry.group_channels)
-    summed = not in_place(y.view, run.dtype)
-    everything = (slice(None),) * len(geometry.batch)
-    sizes = _forward_sizes(
-        geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, x.temporaries, Space(summed, y.temporaries)
-    )
-    with run.workspace(*sizes.spaces) as (weight_space, slice_space, term_space, part_space, sums_space):
-        for filters in pieces(geometry.group_filters, sizes.pieces):
-            weights = _loaded(w, (..., filters), weight_space, run)
-            for index in boxes((*geometry.batch, *geometry.output), sizes.box):
-                target = y.view[(*index, slice(None), filters)]
-                total = shaped(sums_space, target.shape) if summed else target
-                total[...] = 0
-                for taps in _runs_of_taps(geometry):
-                    part = _part_of(total, geometry, part_space)
-                    for tap in taps:
-                        into, seen = inputs_seen(tap, index, geometry)
-                        images = _read(x, (*index[: len(everything)], *seen), order, slice_space, run)
-                        if images.size:
-                            product = _product(xp, images, weights[tap], order, slice_space, term_space)
-                            part[(*everything, *into)] += product
-                    if part is not total:
-                        total += part
-                y.finish(xp, total, filters)
-                if summed:
-                    target[...] = total
+    slices.forward(x, w, y, geometry, run)
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
-    """Adds each tap's share of dy to the inputs that the tap read."""
-    xp, order = run.backend.xp, _order_of(dy.view, geometry.group_filters)
-    summed = not in_place(dx.view, run.dtype)
-    w = w.part(w.view.swapaxes(-1, -2))
-    gradients, sums = Space(not dy.is_plain(run.dtype), dy.temporaries), Space(summed, dx.temporaries)
-    sizes = _data_grad_sizes(geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, gradients, sums)
-    with run.workspace(*sizes.spaces) as (weight_space, dy_space, slice_space, term_space, part_space, sums_space):
-        for channels in pieces(geometry.group_channels, sizes.pieces):
-            weights = _loaded(w, (..., channels), weight_space, run)
-            for index in boxes((*geometry.batch, *geometry.input), sizes.box):
-                target = dx.view[(*index, slice(None), channels)]
-                total = shaped(sums_space, target.shape) if summed else target
-                total[...] = 0
-                outputs = _outputs_reaching(index, geometry)
-                block = _loaded(dy, (*outputs, slice(None), slice(None)), dy_space, run)
-                for taps in _runs_of_taps(geometry) if block.size else ():
-                    part = _part_of(total, geometry, part_space)
-                    for tap in taps:
-                        into, source = _meeting(tap, index, outputs, geometry)
-                        share = block[source]
-                        if share.size:
-                            part[into] += _product(xp, share, weights[tap], order, slice_space, term_space)
-                    if part is not total:
-                        total += part
-                dx.finish(xp, total, channels)
-                if summed:
-                    target[...] = total
+    """Adds each product of dy to the input that it came from."""
+    if run.backend.launch is None:
+        slices.data_grad(dy, w, dx, geometry, run)
+    else:
+        add_to_images(_launch_data_grad, dy, w, dx, geometry, run)
 
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
-    """Adds to each tap of dw the products of dy with what the tap read."""
-    xp, order = run.backend.xp, _by_groups(len(geometry.batch) + geometry.rank)
+    """Adds each product of dy to the weight that it came from."""
+    if run.backend.launch is None:
+        slices.weight_grad(dy, x, dw, geometry, run)
+    else:
+        add_to_weights(_launch_weight_grad, dy, x, dw, geometry, run)
+
+
+def add_to_images(
+    launch: Callable[..., None], dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run
+) -> None:
+    """Launches on sums that start as zeros: dx itself, or a workspace for some images and channels at a time."""
+    for (gradients,), (target,) in arguments.image_pieces([dy], [dx.view], geometry, run):
+        images, *extent, groups, channels = target.shape
+        if in_place(target, run.dtype):
+            target[...] = 0
+            launch(dy, gradients, w, w.view, target, geometry, run)
+            dx.finish(run.backend.xp, target)
+            continue
+        per_channel = math.prod(extent) * groups * (1 + dx.temporaries)
+        at_once = largest(channels, run.budget // 2, lambda count, each=per_channel: each * count)  # type: ignore[misc]
+        size = largest(images, run.budget // 2, lambda count, each=per_channel * at_once: each * count)  # type: ignore[misc]
+        with run.workspace(size * math.prod(extent) * groups * at_once) as (space,):
+            for some, part in product(pieces(images, size), pieces(channels, at_once)):
+                place = target[some][..., part]
+                sums = _like(place, space)
+                sums[...] = 0
+                launch(dy, gradients[some], w, w.view[..., part, :], sums, geometry, run)
+                dx.finish(run.backend.xp, sums, part)
+                place[...] = sums
+
+
+def _like(view: Array, space: Array) -> Array:
+    """Workspace in the shape of the view, channels innermost where the view's are."""
+    if channels_innermost(view):
+        return shaped(space, view.shape)
+    images, *extent, groups, channels = view.shape
+    first = shaped(space, (images, groups, channels, *extent))
+    return first.transpose(0, *range(3, first.ndim), 1, 2)
+
+
+def add_to_weights(
+    launch: Callable[..., None], dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run
+) -> None:
+    """Launches on sums that start as zeros: dw itself, or a workspace for some filters at a time."""
+    filters = dw.view.shape[-1]
+    per_filter = dw.view.size // filters
     summed = not in_place(dw.view, run.dtype)
-    sizes = _weight_grad_sizes(
-        geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, x.temporaries, dy.temporaries, summed
-    )
-    with run.workspace(*sizes.spaces) as (slice_space, dy_space, term_space, sums_space):
-        for filters in pieces(geometry.group_filters, sizes.pieces):
-            target = dw.view[..., filters]
-            total = shaped(sums_space, target.shape) if summed else target
-            total[...] = 0
-            for index in boxes((*geometry.batch, *geometry.output), sizes.box):
-                gradients = order.load(dy, (*index, slice(None), filters), dy_space, run)
-                shape = (*(axis.stop - axis.start for axis in index), geometry.groups, geometry.group_channels)
-                for tap in taps_of(geometry):
-                    images, rows = order.empty(shape, slice_space)
-                    read_tap(x, tap, index, geometry, images, run)
-                    term = shaped(term_space, total[tap].shape)
-                    total[tap] += xp.matmul(rows.swapaxes(-1, -2), gradients, out=term)
+    at_once = largest(filters, run.budget // 2, lambda count: per_filter * count) if summed else filters
+    with run.workspace(per_filter * at_once * summed) as (space,):
+        for part in pieces(filters, at_once):
+            place = dw.view[..., part]
+            sums = shaped(space, place.shape) if summed else place
+            sums[...] = 0
+            for (gradients, images), _ in arguments.image_pieces([dy, x], [], geometry, run):
+                launch(dy, gradients[..., part], x, images, sums, geometry, run)
             if summed:
-                target[...] = total
+                place[...] = sums
 
 
-def _runs_of_taps(geometry: Geometry) -> Iterator[list[Shape]]:
-    """The taps, in runs about as many as they are long where there are many.
+def _launch_data_grad(
+    dy: Operand, gradients: Array, w: Operand, weights: Array, sums: Array, geometry: Geometry, run: Run
+) -> None:
+    wide = arguments.is_wide(geometry, gradients, sums, weights)
+    images, *_, groups, channels = sums.shape
+    tile = tile_for(channels, run.dtype.itemsize)
+    box = _boxes(geometry, tile, run.dtype.itemsize, wide)
+    tiles = blocks(channels, tile.WIDTH)
+    for extents, sizes in ((geometry.output, box.outputs), (geometry.kernel, box.taps)):
+        tiles *= math.prod(map(blocks, arguments.lift(extents, 1), sizes))
+    module = arguments.module("scatter", gradients, weights, sums, run.dtype, wide, **tile._asdict())
+    options = structs.Options(dy.conjugate, w.conjugate, channels_innermost(gradients), fours=_in_fours(sums, channels))
+    run.launch(
+        Kernel(module, "scatter_data_grad"),
+        images * groups * tiles,
+        THREADS,
+        (
+            gradients,
+            weights,
+            sums,
+            *arguments.described(geometry, gradients, sums, weights, wide),
+            structs.struct("Boxes", wide, *box),
+            options.struct(wide),
+        ),
+        math.prod(box.region) * tile.WIDTH * run.dtype.itemsize,
+    )
 
-    Adding up K terms in runs keeps the rounding of like terms, which drifts one way, to the order of sqrt(K).
+
+def _launch_weight_grad(
+    dy: Operand, gradients: Array, x: Operand, images: Array, sums: Array, geometry: Geometry, run: Run
+) -> None:
+    wide = arguments.is_wide(geometry, gradients, images, sums)
+    *kernel, groups, channels, filters = sums.shape
+    tile = tile_for(filters, run.dtype.itemsize)
+    tiles = groups * blocks(math.prod(kernel) * channels, tile.TILE_ROWS) * blocks(filters, tile.WIDTH)
+    outputs = images.shape[0] * math.prod(geometry.output)
+    wanted = min(blocks(MOST_BLOCKS, tiles), blocks(outputs, FEWEST_CHUNKS * tile.DEPTH))
+    length = blocks(outputs, wanted * tile.DEPTH) * tile.DEPTH
+    slices = blocks(outputs, length)
+    index = structs.index_dtype(wide).type
+    module = arguments.module("scatter", gradients, images, sums, run.dtype, wide, **tile._asdict())
+    options = structs.Options(dy.conjugate, x.conjugate, channels_innermost(images), fours=_in_fours(sums, filters))
+    run.launch(
+        Kernel(module, "scatter_weight_grad"),
+        tiles * slices,
+        THREADS,
+        (
+            gradients,
+            images,
+            sums,
+            *arguments.described(geometry, gradients, images, sums, wide),
+            index(slices),
+            index(length),
+            options.struct(wide),
+        ),
+    )
+
+
+def _in_fours(sums: Array, channels: int) -> bool:
+    """Whether four channels lie side by side at a multiple of 16 bytes, everywhere; only float32 is added in fours."""
+    return bool(
+        sums.dtype == numpy.float32
+        and channels % 4 == 0
+        and sums.strides[-1] == 4
+        and address(sums) % 16 == 0
+        and all(step % 16 == 0 for step in sums.strides[:-1])
+    )
+
+
+class Boxes(NamedTuple):
+    """The box of outputs and the box of taps of a block, and the region of x that they reach."""
+
+    outputs: Shape
+    taps: Shape
+    region: Shape
+
+
+@lru_cache(maxsize=1024)
+def _boxes(geometry: Geometry, tile: Tile, itemsize: int, wide: bool) -> Boxes:
+    """The box with most outputs whose region fits into shared memory, and of these the one with the smallest region.
+
+    Where not even one output's region fits, as under a far dilation, a block takes fewer taps.
     """
-    taps = list(taps_of(geometry))
-    length = len(taps) if len(taps) <= ONE_RUN else math.isqrt(len(taps))
-    return (taps[start : start + length] for start in range(0, len(taps), length))
+    index = structs.index_dtype(wide).itemsize
+    tiles = tile.CHUNK * (tile.TILE_OUTPUTS + 2 * PAD + tile.WIDTH) * itemsize + tile.TILE_OUTPUTS * (index + 4) + 64
+    positions = (SHARED_MEMORY - tiles) // (tile.WIDTH * itemsize)
+    output, taps = (list(arguments.lift(extents, 1)) for extents in (geometry.output, geometry.kernel))
+    stride, dilation = (arguments.lift(steps, 1) for steps in (geometry.stride, geometry.dilation))
+
+    def region(outputs: Any) -> Shape:
+        axes = zip(outputs, stride, taps, dilation, strict=True)
+        return tuple((m - 1) * s + (k - 1) * d + 1 for m, s, k, d in axes)
+
+    while math.prod(region((1, 1, 1))) > positions:
+        axis = max(range(structs.AXES), key=lambda axis: (taps[axis] - 1) * dilation[axis])
+        taps[axis] = -(-taps[axis] // 2)
+    candidates = (
+        (m, p, q)
+        for m, p in product(_sizes(output[0], tile.TILE_OUTPUTS), _sizes(output[1], tile.TILE_OUTPUTS))
+        for q in _sizes(output[2], tile.TILE_OUTPUTS // (m * p))
+    )
+    fitting = (box for box in candidates if math.prod(region(box)) <= positions)
+    outputs = max(fitting, key=lambda box: (_use(box, output), -math.prod(region(box))))
+    return Boxes(outputs, tuple(taps), region(outputs))
 
 
-def _part_of(total: Array, geometry: Geometry, space: Array) -> Array:
-    """Where a run of taps is added up: in the total, where there is one run, else in a part that begins at 0."""
-    if geometry.taps <= ONE_RUN:
-        return total
-    part = shaped(space, total.shape)
-    part[...] = 0
-    return part
+def _sizes(extent: int, most: int) -> list[int]:
+    """The sizes worth trying: the smallest of those that cut the extent into as many pieces."""
+    sizes = {blocks(extent, blocks(extent, size)) for size in range(1, min(extent, most) + 1)}
+    return [size for size in sorted(sizes) if size <= most]
 
 
-def _product(xp: Any, images: Array, weight: Array, order: Arrangement, slice_space: Array, term_space: Array) -> Array:
-    """images (*box, G, I) times weight (G, I, J): the box's (*box, G, J), in the workspace."""
-    term, matrix = order.empty((*images.shape[:-1], weight.shape[-1]), term_space)
-    if weight.shape[-2] == 1:
-        return xp.multiply(images, weight[:, 0], out=term)
-    xp.matmul(_as_rows(images, order, slice_space), weight, out=matrix)
-    return term
-
-
-def _as_rows(images: Array, order: Arrangement, space: Array) -> Array:
-    """images (*box, G, I) as matrices (G, positions, I), copied where they do not lie so."""
-    rows = order.matrix(images)
-    if rows is None:
-        block, rows = order.empty(images.shape, space)
-        block[...] = images
-    return rows
-
-
-def _loaded(operand: Operand, index: Index, space: Array, run: Run) -> Array:
-    """A piece of an operand in the dtype of the sums: where it lies if that will do."""
-    piece = operand.view[index]
-    if operand.is_plain(run.dtype):
-        return piece
-    block = shaped(space, piece.shape)
-    if block.size:
-        operand.read(run.backend.xp, index, block)
-    return block
-
-
-def _read(images: Operand, index: Index, order: Arrangement, space: Array, run: Run) -> Array:
-    """The same for images, which lie in the workspace in the order in which they are multiplied."""
-    piece = images.view[index]
-    if images.is_plain(run.dtype) or not piece.size:
-        return piece
-    block, _ = order.empty(piece.shape, space)
-    images.read(run.backend.xp, index, block)
-    return block
-
-
-def _order_of(images: Array, channels: int) -> Arrangement:
-    """How blocks of these images lie: matrices (G, positions, I) for products, their own order for multiplications."""
-    positions = images.ndim - 2
-    if channels == 1 and channels_innermost(images):
-        return Arrangement(tuple(range(images.ndim)), positions, 2)
-    return _by_groups(positions)
-
-
-@lru_cache(maxsize=16)
-def _by_groups(positions: int) -> Arrangement:
-    return Arrangement((positions, *range(positions), positions + 1), positions, 1)
-
-
-def _outputs_reaching(index: Index, geometry: Geometry) -> Index:
-    """The outputs whose windows meet a block of inputs; batch axes as they are."""
-    batch = len(geometry.batch)
-    outputs = []
-    axes = zip(index[batch:], geometry.stride, geometry.window, geometry.padding, geometry.output, strict=True)
-    for inputs, s, window, (low, _), m in axes:
-        first = max(0, -(-(inputs.start + low - window + 1) // s))
-        outputs.append(slice(first, max(first, min(m, (inputs.stop - 1 + low) // s + 1))))
-    return (*index[:batch], *outputs)
-
-
-def _meeting(tap: tuple[int, ...], index: Index, outputs: Index, geometry: Geometry) -> tuple[Index, Index]:
-    """Where a tap takes a block of outputs to in a block of inputs: slices of the inputs and of the outputs."""
-    batch = len(geometry.batch)
-    into, source = [slice(None)] * batch, [slice(None)] * batch
-    for axis, t in enumerate(tap):
-        s, inputs, block = geometry.stride[axis], index[batch + axis], outputs[batch + axis]
-        shift = t * geometry.dilation[axis] - geometry.padding[axis][0]  # input = output * s + shift
-        first = max(block.start, -(-(inputs.start - shift) // s))
-        last = min(block.stop - 1, (inputs.stop - 1 - shift) // s)
-        count = max(0, last - first + 1)
-        start = first * s + shift - inputs.start
-        into.append(slice(start, start + (count - 1) * s + 1, s) if count else slice(0, 0))
-        source.append(slice(first - block.start, first - block.start + count) if count else slice(0, 0))
-    return tuple(into), tuple(source)
-
-
-class _Sizes(NamedTuple):
-    """The filters (or channels) per group and the block done at once, and the elements of each workspace."""
-
-    pieces: int
-    box: Shape
-    spaces: tuple[int, ...]
-
-
-@lru_cache(maxsize=1024)
-def _forward_sizes(geometry: Geometry, budget: int, block: int, temporaries: int, sums: Space) -> _Sizes:
-    weights = geometry.channels * geometry.taps  # per filter of each group
-    filters = largest(geometry.group_filters, budget // 2, lambda count: weights * count)
-
-    def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
-        outputs = math.prod(box)
-        terms = outputs * geometry.groups * filters
-        return (
-            (outputs * geometry.channels, Space(True, temporaries)),
-            (terms, Space()),
-            (terms, Space(geometry.taps > ONE_RUN)),
-            (terms, sums),
-        )
-
-    limit = min(budget - weights * filters, block)
-    box, spaces = fitting_box((*geometry.batch, *geometry.output), limit, parts)
-    return _Sizes(filters, box, (weights * filters, *spaces))
-
-
-@lru_cache(maxsize=1024)
-def _data_grad_sizes(geometry: Geometry, budget: int, block: int, gradients: Space, sums: Space) -> _Sizes:
-    weights = geometry.filters * geometry.taps  # per channel of each group
-    channels = largest(geometry.group_channels, budget // 2, lambda count: weights * count)
-    batch = len(geometry.batch)
-
-    def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
-        axes = zip(box[batch:], geometry.stride, geometry.window, geometry.output, strict=True)
-        reaching = (min(m, (size + window - 2) // s + 1) for size, s, window, m in axes)
-        outputs = math.prod(box[:batch]) * math.prod(reaching)
-        terms = math.prod(box) * geometry.groups * channels
-        return (
-            (outputs * geometry.filters, gradients),
-            (outputs * geometry.filters, Space()),
-            (outputs * geometry.groups * channels, Space()),
-            (terms, Space(geometry.taps > ONE_RUN)),
-            (terms, sums),
-        )
-
-    limit = min(budget - weights * channels, block)
-    box, spaces = fitting_box((*geometry.batch, *geometry.input), limit, parts)
-    return _Sizes(channels, box, (weights * channels, *spaces))
-
-
-@lru_cache(maxsize=1024)
-def _weight_grad_sizes(
-    geometry: Geometry, budget: int, block: int, temporaries: int, dy_temporaries: int, summed: bool
-) -> _Sizes:
-    weights = geometry.channels * geometry.taps  # per filter of each group
-    filters = largest(geometry.group_filters, budget // 2, lambda count: (1 + summed) * weights * count)
-
-    def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
-        outputs = math.prod(box)
-        return (
-            (outputs * geometry.channels, Space(True, temporaries)),
-            (outputs * geometry.groups * filters, Space(True, dy_temporaries)),
-        )
-
-    term, total = geometry.channels * filters, summed * weights * filters
-    box, spaces = fitting_box((*geometry.batch, *geometry.output), min(budget - term - total, block), parts)
-    return _Sizes(filters, box, (*spaces, term, total))
+def _use(box: Shape, output: Any) -> float:
+    """How many outputs a block does on average: those at the end of an axis may do fewer."""
+    return float(math.prod(n / blocks(n, m) for n, m in zip(output, box, strict=True)))

@@ -1,4 +1,4 @@
-"""The CUDA side: where the kernels' sources are."""
+"""The CUDA side: kernels' sources, their compilation, the cache of what was compiled, and the launch."""
 
 from __future__ import annotations
 

@@ -1,0 +1,285 @@
+"""Tap by tap, by strided slices: the scatter-add on an array module, and what im2col falls back on.
+
+One tap of the kernel at a time: all outputs meet the inputs that this tap shows them, which lie a stride apart, so
+that a tap is one product and one addition to a strided slice. Nothing is unfolded. The sums of a block are formed in
+the workspace, tap after tap in a fixed order, and stored once.
+
+    forward      y[o]          += x[o * stride + t * dilation - low] w[t]
+    data_grad    dx[o * stride + t * dilation - low] += dy[o] w[t]'
+    weight_grad  dw[t]         += x[o * stride + t * dilation - low]' dy[o]
+
+With one filter per channel there is nothing for a matrix product to do, and this is the faster way on NumPy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from gpuconv.algorithms.blocks import Arrangement, Space, boxes, channels_innermost, fitting_box, largest, pieces
+from gpuconv.algorithms.windows import inputs_seen, read_tap, taps_of
+from gpuconv.arguments import Shape
+from gpuconv.backend import Array
+from gpuconv.geometry import Geometry
+from gpuconv.operands import Index, Operand, Result, in_place
+from gpuconv.workspace import Run, shaped
+
+# A tap passes over the whole block: smaller ones stay in the cache, larger ones make longer inner loops.
+BLOCK_BYTES = 4 << 20
+# Up to this many taps are added up one after the other.
+ONE_RUN = 64
+
+
+def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
+    """Adds to y what each tap of w makes of x."""
+    xp, order = run.backend.xp, _order_of(x.view, geometry.group_channels)
+    summed = not in_place(y.view, run.dtype)
+    everything = (slice(None),) * len(geometry.batch)
+    sizes = _forward_sizes(
+        geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, x.temporaries, Space(summed, y.temporaries)
+    )
+    with run.workspace(*sizes.spaces) as (weight_space, slice_space, term_space, part_space, sums_space):
+        for filters in pieces(geometry.group_filters, sizes.pieces):
+            weights = _loaded(w, (..., filters), weight_space, run)
+            for index in boxes((*geometry.batch, *geometry.output), sizes.box):
+                target = y.view[(*index, slice(None), filters)]
+                total = shaped(sums_space, target.shape) if summed else target
+                total[...] = 0
+                for taps in _runs_of_taps(geometry):
+                    part = _part_of(total, geometry, part_space)
+                    for tap in taps:
+                        into, seen = inputs_seen(tap, index, geometry)
+                        images = _read(x, (*index[: len(everything)], *seen), order, slice_space, run)
+                        if images.size:
+                            product = _product(xp, images, weights[tap], order, slice_space, term_space)
+                            part[(*everything, *into)] += product
+                    if part is not total:
+                        total += part
+                y.finish(xp, total, filters)
+                if summed:
+                    target[...] = total
+
+
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
+    """Adds each tap's share of dy to the inputs that the tap read."""
+    xp, order = run.backend.xp, _order_of(dy.view, geometry.group_filters)
+    summed = not in_place(dx.view, run.dtype)
+    w = w.part(w.view.swapaxes(-1, -2))
+    gradients, sums = Space(not dy.is_plain(run.dtype), dy.temporaries), Space(summed, dx.temporaries)
+    sizes = _data_grad_sizes(geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, gradients, sums)
+    with run.workspace(*sizes.spaces) as (weight_space, dy_space, slice_space, term_space, part_space, sums_space):
+        for channels in pieces(geometry.group_channels, sizes.pieces):
+            weights = _loaded(w, (..., channels), weight_space, run)
+            for index in boxes((*geometry.batch, *geometry.input), sizes.box):
+                target = dx.view[(*index, slice(None), channels)]
+                total = shaped(sums_space, target.shape) if summed else target
+                total[...] = 0
+                outputs = _outputs_reaching(index, geometry)
+                block = _loaded(dy, (*outputs, slice(None), slice(None)), dy_space, run)
+                for taps in _runs_of_taps(geometry) if block.size else ():
+                    part = _part_of(total, geometry, part_space)
+                    for tap in taps:
+                        into, source = _meeting(tap, index, outputs, geometry)
+                        share = block[source]
+                        if share.size:
+                            part[into] += _product(xp, share, weights[tap], order, slice_space, term_space)
+                    if part is not total:
+                        total += part
+                dx.finish(xp, total, channels)
+                if summed:
+                    target[...] = total
+
+
+def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
+    """Adds to each tap of dw the products of dy with what the tap read."""
+    xp, order = run.backend.xp, _by_groups(len(geometry.batch) + geometry.rank)
+    summed = not in_place(dw.view, run.dtype)
+    sizes = _weight_grad_sizes(
+        geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, x.temporaries, dy.temporaries, summed
+    )
+    with run.workspace(*sizes.spaces) as (slice_space, dy_space, term_space, sums_space):
+        for filters in pieces(geometry.group_filters, sizes.pieces):
+            target = dw.view[..., filters]
+            total = shaped(sums_space, target.shape) if summed else target
+            total[...] = 0
+            for index in boxes((*geometry.batch, *geometry.output), sizes.box):
+                gradients = order.load(dy, (*index, slice(None), filters), dy_space, run)
+                shape = (*(axis.stop - axis.start for axis in index), geometry.groups, geometry.group_channels)
+                for tap in taps_of(geometry):
+                    images, rows = order.empty(shape, slice_space)
+                    read_tap(x, tap, index, geometry, images, run)
+                    term = shaped(term_space, total[tap].shape)
+                    total[tap] += xp.matmul(rows.swapaxes(-1, -2), gradients, out=term)
+            if summed:
+                target[...] = total
+
+
+def _runs_of_taps(geometry: Geometry) -> Iterator[list[Shape]]:
+    """The taps, in runs about as many as they are long where there are many.
+
+    Adding up K terms in runs keeps the rounding of like terms, which drifts one way, to the order of sqrt(K).
+    """
+    taps = list(taps_of(geometry))
+    length = len(taps) if len(taps) <= ONE_RUN else math.isqrt(len(taps))
+    return (taps[start : start + length] for start in range(0, len(taps), length))
+
+
+def _part_of(total: Array, geometry: Geometry, space: Array) -> Array:
+    """Where a run of taps is added up: in the total, where there is one run, else in a part that begins at 0."""
+    if geometry.taps <= ONE_RUN:
+        return total
+    part = shaped(space, total.shape)
+    part[...] = 0
+    return part
+
+
+def _product(xp: Any, images: Array, weight: Array, order: Arrangement, slice_space: Array, term_space: Array) -> Array:
+    """images (*box, G, I) times weight (G, I, J): the box's (*box, G, J), in the workspace."""
+    term, matrix = order.empty((*images.shape[:-1], weight.shape[-1]), term_space)
+    if weight.shape[-2] == 1:
+        return xp.multiply(images, weight[:, 0], out=term)
+    xp.matmul(_as_rows(images, order, slice_space), weight, out=matrix)
+    return term
+
+
+def _as_rows(images: Array, order: Arrangement, space: Array) -> Array:
+    """images (*box, G, I) as matrices (G, positions, I), copied where they do not lie so."""
+    rows = order.matrix(images)
+    if rows is None:
+        block, rows = order.empty(images.shape, space)
+        block[...] = images
+    return rows
+
+
+def _loaded(operand: Operand, index: Index, space: Array, run: Run) -> Array:
+    """A piece of an operand in the dtype of the sums: where it lies if that will do."""
+    piece = operand.view[index]
+    if operand.is_plain(run.dtype):
+        return piece
+    block = shaped(space, piece.shape)
+    if block.size:
+        operand.read(run.backend.xp, index, block)
+    return block
+
+
+def _read(images: Operand, index: Index, order: Arrangement, space: Array, run: Run) -> Array:
+    """The same for images, which lie in the workspace in the order in which they are multiplied."""
+    piece = images.view[index]
+    if images.is_plain(run.dtype) or not piece.size:
+        return piece
+    block, _ = order.empty(piece.shape, space)
+    images.read(run.backend.xp, index, block)
+    return block
+
+
+def _order_of(images: Array, channels: int) -> Arrangement:
+    """How blocks of these images lie: matrices (G, positions, I) for products, their own order for multiplications."""
+    positions = images.ndim - 2
+    if channels == 1 and channels_innermost(images):
+        return Arrangement(tuple(range(images.ndim)), positions, 2)
+    return _by_groups(positions)
+
+
+@lru_cache(maxsize=16)
+def _by_groups(positions: int) -> Arrangement:
+    return Arrangement((positions, *range(positions), positions + 1), positions, 1)
+
+
+def _outputs_reaching(index: Index, geometry: Geometry) -> Index:
+    """The outputs whose windows meet a block of inputs; batch axes as they are."""
+    batch = len(geometry.batch)
+    outputs = []
+    axes = zip(index[batch:], geometry.stride, geometry.window, geometry.padding, geometry.output, strict=True)
+    for inputs, s, window, (low, _), m in axes:
+        first = max(0, -(-(inputs.start + low - window + 1) // s))
+        outputs.append(slice(first, max(first, min(m, (inputs.stop - 1 + low) // s + 1))))
+    return (*index[:batch], *outputs)
+
+
+def _meeting(tap: tuple[int, ...], index: Index, outputs: Index, geometry: Geometry) -> tuple[Index, Index]:
+    """Where a tap takes a block of outputs to in a block of inputs: slices of the inputs and of the outputs."""
+    batch = len(geometry.batch)
+    into, source = [slice(None)] * batch, [slice(None)] * batch
+    for axis, t in enumerate(tap):
+        s, inputs, block = geometry.stride[axis], index[batch + axis], outputs[batch + axis]
+        shift = t * geometry.dilation[axis] - geometry.padding[axis][0]  # input = output * s + shift
+        first = max(block.start, -(-(inputs.start - shift) // s))
+        last = min(block.stop - 1, (inputs.stop - 1 - shift) // s)
+        count = max(0, last - first + 1)
+        start = first * s + shift - inputs.start
+        into.append(slice(start, start + (count - 1) * s + 1, s) if count else slice(0, 0))
+        source.append(slice(first - block.start, first - block.start + count) if count else slice(0, 0))
+    return tuple(into), tuple(source)
+
+
+class _Sizes(NamedTuple):
+    """The filters (or channels) per group and the block done at once, and the elements of each workspace."""
+
+    pieces: int
+    box: Shape
+    spaces: tuple[int, ...]
+
+
+@lru_cache(maxsize=1024)
+def _forward_sizes(geometry: Geometry, budget: int, block: int, temporaries: int, sums: Space) -> _Sizes:
+    weights = geometry.channels * geometry.taps  # per filter of each group
+    filters = largest(geometry.group_filters, budget // 2, lambda count: weights * count)
+
+    def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
+        outputs = math.prod(box)
+        terms = outputs * geometry.groups * filters
+        return (
+            (outputs * geometry.channels, Space(True, temporaries)),
+            (terms, Space()),
+            (terms, Space(geometry.taps > ONE_RUN)),
+            (terms, sums),
+        )
+
+    limit = min(budget - weights * filters, block)
+    box, spaces = fitting_box((*geometry.batch, *geometry.output), limit, parts)
+    return _Sizes(filters, box, (weights * filters, *spaces))
+
+
+@lru_cache(maxsize=1024)
+def _data_grad_sizes(geometry: Geometry, budget: int, block: int, gradients: Space, sums: Space) -> _Sizes:
+    weights = geometry.filters * geometry.taps  # per channel of each group
+    channels = largest(geometry.group_channels, budget // 2, lambda count: weights * count)
+    batch = len(geometry.batch)
+
+    def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
+        axes = zip(box[batch:], geometry.stride, geometry.window, geometry.output, strict=True)
+        reaching = (min(m, (size + window - 2) // s + 1) for size, s, window, m in axes)
+        outputs = math.prod(box[:batch]) * math.prod(reaching)
+        terms = math.prod(box) * geometry.groups * channels
+        return (
+            (outputs * geometry.filters, gradients),
+            (outputs * geometry.filters, Space()),
+            (outputs * geometry.groups * channels, Space()),
+            (terms, Space(geometry.taps > ONE_RUN)),
+            (terms, sums),
+        )
+
+    limit = min(budget - weights * channels, block)
+    box, spaces = fitting_box((*geometry.batch, *geometry.input), limit, parts)
+    return _Sizes(channels, box, (weights * channels, *spaces))
+
+
+@lru_cache(maxsize=1024)
+def _weight_grad_sizes(
+    geometry: Geometry, budget: int, block: int, temporaries: int, dy_temporaries: int, summed: bool
+) -> _Sizes:
+    weights = geometry.channels * geometry.taps  # per filter of each group
+    filters = largest(geometry.group_filters, budget // 2, lambda count: (1 + summed) * weights * count)
+
+    def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
+        outputs = math.prod(box)
+        return (
+            (outputs * geometry.channels, Space(True, temporaries)),
+            (outputs * geometry.groups * filters, Space(True, dy_temporaries)),
+        )
+
+    term, total = geometry.channels * filters, summed * weights * filters
+    box, spaces = fitting_box((*geometry.batch, *geometry.output), min(budget - term - total, block), parts)
+    return _Sizes(filters, box, (*spaces, term, total))

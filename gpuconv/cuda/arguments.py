@@ -1,0 +1,144 @@
+"""What kernels are given: operands as images with one batch axis, and the structs that describe them.
+
+Kernels take any strides, so layouts, flips, zero and negative strides need no copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy
+
+from gpuconv.algorithms.blocks import largest, merged, pieces
+from gpuconv.arguments import Shape
+from gpuconv.backend import Array
+from gpuconv.cuda import structs
+from gpuconv.cuda.kernel import Module
+from gpuconv.geometry import Geometry
+from gpuconv.operands import Operand
+from gpuconv.workspace import Run, shaped
+
+# Kernels count with 32 bits up to here; a block's own positions come on top.
+NARROW = 2**31 - 2**16
+
+
+def why_not(geometry: Geometry) -> str | None:
+    """The reason why no kernel can do a convolution."""
+    if geometry.rank > structs.AXES:
+        return f"kernels take 1 to {structs.AXES} spatial axes, and this has {geometry.rank}"
+    return None
+
+
+def image_pieces(
+    operands: Sequence[Operand], results: Sequence[Array], geometry: Geometry, run: Run
+) -> Iterator[tuple[list[Array], list[Array]]]:
+    """Views (N, *spatial, G, channels) of the operands and results, for as many images at a time as it takes.
+
+    All at once, as a rule. Batch axes that lie in memory in no one order are taken one index at a time; an operand
+    that an activation's derivative multiplies is formed in at most half of the workspace.
+    """
+    count = len(operands)
+    ys = [operand.view if operand.y is None else operand.y for operand in operands]
+    for views in _flat_batches(geometry, *(operand.view for operand in operands), *ys, *results):
+        flat = [replace(o, view=v, y=y) for o, v, y in zip(operands, views[:count], views[count:], strict=False)]
+        targets = views[2 * count :]
+        formed = [math.prod(o.view.shape[1:]) * bool(o.activation) for o in flat]
+        cost = sum(elements * (1 + o.temporaries) for elements, o in zip(formed, flat, strict=True))
+        images = flat[0].view.shape[0]
+        size = largest(images, run.budget // 2, lambda n, cost=cost: n * cost)  # type: ignore[misc]
+        with run.workspace(*(size * elements for elements in formed)) as spaces:
+            for piece in pieces(images, size):
+                read = [_formed(o, piece, space, run) for o, space in zip(flat, spaces, strict=True)]
+                yield read, [target[piece] for target in targets]
+
+
+def _formed(operand: Operand, images: slice, space: Array, run: Run) -> Array:
+    view = operand.view[images]
+    if operand.activation is None:
+        return view
+    block = shaped(space, view.shape)
+    operand.read(run.backend.xp, (images,), block)
+    return block
+
+
+def _flat_batches(geometry: Geometry, *views: Array) -> Iterator[list[Array]]:
+    """The views with all batch axes merged into one, or one index at a time of the axes that do not merge."""
+    axes = len(geometry.batch)
+    if axes == 0:
+        yield [view[None] for view in views]
+        return
+    first = min(
+        axes - 1,
+        next(a for a in range(axes) if all(merged(v.shape[a:axes], v.strides[a:axes]) is not None for v in views)),
+    )
+    for index in numpy.ndindex(geometry.batch[:first]):
+        yield [view[index].reshape(-1, *view.shape[axes:]) for view in views]
+
+
+def is_wide(geometry: Geometry, y: Array, x: Array, w: Array) -> bool:
+    """Whether an index or an offset may not fit into 32 bits, for views with these strides."""
+    # Windows that begin in the padding reach further than x itself.
+    padded = (n + abs(low) + abs(high) for n, (low, high) in zip(geometry.input, geometry.padding, strict=True))
+    reaches = _reach(y.shape, y), _reach((x.shape[0], *padded, *x.shape[-2:]), x), _reach(w.shape, w)
+    return max(*reaches, geometry.largest_index) >= NARROW
+
+
+def _reach(shape: Shape, view: Array) -> int:
+    return sum(n * abs(step) for n, step in zip(shape, _steps(view), strict=True))
+
+
+def module(
+    stem: str, first: Array, second: Array, result: Array, sums: numpy.dtype, wide: bool, **constants: int
+) -> Module:
+    """The module for arrays of these dtypes."""
+    types = {"First": first, "Second": second, "Result": result}
+    named = (*((alias, array.dtype.name) for alias, array in types.items()), ("Sum", sums.name))
+    return Module(stem, named, wide, tuple(constants.items()))
+
+
+def _steps(view: Array) -> Shape:
+    """Strides in elements."""
+    return tuple(step // view.itemsize for step in view.strides)
+
+
+def described(geometry: Geometry, y: Array, x: Array, w: Array, wide: bool) -> tuple[numpy.ndarray, ...]:
+    """Convolution and the strides of y, x and w, as every kernel takes them; extents are those of the views.
+
+    y is a view (N, *output, G, F/G), x (N, *input, G, C/G), w (*kernel, G, C/G, F/G).
+    """
+    return (
+        _convolution(geometry, y.shape[0], *w.shape[-3:], wide),
+        _image_strides(_steps(y), wide),
+        _image_strides(_steps(x), wide),
+        _weight_strides(_steps(w), wide),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _convolution(
+    geometry: Geometry, images: int, groups: int, channels: int, filters: int, wide: bool
+) -> numpy.ndarray:
+    low = tuple(low for low, _ in geometry.padding)
+    ones = (geometry.input, geometry.output, geometry.kernel, geometry.stride, geometry.dilation)
+    axes = (*(lift(extents, 1) for extents in ones), lift(low, 0))
+    return structs.struct("Convolution", wide, images, groups, channels, filters, *axes)
+
+
+@lru_cache(maxsize=4096)
+def _image_strides(steps: Shape, wide: bool) -> numpy.ndarray:
+    batch, *axes, group, channel = steps
+    return structs.struct("Images", wide, batch, lift(tuple(axes), 0), group, channel)
+
+
+@lru_cache(maxsize=4096)
+def _weight_strides(steps: Shape, wide: bool) -> numpy.ndarray:
+    *axes, group, channel, filters = steps
+    return structs.struct("Weights", wide, lift(tuple(axes), 0), group, channel, filters)
+
+
+def lift(values: Shape, fill: int) -> Shape:
+    """Values of one to three axes as those of three."""
+    return (fill,) * (structs.AXES - len(values)) + values

@@ -1,0 +1,81 @@
+"""NVRTC: from source to a cubin for one architecture, on any machine that has the library, with a GPU or without.
+
+CuPy's own compiler is not used, because it appends ``-arch=sm_90`` where ``sm_90a`` is wanted, and ``-ftz=true``.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from gpuconv.backend import INSTALL_HINT, BackendError
+from gpuconv.cuda.kernel import Module, source
+
+OPTIONS = ("--std=c++17", "--ptxas-options=-v")  # the second puts registers and spills into the log
+
+# Architectures whose own features need to be asked for by an "a".
+_WITH_FEATURES = ("90", "100")
+
+
+class CompileError(RuntimeError):
+    """A kernel that does not compile. ``log`` is the compiler's, ``module`` says which file with which constants."""
+
+    def __init__(self, module: Module, architecture: str, log: str) -> None:
+        super().__init__(f"{module} does not compile for {architecture}:\n{log.strip()}")
+        self.module, self.architecture, self.log = module, architecture, log
+
+
+def nvrtc() -> Any:
+    """CuPy's NVRTC module, once it has been seen to find the library."""
+    try:
+        from cupy.cuda import nvrtc
+
+        nvrtc.getVersion()
+    except Exception as error:
+        raise BackendError(
+            f"compiling kernels needs NVRTC, which cannot be loaded ({type(error).__name__}: {error}): {INSTALL_HINT}"
+        ) from error
+    return nvrtc
+
+
+@lru_cache(maxsize=1)
+def version() -> tuple[int, int]:
+    """NVRTC's version."""
+    major, minor = nvrtc().getVersion()
+    return major, minor
+
+
+@lru_cache(maxsize=16)
+def architecture_for(capability: str) -> str:
+    """What to compile for: "90" gives "sm_90a". An architecture that NVRTC does not know yet gets PTX of an older one.
+
+    >>> architecture_for("86")
+    'sm_86'
+    """
+    known = nvrtc().getSupportedArchs()
+    if int(capability) in known:
+        return f"sm_{capability}a" if capability in _WITH_FEATURES else f"sm_{capability}"
+    older = [arch for arch in known if arch < int(capability)]
+    if not older:
+        raise BackendError(
+            f"NVRTC {'.'.join(map(str, version()))} compiles for compute capability"
+            f" {min(known) / 10} and later, but the device has {int(capability) / 10}"
+        )
+    return f"compute_{max(older)}"
+
+
+def compiled(module: Module, architecture: str) -> tuple[bytes, str]:
+    """The cubin (or the PTX, for a ``compute_`` architecture) and the compiler's log."""
+    compiler = nvrtc()
+    program = compiler.createProgram(source(module), f"{module.stem}.cu", (), ())
+    try:
+        try:
+            compiler.compileProgram(program, (f"--gpu-architecture={architecture}", *OPTIONS))
+        except compiler.NVRTCError:
+            raise CompileError(module, architecture, compiler.getProgramLog(program)) from None
+        log = compiler.getProgramLog(program)
+        if architecture.startswith("compute_"):
+            return compiler.getPTX(program).rstrip("\0").encode(), log
+        return compiler.getCUBIN(program), log
+    finally:
+        compiler.destroyProgram(program)

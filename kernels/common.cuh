@@ -1,0 +1,168 @@
+// What all kernels share: numbers, the reading of operands and the finishing of results, and the axes.
+//
+// The loader puts these in front of this file (gpuconv/cuda/source.py):
+//   First, Second  element types of the two operands: x and w (forward), dy and w (data_grad), dy and x (weight_grad)
+//   Result, Sum    element type of the result, and the type that sums are formed in
+//   Index          int, or long long where a tensor needs it
+//   Convolution, Images, Weights, Boxes, Options   structs of extents, of strides in elements, and of choices
+
+// ---------------------------------------------------------------------------------------------- numbers
+
+DEVICE float real_of(float v) { return v; }
+DEVICE double real_of(double v) { return v; }
+DEVICE float real_of(half v) { return to_float(v); }
+DEVICE float real_of(bfloat16 v) { return to_float(v); }
+
+template <class To> struct Converted {
+    template <class From> static DEVICE To from(From v) { return To(real_of(v)); }
+};
+template <> struct Converted<half> {
+    static DEVICE half from(float v) { return to_half(v); }
+};
+template <> struct Converted<bfloat16> {
+    static DEVICE bfloat16 from(float v) { return to_bfloat16(v); }
+};
+template <class T> struct Converted<Complex<T>> {
+    template <class From> static DEVICE Complex<T> from(From v) { return {T(real_of(v)), T(0)}; }
+    template <class From> static DEVICE Complex<T> from(Complex<From> v) { return {T(v.real), T(v.imag)}; }
+};
+
+DEVICE void add(float& to, float v) { to += v; }
+DEVICE void add(double& to, double v) { to += v; }
+template <class T> DEVICE void add(Complex<T>& to, Complex<T> v) {
+    to.real += v.real;
+    to.imag += v.imag;
+}
+
+template <class T> DEVICE void add_product(T& to, T a, T b) { to += a * b; }
+template <class T> DEVICE void add_product(Complex<T>& to, Complex<T> a, Complex<T> b) {
+    to.real += a.real * b.real;
+    to.real -= a.imag * b.imag;
+    to.imag += a.real * b.imag;
+    to.imag += a.imag * b.real;
+}
+
+template <class T> DEVICE bool is_zero(T v) { return v == 0; }
+template <class T> DEVICE bool is_zero(Complex<T> v) { return v.real == 0 && v.imag == 0; }
+
+template <class T> DEVICE T conjugate(T v) { return v; }
+template <class T> DEVICE Complex<T> conjugate(Complex<T> v) { return {v.real, -v.imag}; }
+
+DEVICE void atomic_add(Complex<float>* to, Complex<float> v) {
+    atomic_add(&to->real, make_float2(v.real, v.imag));
+}
+DEVICE void atomic_add(Complex<double>* to, Complex<double> v) {
+    atomic_add(&to->real, v.real);
+    atomic_add(&to->imag, v.imag);
+}
+
+// ---------------------------------------------------------------------------------------------- activations
+// Numbered as in gpuconv/activations.py, 0 being none. Complex results have none.
+
+enum { IDENTITY, RELU, LEAKY_RELU, SIGMOID, TANH };
+
+// A comparison that is false for NaN leaves NaN as it is.
+template <class T> DEVICE T activated(T z, int activation) {
+    switch (activation) {
+        case RELU: return z < 0 ? T(0) : z;
+        case LEAKY_RELU: return z < 0 ? T(LEAKY_SLOPE) * z : z;
+        case SIGMOID: return T(1) / (T(1) + exp(-z));
+        case TANH: return tanh(z);
+    }
+    return z;
+}
+template <class T> DEVICE Complex<T> activated(Complex<T> z, int) { return z; }
+
+// ---------------------------------------------------------------------------------------------- operands and results
+
+// An operand, element by element, in the type of the sums.
+template <class T> struct Operand {
+    const T* values;
+    int conjugated;
+
+    DEVICE Sum operator[](Index at) const {
+        const Sum v = Converted<Sum>::from(values[at]);
+        return conjugated ? conjugate(v) : v;
+    }
+};
+
+// Stores a sum after bias and activation; bias is (G, channels of a group), in the type of the sums.
+DEVICE void finish(Result* result, Index at, Sum sum, const Sum* bias, Index channel, const Options& options) {
+    if (options.has_bias) add(sum, bias[channel]);
+    result[at] = Converted<Result>::from(activated(sum, options.activation));
+}
+
+// ---------------------------------------------------------------------------------------------- axes
+
+DEVICE Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
+
+DEVICE bool inside(Index i, Index extent) { return i >= 0 && i < extent; }
+
+// One element of x or y: image, group, channel within the group, and position.
+struct Place {
+    Index n, g, channel, at[3];
+
+    DEVICE Index offset(const Images& strides) const {
+        return n * strides.batch + at[0] * strides.axis[0] + at[1] * strides.axis[1] + at[2] * strides.axis[2]
+             + g * strides.group + channel * strides.channel;
+    }
+};
+
+// The i-th place of an array of images. Channels are counted fastest where they are innermost in memory, else
+// positions are, so that the threads of a warp meet neighbouring elements.
+DEVICE Place place_of(Index i, const Index (&extent)[3], Index G, Index channels, int channels_innermost) {
+    Place place;
+    if (channels_innermost) {
+        place.channel = i % channels;  // [0, channels)
+        i /= channels;
+        place.g = i % G;               // [0, G)
+        i /= G;
+    }
+    for (int axis = 2; axis >= 0; --axis) {
+        place.at[axis] = i % extent[axis];  // [0, extent)
+        i /= extent[axis];
+    }
+    if (!channels_innermost) {
+        place.channel = i % channels;
+        i /= channels;
+        place.g = i % G;
+        i /= G;
+    }
+    place.n = i;  // [0, N)
+    return place;
+}
+
+// One element of w: group, channel and filter within the group, and tap.
+struct WeightPlace {
+    Index g, c, f, tap[3];
+
+    DEVICE Index offset(const Weights& strides) const {
+        return tap[0] * strides.axis[0] + tap[1] * strides.axis[1] + tap[2] * strides.axis[2]
+             + g * strides.group + c * strides.channel + f * strides.filter;
+    }
+};
+
+// The i-th element of w, filters counted fastest, then channels, then taps.
+DEVICE WeightPlace weight_place_of(Index i, const Convolution& conv) {
+    WeightPlace place;
+    place.f = i % conv.F;  // [0, F/G)
+    i /= conv.F;
+    place.c = i % conv.C;  // [0, C/G)
+    i /= conv.C;
+    for (int axis = 2; axis >= 0; --axis) {
+        place.tap[axis] = i % conv.kernel[axis];  // [0, kernel)
+        i /= conv.kernel[axis];
+    }
+    place.g = i;  // [0, G)
+    return place;
+}
+
+// The i-th box of a grid of boxes with these extents that covers `extent`: its first position, and i without it.
+DEVICE Index take_box(Index (&first)[3], Index i, const Index (&extent)[3], const int (&box)[3]) {
+    for (int axis = 2; axis >= 0; --axis) {
+        const Index count = ceil_div(extent[axis], box[axis]);
+        first[axis] = i % count * box[axis];
+        i /= count;
+    }
+    return i;
+}

@@ -1,0 +1,141 @@
+// Every sum by one thread, gathered: the plain twin of every faster kernel, and the one that accepts everything.
+//
+//   forward      y[n, o, f]  = sum over t, c of x[n, o * stride + t * dilation - low, c] w[t, c, f]
+//   data_grad    dx[n, i, c] = sum over f and the t, o with o * stride + t * dilation - low = i of dy[n, o, f] w[t, c, f]
+//   weight_grad  dw[t, c, f] = sum over n, o of x[n, o * stride + t * dilation - low, c] dy[n, o, f]
+//
+// A thread owns one element of the result; in weight_grad one element and a slice of the outputs, and a second pass
+// adds the slices up in their order. All orders of summation are fixed by the shapes: the same call gives the same bits.
+// The products of one tap are added up apart from the others, since long sums drift less in two levels.
+// Constants: THREADS. Arrays have any strides.
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+direct_forward(const First* x_values, const Second* w_values, const Sum* bias,
+               Result* y, Convolution conv, Images y_at, Images x_at, Weights w_at, Options options) {
+    const Operand<First> x = {x_values, options.first_conjugated};
+    const Operand<Second> w = {w_values, options.second_conjugated};
+    const Index i = Index(blockIdx.x) * THREADS + threadIdx.x;  // [0, N G F M P Q) and what rounds it up to blocks
+    if (i >= conv.N * conv.G * conv.F * conv.output[0] * conv.output[1] * conv.output[2]) return;
+    const Place o = place_of(i, conv.output, conv.G, conv.F, options.channels_innermost);
+
+    Sum total = {};
+    for (Index t = 0; t < conv.kernel[0]; ++t) {
+        const Index d = o.at[0] * conv.stride[0] + t * conv.dilation[0] - conv.low[0];
+        if (!inside(d, conv.input[0])) continue;
+        for (Index r = 0; r < conv.kernel[1]; ++r) {
+            const Index h = o.at[1] * conv.stride[1] + r * conv.dilation[1] - conv.low[1];
+            if (!inside(h, conv.input[1])) continue;
+            for (Index s = 0; s < conv.kernel[2]; ++s) {
+                const Index v = o.at[2] * conv.stride[2] + s * conv.dilation[2] - conv.low[2];
+                if (!inside(v, conv.input[2])) continue;
+                const Index x_tap = Place{o.n, o.g, 0, {d, h, v}}.offset(x_at);
+                const Index w_tap = WeightPlace{o.g, 0, o.channel, {t, r, s}}.offset(w_at);
+                Sum sum = {};
+                for (Index c = 0; c < conv.C; ++c)
+                    add_product(sum, x[x_tap + c * x_at.channel], w[w_tap + c * w_at.channel]);
+                add(total, sum);
+            }
+        }
+    }
+    finish(y, o.offset(y_at), total, bias, o.g * conv.F + o.channel, options);
+}
+
+// The outputs that the taps of one axis bring to an input i: tap 0 brings (i + low) / stride, if that is whole, and every
+// further tap what lies dilation / stride before. Divides once, not at every tap.
+struct OutputOfTap {
+    Index quotient, remainder, back, back_remainder;
+
+    DEVICE OutputOfTap(Index i, const Convolution& conv, int axis) {
+        const Index shifted = i + conv.low[axis], stride = conv.stride[axis];
+        quotient = shifted / stride;
+        remainder = shifted % stride;
+        if (remainder < 0) {
+            remainder += stride;
+            --quotient;
+        }
+        back = conv.dilation[axis] / stride;
+        back_remainder = conv.dilation[axis] % stride;
+    }
+    DEVICE bool exists(const Convolution& conv, int axis) const {
+        return remainder == 0 && inside(quotient, conv.output[axis]);
+    }
+    DEVICE void next(const Convolution& conv, int axis) {
+        quotient -= back;
+        remainder -= back_remainder;
+        if (remainder < 0) {
+            remainder += conv.stride[axis];
+            --quotient;
+        }
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+direct_data_grad(const First* dy_values, const Second* w_values, const Sum* bias,
+                 Result* dx, Convolution conv, Images dy_at, Images dx_at, Weights w_at, Options options) {
+    const Operand<First> dy = {dy_values, options.first_conjugated};
+    const Operand<Second> w = {w_values, options.second_conjugated};
+    const Index i = Index(blockIdx.x) * THREADS + threadIdx.x;  // [0, N G C D H W) and what rounds it up to blocks
+    if (i >= conv.N * conv.G * conv.C * conv.input[0] * conv.input[1] * conv.input[2]) return;
+    const Place in = place_of(i, conv.input, conv.G, conv.C, options.channels_innermost);
+
+    Sum total = {};
+    OutputOfTap m(in.at[0], conv, 0);
+    for (Index t = 0; t < conv.kernel[0]; ++t, m.next(conv, 0)) {
+        if (!m.exists(conv, 0)) continue;
+        OutputOfTap p(in.at[1], conv, 1);
+        for (Index r = 0; r < conv.kernel[1]; ++r, p.next(conv, 1)) {
+            if (!p.exists(conv, 1)) continue;
+            OutputOfTap q(in.at[2], conv, 2);
+            for (Index s = 0; s < conv.kernel[2]; ++s, q.next(conv, 2)) {
+                if (!q.exists(conv, 2)) continue;
+                const Index dy_tap = Place{in.n, in.g, 0, {m.quotient, p.quotient, q.quotient}}.offset(dy_at);
+                const Index w_tap = WeightPlace{in.g, in.channel, 0, {t, r, s}}.offset(w_at);
+                Sum sum = {};
+                for (Index f = 0; f < conv.F; ++f)
+                    add_product(sum, dy[dy_tap + f * dy_at.channel], w[w_tap + f * w_at.filter]);
+                add(total, sum);
+            }
+        }
+    }
+    finish(dx, in.offset(dx_at), total, bias, in.g * conv.C + in.channel, options);
+}
+
+// partial[slice][element of dw]: the sum over outputs [slice * length, (slice + 1) * length) of all N M P Q.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+direct_weight_grad(const First* dy_values, const Second* x_values, Sum* partial,
+                   Convolution conv, Images dy_at, Images x_at, Index slices, Index length, Options options) {
+    const Operand<First> dy = {dy_values, options.first_conjugated};
+    const Operand<Second> x = {x_values, options.second_conjugated};
+    const Index weights = conv.G * conv.kernel[0] * conv.kernel[1] * conv.kernel[2] * conv.C * conv.F;
+    const Index i = Index(blockIdx.x) * THREADS + threadIdx.x;
+    if (i >= slices * weights) return;
+    const WeightPlace at = weight_place_of(i % weights, conv);
+    const Index first = i / weights * length;
+    const Index outputs = conv.N * conv.output[0] * conv.output[1] * conv.output[2];
+    const Index last = first + length < outputs ? first + length : outputs;
+
+    Sum sum = {};
+    Place o = place_of(first, conv.output, 1, 1, false);
+    o.g = at.g;
+    o.channel = at.f;
+    for (Index output = first; output < last; ++output) {
+        Place in = {o.n, at.g, at.c, {}};
+        bool seen = true;
+        for (int axis = 0; axis < 3; ++axis) {
+            in.at[axis] = o.at[axis] * conv.stride[axis] + at.tap[axis] * conv.dilation[axis] - conv.low[axis];
+            seen = seen && inside(in.at[axis], conv.input[axis]);
+        }
+        if (seen) add_product(sum, x[in.offset(x_at)], dy[o.offset(dy_at)]);
+        // The next output, carrying into the axes before.
+        ++o.at[2];
+        for (int axis = 2; axis > 0 && o.at[axis] == conv.output[axis]; --axis) {
+            o.at[axis] = 0;
+            ++o.at[axis - 1];
+        }
+        if (o.at[0] == conv.output[0]) {
+            o.at[0] = 0;
+            ++o.n;
+        }
+    }
+    partial[i] = sum;
+}

@@ -1,0 +1,178 @@
+// Types that have no C++ spelling, and thin functions around the instructions that have none. All PTX is here.
+//
+// Nothing is included: NVRTC alone compiles this. What an architecture lacks is either done another way (bfloat16
+// conversion, vector atomics) or left out, so that using it does not compile (cp.async, bfloat16 and TF32 products
+// below sm_80).
+
+#define DEVICE __device__ __forceinline__
+
+// Shared memory whose size the launch gives: an array of T called name.
+#define DYNAMIC_SHARED(T, name)                                       \
+    extern __shared__ __align__(16) unsigned char name##_bytes[];     \
+    T* const name = reinterpret_cast<T*>(name##_bytes)
+
+struct half { unsigned short bits; };      // storage only: arithmetic is done in float
+struct bfloat16 { unsigned short bits; };  // storage only
+
+template <class T> struct Complex { T real, imag; };
+
+struct __align__(4) half2 { half x, y; };
+struct __align__(4) bfloat162 { bfloat16 x, y; };
+
+// ---------------------------------------------------------------------------------------------- conversion
+
+DEVICE float to_float(half h) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h.bits));
+    return f;
+}
+
+DEVICE half to_half(float f) {
+    half h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h.bits) : "f"(f));
+    return h;
+}
+
+DEVICE float to_float(bfloat16 b) { return __uint_as_float(unsigned(b.bits) << 16); }
+
+DEVICE bfloat16 to_bfloat16(float f) {
+    bfloat16 b;
+#if __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(b.bits) : "f"(f));
+#else
+    // Round to the nearest, ties to even, by adding just under half of what is cut off; NaN must not round to Inf.
+    const unsigned u = __float_as_uint(f);
+    const bool is_nan = (u & 0x7fffffffu) > 0x7f800000u;
+    b.bits = is_nan ? 0x7fff : (unsigned short)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+#endif
+    return b;
+}
+
+#if __CUDA_ARCH__ >= 800
+// The nearest TF32 number, ties away from zero, in the bits of a float.
+DEVICE unsigned to_tf32(float f) {
+    unsigned u;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(u) : "f"(f));
+    return u;
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------- atomic addition
+// Into global memory, without a result: the memory adds, and the thread goes on.
+
+DEVICE void atomic_add(float* to, float value) { atomicAdd(to, value); }
+DEVICE void atomic_add(double* to, double value) { atomicAdd(to, value); }
+
+DEVICE void atomic_add(float* to, float2 value) {  // to: a multiple of 8 bytes
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(value.x), "f"(value.y) : "memory");
+#else
+    atomicAdd(to, value.x);
+    atomicAdd(to + 1, value.y);
+#endif
+}
+
+DEVICE void atomic_add(float* to, float4 value) {  // to: a multiple of 16 bytes
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
+                 ::"l"(to), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w) : "memory");
+#else
+    atomicAdd(to, value.x);
+    atomicAdd(to + 1, value.y);
+    atomicAdd(to + 2, value.z);
+    atomicAdd(to + 3, value.w);
+#endif
+}
+
+DEVICE void atomic_add(half2* to, half2 value) {
+    const unsigned bits = value.x.bits | unsigned(value.y.bits) << 16;
+    asm volatile("red.global.add.noftz.f16x2 [%0], %1;" ::"l"(to), "r"(bits) : "memory");
+}
+
+#if __CUDA_ARCH__ >= 900
+DEVICE void atomic_add(bfloat162* to, bfloat162 value) {
+    const unsigned bits = value.x.bits | unsigned(value.y.bits) << 16;
+    asm volatile("red.global.add.noftz.bf16x2 [%0], %1;" ::"l"(to), "r"(bits) : "memory");
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------- copies into shared memory
+
+DEVICE unsigned shared_address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
+
+#if __CUDA_ARCH__ >= 800
+// Starts a copy of BYTES (4, 8 or 16) from global to shared memory; of these the first `present` are read, the others
+// become zeros. Both addresses are multiples of BYTES.
+template <int BYTES> DEVICE void copy_async(void* to, const void* from, int present = BYTES) {
+    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
+    if (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                     ::"r"(shared_address(to)), "l"(from), "r"(present) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                     ::"r"(shared_address(to)), "l"(from), "n"(BYTES), "r"(present) : "memory");
+}
+
+// Makes one group of the copies that this thread started since the last group.
+DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most PENDING groups of this thread are under way. Other threads see the data after a barrier.
+template <int PENDING> DEVICE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+#endif
+
+// ---------------------------------------------------------------------------------------------- matrix products of a warp
+// d += a b, every lane holding its share. In the fragments below, g = lane / 4 and t = lane % 4; two 16-bit numbers
+// share a register, the lower column (of a) or row (of b) in its lower half.
+
+// Four 8x8 matrices of 16-bit elements: lane 8 m + r gives the address of row r of matrix m, a multiple of 16 bytes,
+// and result m holds elements (g, 2t) and (g, 2t + 1) of matrix m.
+DEVICE void load_matrices(unsigned (&result)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
+                 : "r"(shared_address(row)) : "memory");
+}
+
+// The same with every matrix transposed: elements (2t, g) and (2t + 1, g).
+DEVICE void load_matrices_transposed(unsigned (&result)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
+                 : "r"(shared_address(row)) : "memory");
+}
+
+// d 16x8: (g, 2t) (g, 2t+1) (g+8, 2t) (g+8, 2t+1) in all products but those of float64.
+// a 16x8: (g, 2t..) (g+8, 2t..); b 8x8: (2t.., g).
+DEVICE void multiply_16x8x8(float (&d)[4], const unsigned (&a)[2], unsigned b, half) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
+#if __CUDA_ARCH__ >= 800
+// a 16x16: (g, 2t..) (g+8, 2t..) (g, 2t+8..) (g+8, 2t+8..); b 16x8: (2t.., g) (2t+8.., g).
+DEVICE void multiply_16x8x16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], half) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+DEVICE void multiply_16x8x16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], bfloat16) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// TF32: a 16x8: (g, t) (g+8, t) (g, t+4) (g+8, t+4); b 8x8: (t, g) (t+4, g).
+DEVICE void multiply_16x8x8_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
+                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// float64: d 8x8: (g, 2t) (g, 2t+1); a 8x4: (g, t); b 4x8: (t, g).
+DEVICE void multiply_8x8x4(double (&d)[2], double a, double b) {
+    asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                 : "+d"(d[0]), "+d"(d[1]) : "d"(a), "d"(b));
+}
+#endif

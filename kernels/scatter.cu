@@ -1,0 +1,351 @@
+// The scatter-add into dx and dw: each product of dy is added, by an atomic addition, to the x or the w it came from.
+//
+//   data_grad    dx[n, o * stride + t * dilation - low, c] += dy[n, o, f] w[t, c, f]
+//   weight_grad  dw[t, c, f] += x[n, o * stride + t * dilation - low, c] dy[n, o, f]
+//
+// dx and dw hold sums (at least float32) and start as zeros. Blocks add in the order in which they come, so the last
+// bits may differ from call to call. Atomic additions to global memory are what limits such a kernel; so a block first
+// adds up what belongs together in its registers, then in shared memory, and only then adds to dx or dw. The plain
+// twins at the end do without.
+// Constants: THREADS, WIDTH (channels or filters of a tile), TILE_OUTPUTS and CHUNK (data_grad), TILE_ROWS and DEPTH
+// (weight_grad). Arrays have any strides.
+
+constexpr int THREAD_CHANNELS = WIDTH < 4 ? WIDTH : 4;  // of its tile, a thread owns this many channels (or filters)
+constexpr int CHANNEL_THREADS = WIDTH / THREAD_CHANNELS;
+
+// Rows of shared tiles are read as vectors; the padding keeps those who write columns out of each other's banks.
+constexpr int PAD = 4;
+
+// COUNT consecutive numbers of shared memory, in the widest pieces that COUNT and their alignment allow.
+template <int COUNT> struct __align__(COUNT * sizeof(Sum) % 16 == 0 ? 16 : COUNT * sizeof(Sum) % 8 == 0 ? 8 : 4) Numbers {
+    Sum v[COUNT];
+};
+
+// sum[i][j] += a[i] b[j]
+template <int ROWS, int COLUMNS>
+DEVICE void add_outer_product(Sum (&sum)[ROWS][COLUMNS], const Sum* a_row, const Sum* b_row) {
+    const Numbers<ROWS> a = *reinterpret_cast<const Numbers<ROWS>*>(a_row);
+    const Numbers<COLUMNS> b = *reinterpret_cast<const Numbers<COLUMNS>*>(b_row);
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+        for (int j = 0; j < COLUMNS; ++j) add_product(sum[i][j], a.v[i], b.v[j]);
+}
+
+// Adds `count` sums, one after the other in memory, to a result; in fours where a float4 can be added at once.
+template <class T> DEVICE void flush(T* to, const T* from, int count, Index step, bool fours) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+        if (fours) {
+            const float4 four = make_float4(from[0], from[1], from[2], from[3]);
+            if (four.x != 0 || four.y != 0 || four.z != 0 || four.w != 0) atomic_add(to, four);
+            return;
+        }
+    }
+    // What no product reached is still zero, and need not travel.
+    for (int j = 0; j < count; ++j)
+        if (!is_zero(from[j])) atomic_add(to + j * step, from[j]);
+}
+
+// ---------------------------------------------------------------------------------------------- data_grad
+//
+// A block owns a box of outputs, a box of taps and WIDTH channels of one group of one image. Its outputs came from one
+// region of x, which shared memory holds:
+//
+//     dy  box of outputs         region of dx (here 3x3 taps, stride 1)
+//         o o o o                  + + + + + +
+//         o o o o     for each     + + + + + +      then one atomic addition for each
+//         o o o o   tap: += dy w   + + + + + +      element of the region and channel
+//                                  + + + + + +
+//                                  + + + + + +
+//
+// For one tap the sum over all filters is a matrix product, outputs x channels, formed in registers; tap by tap these
+// sums are added to the region. One tap brings different outputs to different inputs, so no two threads meet.
+
+constexpr int THREAD_OUTPUTS = TILE_OUTPUTS * WIDTH / (THREADS * THREAD_CHANNELS);
+static_assert(THREAD_OUTPUTS * THREADS * THREAD_CHANNELS == TILE_OUTPUTS * WIDTH, "threads share the tile evenly");
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+scatter_data_grad(const First* dy_values, const Second* w_values, Sum* dx,
+                  Convolution conv, Images dy_at, Images dx_at, Weights w_at, Boxes boxes, Options options) {
+    __shared__ __align__(16) Sum dy_tile[CHUNK][TILE_OUTPUTS + PAD];
+    __shared__ __align__(16) Sum w_tile[CHUNK][WIDTH + (WIDTH < 4 ? 0 : PAD)];
+    __shared__ Index dy_offset[TILE_OUTPUTS];  // of the first filter of each output
+    __shared__ int region_row[TILE_OUTPUTS];   // where the first tap of the box brings each output; -1: there is none
+    DYNAMIC_SHARED(Sum, region);               // [positions of the region][WIDTH]
+
+    const Operand<First> dy = {dy_values, options.first_conjugated};
+    const Operand<Second> w = {w_values, options.second_conjugated};
+    const int thread = threadIdx.x;
+    const int channel_of_thread = thread % CHANNEL_THREADS * THREAD_CHANNELS;  // [0, WIDTH)
+    const int output_of_thread = thread / CHANNEL_THREADS * THREAD_OUTPUTS;    // [0, TILE_OUTPUTS)
+
+    Index first_output[3], first_tap[3];
+    Index block = blockIdx.x;
+    const Index channel_tiles = ceil_div(conv.C, WIDTH);
+    const Index c0 = block % channel_tiles * WIDTH;
+    block /= channel_tiles;
+    const Index g = block % conv.G;
+    block /= conv.G;
+    block = take_box(first_tap, block, conv.kernel, boxes.taps);
+    const Index n = take_box(first_output, block, conv.output, boxes.outputs);
+
+    int box_outputs = boxes.outputs[0] * boxes.outputs[1] * boxes.outputs[2];
+    const int positions = boxes.region[0] * boxes.region[1] * boxes.region[2];
+    for (int j = thread; j < TILE_OUTPUTS; j += THREADS) {
+        const int in_box[3] = {j / (boxes.outputs[1] * boxes.outputs[2]), j / boxes.outputs[2] % boxes.outputs[1],
+                               j % boxes.outputs[2]};
+        Place o = {n, g, 0, {}};
+        bool exists = j < box_outputs;
+        int row = 0;
+        for (int axis = 0; axis < 3; ++axis) {
+            o.at[axis] = first_output[axis] + in_box[axis];
+            exists = exists && o.at[axis] < conv.output[axis];
+            row = row * boxes.region[axis] + in_box[axis] * int(conv.stride[axis]);
+        }
+        dy_offset[j] = exists ? o.offset(dy_at) : 0;
+        region_row[j] = exists ? row : -1;
+    }
+    for (int e = thread; e < positions * WIDTH; e += THREADS) region[e] = Sum{};
+
+    const int taps = boxes.taps[0] * boxes.taps[1] * boxes.taps[2];
+    for (int k = 0; k < taps; ++k) {
+        const int in_box[3] = {k / (boxes.taps[1] * boxes.taps[2]), k / boxes.taps[2] % boxes.taps[1],
+                               k % boxes.taps[2]};
+        WeightPlace tap = {g, 0, 0, {}};
+        bool exists = true;
+        int tap_row = 0;
+        for (int axis = 0; axis < 3; ++axis) {
+            tap.tap[axis] = first_tap[axis] + in_box[axis];
+            exists = exists && tap.tap[axis] < conv.kernel[axis];
+            tap_row = tap_row * boxes.region[axis] + in_box[axis] * int(conv.dilation[axis]);
+        }
+        if (!exists) continue;  // the same in all threads
+        const Index w_tap = tap.offset(w_at);
+
+        Sum sum[THREAD_OUTPUTS][THREAD_CHANNELS] = {};
+        for (Index f0 = 0; f0 < conv.F; f0 += CHUNK) {
+            const int depth = conv.F - f0 < CHUNK ? int(conv.F - f0) : CHUNK;
+            __syncthreads();  // the tables and the region are set, and the tiles of the last chunk have been read
+            for (int e = thread; e < CHUNK * TILE_OUTPUTS; e += THREADS) {
+                const int f = options.channels_innermost ? e % CHUNK : e / TILE_OUTPUTS;
+                const int j = options.channels_innermost ? e / CHUNK : e % TILE_OUTPUTS;
+                if (f < depth)
+                    dy_tile[f][j] = region_row[j] >= 0 ? dy[dy_offset[j] + (f0 + f) * dy_at.channel] : Sum{};
+            }
+            for (int e = thread; e < CHUNK * WIDTH; e += THREADS) {
+                const int f = e / WIDTH, c = e % WIDTH;
+                if (f < depth)
+                    w_tile[f][c] = c0 + c < conv.C ? w[w_tap + (c0 + c) * w_at.channel + (f0 + f) * w_at.filter] : Sum{};
+            }
+            __syncthreads();  // the tiles are whole
+            for (int f = 0; f < depth; ++f)
+                add_outer_product(sum, &dy_tile[f][output_of_thread], &w_tile[f][channel_of_thread]);
+        }
+        // The next tap may bring another thread's output to the same input: it comes after the next barrier.
+        for (int i = 0; i < THREAD_OUTPUTS; ++i) {
+            const int row = region_row[output_of_thread + i];
+            if (row < 0) continue;
+            Numbers<THREAD_CHANNELS>* to =
+                reinterpret_cast<Numbers<THREAD_CHANNELS>*>(&region[(row + tap_row) * WIDTH + channel_of_thread]);
+            Numbers<THREAD_CHANNELS> numbers = *to;
+            for (int j = 0; j < THREAD_CHANNELS; ++j) add(numbers.v[j], sum[i][j]);
+            *to = numbers;
+        }
+    }
+
+    __syncthreads();  // the region is complete
+    constexpr int STEP = WIDTH < 4 ? 1 : 4;
+    for (int e = thread; e < positions * (WIDTH / STEP); e += THREADS) {
+        const int position = options.channels_innermost ? e / (WIDTH / STEP) : e % positions;
+        const int c = (options.channels_innermost ? e % (WIDTH / STEP) : e / positions) * STEP;
+        const int in_region[3] = {position / (boxes.region[1] * boxes.region[2]),
+                                  position / boxes.region[2] % boxes.region[1], position % boxes.region[2]};
+        Place i = {n, g, c0 + c, {}};
+        bool exists = i.channel < conv.C;
+        for (int axis = 0; axis < 3; ++axis) {
+            i.at[axis] = first_output[axis] * conv.stride[axis] + first_tap[axis] * conv.dilation[axis] - conv.low[axis]
+                       + in_region[axis];
+            exists = exists && inside(i.at[axis], conv.input[axis]);
+        }
+        if (!exists) continue;
+        const int count = conv.C - i.channel < STEP ? int(conv.C - i.channel) : STEP;
+        flush(dx + i.offset(dx_at), &region[position * WIDTH + c], count, dx_at.channel, STEP == 4 && options.fours);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- weight_grad
+//
+// A block owns TILE_ROWS rows (a row is a tap and a channel) and WIDTH filters of one group, and a slice of all
+// outputs. The sum over the slice is a matrix product, rows x filters, DEPTH outputs at a time:
+//
+//     x_tile  DEPTH x rows     dy_tile  DEPTH x filters       sum  rows x filters
+//         . . . . . .              . . .                          . . .
+//         . . . . . .              . . .          +=              . . .     then one atomic addition
+//         . . . . . .              . . .                          . . .     for each element
+//
+// Where the tile has fewer elements than the block has threads, SPLITS teams of threads take every SPLITS-th output,
+// and add up what they found in shared memory.
+
+constexpr int THREAD_ROWS = 4;
+constexpr int ROW_THREADS = TILE_ROWS / THREAD_ROWS;
+constexpr int SPLITS = THREADS / (ROW_THREADS * CHANNEL_THREADS);
+static_assert(SPLITS * ROW_THREADS * CHANNEL_THREADS == THREADS, "teams of threads share the block evenly");
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+scatter_weight_grad(const First* dy_values, const Second* x_values, Sum* dw,
+                    Convolution conv, Images dy_at, Images x_at, Weights dw_at, Index slices, Index length,
+                    Options options) {
+    __shared__ __align__(16) Sum x_tile[DEPTH][TILE_ROWS + PAD];
+    __shared__ __align__(16) Sum dy_tile[DEPTH][WIDTH + (WIDTH < 4 ? 0 : PAD)];
+    __shared__ Sum total[TILE_ROWS][WIDTH];
+    __shared__ Index dy_offset[DEPTH], x_offset[DEPTH];  // of each output, and of where its window begins
+    __shared__ Index window[DEPTH][3];                   // where its window begins
+    __shared__ Index row_offset[TILE_ROWS];              // of each row within the window
+    __shared__ Index row_shift[TILE_ROWS][3];            // where its tap lies within the window
+
+    const Operand<First> dy = {dy_values, options.first_conjugated};
+    const Operand<Second> x = {x_values, options.second_conjugated};
+    const int thread = threadIdx.x;
+    const int filter_of_thread = thread % CHANNEL_THREADS * THREAD_CHANNELS;                // [0, WIDTH)
+    const int row_of_thread = thread / CHANNEL_THREADS % ROW_THREADS * THREAD_ROWS;         // [0, TILE_ROWS)
+    const int split = thread / (CHANNEL_THREADS * ROW_THREADS);                             // [0, SPLITS)
+
+    const Index rows = conv.kernel[0] * conv.kernel[1] * conv.kernel[2] * conv.C;
+    const Index row_tiles = ceil_div(rows, TILE_ROWS), filter_tiles = ceil_div(conv.F, WIDTH);
+    Index block = blockIdx.x;
+    const Index f0 = block % filter_tiles * WIDTH;
+    block /= filter_tiles;
+    const Index row0 = block % row_tiles * TILE_ROWS;
+    block /= row_tiles;
+    const Index g = block % conv.G;
+    const Index slice = block / conv.G;  // [0, slices)
+    const Index outputs = conv.N * conv.output[0] * conv.output[1] * conv.output[2];
+    const Index last = slice == slices - 1 ? outputs : (slice + 1) * length;
+
+    for (int j = thread; j < TILE_ROWS; j += THREADS) {
+        const Index row = row0 + j < rows ? row0 + j : rows - 1;
+        Index tap = row / conv.C;
+        Place shift = {0, 0, row % conv.C, {}};
+        for (int axis = 2; axis >= 0; --axis) {
+            shift.at[axis] = tap % conv.kernel[axis] * conv.dilation[axis];
+            tap /= conv.kernel[axis];
+            row_shift[j][axis] = shift.at[axis];
+        }
+        row_offset[j] = shift.offset(x_at);
+    }
+    for (int e = thread; e < TILE_ROWS * WIDTH; e += THREADS) total[e / WIDTH][e % WIDTH] = Sum{};
+
+    Sum sum[THREAD_ROWS][THREAD_CHANNELS] = {};
+    for (Index first = slice * length; first < last; first += DEPTH) {
+        const int depth = last - first < DEPTH ? int(last - first) : DEPTH;
+        __syncthreads();  // the tables and tiles of the last outputs have been read
+        for (int k = thread; k < depth; k += THREADS) {
+            Place o = place_of(first + k, conv.output, 1, 1, false);
+            o.g = g;
+            dy_offset[k] = o.offset(dy_at);
+            for (int axis = 0; axis < 3; ++axis) {
+                o.at[axis] = o.at[axis] * conv.stride[axis] - conv.low[axis];
+                window[k][axis] = o.at[axis];
+            }
+            x_offset[k] = o.offset(x_at);
+        }
+        __syncthreads();  // the tables are whole
+        for (int e = thread; e < DEPTH * TILE_ROWS; e += THREADS) {
+            const int k = options.channels_innermost ? e / TILE_ROWS : e % DEPTH;
+            const int j = options.channels_innermost ? e % TILE_ROWS : e / DEPTH;
+            if (k >= depth) continue;
+            bool seen = row0 + j < rows;
+            for (int axis = 0; axis < 3; ++axis)
+                seen = seen && inside(window[k][axis] + row_shift[j][axis], conv.input[axis]);
+            x_tile[k][j] = seen ? x[x_offset[k] + row_offset[j]] : Sum{};
+        }
+        for (int e = thread; e < DEPTH * WIDTH; e += THREADS) {
+            const int k = options.channels_innermost ? e / WIDTH : e % DEPTH;
+            const int f = options.channels_innermost ? e % WIDTH : e / DEPTH;
+            if (k < depth) dy_tile[k][f] = f0 + f < conv.F ? dy[dy_offset[k] + (f0 + f) * dy_at.channel] : Sum{};
+        }
+        __syncthreads();  // the tiles are whole
+        for (int k = split; k < depth; k += SPLITS)
+            add_outer_product(sum, &x_tile[k][row_of_thread], &dy_tile[k][filter_of_thread]);
+    }
+
+    // One team after the other: no two threads of a team share an element.
+    for (int team = 0; team < SPLITS; ++team) {
+        __syncthreads();  // the team before has added its sums (and total is set)
+        if (team != split) continue;
+        for (int i = 0; i < THREAD_ROWS; ++i)
+            for (int j = 0; j < THREAD_CHANNELS; ++j)
+                add(total[row_of_thread + i][filter_of_thread + j], sum[i][j]);
+    }
+    __syncthreads();  // total is complete
+    constexpr int STEP = WIDTH < 4 ? 1 : 4;
+    for (int e = thread; e < TILE_ROWS * (WIDTH / STEP); e += THREADS) {
+        const int j = e / (WIDTH / STEP), f = e % (WIDTH / STEP) * STEP;
+        if (row0 + j >= rows || f0 + f >= conv.F) continue;
+        Index tap = (row0 + j) / conv.C;
+        WeightPlace at = {g, (row0 + j) % conv.C, f0 + f, {}};
+        for (int axis = 2; axis >= 0; --axis) {
+            at.tap[axis] = tap % conv.kernel[axis];
+            tap /= conv.kernel[axis];
+        }
+        const int count = conv.F - at.f < STEP ? int(conv.F - at.f) : STEP;
+        flush(dw + at.offset(dw_at), &total[j][f], count, dw_at.filter, STEP == 4 && options.fours);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- plain twins
+// A thread owns one element of dy and adds each of its products to where it belongs: to read first, and to compare with.
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+scatter_data_grad_plain(const First* dy_values, const Second* w_values, Sum* dx,
+                        Convolution conv, Images dy_at, Images dx_at, Weights w_at, Options options) {
+    const Operand<First> dy = {dy_values, options.first_conjugated};
+    const Operand<Second> w = {w_values, options.second_conjugated};
+    const Index e = Index(blockIdx.x) * THREADS + threadIdx.x;
+    if (e >= conv.N * conv.G * conv.F * conv.output[0] * conv.output[1] * conv.output[2]) return;
+    const Place o = place_of(e, conv.output, conv.G, conv.F, options.channels_innermost);
+    const Sum gradient = dy[o.offset(dy_at)];
+    const Index weights = conv.kernel[0] * conv.kernel[1] * conv.kernel[2] * conv.C;
+    for (Index k = 0; k < weights; ++k) {
+        WeightPlace at = weight_place_of(k * conv.F, conv);
+        at.g = o.g;
+        at.f = o.channel;
+        Place i = {o.n, o.g, at.c, {}};
+        bool exists = true;
+        for (int axis = 0; axis < 3; ++axis) {
+            i.at[axis] = o.at[axis] * conv.stride[axis] + at.tap[axis] * conv.dilation[axis] - conv.low[axis];
+            exists = exists && inside(i.at[axis], conv.input[axis]);
+        }
+        if (!exists) continue;
+        Sum product = {};
+        add_product(product, gradient, w[at.offset(w_at)]);
+        atomic_add(dx + i.offset(dx_at), product);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+scatter_weight_grad_plain(const First* dy_values, const Second* x_values, Sum* dw,
+                          Convolution conv, Images dy_at, Images x_at, Weights dw_at, Options options) {
+    const Operand<First> dy = {dy_values, options.first_conjugated};
+    const Operand<Second> x = {x_values, options.second_conjugated};
+    const Index e = Index(blockIdx.x) * THREADS + threadIdx.x;
+    if (e >= conv.N * conv.G * conv.F * conv.output[0] * conv.output[1] * conv.output[2]) return;
+    const Place o = place_of(e, conv.output, conv.G, conv.F, options.channels_innermost);
+    const Sum gradient = dy[o.offset(dy_at)];
+    const Index weights = conv.kernel[0] * conv.kernel[1] * conv.kernel[2] * conv.C;
+    for (Index k = 0; k < weights; ++k) {
+        WeightPlace at = weight_place_of(k * conv.F, conv);
+        at.g = o.g;
+        at.f = o.channel;
+        Place i = {o.n, o.g, at.c, {}};
+        bool exists = true;
+        for (int axis = 0; axis < 3; ++axis) {
+            i.at[axis] = o.at[axis] * conv.stride[axis] + at.tap[axis] * conv.dilation[axis] - conv.low[axis];
+            exists = exists && inside(i.at[axis], conv.input[axis]);
+        }
+        if (!exists) continue;
+        Sum product = {};
+        add_product(product, x[i.offset(x_at)], gradient);
+        atomic_add(dw + at.offset(dw_at), product);
+    }
+}
