@@ -48,10 +48,10 @@ def native(dtype: numpy.dtype) -> numpy.dtype:
 @lru_cache(maxsize=256)
 def promoted(*dtypes: numpy.dtype) -> numpy.dtype:
     """The dtype of a result: NumPy's ``result_type``, with bfloat16 counted as a float32 beside anything else."""
-    native = {native(dtype) for dtype in dtypes}
-    if len(native) == 1:
-        return native.pop()
-    return numpy.result_type(*(numpy.float32 if dtype.name == "bfloat16" else dtype for dtype in native))
+    kinds = {native(dtype) for dtype in dtypes}
+    if len(kinds) == 1:
+        return kinds.pop()
+    return numpy.result_type(*(numpy.float32 if dtype.name == "bfloat16" else dtype for dtype in kinds))
 
 
 @lru_cache(maxsize=64)

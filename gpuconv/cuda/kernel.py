@@ -54,6 +54,7 @@ class Parameter(NamedTuple):
     type: str  # "float", "Convolution", or what a pointer points to
     name: str
     is_pointer: bool
+    is_constant: bool  # what it points to is only read
 
 
 @lru_cache(maxsize=256)
@@ -100,10 +101,10 @@ def parameters(stem: str, name: str) -> tuple[Parameter, ...]:
         raise ValueError(f"{stem}.cu has no kernel {name}")
     found = []
     for declaration in match[1].split(","):
-        words = re.fullmatch(r"\s*(?:const\s+)?(\w+)\s*(\*?)\s*(?:__restrict__\s+)?(\w+)\s*", declaration)
+        words = re.fullmatch(r"\s*(const\s+)?(\w+)\s*(\*?)\s*(?:__restrict__\s+)?(\w+)\s*", declaration)
         if words is None:
             raise ValueError(f"{stem}.cu: cannot read the parameter {declaration.strip()!r} of {name}")
-        found.append(Parameter(words[1], words[3], bool(words[2])))
+        found.append(Parameter(words[2], words[4], bool(words[3]), bool(words[1])))
     return tuple(found)
 
 
@@ -113,6 +114,8 @@ def check_arguments(kernel: Kernel, arguments: Sequence[Any]) -> None:
     if len(arguments) != len(expected):
         raise TypeError(f"{kernel.name} takes {len(expected)} arguments, but {len(arguments)} were given")
     for parameter, argument in zip(expected, arguments, strict=True):
+        if argument is None and parameter.is_pointer:
+            continue
         is_value = isinstance(argument, (numpy.generic, numpy.ndarray)) and argument.ndim == 0
         found = getattr(argument, "dtype", None)
         if is_value == parameter.is_pointer or found is None or found != _dtype(parameter.type, module, found):

@@ -1,0 +1,138 @@
+"""Launching kernels on the CPU: the same arguments as on a GPU, on NumPy's arrays."""
+
+import contextlib
+import ctypes
+import itertools
+import types
+
+import numpy as np
+
+from gpuconv.backend import Backend
+from gpuconv.cuda.kernel import parameters
+from gpuconv.cuda.launch import prepare
+
+from emulation import loader
+
+ORDERS = ("natural", "reverse", "random")
+SECONDS = 30.0  # that a launch may take
+
+
+class Options:
+    """How launches run: the mode, the order of threads and blocks, when asynchronous copies happen, the time limit.
+
+    Without an order each launch takes the next of the three. ``launches`` lists what ran, with its atomics.
+    """
+
+    def __init__(self):
+        self.mode, self.order, self.late_copies, self.seconds = "fast", None, True, SECONDS
+        self.seed = itertools.count(1)
+        self.launches = []
+
+
+options = Options()
+
+
+@contextlib.contextmanager
+def using(**changes):
+    """Other options for a while; gives the list of the launches made meanwhile."""
+    before = {name: getattr(options, name) for name in (*changes, "launches")}
+    options.launches = []
+    for name, value in changes.items():
+        setattr(options, name, value)
+    try:
+        yield options.launches
+    finally:
+        for name, value in before.items():
+            setattr(options, name, value)
+
+
+class Launch:
+    """What is remembered of a launch."""
+
+    def __init__(self, name, grid, order, global_atomics):
+        self.name, self.grid, self.order, self.global_atomics = name, grid, order, global_atomics
+
+
+class _Argument(ctypes.Structure):
+    _fields_ = (
+        ("memory", ctypes.c_void_p),
+        ("bytes", ctypes.c_size_t),
+        ("origin", ctypes.c_ssize_t),
+        ("name", ctypes.c_char_p),
+        ("slot", ctypes.c_int),
+        ("read_only", ctypes.c_int),
+    )
+
+
+class _LaunchOptions(ctypes.Structure):
+    _fields_ = (
+        ("order", ctypes.c_int),
+        ("seed", ctypes.c_uint64),
+        ("late_copies", ctypes.c_int),
+        ("seconds", ctypes.c_double),
+    )
+
+
+def launch_emulated(kernel, grid, block, arguments, shared_memory=0):
+    """Runs a kernel of the package; EmulationError says what it did wrong, and where."""
+    prepare(kernel, grid, arguments)
+    if grid == 0:
+        return
+    library = loader.library_for(kernel.module, options.mode)
+    names = parameters(kernel.module.stem, kernel.name)
+    run(library, kernel.name, grid, block, arguments, shared_memory, [(p.name, p.is_constant) for p in names])
+
+
+def run(library, name, grid, block, arguments, shared_memory=0, names=None):
+    """Runs a kernel of any library. ``names`` has the name of each parameter, and whether it is only read."""
+    entry, sizes = library.kernel(name)
+    names = names or [(f"argument {i}", False) for i in range(len(arguments))]
+    assert len(arguments) == len(sizes) == len(names), f"{name} takes {len(sizes)} arguments"
+    slots, given, kept = (ctypes.c_void_p * max(1, len(arguments)))(), [], []
+    for i, (argument, size, (label, is_constant)) in enumerate(zip(arguments, sizes, names, strict=True)):
+        if isinstance(argument, np.ndarray) and argument.ndim:
+            low, high = np.lib.array_utils.byte_bounds(argument)
+            origin = argument.__array_interface__["data"][0] - low
+            given.append(_Argument(low, high - low, origin, label.encode(), i, is_constant))
+            continue
+        value = b"\0" * 8 if argument is None else argument.tobytes()
+        assert len(value) == size, f"{name}: {label} has {size} bytes, and {len(value)} were given"
+        kept.append(_aligned(value))
+        slots[i] = ctypes.addressof(kept[-1])
+    number = next(options.seed)
+    order = ORDERS.index(options.order) if options.order else number % len(ORDERS)
+    how = _LaunchOptions(order, number, options.late_copies, options.seconds)
+    grids, blocks = ((ctypes.c_uint * 3)(*((d, 1, 1) if isinstance(d, int) else d)) for d in (grid, block))
+    array = (_Argument * len(given))(*given)
+    runtime = loader.runtime()
+    count = runtime.emulated_launch(
+        library.handle, entry, grids, blocks, ctypes.c_size_t(shared_memory), slots, array, len(given), ctypes.byref(how)
+    )
+    options.launches.append(Launch(name, grid, ORDERS[order], runtime.emulated_global_atomics()))
+    if count:
+        reports = (library.located(runtime.emulated_report(i).decode()) for i in range(count))
+        raise loader.EmulationError(f"{name}, {ORDERS[order]} order:\n" + "\n".join(reports))
+
+
+def _aligned(value):
+    """The bytes in memory that a struct of any alignment may lie in."""
+    memory = (ctypes.c_char * (len(value) + 64))()
+    aligned = (ctypes.c_char * len(value)).from_buffer(memory, -ctypes.addressof(memory) % 64)
+    aligned.raw = value
+    return aligned
+
+
+class _Numpy(types.ModuleType):
+    """NumPy, but for new memory: it is filled with NaN, so that what nobody sets is noticed."""
+
+    def __getattr__(self, name):
+        return getattr(np, name)
+
+    @staticmethod
+    def empty(shape, dtype=float):
+        array = np.empty(shape, dtype)
+        array.reshape(-1).view(np.uint8)[...] = 0xFF
+        return array
+
+
+EMULATED = Backend("emulated", _Numpy("numpy"), launch_emulated)

@@ -1,0 +1,200 @@
+"""From a kernel's source to a library of the CPU: g++, and a cache of what it built.
+
+Fast mode compiles for speed; what it finds, guard pages and unset memory find. Checked mode lets the compiler call
+the hooks of checks.cpp at every load and store.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from gpuconv import settings
+from gpuconv.cuda.kernel import source
+
+FOLDER = Path(__file__).parent
+
+COMMON = (
+    "-std=c++17",
+    "-fPIC",
+    "-g1",
+    "-fno-gnu-unique",
+    "-fno-strict-aliasing",
+    "-fno-stack-protector",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-Wno-psabi",
+)
+# Unset local variables hold a pattern, not what lay there before by luck.
+KERNEL = (
+    *COMMON,
+    "-fvisibility=hidden",
+    "-ftrivial-auto-var-init=pattern",
+    "-ffp-contract=fast",
+    "-Wno-unused-function",
+    "-Wno-attributes",
+)
+MODES = {
+    "fast": ("-O2",),
+    "checked": (
+        "-O1",
+        "-fno-tree-sra",  # else a float4 is loaded in four parts, and its alignment goes unchecked
+        "-fsanitize=thread,undefined,float-cast-overflow",
+        "-fno-sanitize=vptr",
+        "--param=tsan-instrument-func-entry-exit=0",
+    ),
+}
+
+
+class EmulationError(RuntimeError):
+    """What a launch did wrong: one line for each report, with source lines."""
+
+
+def why_not():
+    """The reason why kernels cannot run on this machine's CPU, or None."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"kernels run on the CPU of x86-64 Linux only, and this is {platform.machine()} {sys.platform}"
+    for program in ("g++", "nm", "addr2line"):
+        if shutil.which(program) is None:
+            return f"running kernels on the CPU needs {program}, which is not installed"
+    return None
+
+
+@functools.cache
+def _machine_flags():
+    """Fused multiply-adds, where the processor has them: a GPU has them too."""
+    with open("/proc/cpuinfo") as facts:
+        flags = next((line.split() for line in facts if line.startswith("flags")), [])
+    return ("-march=x86-64-v3",) if {"avx2", "fma", "bmi2", "movbe"} <= set(flags) else ()
+
+
+@functools.cache
+def _compiler():
+    return subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+
+def _run(*command):
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command[:3]))} ... failed:\n{done.stderr}")
+    return done.stdout
+
+
+def _built(parts, build):
+    """The library with this key, built now if it is not there: written under another name, and renamed."""
+    key = hashlib.sha256("\0".join((*parts, *_machine_flags(), _compiler())).encode()).hexdigest()[:24]
+    folder = settings.cache_folder() / "emulation"
+    path = folder / f"{key}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            build(Path(scratch))
+            os.replace(Path(scratch) / "library.so", path)
+    return path
+
+
+@functools.cache
+def runtime():
+    """The emulator itself, loaded."""
+    names = ("cuda.hpp", "runtime.hpp", "scheduler.cpp", "checks.cpp", "instructions.cpp")
+    flags = (*COMMON, "-O2", "-Wextra", "-Werror", "-shared", "-Wl,-Bsymbolic")
+
+    def build(folder):
+        sources = (FOLDER / name for name in names if name.endswith(".cpp"))
+        _run("g++", *flags, *_machine_flags(), "-o", folder / "library.so", *sources)
+
+    library = ctypes.CDLL(_built((*flags, *((FOLDER / name).read_text() for name in names)), build))
+    library.emulated_library.restype = ctypes.c_void_p
+    library.emulated_report.restype = ctypes.c_char_p
+    library.emulated_global_atomics.restype = ctypes.c_uint64
+    return library
+
+
+class Library:
+    """The kernels of one source text, compiled in one mode."""
+
+    def __init__(self, text, mode):
+        self.mode = mode
+        entries = "".join(f"EMULATED_ENTRY({name})\n" for name in kernel_names(text))
+        flags = (*KERNEL, *MODES[mode], f"-DEMULATED_{mode.upper()}")
+        runtime_path = Path(runtime()._name)
+
+        def build(folder):
+            (folder / "kernels.cpp").write_text(f"{text}\n{entries}")
+            include = ("-include", FOLDER / "cuda.hpp")
+            where = f"-ffile-prefix-map={folder}=."
+            command = ("g++", *flags, where, *_machine_flags(), *include, "-c", folder / "kernels.cpp")
+            _run(*command, "-o", folder / "kernels.o")
+            link = ("-shared", "-o", folder / "library.so", folder / "kernels.o", runtime_path)
+            _run("g++", *link, f"-Wl,-rpath,{runtime_path.parent}")
+
+        self.path = _built((text, entries, *flags, runtime_path.name), build)
+        self._library = ctypes.CDLL(self.path)
+        self.handle = self._register()
+
+    def kernel(self, name):
+        """The address of the function that calls a kernel, and the sizes of the kernel's parameters."""
+        sizes_of = getattr(self._library, f"emulated_sizes_{name}")
+        sizes_of.restype = ctypes.POINTER(ctypes.c_uint)
+        sizes = []
+        for size in sizes_of():
+            if size == 0:
+                break
+            sizes.append(size)
+        return ctypes.cast(getattr(self._library, f"emulated_call_{name}"), ctypes.c_void_p), sizes
+
+    def _register(self):
+        """Tells the runtime where the library lies, and where its shared arrays are: statics of functions."""
+        arrays, end = [], 0
+        for line in _run("nm", "-C", "-S", "--defined-only", self.path).splitlines():
+            address, *size_and_kind, name = re.fullmatch(r"(\w+) (?:(\w+) )?(\w) (.*)", line).groups()
+            size, kind = size_and_kind
+            if name == "_end":
+                end = int(address, 16)
+            elif kind in "bBdDuV" and size and "::" in name and not name.startswith(("guard", "emulated")):
+                arrays.append((int(address, 16), int(size, 16), name.rpartition("::")[2]))
+        base = _base_of(self.path)
+        count = len(arrays)
+        offsets, sizes = ((ctypes.c_size_t * count)(*(array[i] for array in arrays)) for i in (0, 1))
+        names = (ctypes.c_char_p * count)(*(array[2].encode() for array in arrays))
+        checked = int(self.mode == "checked")
+        high = ctypes.c_size_t(base + end)
+        register = runtime().emulated_library
+        return ctypes.c_void_p(register(ctypes.c_size_t(base), high, checked, count, offsets, sizes, names))
+
+    def located(self, text):
+        """The text of a report with its addresses as source lines."""
+        return re.sub(r"\{(0x[0-9a-f]+)\}", lambda match: self._line(int(match[1], 16) - 1), text)
+
+    def _line(self, offset):
+        frames = _run("addr2line", "-i", "-e", self.path, hex(offset)).splitlines()
+        lines = [Path(frame.split(" (")[0]).name for frame in frames]
+        kernels = [line for line in lines if not line.startswith(("cuda.hpp", "primitives.", "?"))]
+        if not kernels:
+            return lines[0] if lines else "?"
+        outer = next((line for line in kernels if ".cu:" in line), kernels[0])
+        return outer if outer == kernels[0] else f"{outer} ({kernels[0]})"
+
+
+def _base_of(path):
+    """Where a loaded library begins in memory."""
+    with open("/proc/self/maps") as maps:
+        return min(int(line.split("-")[0], 16) for line in maps if line.rstrip().endswith(str(path)))
+
+
+def kernel_names(text):
+    """The kernels that a source defines."""
+    return re.findall(r"__global__[^;{(]*?(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(", text)
+
+
+@functools.cache
+def library_for(module, mode):
+    """The library of a module of the package."""
+    return Library(source(module, (FOLDER / "primitives.hpp").read_text()), mode)

@@ -1,0 +1,143 @@
+// The emulator's state, shared by scheduler.cpp, checks.cpp and instructions.cpp.
+#pragma once
+
+#include "cuda.hpp"
+#undef threadIdx
+#undef blockIdx
+#undef blockDim
+#undef gridDim
+
+#include <string>
+#include <vector>
+
+namespace emulated {
+
+constexpr int MOST_THREADS = 1024, MOST_WARPS = MOST_THREADS / 32;
+constexpr size_t PAGE = 4096, STACK = 128 << 10, MOST_SHARED = 227 << 10;
+constexpr unsigned char UNSET = 0xff;  // fills what nobody has written: NaN in every float format
+
+enum class State : uint8_t { READY, RUNNING, AT_BARRIER, IN_COLLECTIVE, RETURNED };
+
+// A copy into shared memory that has been started.
+struct Copy {
+    char* to;
+    const char* from;
+    int bytes, present;
+    const void* pc;
+};
+
+// A thread of the GPU: a stack, and where it is.
+struct Fiber {
+    Thread view;
+    void* stack_pointer;
+    State state;
+    int index, lane, warp;
+    const char* waits_for;  // and where: a file and line, or the code's address
+    const char* file;
+    int line;
+    const void* pc;
+    unsigned mask;
+    std::vector<Copy> open;                 // copies since the last commit
+    std::vector<std::vector<Copy>> groups;  // committed, not yet waited for
+};
+
+struct Rendezvous {
+    unsigned mask, arrived;
+    Operation operation;
+    const char* name;
+    void* record[32];
+};
+
+struct Warp {
+    std::vector<Rendezvous> active;
+    unsigned live;
+};
+
+// What happened last to two neighbouring bytes. Serials count blocks over all launches; 0: nothing happened.
+struct Shadow {
+    uint32_t write_serial, write_clock, write_pc;
+    uint16_t write_thread;
+    bool write_atomic;
+    uint32_t in_flight;  // serial of the block that has started an asynchronous copy into it
+    struct Reader { uint32_t serial, clock, pc; uint16_t thread; } readers[2];
+};
+constexpr int GRANULE = 2;  // bytes: elements of one byte that lie side by side count as one
+
+// Memory that a kernel may use: an array, the static shared memory, or the dynamic one.
+struct Region {
+    uintptr_t low, high;
+    std::string name;
+    bool shared, read_only;
+    std::vector<Shadow> shadow;
+    bool contains(uintptr_t a) const { return a >= low && a < high; }
+};
+
+struct SharedArray {
+    uintptr_t low, high;
+    std::string name;
+};
+
+// A library of kernels as it lies in memory.
+struct Library {
+    uintptr_t low, high;
+    bool checked;
+    std::vector<SharedArray> arrays;
+    Region statics;  // from the first shared array to the last
+};
+
+enum Order { NATURAL, REVERSE, RANDOM };
+
+struct Runtime {
+    Fiber fibers[MOST_THREADS];
+    char* stacks;
+    char* arena;  // dynamic shared memory
+    size_t arena_bytes;
+    void* main_stack_pointer;
+    Fiber* current;
+    std::vector<int> ready;  // a queue: `next` is its head
+    size_t next;
+    int threads, live, warps;
+    Warp warp[MOST_WARPS];
+
+    std::vector<int> at_barrier;
+    const char* barrier_file;
+    int barrier_line, barrier_count, barrier_result;
+    bool barrier_all, barrier_any;
+
+    void (*entry)(void**);
+    void** arguments;
+    Library* library;
+    std::vector<Region*> arrays;
+    Region arena_region;
+
+    bool checked, late_copies, aborted;
+    volatile bool out_of_time;
+    int order;
+    uint64_t random_state;
+    std::vector<std::string> reports;
+    uint64_t global_atomics;
+
+    uint32_t serial, first_serial;                     // of the block that runs, and of the launch's first one
+    uint32_t clock[MOST_WARPS], seen[MOST_WARPS][MOST_WARPS];  // happens-before, warp by warp
+};
+extern Runtime runtime;
+
+// scheduler.cpp
+uint64_t next_random();
+void report(const void* pc, const char* kind, const std::string& text);  // once for each kind and place
+[[noreturn]] void give_up(const void* pc, const std::string& text);       // ends the launch
+std::string name_of(const Fiber& fiber);
+std::string place(const void* pc);
+void check_time();
+
+// checks.cpp
+void prepare_checks();
+void order_warps(unsigned warps);  // everything these warps did comes before what they do next
+void check_access(const void* address, size_t bytes, int kind, const void* pc, int thread);
+void check_copy_started(const Copy& copy, int thread);
+void check_copy_done(const Copy& copy, int thread);
+enum AccessKind { READ, WRITE, ATOMIC };
+
+// instructions.cpp
+void finish_copies(Fiber& fiber, int pending);
+}  // namespace emulated
