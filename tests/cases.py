@@ -88,6 +88,8 @@ CASES = (
     case("3-D", (2, 2, 4, 5, 6), (3, 2, 2, 3, 2), padding=1),
     case("3-D strided", (1, 2, 5, 6, 7), (2, 2, 3, 2, 3), stride=(2, 1, 2), padding=(1, 0, 1), dilation=(1, 2, 1)),
     case("3-D groups", (1, 4, 3, 4, 4), (4, 2, 3, 3, 3), padding=1, groups=2),
+    case("many channels", (1, 20, 5, 6), (36, 20, 3, 2), padding=1),
+    case("many channels, groups, stride 2", (1, 22, 6, 5), (26, 11, 3, 3), stride=2, padding=1, groups=2),
     case("4-D", (1, 2, 3, 3, 4, 3), (2, 2, 2, 2, 2, 2), padding=((0, 1),) * 4),
 )
 

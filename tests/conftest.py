@@ -1,16 +1,22 @@
 """The backends that tests run on, what the report says of them, and the seeds."""
 
 import collections
+import contextlib
 import ctypes
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import settings
 
 import gpuconv
+import gpuconv.call
+from gpuconv.backend import NUMPY, Backend
+from gpuconv.cuda import arguments
 
 import standin
+from emulation import launcher, loader
 
 settings.register_profile("gpuconv", deadline=None, derandomize=True)
 settings.load_profile("gpuconv")
@@ -28,13 +34,15 @@ def devices_by_driver():
 
 HAS_GPU = devices_by_driver() > 0
 NO_GPU = "the driver reports no CUDA device"
+NO_EMULATION = loader.why_not()
 
 
 class NumpyArrays:
-    """How tests make a backend's arrays and look at its results."""
+    """How tests make a backend's arrays, look at its results, and name its algorithms."""
 
     name = "numpy"
     xp = np
+    backend = NUMPY
 
     def asarray(self, array):
         return array
@@ -43,12 +51,31 @@ class NumpyArrays:
         assert type(array) is np.ndarray
         return array
 
+    def varied(self):
+        """A context in which what may differ from call to call does."""
+        return contextlib.nullcontext()
 
-class StandinArrays:
+
+class EmulatedArrays(NumpyArrays):
+    """NumPy's arrays, and the CUDA kernels run on the CPU."""
+
+    name = "emulated"
+    backend = launcher.EMULATED
+
+    @contextlib.contextmanager
+    def varied(self):
+        """Other orders of threads and blocks than the natural one, and 64-bit offsets."""
+        order = ("reverse", "random")[next(launcher.options.seed) % 2]
+        with launcher.using(order=order), mock.patch.object(arguments, "is_wide", lambda *_: True):
+            yield
+
+
+class StandinArrays(EmulatedArrays):
     name = "stand-in"
 
     def __init__(self, module):
         self.xp = module
+        self.backend = Backend("cupy", module, launch_on_standin)
 
     def asarray(self, array):
         # Strides are kept: a stand-in array lies in memory as the NumPy array does.
@@ -59,13 +86,14 @@ class StandinArrays:
         return array._array
 
 
-class CupyArrays:
+class CupyArrays(NumpyArrays):
     name = "cupy"
 
     def __init__(self):
         import cupy
 
         self.xp = cupy
+        self.backend = gpuconv.backend.cupy_backend()
 
     def asarray(self, array):
         memory = np.argsort([-abs(step) for step in array.strides], kind="stable")
@@ -75,21 +103,53 @@ class CupyArrays:
         assert isinstance(array, self.xp.ndarray)
         return array.get()
 
+    def varied(self):
+        """64-bit offsets."""
+        return mock.patch.object(arguments, "is_wide", lambda *_: True)
 
-@pytest.fixture(
-    params=["numpy", "stand-in", pytest.param("cupy", marks=[pytest.mark.gpu])],
-    scope="module",
-)
-def arrays(request):
-    """Arrays of each backend in turn. Where the driver reports a device and CuPy does not work, this fails."""
-    if request.param == "numpy":
+
+def launch_on_standin(kernel, grid, block, given, shared_memory=0):
+    """What the stand-in has in the place of a GPU."""
+    inner = [array._array if isinstance(array, standin.ndarray) else array for array in given]
+    launcher.launch_emulated(kernel, grid, block, inner, shared_memory)
+
+
+@contextlib.contextmanager
+def arrays_of(backend):
+    """Arrays of the backend with this name. Where the driver reports a device and CuPy does not work, this fails."""
+    if backend == "numpy":
         yield NumpyArrays()
-    elif request.param == "stand-in":
-        with standin.installed() as module:
+    elif backend == "emulated":
+        with (
+            mock.patch.object(gpuconv.call, "backend_for", lambda _: launcher.EMULATED),
+            launcher.using(order="natural"),
+        ):
+            yield EmulatedArrays()
+    elif backend == "stand-in":
+        with (
+            standin.installed() as module,
+            mock.patch("gpuconv.cuda.launch.launch_cuda", launch_on_standin),
+            launcher.using(order="natural"),
+        ):
             yield StandinArrays(module)
     else:
         yield CupyArrays()
     gpuconv.clear_cache()
+
+
+BACKENDS = (
+    "numpy",
+    pytest.param("emulated", marks=pytest.mark.emulated),
+    pytest.param("stand-in", marks=pytest.mark.emulated),
+    pytest.param("cupy", marks=pytest.mark.gpu),
+)
+
+
+@pytest.fixture(params=BACKENDS, scope="module")
+def arrays(request):
+    """Arrays of each backend in turn."""
+    with arrays_of(request.param) as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)
@@ -108,14 +168,20 @@ def rng():
 def pytest_collection_modifyitems(items):
     for item in items:
         backend = item.callspec.params.get("arrays", "numpy") if hasattr(item, "callspec") else "numpy"
-        item.user_properties.append(("backend", "cupy" if item.get_closest_marker("gpu") else backend))
+        for marker, name in (("gpu", "cupy"), ("checked", "checked")):
+            if item.get_closest_marker(marker):
+                backend = name
+        item.user_properties.append(("backend", backend))
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason=NO_GPU))
+        if NO_EMULATION and (item.get_closest_marker("emulated") or item.get_closest_marker("checked")):
+            item.add_marker(pytest.mark.skip(reason=NO_EMULATION))
 
 
 def pytest_report_header():
     gpu = f"cupy on {devices_by_driver()} device(s)" if HAS_GPU else f"no cupy: {NO_GPU}"
-    return f"gpuconv backends: numpy {np.__version__}, stand-in for cupy, {gpu}; Python {sys.version.split()[0]}"
+    kernels = f"no kernels on the CPU: {NO_EMULATION}" if NO_EMULATION else "kernels on the CPU (emulated)"
+    return f"gpuconv backends: numpy {np.__version__}, {kernels}, stand-in for cupy, {gpu}; Python {sys.version.split()[0]}"
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -124,6 +190,6 @@ def pytest_terminal_summary(terminalreporter):
         for report in terminalreporter.stats.get(outcome, []):
             counts[dict(getattr(report, "user_properties", [])).get("backend"), outcome] += 1
     terminalreporter.section("tests per backend")
-    for backend in ("numpy", "stand-in", "cupy"):
+    for backend in ("numpy", "emulated", "checked", "stand-in", "cupy"):
         line = ", ".join(f"{counts[backend, outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
         terminalreporter.write_line(f"{backend:<9} {line}")

@@ -101,6 +101,7 @@ static void check_shadow(Region& region, uintptr_t a, size_t bytes, int kind, co
 // The region of an access, or nullptr where it is no business of ours (local variables, constants).
 static Region* region_of(uintptr_t a, size_t bytes, int kind, const void* pc) {
     if (a - uintptr_t(g.stacks) < MOST_THREADS * STACK) return nullptr;
+    if (a - uintptr_t(&g) < sizeof g || a == uintptr_t(&emulated_thread)) return nullptr;  // threadIdx and the like
     const std::string what = std::string(verb(kind)) + " of " + std::to_string(bytes) + " bytes ";
     if (a - uintptr_t(g.arena) < MOST_SHARED) {
         if (a + bytes > g.arena_region.high)
@@ -187,7 +188,7 @@ void check_copy_done(const Copy& copy, int thread) {
 // ---------------------------------------------------------------------------------------------- the compiler's hooks
 
 static void hook(const void* address, size_t bytes, int kind, bool aligned, const void* pc) {
-    if (!g.current) return;
+    if (!g.current || uintptr_t(address) - uintptr_t(g.stacks) < MOST_THREADS * STACK) return;  // a local variable
     if (aligned && uintptr_t(address) % bytes)
         give_up(pc, std::string("misaligned: ") + verb(kind) + " of " + std::to_string(bytes) + " bytes");
     check_access(address, bytes, kind, pc, g.current->index);

@@ -156,16 +156,15 @@ class Library:
         for line in _run("nm", "-C", "-S", "--defined-only", self.path).splitlines():
             address, *size_and_kind, name = re.fullmatch(r"(\w+) (?:(\w+) )?(\w) (.*)", line).groups()
             size, kind = size_and_kind
-            if name == "_end":
-                end = int(address, 16)
-            elif kind in "bBdDuV" and size and "::" in name and not name.startswith(("guard", "emulated")):
+            end = max(end, int(address, 16) + int(size or "0", 16))
+            if kind in "bBdDuV" and size and "::" in name and not name.startswith(("guard", "emulated")):
                 arrays.append((int(address, 16), int(size, 16), name.rpartition("::")[2]))
-        base = _base_of(self.path)
+        base, high = _extent_of(self.path)
         count = len(arrays)
         offsets, sizes = ((ctypes.c_size_t * count)(*(array[i] for array in arrays)) for i in (0, 1))
         names = (ctypes.c_char_p * count)(*(array[2].encode() for array in arrays))
         checked = int(self.mode == "checked")
-        high = ctypes.c_size_t(base + end)
+        high = ctypes.c_size_t(max(high, base + end))  # zeroed memory at the end is no part of the file
         register = runtime().emulated_library
         return ctypes.c_void_p(register(ctypes.c_size_t(base), high, checked, count, offsets, sizes, names))
 
@@ -183,10 +182,11 @@ class Library:
         return outer if outer == kernels[0] else f"{outer} ({kernels[0]})"
 
 
-def _base_of(path):
-    """Where a loaded library begins in memory."""
+def _extent_of(path):
+    """From where to where a loaded library's file lies in memory."""
     with open("/proc/self/maps") as maps:
-        return min(int(line.split("-")[0], 16) for line in maps if line.rstrip().endswith(str(path)))
+        ranges = [line.split()[0].split("-") for line in maps if line.rstrip().endswith(str(path))]
+    return min(int(low, 16) for low, _ in ranges), max(int(high, 16) for _, high in ranges)
 
 
 def kernel_names(text):
