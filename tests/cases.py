@@ -6,6 +6,7 @@ import numpy as np
 
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 LAYOUTS = ("channels_first", "channels_last", "channels_last_memory")
+NUMPY_ALGORITHMS = ("im2col", "scatter")
 DIRECTIONS = ("forward", "data_grad", "weight_grad")
 
 

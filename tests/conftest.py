@@ -13,9 +13,12 @@ from hypothesis import settings
 import gpuconv
 import gpuconv.call
 from gpuconv.backend import NUMPY, Backend
+from gpuconv.choose import MODULES
 from gpuconv.cuda import arguments
+from gpuconv.geometry import Geometry
 
 import standin
+from cases import named_dtype
 from emulation import launcher, loader
 
 settings.register_profile("gpuconv", deadline=None, derandomize=True)
@@ -50,6 +53,13 @@ class NumpyArrays:
     def asnumpy(self, array):
         assert type(array) is np.ndarray
         return array
+
+    def skip_where_refused(self, case, algorithm, dtype, direction="forward"):
+        """Skips a test of what an algorithm says it cannot do here."""
+        geometry = Geometry.infer(case.x, case.w, **case.settings)
+        reason = MODULES[algorithm].why_not(geometry, named_dtype(dtype), direction, self.backend, False)
+        if reason:
+            pytest.skip(reason)
 
     def varied(self):
         """A context in which what may differ from call to call does."""
@@ -143,6 +153,8 @@ BACKENDS = (
     pytest.param("stand-in", marks=pytest.mark.emulated),
     pytest.param("cupy", marks=pytest.mark.gpu),
 )
+# For tests of what only NumPy's arrays can be: @NUMPY_ARRAYS in the place of all backends.
+NUMPY_ARRAYS = pytest.mark.parametrize("arrays", BACKENDS[:2], indirect=True)
 
 
 @pytest.fixture(params=BACKENDS, scope="module")
@@ -165,9 +177,16 @@ def rng():
     return np.random.default_rng(2024)
 
 
-def pytest_collection_modifyitems(items):
+KERNELS_ONLY = ("direct",)  # algorithms that NumPy does not have
+
+
+def pytest_collection_modifyitems(config, items):
+    needless = []
     for item in items:
-        backend = item.callspec.params.get("arrays", "numpy") if hasattr(item, "callspec") else "numpy"
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        backend = params.get("arrays", "numpy")
+        if backend == "numpy" and params.get("algorithm") in KERNELS_ONLY and not item.get_closest_marker("gpu"):
+            needless.append(item)
         for marker, name in (("gpu", "cupy"), ("checked", "checked")):
             if item.get_closest_marker(marker):
                 backend = name
@@ -176,6 +195,10 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=NO_GPU))
         if NO_EMULATION and (item.get_closest_marker("emulated") or item.get_closest_marker("checked")):
             item.add_marker(pytest.mark.skip(reason=NO_EMULATION))
+    if needless:
+        config.hook.pytest_deselected(items=needless)
+        dropped = set(needless)
+        items[:] = [item for item in items if item not in dropped]
 
 
 def pytest_report_header():

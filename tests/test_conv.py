@@ -8,6 +8,7 @@ import gpuconv
 
 import reference
 from cases import draw, laid_out, named_dtype
+from conftest import NUMPY_ARRAYS
 from tolerances import assert_within, direct_bound, epsilon
 
 ONE = ((1, 1), (1, 1))
@@ -64,7 +65,8 @@ def test_batch_axes_come_back(batch, layout, arrays, rng):
     ],
     ids=["negative strides", "Fortran order", "steps", "swapped axes", "other byte order", "inside a larger array"],
 )
-def test_any_strides_are_taken_and_come_back_contiguous(view, algorithm, xwb):
+@NUMPY_ARRAYS
+def test_any_strides_are_taken_and_come_back_contiguous(view, algorithm, arrays, xwb):
     x, w, b = xwb
     x, w = view(x), view(w)
     y = gpuconv.conv(x, w, b, padding=1, algorithm=algorithm)
@@ -222,15 +224,17 @@ def test_bias_and_activation_reach_what_no_tap_reaches(arrays):
         ("bfloat16", "complex128", "complex128"),
     ],
 )
-def test_dtypes_are_promoted(one, other, result, rng):
+@pytest.mark.parametrize("algorithm", gpuconv.ALGORITHMS)
+@NUMPY_ARRAYS
+def test_dtypes_are_promoted(one, other, result, algorithm, arrays, rng):
     x, w = draw(rng, (2, 3, 5, 5), one, True), draw(rng, (4, 3, 3, 3), other, True)
     given = x.astype(named_dtype(one)), w.astype(named_dtype(other))
-    y = gpuconv.conv(*given)
+    y = gpuconv.conv(*given, algorithm=algorithm)
     no_padding = {**SETTINGS, "padding": ((0, 0), (0, 0))}
     assert y.dtype == named_dtype(result)
     exact = reference.forward(x, w, **no_padding)
     np.testing.assert_array_equal(y, exact.astype(y.dtype))
-    gradients = gpuconv.conv_backward(y, *given)
+    gradients = gpuconv.conv_backward(y, *given, algorithm=algorithm)
     assert {g.dtype for g in gradients} == {named_dtype(result)}
     np.testing.assert_array_equal(
         gradients.dx, reference.data_grad(y.astype(exact.dtype), w, x.shape, **no_padding).astype(y.dtype)
@@ -267,13 +271,19 @@ def test_long_sums_of_like_terms_do_not_drift():
 
 
 @pytest.mark.parametrize("algorithm", gpuconv.ALGORITHMS)
-def test_the_same_call_gives_the_same_bits(algorithm, rng):
-    x, w = rng.standard_normal((4, 8, 20, 20), np.float32), rng.standard_normal((8, 8, 3, 3), np.float32)
+def test_the_same_call_gives_the_same_bits(algorithm, arrays, rng):
+    """All but the kernels that scatter: those are asked for by name."""
+    if algorithm == "scatter" and arrays.name != "numpy":
+        pytest.skip("its additions have no fixed order")
+    x, w = rng.standard_normal((2, 8, 9, 10), np.float32), rng.standard_normal((8, 8, 3, 3), np.float32)
+    x, w = arrays.asarray(x), arrays.asarray(w)
     y = gpuconv.conv(x, w, algorithm=algorithm)
     first = gpuconv.conv_backward(y, x, w, algorithm=algorithm)
     for _ in range(3):
-        for again, before in zip(gpuconv.conv_backward(y, x, w, algorithm=algorithm), first, strict=True):
-            np.testing.assert_array_equal(again, before)
+        with arrays.varied():
+            results = gpuconv.conv_backward(y, x, w, algorithm=algorithm)
+        for again, before in zip(results, first, strict=True):
+            np.testing.assert_array_equal(arrays.asnumpy(again), arrays.asnumpy(before))
 
 
 def test_zero_channels_and_filters_give_bias_and_zeros():

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv.choose import MODULES
 from gpuconv.geometry import Geometry
 
 import reference
@@ -69,13 +68,6 @@ def computed(arrays, case, algorithm, direction, dtype, layout, integers):
     return channels_first(on_cpu, layout, "w" if direction == "weight_grad" else "x")
 
 
-def skip_where_refused(case, algorithm, direction, dtype, backend):
-    geometry = Geometry.infer(case.x, case.w, **case.settings)
-    reason = MODULES[algorithm].why_not(geometry, named_dtype(dtype), direction, backend, False)
-    if reason:
-        pytest.skip(reason)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -83,7 +75,7 @@ def skip_where_refused(case, algorithm, direction, dtype, backend):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_result_is_right(case, algorithm, direction, dtype, layout, arrays):
     """Small integers exactly (rounded once for half precision), random numbers within the bound of a direct sum."""
-    skip_where_refused(case, algorithm, direction, dtype, arrays.backend)
+    arrays.skip_where_refused(case, algorithm, dtype, direction)
     assert_right(arrays, case, algorithm, direction, dtype, layout)
     ran.add((algorithm, direction, arrays.name))
 
@@ -114,7 +106,7 @@ def test_gpu_agrees_with_cpu(case, algorithm, direction, dtype):
     from conftest import CupyArrays, NumpyArrays
 
     cupy, numpy = CupyArrays(), NumpyArrays()
-    skip_where_refused(case, algorithm, direction, dtype, cupy.backend)
+    cupy.skip_where_refused(case, algorithm, dtype, direction)
     on_gpu = computed(cupy, case, algorithm, direction, dtype, "channels_first", integers=False)
     on_cpu = computed(numpy, case, "im2col", direction, dtype, "channels_first", integers=False)
     geometry = Geometry.infer(case.x, case.w, **case.settings)

@@ -7,7 +7,7 @@ import pytest
 
 import gpuconv
 
-from cases import named_dtype
+from cases import NUMPY_ALGORITHMS, named_dtype
 
 MIB = 2**20
 # What the interpreter and NumPy's casting buffers take, whatever the arrays.
@@ -58,7 +58,7 @@ def assert_stays_within(limit, result_bytes, call):
         ("complex64", "channels_last", 1),
     ],
 )
-@pytest.mark.parametrize("algorithm", gpuconv.ALGORITHMS)
+@pytest.mark.parametrize("algorithm", NUMPY_ALGORITHMS)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_memory_stays_within_the_limit(layer, dtype, algorithm, memory, limit, monkeypatch):
     monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", f"{limit}MiB")
@@ -107,7 +107,7 @@ def test_memory_of_activations_mixed_dtypes_and_transposed_calls(limit, monkeypa
     ids=["many groups", "far taps", "far padded taps", "patches"],
 )
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("algorithm", gpuconv.ALGORITHMS)
+@pytest.mark.parametrize("algorithm", NUMPY_ALGORITHMS)
 def test_memory_of_extremes(x_shape, w_shape, settings, dtype, algorithm, monkeypatch):
     monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "1MiB")
     x, w = np.full(x_shape, 1 / 64, dtype), np.full(w_shape, 1 / 64, dtype)
@@ -144,7 +144,7 @@ def test_a_limit_below_the_smallest_piece_still_computes(monkeypatch, rng):
     y = gpuconv.conv(x, w)
     gradients = gpuconv.conv_backward(y, x, w)
     monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "0")
-    for algorithm in gpuconv.ALGORITHMS:
+    for algorithm in NUMPY_ALGORITHMS:
         np.testing.assert_array_equal(gpuconv.conv(x, w, algorithm=algorithm), y)
         for one, other in zip(gpuconv.conv_backward(y, x, w, algorithm=algorithm), gradients, strict=True):
             np.testing.assert_array_equal(one, other)

@@ -9,7 +9,8 @@ import gpuconv
 from gpuconv.geometry import Geometry
 
 import reference
-from cases import DTYPES, LAYOUTS, channels_first, draw, laid_out, named_dtype
+from cases import DTYPES, LAYOUTS, NUMPY_ALGORITHMS, channels_first, draw, laid_out, named_dtype
+from conftest import NO_EMULATION, arrays_of
 
 
 @st.composite
@@ -41,17 +42,21 @@ def convolutions(draw_from):
     return x, w, settings
 
 
-@hypothesis_settings(max_examples=400)
+EMULATED = [] if NO_EMULATION else [("emulated", name) for name in ("scatter", "direct")]
+
+
+@hypothesis_settings(max_examples=600)
 @given(
     convolutions(),
     st.sampled_from(DTYPES),
     st.sampled_from(LAYOUTS),
-    st.sampled_from(gpuconv.ALGORITHMS),
+    st.sampled_from([("numpy", name) for name in NUMPY_ALGORITHMS] + EMULATED * 2),
     st.sampled_from([1, 3000, 10**7]),
     st.integers(0, 2**32 - 1),
 )
-def test_any_convolution_is_exact_on_small_integers(convolution, dtype, layout, algorithm, limit, seed):
+def test_any_convolution_is_exact_on_small_integers(convolution, dtype, layout, place, limit, seed):
     x_shape, w_shape, settings = convolution
+    backend, algorithm = place
     rng = np.random.default_rng(seed)
     x, w = draw(rng, x_shape, dtype, True), draw(rng, w_shape, dtype, True)
     y = reference.forward(x, w, **settings)
@@ -83,7 +88,7 @@ def test_any_convolution_is_exact_on_small_integers(convolution, dtype, layout, 
             strict=True,
         )
     ]
-    with limited(limit):
+    with limited(limit), arrays_of(backend) as arrays, arrays.varied():
         results = (
             gpuconv.conv(*given_arrays[:2], b, **options),
             gpuconv.conv_transpose(given_arrays[2], given_arrays[1], c, output_padding=spare, **options),

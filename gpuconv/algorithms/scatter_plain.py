@@ -5,18 +5,27 @@ It is no algorithm that a caller may name. Tests and the benchmark put it among 
 
 from __future__ import annotations
 
+import numpy
+
 from gpuconv.algorithms import scatter
 from gpuconv.algorithms.blocks import channels_innermost
-from gpuconv.algorithms.scatter import THREADS, forward, why_not
-from gpuconv.backend import Array
+from gpuconv.algorithms.scatter import THREADS
+from gpuconv.backend import Array, Backend
 from gpuconv.cuda import arguments, structs
 from gpuconv.cuda.kernel import Kernel
 from gpuconv.cuda.launch import blocks
-from gpuconv.geometry import Geometry
+from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import Operand, Result
 from gpuconv.workspace import Run
 
-__all__ = ["data_grad", "forward", "weight_grad", "why_not"]
+
+def why_not(
+    geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, deterministic: bool
+) -> str | None:
+    """A reason on NumPy, for the forward direction, and wherever scatter has one."""
+    if backend.launch is None or direction == "forward":
+        return "it is a CUDA kernel for the gradients"
+    return scatter.why_not(geometry, dtype, direction, backend, deterministic)
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:

@@ -106,7 +106,15 @@ def run(library, name, grid, block, arguments, shared_memory=0, names=None):
     array = (_Argument * len(given))(*given)
     runtime = loader.runtime()
     count = runtime.emulated_launch(
-        library.handle, entry, grids, blocks, ctypes.c_size_t(shared_memory), slots, array, len(given), ctypes.byref(how)
+        library.handle,
+        entry,
+        grids,
+        blocks,
+        ctypes.c_size_t(shared_memory),
+        slots,
+        array,
+        len(given),
+        ctypes.byref(how),
     )
     options.launches.append(Launch(name, grid, ORDERS[order], runtime.emulated_global_atomics()))
     if count:

@@ -1,0 +1,49 @@
+"""Kernels on the CPU with every access checked: races, bounds, unset memory, alignment, overflow, copies in flight.
+
+Slower, and so on fewer of the matrix's tests: every case, algorithm, direction and dtype, each in one of the layouts, in
+turns; and the plain twins of scatter. Run by ``pytest -m checked``.
+"""
+
+import itertools
+import zlib
+
+import pytest
+from test_matrix import assert_right
+
+from gpuconv.algorithms import scatter_plain
+from gpuconv.choose import MODULES
+
+from cases import CASES, DIRECTIONS, DTYPES, LAYOUTS
+from conftest import arrays_of
+from emulation import launcher
+
+pytestmark = pytest.mark.checked
+
+KERNELS = ("scatter", "direct", "scatter_plain")
+COMBINATIONS = [
+    (case, algorithm, direction)
+    for case, algorithm, direction in itertools.product(CASES, KERNELS, DIRECTIONS)
+    if not (direction == "forward" and algorithm != "direct")
+]
+
+
+@pytest.fixture(autouse=True)
+def _checked():
+    with launcher.using(mode="checked"):
+        yield
+
+
+@pytest.fixture
+def arrays():
+    with arrays_of("emulated") as made:
+        yield made
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case, algorithm, direction", COMBINATIONS, ids=lambda value: getattr(value, "name", value))
+def test_kernels_do_nothing_forbidden(case, algorithm, direction, dtype, arrays, monkeypatch):
+    """In the natural order with 32-bit offsets, and in another one with 64-bit offsets."""
+    monkeypatch.setitem(MODULES, "scatter_plain", scatter_plain)
+    arrays.skip_where_refused(case, algorithm, dtype, direction)
+    layout = LAYOUTS[zlib.crc32(f"{case.name} {algorithm} {dtype}".encode()) % 3]
+    assert_right(arrays, case, algorithm, direction, dtype, layout)
