@@ -238,7 +238,6 @@ scatter_weight_grad(const First* dy_values, const Second* x_values, Sum* dw,
     Sum sum[THREAD_ROWS][THREAD_CHANNELS] = {};
     for (Index first = slice * length; first < last; first += DEPTH) {
         const int depth = last - first < DEPTH ? int(last - first) : DEPTH;
-        __syncthreads();  // the tables and tiles of the last outputs have been read
         for (int k = thread; k < depth; k += THREADS) {
             Place o = place_of(first + k, conv.output, 1, 1, false);
             o.g = g;
@@ -249,7 +248,7 @@ scatter_weight_grad(const First* dy_values, const Second* x_values, Sum* dw,
             }
             x_offset[k] = o.offset(x_at);
         }
-        __syncthreads();  // the tables are whole
+        __syncthreads();  // the tables are whole, and the tiles of the last outputs have been read
         for (int e = thread; e < DEPTH * TILE_ROWS; e += THREADS) {
             const int k = options.channels_innermost ? e / TILE_ROWS : e % DEPTH;
             const int j = options.channels_innermost ? e % TILE_ROWS : e / DEPTH;

@@ -76,7 +76,7 @@ class EmulatedArrays(NumpyArrays):
     def varied(self):
         """Other orders of threads and blocks than the natural one, and 64-bit offsets."""
         order = ("reverse", "random")[next(launcher.options.seed) % 2]
-        with launcher.using(order=order), mock.patch.object(arguments, "is_wide", lambda *_: True):
+        with launcher.using(order=order), mock.patch.object(arguments, "is_wide", return_value=True):
             yield
 
 
@@ -115,7 +115,7 @@ class CupyArrays(NumpyArrays):
 
     def varied(self):
         """64-bit offsets."""
-        return mock.patch.object(arguments, "is_wide", lambda *_: True)
+        return mock.patch.object(arguments, "is_wide", return_value=True)
 
 
 def launch_on_standin(kernel, grid, block, given, shared_memory=0):
@@ -131,7 +131,7 @@ def arrays_of(backend):
         yield NumpyArrays()
     elif backend == "emulated":
         with (
-            mock.patch.object(gpuconv.call, "backend_for", lambda _: launcher.EMULATED),
+            mock.patch.object(gpuconv.call, "backend_for", return_value=launcher.EMULATED),
             launcher.using(order="natural"),
         ):
             yield EmulatedArrays()
@@ -185,11 +185,11 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         backend = params.get("arrays", "numpy")
-        if backend == "numpy" and params.get("algorithm") in KERNELS_ONLY and not item.get_closest_marker("gpu"):
-            needless.append(item)
         for marker, name in (("gpu", "cupy"), ("checked", "checked")):
             if item.get_closest_marker(marker):
                 backend = name
+        if backend == "numpy" and params.get("algorithm") in KERNELS_ONLY:
+            needless.append(item)
         item.user_properties.append(("backend", backend))
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason=NO_GPU))
@@ -204,7 +204,8 @@ def pytest_collection_modifyitems(config, items):
 def pytest_report_header():
     gpu = f"cupy on {devices_by_driver()} device(s)" if HAS_GPU else f"no cupy: {NO_GPU}"
     kernels = f"no kernels on the CPU: {NO_EMULATION}" if NO_EMULATION else "kernels on the CPU (emulated)"
-    return f"gpuconv backends: numpy {np.__version__}, {kernels}, stand-in for cupy, {gpu}; Python {sys.version.split()[0]}"
+    python = f"Python {sys.version.split()[0]}"
+    return f"gpuconv backends: numpy {np.__version__}, {kernels}, stand-in for cupy, {gpu}; {python}"
 
 
 def pytest_terminal_summary(terminalreporter):

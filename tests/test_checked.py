@@ -1,14 +1,13 @@
 """Kernels on the CPU with every access checked: races, bounds, unset memory, alignment, overflow, copies in flight.
 
-Slower, and so on fewer of the matrix's tests: every case, algorithm, direction and dtype, each in one of the layouts, in
-turns; and the plain twins of scatter. Run by ``pytest -m checked``.
+Slower, and so on fewer of the matrix's tests: every case, algorithm, direction and dtype, each in one of the layouts,
+in turns; and the plain twins of scatter. Run by ``pytest -m checked``.
 """
 
 import itertools
 import zlib
 
 import pytest
-from test_matrix import assert_right
 
 from gpuconv.algorithms import scatter_plain
 from gpuconv.choose import MODULES
@@ -16,6 +15,7 @@ from gpuconv.choose import MODULES
 from cases import CASES, DIRECTIONS, DTYPES, LAYOUTS
 from conftest import arrays_of
 from emulation import launcher
+from test_matrix import assert_right
 
 pytestmark = pytest.mark.checked
 
