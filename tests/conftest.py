@@ -185,9 +185,9 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         backend = params.get("arrays", "numpy")
-        for marker, name in (("gpu", "cupy"), ("checked", "checked")):
-            if item.get_closest_marker(marker):
-                backend = name
+        for marker in ("emulated", "checked", "gpu"):
+            if item.get_closest_marker(marker) and "arrays" not in params:
+                backend = {"gpu": "cupy"}.get(marker, marker)
         if backend == "numpy" and params.get("algorithm") in KERNELS_ONLY:
             needless.append(item)
         item.user_properties.append(("backend", backend))

@@ -125,7 +125,8 @@ static Region* region_of(uintptr_t a, size_t bytes, int kind, const void* pc) {
         if (kind != READ && region->read_only) report(pc, "read-only", what + "in the read-only " + region->name);
         return region;
     }
-    if (a >= library.low && a < library.high) return nullptr;
+    if (a >= library.low && a < library.high && kind == READ) return nullptr;  // a table of constants
+    if (a >= library.low && a < library.high) give_up(pc, "out of bounds: " + what + "outside all shared arrays");
     const Region* nearest = nullptr;
     size_t distance = ~size_t(0);
     for (const Region* region : g.arrays) {
@@ -237,7 +238,7 @@ HANDLER(negate_overflow, "integer overflow of negation")
 HANDLER(divrem_overflow, "division by zero, or its overflow")
 HANDLER(shift_out_of_bounds, "shift by too much")
 HANDLER(out_of_bounds, "array index out of bounds")
-HANDLER(type_mismatch_v1, "misaligned or null pointer")
+HANDLER(type_mismatch_v1, "misaligned or null pointer, or one out of its object")
 HANDLER(pointer_overflow, "pointer overflow")
 HANDLER(float_cast_overflow, "float too large for the integer")
 HANDLER(load_invalid_value, "invalid bool or enum")

@@ -25,6 +25,7 @@ COMMON = (
     "-std=c++17",
     "-fPIC",
     "-g1",
+    "-gdwarf-4",  # with version 5 addr2line may name the wrong file
     "-fno-gnu-unique",
     "-fno-strict-aliasing",
     "-fno-stack-protector",
@@ -37,6 +38,7 @@ KERNEL = (
     *COMMON,
     "-fvisibility=hidden",
     "-ftrivial-auto-var-init=pattern",
+    "-fstack-clash-protection",  # large local arrays meet the stack's guard page, not the next stack
     "-ffp-contract=fast",
     "-Wno-unused-function",
     "-Wno-attributes",

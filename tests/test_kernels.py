@@ -1,0 +1,375 @@
+"""What the kernels promise beside the numbers of the matrix, run on the CPU and, where there is one, on a GPU."""
+
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import gpuconv
+from gpuconv.algorithms import direct, scatter, scatter_plain
+from gpuconv.choose import MODULES
+from gpuconv.cuda import arguments
+from gpuconv.geometry import Geometry
+
+import reference
+from cases import CASES, DIRECTIONS, draw, named_dtype
+from conftest import BACKENDS
+from emulation import launcher
+from test_matrix import assert_right
+
+KERNELS = ("scatter", "direct")
+ON_KERNELS = pytest.mark.parametrize("arrays", [BACKENDS[1], BACKENDS[3]], indirect=True)
+EMULATED = pytest.mark.parametrize("arrays", [BACKENDS[1]], indirect=True)
+KIB = 1024
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """The plain twins of scatter, among the algorithms."""
+    monkeypatch.setitem(MODULES, "scatter_plain", scatter_plain)
+
+
+def gradients_of(algorithm, x, w, dy, **settings):
+    return [
+        gpuconv.conv_data_grad(dy, w, x.shape, algorithm=algorithm, **settings),
+        gpuconv.conv_weight_grad(dy, x, w.shape, algorithm=algorithm, **settings),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- scatter
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("dtype", ["float16", "float32", "complex128"])
+@pytest.mark.parametrize("direction", DIRECTIONS[1:])
+@pytest.mark.parametrize("case", [c for c in CASES if len(c.x) < 6], ids=lambda case: case.name)
+def test_plain_twins_are_right(case, direction, dtype, arrays, plain):
+    assert_right(arrays, case, "scatter_plain", direction, dtype, "channels_first")
+
+
+# ResNet-50's 3x3 layers: channels and extents divided by four.
+RESNET = [((2, 16, 14, 14), 1), ((2, 32, 7, 7), 1), ((2, 64, 4, 4), 1), ((2, 32, 14, 14), 2), ((2, 64, 7, 7), 2)]
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("x_shape, stride", RESNET)
+def test_sums_are_formed_before_they_are_added_to_global_memory(x_shape, stride, plain):
+    """At most an eighth of the atomic additions of the plain twin, in both gradients."""
+    from conftest import arrays_of
+
+    channels = x_shape[1]
+    x, w = np.ones(x_shape, np.float32), np.ones((channels, channels, 3, 3), np.float32)
+    dy = gpuconv.conv(x, w, stride=stride, padding=1)
+    counts = []
+    for algorithm in ("scatter", "scatter_plain"):
+        with arrays_of("emulated"), launcher.using() as launches:
+            gradients_of(algorithm, x, w, dy, stride=stride, padding=1)
+        counts.append([launch.global_atomics for launch in launches])
+    for privatised, one_by_one in zip(*counts, strict=True):
+        assert 0 < privatised <= one_by_one / 8
+
+
+@EMULATED
+def test_four_neighbours_are_added_at_once_where_they_lie_side_by_side(arrays, monkeypatch):
+    """Of channels_last float32 arrays; half of the channels begin at no multiple of 16 bytes."""
+    chosen = []
+    monkeypatch.setattr(
+        scatter.structs.Options, "struct", lambda self, wide: chosen.append(self.fours) or original(self, wide)
+    )
+    x, w = np.ones((1, 5, 5, 12), np.float32), np.ones((3, 3, 12, 16), np.float32)
+    dy = gpuconv.conv(x, w, layout="channels_last", algorithm="im2col")
+    results = gradients_of("scatter", x, w, dy, layout="channels_last")
+    assert chosen == [True, True]
+    room = np.zeros((1, 5, 5, 13), np.float32)
+    out = room[..., 1:]
+    gpuconv.conv_data_grad(dy, w, x.shape, layout="channels_last", algorithm="scatter", out=out)
+    assert chosen[2:] == [False]
+    np.testing.assert_array_equal(out, results[0])
+    gradients_of("scatter", x.astype(float), w, dy, layout="channels_last")
+    assert chosen[3:] == [False, False]
+
+
+original = scatter.structs.Options.struct
+
+
+def test_boxes_fit_shared_memory_and_cover_the_outputs():
+    """For layers large and small, and at the extremes of windows, strides and dilations."""
+    for x_shape, w_shape, settings in (
+        ((1, 64, 56, 56), (64, 64, 3, 3), {"padding": 1}),
+        ((1, 512, 7, 7), (512, 512, 3, 3), {"padding": 1}),
+        ((1, 3, 224, 224), (64, 3, 7, 7), {"padding": 3, "stride": 2}),
+        ((1, 96, 56, 56), (96, 1, 7, 7), {"padding": 3, "groups": 96}),
+        ((1, 4, 300, 300), (4, 4, 31, 31), {"padding": 15}),
+        ((1, 40, 900, 900), (40, 40, 3, 3), {"dilation": 400}),
+        ((1, 8, 20, 30, 40), (8, 8, 3, 3, 3), {"stride": (1, 2, 3)}),
+        ((1, 2, 100_000), (2, 2, 5), {"dilation": 20_000}),
+        ((1, 2, 100_000), (2, 2, 5), {"stride": 20_000}),
+    ):
+        geometry = Geometry.infer(x_shape, w_shape, **settings)
+        for itemsize in (4, 8, 16):
+            for wide in (False, True):
+                tile = scatter.tile_for(geometry.group_channels, itemsize)
+                box = scatter._boxes(geometry, tile, itemsize, wide)
+                assert math.prod(box.outputs) <= tile.TILE_OUTPUTS
+                assert min(box.outputs) >= 1
+                assert min(box.taps) >= 1
+                assert math.prod(box.region) * tile.WIDTH * itemsize < scatter.SHARED_MEMORY
+    layer = Geometry.infer((1, 64, 56, 56), (64, 64, 3, 3), padding=1)
+    assert math.prod(scatter._boxes(layer, scatter.MANY, 4, False).outputs) >= 56
+
+
+def test_deterministic_refuses_the_kernels_that_scatter_and_nothing_else():
+    geometry = Geometry.infer((1, 2, 5, 5), (3, 2, 3, 3))
+    backend = launcher.EMULATED
+    reason = scatter.why_not(geometry, np.dtype("float32"), "data_grad", backend, True)
+    assert reason == "it adds in no fixed order on a GPU, and deterministic=True was asked for"
+    assert scatter.why_not(geometry, np.dtype("float32"), "data_grad", backend, False) is None
+    assert direct.why_not(geometry, np.dtype("float32"), "data_grad", backend, True) is None
+
+
+# ------------------------------------------------------------------------------------------------- arrays
+
+
+VIEWS = {
+    "reversed": lambda xp, a: a[..., ::-1, ::-1],
+    "every other element": lambda xp, a: xp.repeat(xp.repeat(a, 2, -1), 2, 0)[::2, ..., ::2],
+    "axes in another order": lambda xp, a: xp.ascontiguousarray(a.transpose(3, 1, 0, 2)).transpose(2, 1, 3, 0),
+    "one channel repeated": lambda xp, a: xp.broadcast_to(a[:, :1], a.shape),
+    "inside a larger array": lambda xp, a: xp.pad(a, 1)[1:-1, 1:-1, 1:-1, 1:-1],
+}
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("algorithm", KERNELS)
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_are_read_where_they_lie(name, algorithm, arrays, rng):
+    x, w = (draw(rng, shape, "float32", True) for shape in ((2, 3, 6, 7), (4, 3, 3, 3)))
+    given = [VIEWS[name](arrays.xp, arrays.xp.asarray(a.astype(np.float32))) for a in (x, w)]
+    x, w = (arrays.asnumpy(a).astype(float) for a in given)
+    settings = {"stride": (2, 1), "padding": ((1, 1), (0, 2)), "dilation": (1, 1)}
+    y = gpuconv.conv(*given, algorithm=algorithm, **settings)
+    exactly = reference.forward(x, w, **settings)
+    np.testing.assert_array_equal(arrays.asnumpy(y), exactly)
+    dy = VIEWS[name](arrays.xp, y)
+    exact_dy = arrays.asnumpy(dy).astype(float)
+    dx, dw = gradients_of(algorithm, *given, dy, **settings)
+    np.testing.assert_array_equal(arrays.asnumpy(dx), reference.data_grad(exact_dy, w, x.shape, **settings))
+    np.testing.assert_array_equal(arrays.asnumpy(dw), reference.weight_grad(exact_dy, x, w.shape, **settings))
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("algorithm", KERNELS)
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_batch_axes_in_no_one_order_are_taken_one_by_one(activation, algorithm, arrays, rng):
+    x, w = (draw(rng, shape, "float32", True) for shape in ((3, 2, 2, 4, 5), (3, 2, 2, 2)))
+    b = arrays.asarray(np.ones(3, np.float32))
+    straight = [arrays.asarray(a.astype(np.float32)) for a in (x, w)]
+    swapped = arrays.xp.ascontiguousarray(straight[0].swapaxes(0, 1)).swapaxes(0, 1)
+    y = gpuconv.conv(*straight, b, activation=activation, algorithm=algorithm)
+    np.testing.assert_array_equal(
+        arrays.asnumpy(gpuconv.conv(swapped, straight[1], b, activation=activation, algorithm=algorithm)),
+        arrays.asnumpy(y),
+    )
+    dy = arrays.xp.ascontiguousarray(y.swapaxes(0, 1)).swapaxes(0, 1)
+    options = {"activation": activation, "algorithm": algorithm, "y": y}
+    for one, other in zip(
+        gpuconv.conv_backward(dy, swapped, straight[1], **options),
+        gpuconv.conv_backward(y, *straight, **options),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(arrays.asnumpy(one), arrays.asnumpy(other))
+
+
+@EMULATED
+@pytest.mark.parametrize("algorithm", KERNELS)
+def test_arrays_that_kernels_cannot_address_are_copied(algorithm, arrays, rng):
+    """Elements that straddle words, and the other byte order; for results too."""
+    x, w = (draw(rng, shape, "float32", True).astype(np.float32) for shape in ((2, 3, 5, 5), (4, 3, 3, 3)))
+    y = gpuconv.conv(x, w, algorithm=algorithm)
+    dx, dw = gradients_of(algorithm, x, w, y)
+    odd = [misaligned(a) for a in (x, w, y)]
+    np.testing.assert_array_equal(gpuconv.conv(*odd[:2], algorithm=algorithm), y)
+    for one, other in zip(gradients_of(algorithm, *odd), (dx, dw), strict=True):
+        np.testing.assert_array_equal(one, other)
+    out = misaligned(np.zeros_like(dx))
+    assert gpuconv.conv_data_grad(y, w, x.shape, algorithm=algorithm, out=out) is out
+    np.testing.assert_array_equal(out, dx)
+
+
+def misaligned(array):
+    memory = np.empty(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
+    memory[...] = array
+    return memory
+
+
+# ------------------------------------------------------------------------------------------------- order and offsets
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_a_sample_alone_gives_the_same_bits_as_in_a_batch(dtype, arrays, rng):
+    x, w = (draw(rng, shape, dtype, False) for shape in ((5, 6, 9, 8), (4, 6, 3, 3)))
+    x, w = (arrays.asarray(a.astype(named_dtype(dtype))) for a in (x, w))
+    y = gpuconv.conv(x, w, padding=1, algorithm="direct")
+    dx = gpuconv.conv_data_grad(y, w, x.shape, padding=1, algorithm="direct")
+    for n in range(5):
+        alone = gpuconv.conv(x[n], w, padding=1, algorithm="direct")
+        np.testing.assert_array_equal(arrays.asnumpy(alone), arrays.asnumpy(y)[n])
+        alone = gpuconv.conv_data_grad(y[n], w, x.shape[1:], padding=1, algorithm="direct")
+        np.testing.assert_array_equal(arrays.asnumpy(alone), arrays.asnumpy(dx)[n])
+
+
+def strided(shape, steps):
+    """A view of one element with any shape and strides, in elements; nothing reads it."""
+    return np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), shape, tuple(4 * step for step in steps))
+
+
+@pytest.mark.parametrize(
+    "x_shape, w_shape, settings, wide",
+    [
+        ((1, 1, 2**31 - 2**17), (1, 1, 3), {}, False),
+        ((1, 1, 2**31 - 2**15), (1, 1, 3), {}, True),
+        ((2, 1, 2**30), (1, 1, 3), {}, True),
+        ((1, 1, 2**29), (5, 1, 3), {}, True),
+        ((1, 2**16, 1), (2**16, 2**16, 1), {}, True),
+        ((1, 1, 8), (1, 1, 3), {"padding": 2**30}, True),
+        ((1, 1, 2**30), (1, 1, 2), {"dilation": 2**29, "padding": 2**30}, True),
+        ((256, 256, 56, 56), (256, 256, 3, 3), {"padding": 1}, False),
+    ],
+)
+def test_geometry_knows_when_32_bits_are_too_few(x_shape, w_shape, settings, wide):
+    geometry = Geometry.infer(x_shape, w_shape, **settings)
+    assert (geometry.largest_index >= arguments.NARROW) == wide
+
+
+@pytest.mark.parametrize(
+    "steps, padding, wide",
+    [
+        ((24, 8, 1, 0, 1), 0, False),
+        ((2**31, 8, 1, 0, 1), 0, True),
+        ((24, -(2**30), 1, 0, 1), 0, True),
+        ((24, 2**24, 1, 0, 1), 0, False),
+        ((24, 2**24, 1, 0, 1), 100, True),  # windows begin in the padding
+    ],
+)
+def test_strides_may_need_64_bits(steps, padding, wide):
+    geometry = Geometry.infer((2, 1, 3, 8), (1, 1, 1, 1), padding=padding)
+    x = strided((2, 3, 8, 1, 1), steps)
+    y = strided((2, 3 + 2 * padding, 8 + 2 * padding, 1, 1), (10**5, 300, 1, 1, 1))
+    assert arguments.is_wide(geometry, y, x, strided((1, 1, 1, 1, 1), (1, 1, 1, 1, 1))) == wide
+
+
+# ------------------------------------------------------------------------------------------------- memory
+
+
+LAYERS = {
+    "3x3": ((4, 8, 20, 20), (16, 8, 3, 3), {"padding": 1}),
+    "groups": ((4, 8, 20, 20), (16, 2, 3, 3), {"groups": 4}),
+    "one large image": ((1, 8, 60, 60), (4, 8, 3, 3), {"padding": 1}),
+    "weights": ((1, 48, 3, 3), (64, 48, 3, 3), {"padding": 1}),
+}
+
+
+@EMULATED
+@pytest.mark.parametrize("activation", [None, "sigmoid"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("algorithm", KERNELS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_kernels_stay_within_the_workspace_limit(layer, algorithm, dtype, activation, arrays, monkeypatch):
+    """By tracemalloc; what the emulator itself allocates does not go through Python."""
+    limit = 64 * KIB
+    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", str(limit))
+    x_shape, w_shape, settings = LAYERS[layer]
+    x, w = np.full(x_shape, 1 / 64, dtype), np.full(w_shape, 1 / 64, dtype)
+    y = gpuconv.conv(x, w, activation=activation, **settings)
+    options = {**settings, "activation": activation, "y": y, "algorithm": algorithm}
+    calls = {
+        "forward": (y.nbytes, lambda: gpuconv.conv(x, w, algorithm=algorithm, activation=activation, **settings)),
+        "dx": (x.nbytes, lambda: gpuconv.conv_backward(y, x, w, needs="dx", **options)),
+        "dw": (w.nbytes, lambda: gpuconv.conv_backward(y, x, w, needs="dw", **options)),
+    }
+    for name, (result_bytes, call) in calls.items():
+        call()  # what is kept from now on is not this call's
+        weight_sums = 4 * w.size * (1 + 2 * (algorithm == "direct")) if name == "dw" else 0  # the smallest piece
+        tracemalloc.start()
+        try:
+            call()
+            peak = tracemalloc.get_traced_memory()[1] - result_bytes
+        finally:
+            tracemalloc.stop()
+        assert peak <= max(limit, weight_sums) + 40 * KIB, f"{name} takes {peak} bytes beside its result"
+
+
+@EMULATED
+@pytest.mark.parametrize("limit", ["0", "2000", "20000"])
+@pytest.mark.parametrize("algorithm", KERNELS)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_small_workspaces_change_no_result(dtype, algorithm, limit, arrays, monkeypatch, rng):
+    x, w, b = (draw(rng, shape, dtype, True) for shape in ((3, 4, 7, 8), (6, 2, 3, 3), (6,)))
+    x, w, b = (a.astype(dtype) for a in (x, w, b))
+    settings = {"padding": 1, "groups": 2, "activation": "relu", "algorithm": algorithm}
+
+    def results():
+        y = gpuconv.conv(x, w, b, **settings)
+        t = gpuconv.conv_transpose(y, w, x[0, :, 0, 0].copy(), **settings)
+        return y, t, *gpuconv.conv_backward(y, x, w, y=y, **settings)
+
+    expected = results()
+    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", limit)
+    for one, other in zip(results(), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+# ------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("algorithm", KERNELS)
+def test_kernels_run_on_the_current_stream(algorithm):
+    """A call between two others on a stream that is not the default one reads what came before it."""
+    import cupy
+
+    x, w = cupy.zeros((8, 16, 64, 64), cupy.float32), cupy.ones((16, 16, 3, 3), cupy.float32)
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        x += 1
+        y = gpuconv.conv(x, w, algorithm=algorithm)
+        dx = gpuconv.conv_data_grad(y, w, x.shape, algorithm=algorithm)
+        x[...] = 7
+        stream.synchronize()
+    assert (y == 144).all()
+    assert (dx[:, :, 2:-2, 2:-2] == 144 * 144).all()
+
+
+@pytest.mark.gpu
+def test_out_of_memory_is_cupy_s_error_and_leaves_inputs_as_they_were():
+    import cupy
+
+    x, w = cupy.ones((1, 1, 2**20), cupy.float32), cupy.ones((2**18, 1, 1), cupy.float32)
+    with pytest.raises(cupy.cuda.memory.OutOfMemoryError):
+        gpuconv.conv(x, w, algorithm="direct")
+    assert (x == 1).all()
+    assert (gpuconv.conv(x, w[:2], algorithm="direct") == 1).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_more_than_2_to_the_31_elements(direction):
+    """64-bit offsets where a tensor needs them; spot checks, as the whole would take minutes."""
+    import cupy
+
+    x, w = cupy.ones((1, 2, 2**30 + 2**20), cupy.float16), cupy.ones((1, 2, 3), cupy.float16)
+    if direction == "forward":
+        y = gpuconv.conv(x, w, algorithm="direct")
+        assert float(y[0, 0, -1]) == 6
+        assert float(y.max()) == float(y.min()) == 6
+    elif direction == "data_grad":
+        dy = cupy.ones((1, 1, x.shape[2] - 2), cupy.float16)
+        dx = gpuconv.conv_data_grad(dy, w, x.shape, algorithm="direct")
+        assert float(dx[0, 1, -1]) == 1
+        assert float(dx[:, :, 2:-2].min()) == float(dx.max()) == 3
+    else:
+        dy = cupy.zeros((1, 1, x.shape[2] - 2), cupy.float16)
+        dy[0, 0, -5:] = 1
+        dw = gpuconv.conv_weight_grad(dy, x, w.shape, algorithm="direct")
+        assert (dw == 5).all()
