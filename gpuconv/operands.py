@@ -80,6 +80,14 @@ class Operand:
         y = None if self.y is None else self.y[_groups_index(groups, role)]
         return replace(self, view=self.view[_groups_index(groups, role)], y=y)
 
+    def of_images(self, images: slice) -> Operand:
+        """The operand as far as some images of its first axis go."""
+        return replace(self, view=self.view[images], y=None if self.y is None else self.y[images])
+
+    def of_channels(self, channels: slice) -> Operand:
+        """The operand as far as some channels of every group go."""
+        return replace(self, view=self.view[..., channels], y=None if self.y is None else self.y[..., channels])
+
     def part(self, view: Array) -> Operand:
         """The same with another view of the array."""
         return replace(self, view=view)

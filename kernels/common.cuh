@@ -73,16 +73,32 @@ template <class T> DEVICE T activated(T z, int activation) {
 }
 template <class T> DEVICE Complex<T> activated(Complex<T> z, int) { return z; }
 
+// dy * activation'(z), where y = activation(z).
+template <class T> DEVICE T times_derivative(T dy, T y, int activation) {
+    switch (activation) {
+        case RELU: return y <= 0 ? T(0) : dy;
+        case LEAKY_RELU: return y <= 0 ? T(LEAKY_SLOPE) * dy : dy;
+        case SIGMOID: return dy * (y * (T(1) - y));
+        case TANH: return dy * (T(1) - y * y);
+    }
+    return dy;
+}
+template <class T> DEVICE Complex<T> times_derivative(Complex<T> dy, Complex<T>, int) { return dy; }
+
 // ---------------------------------------------------------------------------------------------- operands and results
 
-// An operand, element by element, in the type of the sums.
+// An operand, element by element, in the type of the sums; y, where there is one, has its strides.
 template <class T> struct Operand {
     const T* values;
+    const T* y;
     int conjugated;
+    int derivative;  // of this activation, taken from y
 
     DEVICE Sum operator[](Index at) const {
-        const Sum v = Converted<Sum>::from(values[at]);
-        return conjugated ? conjugate(v) : v;
+        Sum v = Converted<Sum>::from(values[at]);
+        if (conjugated) v = conjugate(v);
+        if (derivative != IDENTITY) v = times_derivative(v, Converted<Sum>::from(y[at]), derivative);
+        return v;
     }
 };
 

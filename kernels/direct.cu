@@ -10,10 +10,10 @@
 // Constants: THREADS. Arrays have any strides.
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-direct_forward(const First* x_values, const Second* w_values, const Sum* bias,
+direct_forward(const First* x_values, const First* x_y, const Second* w_values, const Sum* bias,
                Result* y, Convolution conv, Images y_at, Images x_at, Weights w_at, Options options) {
-    const Operand<First> x = {x_values, options.first_conjugated};
-    const Operand<Second> w = {w_values, options.second_conjugated};
+    const Operand<First> x = {x_values, x_y, options.first_conjugated, options.first_derivative};
+    const Operand<Second> w = {w_values, nullptr, options.second_conjugated, IDENTITY};
     const Index i = Index(blockIdx.x) * THREADS + threadIdx.x;  // [0, N G F M P Q) and what rounds it up to blocks
     if (i >= conv.N * conv.G * conv.F * conv.output[0] * conv.output[1] * conv.output[2]) return;
     const Place o = place_of(i, conv.output, conv.G, conv.F, options.channels_innermost);
@@ -70,10 +70,10 @@ struct OutputOfTap {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-direct_data_grad(const First* dy_values, const Second* w_values, const Sum* bias,
+direct_data_grad(const First* dy_values, const First* dy_y, const Second* w_values, const Sum* bias,
                  Result* dx, Convolution conv, Images dy_at, Images dx_at, Weights w_at, Options options) {
-    const Operand<First> dy = {dy_values, options.first_conjugated};
-    const Operand<Second> w = {w_values, options.second_conjugated};
+    const Operand<First> dy = {dy_values, dy_y, options.first_conjugated, options.first_derivative};
+    const Operand<Second> w = {w_values, nullptr, options.second_conjugated, IDENTITY};
     const Index i = Index(blockIdx.x) * THREADS + threadIdx.x;  // [0, N G C D H W) and what rounds it up to blocks
     if (i >= conv.N * conv.G * conv.C * conv.input[0] * conv.input[1] * conv.input[2]) return;
     const Place in = place_of(i, conv.input, conv.G, conv.C, options.channels_innermost);
@@ -102,10 +102,10 @@ direct_data_grad(const First* dy_values, const Second* w_values, const Sum* bias
 
 // partial[slice][element of dw]: the sum over outputs [slice * length, (slice + 1) * length) of all N M P Q.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-direct_weight_grad(const First* dy_values, const Second* x_values, Sum* partial,
+direct_weight_grad(const First* dy_values, const First* dy_y, const Second* x_values, const Second* x_y, Sum* partial,
                    Convolution conv, Images dy_at, Images x_at, Index slices, Index length, Options options) {
-    const Operand<First> dy = {dy_values, options.first_conjugated};
-    const Operand<Second> x = {x_values, options.second_conjugated};
+    const Operand<First> dy = {dy_values, dy_y, options.first_conjugated, options.first_derivative};
+    const Operand<Second> x = {x_values, x_y, options.second_conjugated, options.second_derivative};
     const Index weights = conv.G * conv.kernel[0] * conv.kernel[1] * conv.kernel[2] * conv.C * conv.F;
     const Index i = Index(blockIdx.x) * THREADS + threadIdx.x;
     if (i >= slices * weights) return;

@@ -65,7 +65,7 @@ constexpr int THREAD_OUTPUTS = TILE_OUTPUTS * WIDTH / (THREADS * THREAD_CHANNELS
 static_assert(THREAD_OUTPUTS * THREADS * THREAD_CHANNELS == TILE_OUTPUTS * WIDTH, "threads share the tile evenly");
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-scatter_data_grad(const First* dy_values, const Second* w_values, Sum* dx,
+scatter_data_grad(const First* dy_values, const First* dy_y, const Second* w_values, Sum* dx,
                   Convolution conv, Images dy_at, Images dx_at, Weights w_at, Boxes boxes, Options options) {
     __shared__ __align__(16) Sum dy_tile[CHUNK][TILE_OUTPUTS + PAD];
     __shared__ __align__(16) Sum w_tile[CHUNK][WIDTH + (WIDTH < 4 ? 0 : PAD)];
@@ -73,8 +73,8 @@ scatter_data_grad(const First* dy_values, const Second* w_values, Sum* dx,
     __shared__ int region_row[TILE_OUTPUTS];   // where the first tap of the box brings each output; -1: there is none
     DYNAMIC_SHARED(Sum, region);               // [positions of the region][WIDTH]
 
-    const Operand<First> dy = {dy_values, options.first_conjugated};
-    const Operand<Second> w = {w_values, options.second_conjugated};
+    const Operand<First> dy = {dy_values, dy_y, options.first_conjugated, options.first_derivative};
+    const Operand<Second> w = {w_values, nullptr, options.second_conjugated, IDENTITY};
     const int thread = threadIdx.x;
     const int channel_of_thread = thread % CHANNEL_THREADS * THREAD_CHANNELS;  // [0, WIDTH)
     const int output_of_thread = thread / CHANNEL_THREADS * THREAD_OUTPUTS;    // [0, TILE_OUTPUTS)
@@ -192,7 +192,7 @@ constexpr int SPLITS = THREADS / (ROW_THREADS * CHANNEL_THREADS);
 static_assert(SPLITS * ROW_THREADS * CHANNEL_THREADS == THREADS, "teams of threads share the block evenly");
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-scatter_weight_grad(const First* dy_values, const Second* x_values, Sum* dw,
+scatter_weight_grad(const First* dy_values, const First* dy_y, const Second* x_values, const Second* x_y, Sum* dw,
                     Convolution conv, Images dy_at, Images x_at, Weights dw_at, Index slices, Index length,
                     Options options) {
     __shared__ __align__(16) Sum x_tile[DEPTH][TILE_ROWS + PAD];
@@ -203,8 +203,8 @@ scatter_weight_grad(const First* dy_values, const Second* x_values, Sum* dw,
     __shared__ Index row_offset[TILE_ROWS];              // of each row within the window
     __shared__ Index row_shift[TILE_ROWS][3];            // where its tap lies within the window
 
-    const Operand<First> dy = {dy_values, options.first_conjugated};
-    const Operand<Second> x = {x_values, options.second_conjugated};
+    const Operand<First> dy = {dy_values, dy_y, options.first_conjugated, options.first_derivative};
+    const Operand<Second> x = {x_values, x_y, options.second_conjugated, options.second_derivative};
     const int thread = threadIdx.x;
     const int filter_of_thread = thread % CHANNEL_THREADS * THREAD_CHANNELS;                // [0, WIDTH)
     const int row_of_thread = thread / CHANNEL_THREADS % ROW_THREADS * THREAD_ROWS;         // [0, TILE_ROWS)
@@ -296,10 +296,10 @@ scatter_weight_grad(const First* dy_values, const Second* x_values, Sum* dw,
 // A thread owns one element of dy and adds each of its products to where it belongs: to read first, and to compare with.
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-scatter_data_grad_plain(const First* dy_values, const Second* w_values, Sum* dx,
+scatter_data_grad_plain(const First* dy_values, const First* dy_y, const Second* w_values, Sum* dx,
                         Convolution conv, Images dy_at, Images dx_at, Weights w_at, Options options) {
-    const Operand<First> dy = {dy_values, options.first_conjugated};
-    const Operand<Second> w = {w_values, options.second_conjugated};
+    const Operand<First> dy = {dy_values, dy_y, options.first_conjugated, options.first_derivative};
+    const Operand<Second> w = {w_values, nullptr, options.second_conjugated, IDENTITY};
     const Index e = Index(blockIdx.x) * THREADS + threadIdx.x;
     if (e >= conv.N * conv.G * conv.F * conv.output[0] * conv.output[1] * conv.output[2]) return;
     const Place o = place_of(e, conv.output, conv.G, conv.F, options.channels_innermost);
@@ -323,10 +323,10 @@ scatter_data_grad_plain(const First* dy_values, const Second* w_values, Sum* dx,
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-scatter_weight_grad_plain(const First* dy_values, const Second* x_values, Sum* dw,
+scatter_weight_grad_plain(const First* dy_values, const First* dy_y, const Second* x_values, const Second* x_y, Sum* dw,
                           Convolution conv, Images dy_at, Images x_at, Weights dw_at, Options options) {
-    const Operand<First> dy = {dy_values, options.first_conjugated};
-    const Operand<Second> x = {x_values, options.second_conjugated};
+    const Operand<First> dy = {dy_values, dy_y, options.first_conjugated, options.first_derivative};
+    const Operand<Second> x = {x_values, x_y, options.second_conjugated, options.second_derivative};
     const Index e = Index(blockIdx.x) * THREADS + threadIdx.x;
     if (e >= conv.N * conv.G * conv.F * conv.output[0] * conv.output[1] * conv.output[2]) return;
     const Place o = place_of(e, conv.output, conv.G, conv.F, options.channels_innermost);

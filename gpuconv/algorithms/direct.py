@@ -10,7 +10,6 @@ import math
 
 import numpy
 
-from gpuconv import activations
 from gpuconv.algorithms.blocks import channels_innermost
 from gpuconv.backend import Array, Backend
 from gpuconv.cuda import arguments, structs
@@ -38,44 +37,46 @@ def why_not(
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
     """y[o] = sum over taps t and channels c of x[o * stride + t * dilation - low, c] w[t, c]."""
     for (images,), (target,) in arguments.image_pieces([x], [y.view], geometry, run):
-        wide = arguments.is_wide(geometry, target, images, w.view)
-        described = arguments.described(geometry, target, images, w.view, wide)
-        _gather("direct_forward", x, images, w, target, y, described, wide, run)
+        _gather("direct_forward", images, w, target, y, (target, images.view, w.view), geometry, run)
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
     """dx[i] = sum over the taps t and outputs o with o * stride + t * dilation - low = i of dy[o] w[t]'."""
     for (gradients,), (target,) in arguments.image_pieces([dy], [dx.view], geometry, run):
-        wide = arguments.is_wide(geometry, gradients, target, w.view)
-        described = arguments.described(geometry, gradients, target, w.view, wide)
-        _gather("direct_data_grad", dy, gradients, w, target, dx, described, wide, run)
+        _gather("direct_data_grad", gradients, w, target, dx, (gradients.view, target, w.view), geometry, run)
 
 
 def _gather(
     name: str,
-    first: Operand,
-    images: Array,
+    images: Operand,
     w: Operand,
     target: Array,
     result: Result,
-    described: tuple[numpy.ndarray, ...],
-    wide: bool,
+    y_x_w: tuple[Array, Array, Array],
+    geometry: Geometry,
     run: Run,
 ) -> None:
     """One thread for each element of the target."""
+    wide = arguments.is_wide(geometry, *y_x_w)
     options = structs.Options(
-        first.conjugate,
+        images.conjugate,
+        arguments.number(images.activation),
         w.conjugate,
+        0,
         channels_innermost(target),
-        has_bias=result.bias is not None,
-        activation=0 if result.activation is None else 1 + activations.NAMES.index(result.activation),
+        result.bias is not None,
+        arguments.number(result.activation),
     )
-    module = arguments.module("direct", images, w.view, target, run.dtype, wide, THREADS=THREADS)
+    module = arguments.module("direct", images.view, w.view, target, run.dtype, wide, THREADS=THREADS)
     run.launch(
         Kernel(module, name),
         blocks(target.size, THREADS),
         THREADS,
-        (images, w.view, result.bias, target, *described, options.struct(wide)),
+        (
+            *(images.view, images.y, w.view, result.bias, target),
+            *arguments.described(geometry, *y_x_w, wide),
+            options.struct(wide),
+        ),
     )
 
 
@@ -88,23 +89,41 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Ru
         term, total = term_space[:weights], total_space[:weights]
         total[...] = 0
         for (gradients, images), _ in arguments.image_pieces([dy, x], [], geometry, run):
-            wide = arguments.is_wide(geometry, gradients, images, dw.view)
-            described = arguments.described(geometry, gradients, images, dw.view, wide)
-            length = blocks(gradients.shape[0] * math.prod(geometry.output), slices)
-            index = structs.index_dtype(wide).type
-            options = structs.Options(dy.conjugate, x.conjugate, False)
-            module = arguments.module("direct", gradients, images, partial, run.dtype, wide, THREADS=THREADS)
-            run.launch(
-                Kernel(module, "direct_weight_grad"),
-                blocks(slices * weights, THREADS),
-                THREADS,
-                (gradients, images, partial, *described[:-1], index(slices), index(length), options.struct(wide)),
-            )
+            _sum_slices(gradients, images, partial, dw.view, geometry, run)
             total += xp.sum(partial, axis=0, out=term)
         *kernel, groups, channels, filters = dw.view.shape
         rank = len(kernel)
         by_groups = total.reshape(groups, *kernel, channels, filters)
         dw.view[...] = by_groups.transpose(*range(1, rank + 1), 0, rank + 1, rank + 2)
+
+
+def _sum_slices(
+    gradients: Operand, images: Operand, partial: Array, weights: Array, geometry: Geometry, run: Run
+) -> None:
+    """One thread for each weight and slice of the outputs."""
+    y_x_w = gradients.view, images.view, weights
+    wide = arguments.is_wide(geometry, *y_x_w)
+    index = structs.index_dtype(wide).type
+    slices = partial.shape[0]
+    length = blocks(gradients.view.shape[0] * math.prod(geometry.output), slices)
+    options = structs.Options(
+        gradients.conjugate,
+        arguments.number(gradients.activation),
+        images.conjugate,
+        arguments.number(images.activation),
+        channels_innermost=False,
+    )
+    module = arguments.module("direct", gradients.view, images.view, partial, run.dtype, wide, THREADS=THREADS)
+    run.launch(
+        Kernel(module, "direct_weight_grad"),
+        blocks(partial.size, THREADS),
+        THREADS,
+        (
+            *(gradients.view, gradients.y, images.view, images.y, partial),
+            *arguments.described(geometry, *y_x_w, wide)[:-1],
+            *(index(slices), index(length), options.struct(wide)),
+        ),
+    )
 
 
 def _slices(geometry: Geometry, budget: int) -> int:

@@ -97,18 +97,18 @@ def add_to_images(
         images, *extent, groups, channels = target.shape
         if in_place(target, run.dtype):
             target[...] = 0
-            launch(dy, gradients, w, w.view, target, geometry, run)
+            launch(gradients, w, target, geometry, run)
             dx.finish(run.backend.xp, target)
             continue
-        per_channel = math.prod(extent) * groups * (1 + dx.temporaries)
-        at_once = largest(channels, run.budget // 2, lambda count, each=per_channel: each * count)  # type: ignore[misc]
-        size = largest(images, run.budget // 2, lambda count, each=per_channel * at_once: each * count)  # type: ignore[misc]
+        each = math.prod(extent) * groups * (1 + dx.temporaries)
+        at_once = largest(channels, run.budget // 2, lambda count, each=each: each * count)  # type: ignore[misc]
+        size = largest(images, run.budget // 2, lambda count, each=each * at_once: each * count)  # type: ignore[misc]
         with run.workspace(size * math.prod(extent) * groups * at_once) as (space,):
             for some, part in product(pieces(images, size), pieces(channels, at_once)):
                 place = target[some][..., part]
                 sums = _like(place, space)
                 sums[...] = 0
-                launch(dy, gradients[some], w, w.view[..., part, :], sums, geometry, run)
+                launch(gradients.of_images(some), w.part(w.view[..., part, :]), sums, geometry, run)
                 dx.finish(run.backend.xp, sums, part)
                 place[...] = sums
 
@@ -135,33 +135,37 @@ def add_to_weights(
             place = dw.view[..., part]
             sums = shaped(space, place.shape) if summed else place
             sums[...] = 0
-            for (gradients, images), _ in arguments.image_pieces([dy, x], [], geometry, run):
-                launch(dy, gradients[..., part], x, images, sums, geometry, run)
+            for (gradients, images), _ in arguments.image_pieces([dy.of_channels(part), x], [], geometry, run):
+                launch(gradients, images, sums, geometry, run)
             if summed:
                 place[...] = sums
 
 
-def _launch_data_grad(
-    dy: Operand, gradients: Array, w: Operand, weights: Array, sums: Array, geometry: Geometry, run: Run
-) -> None:
-    wide = arguments.is_wide(geometry, gradients, sums, weights)
+def _launch_data_grad(dy: Operand, w: Operand, sums: Array, geometry: Geometry, run: Run) -> None:
+    y_x_w = dy.view, sums, w.view
+    wide = arguments.is_wide(geometry, *y_x_w)
     images, *_, groups, channels = sums.shape
     tile = tile_for(channels, run.dtype.itemsize)
     box = _boxes(geometry, tile, run.dtype.itemsize, wide)
     tiles = blocks(channels, tile.WIDTH)
     for extents, sizes in ((geometry.output, box.outputs), (geometry.kernel, box.taps)):
         tiles *= math.prod(map(blocks, arguments.lift(extents, 1), sizes))
-    module = arguments.module("scatter", gradients, weights, sums, run.dtype, wide, **tile._asdict())
-    options = structs.Options(dy.conjugate, w.conjugate, channels_innermost(gradients), fours=_in_fours(sums, channels))
+    options = structs.Options(
+        dy.conjugate,
+        arguments.number(dy.activation),
+        w.conjugate,
+        0,
+        channels_innermost(dy.view),
+        fours=_in_fours(sums, channels),
+    )
+    module = arguments.module("scatter", dy.view, w.view, sums, run.dtype, wide, **tile._asdict())
     run.launch(
         Kernel(module, "scatter_data_grad"),
         images * groups * tiles,
         THREADS,
         (
-            gradients,
-            weights,
-            sums,
-            *arguments.described(geometry, gradients, sums, weights, wide),
+            *(dy.view, dy.y, w.view, sums),
+            *arguments.described(geometry, *y_x_w, wide),
             structs.struct("Boxes", wide, *box),
             options.struct(wide),
         ),
@@ -169,32 +173,34 @@ def _launch_data_grad(
     )
 
 
-def _launch_weight_grad(
-    dy: Operand, gradients: Array, x: Operand, images: Array, sums: Array, geometry: Geometry, run: Run
-) -> None:
-    wide = arguments.is_wide(geometry, gradients, images, sums)
+def _launch_weight_grad(dy: Operand, x: Operand, sums: Array, geometry: Geometry, run: Run) -> None:
+    y_x_w = dy.view, x.view, sums
+    wide = arguments.is_wide(geometry, *y_x_w)
     *kernel, groups, channels, filters = sums.shape
     tile = tile_for(filters, run.dtype.itemsize)
     tiles = groups * blocks(math.prod(kernel) * channels, tile.TILE_ROWS) * blocks(filters, tile.WIDTH)
-    outputs = images.shape[0] * math.prod(geometry.output)
+    outputs = x.view.shape[0] * math.prod(geometry.output)
     wanted = min(blocks(MOST_BLOCKS, tiles), blocks(outputs, FEWEST_CHUNKS * tile.DEPTH))
     length = blocks(outputs, wanted * tile.DEPTH) * tile.DEPTH
     slices = blocks(outputs, length)
     index = structs.index_dtype(wide).type
-    module = arguments.module("scatter", gradients, images, sums, run.dtype, wide, **tile._asdict())
-    options = structs.Options(dy.conjugate, x.conjugate, channels_innermost(images), fours=_in_fours(sums, filters))
+    options = structs.Options(
+        dy.conjugate,
+        arguments.number(dy.activation),
+        x.conjugate,
+        arguments.number(x.activation),
+        channels_innermost(x.view),
+        fours=_in_fours(sums, filters),
+    )
+    module = arguments.module("scatter", dy.view, x.view, sums, run.dtype, wide, **tile._asdict())
     run.launch(
         Kernel(module, "scatter_weight_grad"),
         tiles * slices,
         THREADS,
         (
-            gradients,
-            images,
-            sums,
-            *arguments.described(geometry, gradients, images, sums, wide),
-            index(slices),
-            index(length),
-            options.struct(wide),
+            *(dy.view, dy.y, x.view, x.y, sums),
+            *arguments.described(geometry, *y_x_w, wide),
+            *(index(slices), index(length), options.struct(wide)),
         ),
     )
 

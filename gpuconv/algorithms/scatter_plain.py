@@ -38,42 +38,41 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Ru
     scatter.add_to_weights(_launch_weight_grad, dy, x, dw, geometry, run)
 
 
-def _launch_data_grad(
-    dy: Operand, gradients: Array, w: Operand, weights: Array, sums: Array, geometry: Geometry, run: Run
-) -> None:
-    _launch("scatter_data_grad_plain", dy, gradients, w, weights, sums, (sums, weights), geometry, run)
+def _launch_data_grad(dy: Operand, w: Operand, sums: Array, geometry: Geometry, run: Run) -> None:
+    _launch("scatter_data_grad_plain", dy, w, (w.view,), sums, (dy.view, sums, w.view), geometry, run)
 
 
-def _launch_weight_grad(
-    dy: Operand, gradients: Array, x: Operand, images: Array, sums: Array, geometry: Geometry, run: Run
-) -> None:
-    _launch("scatter_weight_grad_plain", dy, gradients, x, images, sums, (images, sums), geometry, run)
+def _launch_weight_grad(dy: Operand, x: Operand, sums: Array, geometry: Geometry, run: Run) -> None:
+    _launch("scatter_weight_grad_plain", dy, x, (x.view, x.y), sums, (dy.view, x.view, sums), geometry, run)
 
 
 def _launch(
     name: str,
     dy: Operand,
-    gradients: Array,
     second: Operand,
-    other: Array,
+    second_arrays: tuple[Array, ...],
     sums: Array,
-    images_and_weights: tuple[Array, Array],
+    y_x_w: tuple[Array, Array, Array],
     geometry: Geometry,
     run: Run,
 ) -> None:
     """One thread for each element of dy."""
-    wide = arguments.is_wide(geometry, gradients, *images_and_weights)
-    module = arguments.module("scatter", gradients, other, sums, run.dtype, wide, **scatter.ONE._asdict())
-    options = structs.Options(dy.conjugate, second.conjugate, channels_innermost(gradients))
+    wide = arguments.is_wide(geometry, *y_x_w)
+    options = structs.Options(
+        dy.conjugate,
+        arguments.number(dy.activation),
+        second.conjugate,
+        arguments.number(second.activation),
+        channels_innermost(dy.view),
+    )
+    module = arguments.module("scatter", dy.view, second.view, sums, run.dtype, wide, **scatter.ONE._asdict())
     run.launch(
         Kernel(module, name),
-        blocks(gradients.size, THREADS),
+        blocks(dy.view.size, THREADS),
         THREADS,
         (
-            gradients,
-            other,
-            sums,
-            *arguments.described(geometry, gradients, *images_and_weights, wide),
+            *(dy.view, dy.y, *second_arrays, sums),
+            *arguments.described(geometry, *y_x_w, wide),
             options.struct(wide),
         ),
     )

@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import numpy
 
+from gpuconv.activations import NAMES, Activation
 from gpuconv.algorithms.blocks import largest, merged, pieces
 from gpuconv.arguments import Shape
 from gpuconv.backend import Array
@@ -34,34 +35,44 @@ def why_not(geometry: Geometry) -> str | None:
 
 def image_pieces(
     operands: Sequence[Operand], results: Sequence[Array], geometry: Geometry, run: Run
-) -> Iterator[tuple[list[Array], list[Array]]]:
-    """Views (N, *spatial, G, channels) of the operands and results, for as many images at a time as it takes.
+) -> Iterator[tuple[list[Operand], list[Array]]]:
+    """Operands and results as views (N, *spatial, G, channels), for as many images at a time as it takes.
 
-    All at once, as a rule. Batch axes that lie in memory in no one order are taken one index at a time; an operand
-    that an activation's derivative multiplies is formed in at most half of the workspace.
+    All at once, as a rule. Batch axes that lie in memory in no one order are taken one index at a time. Kernels
+    multiply by an activation's derivative as they read; where y lies in memory another way, or has another dtype, the
+    product is formed before, in at most half of the workspace.
     """
     count = len(operands)
     ys = [operand.view if operand.y is None else operand.y for operand in operands]
     for views in _flat_batches(geometry, *(operand.view for operand in operands), *ys, *results):
-        flat = [replace(o, view=v, y=y) for o, v, y in zip(operands, views[:count], views[count:], strict=False)]
+        flat = [
+            replace(operand, view=view, y=None if operand.y is None else y)
+            for operand, view, y in zip(operands, views, views[count:], strict=False)
+        ]
         targets = views[2 * count :]
-        formed = [math.prod(o.view.shape[1:]) * bool(o.activation) for o in flat]
-        cost = sum(elements * (1 + o.temporaries) for elements, o in zip(formed, flat, strict=True))
+        apart = [o.y is not None and (o.y.strides, o.y.dtype) != (o.view.strides, o.view.dtype) for o in flat]
+        elements = [math.prod(o.view.shape[1:]) * is_apart for o, is_apart in zip(flat, apart, strict=True)]
+        cost = sum(size * (1 + o.temporaries) for size, o in zip(elements, flat, strict=True))
         images = flat[0].view.shape[0]
-        size = largest(images, run.budget // 2, lambda n, cost=cost: n * cost)  # type: ignore[misc]
-        with run.workspace(*(size * elements for elements in formed)) as spaces:
-            for piece in pieces(images, size):
-                read = [_formed(o, piece, space, run) for o, space in zip(flat, spaces, strict=True)]
+        at_once = largest(images, run.budget // 2, lambda n, cost=cost: n * cost)  # type: ignore[misc]
+        with run.workspace(*(at_once * size for size in elements)) as spaces:
+            for piece in pieces(images, at_once):
+                read = [
+                    _formed(o, piece, space, run) if is_apart else o.of_images(piece)
+                    for o, is_apart, space in zip(flat, apart, spaces, strict=True)
+                ]
                 yield read, [target[piece] for target in targets]
 
 
-def _formed(operand: Operand, images: slice, space: Array, run: Run) -> Array:
-    view = operand.view[images]
-    if operand.activation is None:
-        return view
-    block = shaped(space, view.shape)
+def _formed(operand: Operand, images: slice, space: Array, run: Run) -> Operand:
+    block = shaped(space, operand.view[images].shape)
     operand.read(run.backend.xp, (images,), block)
-    return block
+    return Operand(block)
+
+
+def number(activation: Activation | None) -> int:
+    """The number by which kernels know an activation."""
+    return 0 if activation is None else 1 + NAMES.index(activation)
 
 
 def _flat_batches(geometry: Geometry, *views: Array) -> Iterator[list[Array]]:

@@ -75,7 +75,7 @@ def compiled(module: Module, architecture: str) -> tuple[bytes, str]:
             raise CompileError(module, architecture, compiler.getProgramLog(program)) from None
         log = compiler.getProgramLog(program)
         if architecture.startswith("compute_"):
-            return compiler.getPTX(program).rstrip("\0").encode(), log
+            return compiler.getPTX(program).rstrip(b"\0"), log
         return compiler.getCUBIN(program), log
     finally:
         compiler.destroyProgram(program)

@@ -16,6 +16,7 @@ import numpy
 from gpuconv import settings
 from gpuconv.activations import LEAKY_SLOPE
 from gpuconv.cuda import kernels_folder, structs
+from gpuconv.dtypes import native
 
 CUDA_TYPES = {
     "float16": "half",
@@ -118,19 +119,17 @@ def check_arguments(kernel: Kernel, arguments: Sequence[Any]) -> None:
             continue
         is_value = isinstance(argument, (numpy.generic, numpy.ndarray)) and argument.ndim == 0
         found = getattr(argument, "dtype", None)
-        if is_value == parameter.is_pointer or found is None or found != _dtype(parameter.type, module, found):
+        if is_value == parameter.is_pointer or not _is_of_type(found, parameter.type, module):
             kind = "an array" if parameter.is_pointer else "a value"
             given = type(argument).__name__ if found is None else f"{'a value' if is_value else 'an array'} of {found}"
             raise TypeError(f"{kernel.name} takes {kind} of {parameter.type} for {parameter.name}, but got {given}")
 
 
-def _dtype(type_name: str, module: Module, found: numpy.dtype) -> numpy.dtype | None:
-    """The dtype that a type's name stands for; bfloat16 has no fixed dtype, so the one found will do."""
+def _is_of_type(dtype: numpy.dtype | None, type_name: str, module: Module) -> bool:
+    if dtype is None:
+        return False
     if type_name in structs.NAMES:
-        return structs.dtype_of(type_name, module.wide)
+        return bool(dtype == structs.dtype_of(type_name, module.wide))
     if type_name == "Index":
-        return structs.index_dtype(module.wide)
-    name = dict(module.types).get(type_name)
-    if name is None:
-        return None
-    return found if found.name == name and getattr(found, "isnative", True) else None
+        return bool(dtype == structs.index_dtype(module.wide))
+    return bool(dtype.name == dict(module.types)[type_name] and dtype == native(dtype))

@@ -23,7 +23,10 @@ _FIELDS: dict[str, tuple[tuple[str, int, bool], ...]] = {
     "Boxes": (("outputs", AXES, False), ("taps", AXES, False), ("region", AXES, False)),
     "Options": tuple(
         (name, 0, False)
-        for name in ("first_conjugated", "second_conjugated", "channels_innermost", "has_bias", "activation", "fours")
+        for name in (
+            *("first_conjugated", "first_derivative", "second_conjugated", "second_derivative"),
+            *("channels_innermost", "has_bias", "activation", "fours"),
+        )
     ),
 }
 
@@ -57,13 +60,15 @@ def struct(name: str, wide: bool, *values: Value) -> numpy.ndarray:
 
 
 class Options(NamedTuple):
-    """The choices that a kernel is launched with."""
+    """The choices that a kernel is launched with. Activations are numbered as in activations.NAMES, from 1 on."""
 
     first_conjugated: bool
+    first_derivative: int  # of the activation that the first operand is multiplied by
     second_conjugated: bool
+    second_derivative: int
     channels_innermost: bool  # of the array that decides which elements the threads of a warp meet
     has_bias: bool = False
-    activation: int = 0  # its number in activations.NAMES, from 1 on
+    activation: int = 0
     fours: bool = False  # whether results may be added to four at a time
 
     def struct(self, wide: bool) -> numpy.ndarray:

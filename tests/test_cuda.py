@@ -1,0 +1,407 @@
+"""From a kernel to the GPU: its source, the compiler, the cache on disk, the launch. All but one test need no GPU."""
+
+import concurrent.futures
+import errno
+import os
+import sys
+import types
+
+import numpy as np
+import pytest
+
+import gpuconv
+from gpuconv.algorithms import direct, scatter
+from gpuconv.backend import INSTALL_HINT
+from gpuconv.cuda import cache, compiler, kernels_folder, launch, structs
+from gpuconv.cuda.kernel import CUDA_TYPES, Kernel, Module, check_arguments, parameters, source
+
+from cases import DTYPES
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
+
+
+def why_no_nvrtc():
+    try:
+        compiler.nvrtc()
+    except gpuconv.BackendError as error:
+        return str(error)
+    return None
+
+
+NVRTC = pytest.mark.skipif(why_no_nvrtc() is not None, reason=str(why_no_nvrtc()))
+
+
+def module_of(stem, dtype="float32", wide=False, **constants):
+    sums = "float32" if dtype in ("float16", "bfloat16") else dtype
+    types = (("First", dtype), ("Second", dtype), ("Result", dtype), ("Sum", sums))
+    return Module(stem, types, wide, tuple(constants.items()))
+
+
+def modules_of(dtype, wide):
+    """All that the algorithms would compile for arrays of this dtype."""
+    itemsize = {"float64": 8, "complex64": 8, "complex128": 16}.get(dtype, 4)
+    tiles = {scatter.tile_for(channels, itemsize) for channels in (1, 4, 64)}
+    return [
+        module_of("direct", dtype, wide, THREADS=direct.THREADS),
+        *(module_of("scatter", dtype, wide, **tile._asdict()) for tile in sorted(tiles)),
+    ]
+
+
+DIRECT = module_of("direct", THREADS=direct.THREADS)
+
+
+# ------------------------------------------------------------------------------------------------- compiling
+
+
+@NVRTC
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_compiles_without_spills(architecture):
+    """With 32-bit and 64-bit offsets in turns."""
+    modules = [
+        module
+        for number, dtype in enumerate(DTYPES)
+        for module in modules_of(dtype, wide=bool((number + ARCHITECTURES.index(architecture)) % 2))
+    ]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda module: compiler.compiled(module, architecture), modules))
+    for module, (cubin, log) in zip(modules, results, strict=True):
+        assert cubin.startswith(b"\x7fELF")
+        kernels = log.count("Compiling entry function")
+        assert kernels == source(module).count("__global__")
+        assert log.count("0 bytes spill stores, 0 bytes spill loads") == kernels, f"{module} spills on {architecture}"
+
+
+@NVRTC
+def test_every_primitive_compiles_where_it_is_offered():
+    """Those that the kernels do not use yet, too: NVRTC compiles no function that nobody calls."""
+    calls = {
+        "sm_75": "multiply_16x8x8(d, a, b[0], half{}); atomic_add((half2*)p, half2{}); load_matrices(r, p);"
+        " load_matrices_transposed(r, p);",
+        "sm_80": "copy_async<4>(s, p); copy_async<16>(s, p, 8); copy_async_commit(); copy_async_wait<1>();"
+        " multiply_16x8x16(d, r, b, half{}); multiply_16x8x16(d, r, b, bfloat16{}); multiply_16x8x8_tf32(d, r, b);"
+        " multiply_8x8x4(e, e[0], e[1]); r[0] = to_tf32(d[0]);",
+        "sm_90a": "atomic_add((bfloat162*)p, bfloat162{}); atomic_add((float*)p, make_float4(1, 2, 3, 4));"
+        " atomic_add((float*)p, make_float2(1, 2));",
+    }
+    instructions = {
+        "sm_75": ("mma.sync.aligned.m16n8k8", "red.global.add.noftz.f16x2", "ldmatrix", ".trans"),
+        "sm_80": ("cp.async.ca", "cp.async.cg", "wait_group", ".bf16.bf16", ".tf32", ".f64.f64", "cvt.rna.tf32"),
+        "sm_90a": ("red.global.add.noftz.bf16x2", "red.global.add.v4.f32", "red.global.add.v2.f32"),
+    }
+    nvrtc = compiler.nvrtc()
+    body = ""
+    for architecture, more in calls.items():
+        body += more
+        text = (kernels_folder() / "primitives.cuh").read_text() + (
+            'extern "C" __global__ void all(void* p, float* out) { __shared__ __align__(16) float s[64];'
+            f" float d[4] = {{}}; double e[2] = {{}}; unsigned r[4] = {{}}, a[2] = {{}}, b[2] = {{}}; {body}"
+            " out[0] = d[0] + r[0] + e[0] + a[0] + s[1]; }"
+        )
+        program = nvrtc.createProgram(text, "all.cu", (), ())
+        try:
+            nvrtc.compileProgram(program, (f"--gpu-architecture={architecture}", *compiler.OPTIONS))
+        except nvrtc.NVRTCError:
+            pytest.fail(nvrtc.getProgramLog(program))
+        ptx = nvrtc.getPTX(program).decode()
+        nvrtc.destroyProgram(program)
+        for instruction in instructions[architecture]:
+            assert instruction in ptx
+
+
+def test_all_ptx_is_in_one_file_and_nothing_is_included():
+    for path in kernels_folder().glob("*.cu*"):
+        text = path.read_text()
+        assert "#include" not in text
+        assert path.name == "primitives.cuh" or "asm" not in text
+
+
+@NVRTC
+def test_a_compile_error_holds_the_log_the_file_and_the_constants():
+    too_large = module_of("scatter", "complex128", **scatter.MANY._asdict())
+    with pytest.raises(gpuconv.CompileError, match=r"scatter\.cu with First=complex128.* WIDTH=32") as caught:
+        compiler.compiled(too_large, "sm_80")
+    assert "too much shared data" in caught.value.log
+    assert caught.value.log.strip() in str(caught.value)
+    assert (caught.value.module, caught.value.architecture) == (too_large, "sm_80")
+    with pytest.raises(gpuconv.CompileError, match=r"direct.cu\(\d+\): error.*THREADS"):
+        compiler.compiled(module_of("direct"), "sm_80")
+
+
+def test_a_missing_compiler_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy.cuda", None)
+    with pytest.raises(gpuconv.BackendError) as caught:
+        compiler.nvrtc()
+    assert INSTALL_HINT in str(caught.value)
+    assert "compiling kernels needs NVRTC" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "capability, architecture",
+    [("75", "sm_75"), ("90", "sm_90a"), ("100", "sm_100a"), ("120", "sm_120"), ("121", "compute_120")],
+)
+def test_architectures(capability, architecture, monkeypatch):
+    known = types.SimpleNamespace(getSupportedArchs=lambda: (75, 80, 90, 100, 120))
+    monkeypatch.setattr(compiler, "nvrtc", lambda: known)
+    compiler.architecture_for.cache_clear()
+    try:
+        assert compiler.architecture_for(capability) == architecture
+    finally:
+        compiler.architecture_for.cache_clear()
+
+
+@NVRTC
+def test_a_device_newer_than_the_compiler_gets_ptx():
+    text, _ = compiler.compiled(DIRECT, "compute_80")
+    assert text.startswith(b"//")
+    assert b".target sm_80" in text
+    assert b"\0" not in text
+
+
+# ------------------------------------------------------------------------------------------------- the cache
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """What was compiled, into a cache of its own; nothing real is."""
+    calls = []
+
+    def compiled(module, architecture):
+        calls.append((module, architecture))
+        return f"cubin {len(calls)}".encode() * 100, "log"
+
+    monkeypatch.setenv("GPUCONV_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiler, "compiled", compiled)
+    monkeypatch.setattr(compiler, "version", lambda: (12, 9))
+    return calls
+
+
+def test_a_module_is_compiled_once(made, tmp_path):
+    path = cache.cubin_path(DIRECT, "sm_90a")
+    assert path.parent == tmp_path / "kernels"
+    assert path.read_bytes() == b"cubin 1" * 100
+    assert cache.cubin_path(DIRECT, "sm_90a") == path
+    assert len(made) == 1
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_source_architecture_options_and_compiler_make_another_entry(made, monkeypatch):
+    paths = {cache.cubin_path(DIRECT, "sm_90a"), cache.cubin_path(DIRECT, "sm_80")}
+    paths.add(cache.cubin_path(DIRECT._replace(wide=True), "sm_80"))
+    monkeypatch.setattr(compiler, "version", lambda: (13, 0))
+    paths.add(cache.cubin_path(DIRECT, "sm_80"))
+    monkeypatch.setattr(compiler, "OPTIONS", (*compiler.OPTIONS, "-lineinfo"))
+    paths.add(cache.cubin_path(DIRECT, "sm_80"))
+    assert len(paths) == len(made) == 5
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:50]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"someone else's" * 50),
+        lambda path: path.rename(path.with_name(path.name.replace("-", "-0", 1))),
+    ],
+    ids=["cut short", "empty", "foreign", "renamed"],
+)
+def test_a_damaged_entry_is_made_again(damage, made):
+    path = cache.cubin_path(DIRECT, "sm_90a")
+    damage(path)
+    again = cache.cubin_path(DIRECT, "sm_90a")
+    assert len(made) == 2
+    assert again.read_bytes() == b"cubin 2" * 100
+    assert cache.cubin_path(DIRECT, "sm_90a").read_bytes() == b"cubin 2" * 100
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("step", ["mkdir", "write", "replace"])
+def test_a_folder_that_takes_nothing_only_costs_time(step, made, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    real = os.replace
+    if step == "mkdir":
+        (tmp_path / "kernels").write_text("a file where the folder should be")
+    elif step == "write":
+        monkeypatch.setattr(cache.tempfile, "mkstemp", _only_outside(tmp_path, cache.tempfile.mkstemp, refuse))
+    else:
+        monkeypatch.setattr(os, "replace", lambda a, b: refuse() if str(tmp_path / "kernels") in str(b) else real(a, b))
+    for count in (1, 2):
+        path = cache.cubin_path(DIRECT, "sm_90a")
+        assert path.read_bytes() == f"cubin {count}".encode() * 100
+        assert tmp_path not in path.parents
+    if step == "replace":
+        assert list((tmp_path / "kernels").iterdir()) == []
+
+
+def _only_outside(folder, real, refuse):
+    return lambda dir=None, **rest: refuse() if dir and folder in (dir, *dir.parents) else real(dir=dir, **rest)
+
+
+def test_an_interrupted_write_leaves_nothing(made, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache.cubin_path(DIRECT, "sm_90a")
+    assert list((tmp_path / "kernels").iterdir()) == []
+
+
+def test_the_cache_folder_must_be_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GPUCONV_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match=r"GPUCONV_CACHE_DIR must name a folder, but '.*file' is a file"):
+        cache.cubin_path(DIRECT, "sm_90a")
+
+
+# ------------------------------------------------------------------------------------------------- the launch
+
+
+@pytest.fixture
+def device(made, monkeypatch):
+    """A CuPy that only remembers: what was loaded, and what was launched."""
+    seen = types.SimpleNamespace(loaded=[], launched=[], current=0)
+
+    class RawModule:
+        def __init__(self, path):
+            seen.loaded.append((path, seen.current))
+
+        def get_function(self, name):
+            return lambda grid, block, given, shared_mem: seen.launched.append((name, grid, block, given, shared_mem))
+
+    def new_device(number=None):
+        return types.SimpleNamespace(id=seen.current if number is None else number, compute_capability="90")
+
+    cupy = types.SimpleNamespace(RawModule=RawModule, cuda=types.SimpleNamespace(Device=new_device))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(compiler, "architecture_for", lambda capability: f"sm_{capability}a")
+    launch.clear()
+    yield seen
+    launch.clear()
+
+
+@pytest.fixture
+def given():
+    """What direct_forward takes."""
+    geometry = structs.struct("Convolution", False, 1, 1, 1, 1, *[(1, 1, 1)] * 5, (0, 0, 0))
+    images = structs.struct("Images", False, 1, (1, 1, 1), 1, 1)
+    weights = structs.struct("Weights", False, (1, 1, 1), 1, 1, 1)
+    options = structs.Options(False, 0, False, 0, False).struct(False)
+    x, w, y = (np.ones((1, 1, 1), np.float32) for _ in range(3))
+    return [x, None, w, None, y, geometry, images, images, weights, options]
+
+
+FORWARD = Kernel(DIRECT, "direct_forward")
+
+
+def test_a_kernel_is_loaded_once_for_each_device(device, made, given):
+    for _ in range(3):
+        launch.launch_cuda(FORWARD, 5, 128, given, 64)
+    assert device.launched == [("direct_forward", (5,), (128,), tuple(given), 64)] * 3
+    assert len(device.loaded) == len(made) == 1
+    device.current = 1
+    launch.launch_cuda(FORWARD, 5, 128, given)
+    assert len(device.loaded) == 2
+    assert len(made) == 1
+
+
+def test_a_grid_of_no_blocks_is_not_launched(device, given):
+    launch.launch_cuda(FORWARD, 0, 128, given)
+    assert device.launched == device.loaded == []
+
+
+def test_a_grid_beyond_what_cuda_takes_is_refused(device, given):
+    with pytest.raises(
+        ValueError, match="direct_forward would need 2147483648 blocks, and a grid has at most 2147483647"
+    ):
+        launch.launch_cuda(FORWARD, 2**31, 128, given)
+
+
+WRONG_ARGUMENTS = {
+    "another dtype": (0, np.ones((1, 1, 1)), "takes an array of First for x_values, but got an array of float64"),
+    "a value for an array": (4, np.float32(1), "takes an array of Result for y, but got a value of float32"),
+    "an array for a struct": (
+        5,
+        np.ones(3, np.int32),
+        "takes a value of Convolution for conv, but got an array of int32",
+    ),
+    "a Python number": (9, 3, "takes a value of Options for options, but got int"),
+    "another struct": (6, structs.struct("Weights", False, (1, 1, 1), 1, 1, 1), "takes a value of Images for y_at"),
+    "64 bits for 32": (6, structs.struct("Images", True, 1, (1, 1, 1), 1, 1), "takes a value of Images for y_at"),
+    "the other byte order": (
+        0,
+        np.ones((1, 1, 1), ">f4"),
+        "takes an array of First for x_values, but got an array of >f4",
+    ),
+    "nothing for a value": (9, None, "takes a value of Options for options, but got NoneType"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_ARGUMENTS)
+def test_arguments_are_held_against_the_kernel_s_source(name, device, given):
+    place, wrong, words = WRONG_ARGUMENTS[name]
+    given[place] = wrong
+    with pytest.raises(TypeError) as caught:
+        launch.launch_cuda(FORWARD, 1, 128, given)
+    assert f"direct_forward {words}" in str(caught.value)
+    assert device.launched == []
+
+
+def test_the_number_of_arguments_is_checked(given):
+    with pytest.raises(TypeError, match="direct_forward takes 10 arguments, but 9 were given"):
+        check_arguments(FORWARD, given[:-1])
+    with pytest.raises(ValueError, match=r"direct\.cu has no kernel direct_backward"):
+        check_arguments(Kernel(DIRECT, "direct_backward"), given)
+
+
+def test_parameters_are_read_from_the_source():
+    found = parameters("scatter", "scatter_weight_grad")
+    assert [p.name for p in found if p.is_pointer] == ["dy_values", "dy_y", "x_values", "x_y", "dw"]
+    assert [p.is_constant for p in found[:5]] == [True] * 4 + [False]
+    assert [p.type for p in found[5:]] == ["Convolution", "Images", "Images", "Weights", "Index", "Index", "Options"]
+
+
+def test_sources_are_dumped_where_a_folder_is_named(device, given, tmp_path, monkeypatch):
+    launch.launch_cuda(FORWARD, 1, 128, given)
+    monkeypatch.setenv("GPUCONV_DUMP", str(tmp_path / "dump"))
+    for _ in range(2):
+        launch.launch_cuda(FORWARD, 1, 128, given)
+    (path,) = (tmp_path / "dump").iterdir()
+    assert path.name.startswith("direct-")
+    assert path.read_text() == source(DIRECT)
+    assert "using Sum = float;" in path.read_text()
+
+
+def test_structs_are_the_same_to_numpy_and_to_cuda():
+    """Field by field; their sizes are compared at every launch on the CPU."""
+    text = structs.text()
+    for name in structs.NAMES:
+        for wide in (False, True):
+            dtype = structs.dtype_of(name, wide)
+            declared = text.partition(f"struct {name} {{")[2].partition("}")[0]
+            fields = [one.split()[-1].partition("[")[0] for one in declared.split(";")[:-1]]
+            assert list(dtype.names) == fields
+    assert structs.dtype_of("Images", True).itemsize == 2 * structs.dtype_of("Images", False).itemsize == 48
+
+
+def test_all_dtypes_have_a_cuda_type():
+    assert tuple(CUDA_TYPES) == DTYPES
+
+
+@pytest.mark.gpu
+def test_a_cubin_from_disk_runs_in_another_process(tmp_path):
+    import subprocess
+
+    program = (
+        "import cupy, gpuconv;"
+        "print(float(gpuconv.conv(cupy.ones((1, 2, 5), 'f4'), cupy.ones((1, 2, 3), 'f4'), algorithm='direct').sum()))"
+    )
+    environment = {**os.environ, "GPUCONV_CACHE_DIR": str(tmp_path)}
+    entries = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == "18.0", done.stderr
+        entries.append([(path.name, path.stat().st_mtime_ns) for path in (tmp_path / "kernels").iterdir()])
+    assert len(entries[0]) == 1
+    assert entries[0] == entries[1]
