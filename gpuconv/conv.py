@@ -26,6 +26,7 @@ from gpuconv.call import (
     given,
 )
 from gpuconv.choose import choose
+from gpuconv.cuda import launch
 from gpuconv.geometry import Geometry
 
 
@@ -298,7 +299,11 @@ def conv_transpose_backward(
 
 
 def clear_cache() -> None:
-    """Forgets cached plans and releases the workspaces kept for the next call."""
+    """Forgets cached plans and loaded kernels, and releases the workspaces kept for the next call.
+
+    Compiled kernels stay on disk, in the folder of GPUCONV_CACHE_DIR.
+    """
     geometry_module.clear_cache()
     choose.cache_clear()
     workspace.clear()
+    launch.clear()

@@ -139,3 +139,13 @@ direct_weight_grad(const First* dy_values, const First* dy_y, const Second* x_va
     }
     partial[i] = sum;
 }
+
+// total += the sums of the slices, in their order.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+direct_weight_grad_sum(const Sum* partial, Sum* total, Index slices, Index weights) {
+    const Index i = Index(blockIdx.x) * THREADS + threadIdx.x;
+    if (i >= weights) return;
+    Sum sum = total[i];
+    for (Index slice = 0; slice < slices; ++slice) add(sum, partial[slice * weights + i]);
+    total[i] = sum;
+}

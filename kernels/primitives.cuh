@@ -35,18 +35,20 @@ DEVICE half to_half(float f) {
 
 DEVICE float to_float(bfloat16 b) { return __uint_as_float(unsigned(b.bits) << 16); }
 
+#if __CUDA_ARCH__ >= 800
 DEVICE bfloat16 to_bfloat16(float f) {
     bfloat16 b;
-#if __CUDA_ARCH__ >= 800
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(b.bits) : "f"(f));
-#else
-    // Round to the nearest, ties to even, by adding just under half of what is cut off; NaN must not round to Inf.
-    const unsigned u = __float_as_uint(f);
-    const bool is_nan = (u & 0x7fffffffu) > 0x7f800000u;
-    b.bits = is_nan ? 0x7fff : (unsigned short)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-#endif
     return b;
 }
+#else
+// To the nearest, ties to even, by adding just under half of what is cut off; NaN must not round to Inf.
+DEVICE bfloat16 to_bfloat16(float f) {
+    const unsigned u = __float_as_uint(f);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return {0x7fff};
+    return {(unsigned short)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
+}
+#endif
 
 #if __CUDA_ARCH__ >= 800
 // The nearest TF32 number, ties away from zero, in the bits of a float.

@@ -74,9 +74,9 @@ class EmulatedArrays(NumpyArrays):
 
     @contextlib.contextmanager
     def varied(self):
-        """Other orders of threads and blocks than the natural one, and 64-bit offsets."""
+        """Other orders of threads and blocks than the natural one, early copies, and 64-bit offsets."""
         order = ("reverse", "random")[next(launcher.options.seed) % 2]
-        with launcher.using(order=order), mock.patch.object(arguments, "is_wide", return_value=True):
+        with launcher.using(order=order, late_copies=False), mock.patch.object(arguments, "is_wide", return_value=True):
             yield
 
 

@@ -5,6 +5,8 @@ import functools
 import numpy as np
 import pytest
 
+from gpuconv.cuda import kernels_folder
+
 from emulation import launcher, loader
 from emulation.loader import EmulationError, Library
 
@@ -152,6 +154,26 @@ def test_half_precision_conversions_round_to_nearest_even():
     assert (tf32.view(np.uint32) & 0x1FFF == 0).all()
     assert (abs(tf32[finite] - x[finite]) <= 2.0**-11 * abs(x[finite])).all()
     np.testing.assert_array_equal(tf32[~finite], x[~finite])
+
+
+def test_bfloat16_is_rounded_in_integers_where_the_instruction_is_missing():
+    """The function that sm_75 gets, taken from primitives.cuh."""
+    import ml_dtypes
+
+    text = (kernels_folder() / "primitives.cuh").read_text()
+    function = text.split("#else\n// To the nearest, ties to even")[1].partition("\n")[2].partition("#endif")[0]
+    function = function.replace("to_bfloat16", "rounded_in_integers").replace("DEVICE", "inline")
+    body = function + kernel(
+        "const float* x, bfloat16* b",
+        "const int i = blockIdx.x * 32 + threadIdx.x;\nb[i] = rounded_in_integers(x[i]);",
+    )
+    bits = np.arange(2**32 - 2**16, step=2**16 + 12345, dtype=np.uint64).astype(np.uint32)
+    ties = np.arange(0x3F800000, 0x3F900000, 0x8000, dtype=np.uint32)
+    x = np.concatenate([bits, ties])[: (bits.size + ties.size) // 32 * 32].view(np.float32)
+    b = np.empty(x.size, ml_dtypes.bfloat16)
+    launch(body, (x, b), grid=x.size // 32)
+    with np.errstate(invalid="ignore"):  # some are signalling NaN
+        np.testing.assert_array_equal(b.astype(np.float32), x.astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
 @BOTH_MODES

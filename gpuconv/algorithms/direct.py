@@ -17,7 +17,7 @@ from gpuconv.cuda.kernel import Kernel
 from gpuconv.cuda.launch import blocks
 from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import Operand, Result
-from gpuconv.workspace import Run
+from gpuconv.workspace import Run, shaped
 
 THREADS = 128
 # weight_grad: as many threads as keep a large GPU busy, unless their slices of the outputs would be shorter than this.
@@ -82,15 +82,13 @@ def _gather(
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
     """dw[t, c] = sum over outputs o of x[o * stride + t * dilation - low, c] dy[o], slice by slice of the outputs."""
-    weights, xp = dw.view.size, run.backend.xp
+    weights = dw.view.size
     slices = _slices(geometry, run.budget)
-    with run.workspace(slices * weights, weights, weights) as (partial_space, term_space, total_space):
-        partial = partial_space[: slices * weights].reshape(slices, weights)
-        term, total = term_space[:weights], total_space[:weights]
+    with run.workspace(slices * weights, weights) as (partial_space, total_space):
+        partial, total = shaped(partial_space, (slices, weights)), shaped(total_space, (weights,))
         total[...] = 0
         for (gradients, images), _ in arguments.image_pieces([dy, x], [], geometry, run):
-            _sum_slices(gradients, images, partial, dw.view, geometry, run)
-            total += xp.sum(partial, axis=0, out=term)
+            _sum_slices(gradients, images, partial, total, dw.view, geometry, run)
         *kernel, groups, channels, filters = dw.view.shape
         rank = len(kernel)
         by_groups = total.reshape(groups, *kernel, channels, filters)
@@ -98,9 +96,9 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Ru
 
 
 def _sum_slices(
-    gradients: Operand, images: Operand, partial: Array, weights: Array, geometry: Geometry, run: Run
+    gradients: Operand, images: Operand, partial: Array, total: Array, weights: Array, geometry: Geometry, run: Run
 ) -> None:
-    """One thread for each weight and slice of the outputs."""
+    """One thread for each weight and slice of the outputs, then one for each weight."""
     y_x_w = gradients.view, images.view, weights
     wide = arguments.is_wide(geometry, *y_x_w)
     index = structs.index_dtype(wide).type
@@ -124,11 +122,17 @@ def _sum_slices(
             *(index(slices), index(length), options.struct(wide)),
         ),
     )
+    run.launch(
+        Kernel(module, "direct_weight_grad_sum"),
+        blocks(total.size, THREADS),
+        THREADS,
+        (partial, total, index(slices), index(total.size)),
+    )
 
 
 def _slices(geometry: Geometry, budget: int) -> int:
     """How many slices of the outputs have sums of their own: a matter of the shapes, and of the workspace."""
     weights = geometry.filters * geometry.group_channels * geometry.taps
     outputs = math.prod((*geometry.batch, *geometry.output))
-    room = min(budget // 2, arguments.NARROW) // weights - 2
+    room = min(budget // 2, arguments.NARROW) // weights - 1
     return max(1, min(outputs // SHORTEST_SLICE, MOST_THREADS // weights, room))

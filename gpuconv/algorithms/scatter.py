@@ -212,7 +212,7 @@ def _in_fours(sums: Array, channels: int) -> bool:
         and channels % 4 == 0
         and sums.strides[-1] == 4
         and address(sums) % 16 == 0
-        and all(step % 16 == 0 for step in sums.strides[:-1])
+        and all(step % 16 == 0 for step, size in zip(sums.strides[:-1], sums.shape[:-1], strict=True) if size > 1)
     )
 
 
