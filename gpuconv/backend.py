@@ -237,8 +237,7 @@ def module_of(kind: Kind) -> Any:
 
 def address(array: Array) -> int:
     """Where an array's first element lies in its memory."""
-    interface = "__array_interface__" if isinstance(array, numpy.ndarray) else "__cuda_array_interface__"
-    return int(getattr(array, interface)["data"][0])
+    return int(array.__array_interface__["data"][0] if isinstance(array, numpy.ndarray) else array.data.ptr)
 
 
 def addressable(array: Array) -> bool:

@@ -167,7 +167,7 @@ def arrays(request):
 @pytest.fixture(autouse=True)
 def _plain_environment(monkeypatch):
     """No variable of the machine decides a test."""
-    for variable in (*gpuconv.settings.DEFAULTS, "CUPY_TF32"):
+    for variable in {*gpuconv.settings.DEFAULTS, "CUPY_TF32"} - {"GPUCONV_CACHE_DIR"}:
         monkeypatch.delenv(variable, raising=False)
     gpuconv.set_backend(None)
 

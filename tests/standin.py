@@ -31,7 +31,7 @@ class ndarray:  # noqa: N801
     nbytes = property(lambda self: self._array.nbytes)
     flags = property(lambda self: types.SimpleNamespace(c_contiguous=self._array.flags.c_contiguous))
     device = property(lambda self: Device(0))
-    __cuda_array_interface__ = property(lambda self: {"data": self._array.__array_interface__["data"]})
+    data = property(lambda self: types.SimpleNamespace(ptr=self._array.__array_interface__["data"][0]))
 
     def get(self):
         return np.ascontiguousarray(self._array)

@@ -131,7 +131,7 @@ def document(results: Sequence[Row], batch: int) -> dict[str, Any]:
         "schema": SCHEMA,
         "machine": config(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "batch": batch,
         "dtype": DTYPE.name,
         "definitions": {
@@ -149,7 +149,7 @@ def write_json(path: Path, results: Sequence[Row], batch: int) -> None:
     path.write_text(json.dumps(document(results, batch), indent=1) + "\n")
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the checkout that runs, None where it runs from a wheel."""
     folder = Path(gpuconv.__file__).parent.parent
     if not (folder / ".git").exists():
