@@ -148,6 +148,16 @@ DEVICE Place place_of(Index i, const Index (&extent)[3], Index G, Index channels
     return place;
 }
 
+// The input that a tap shows output o; false where it lies in the padding.
+DEVICE bool input_of(Place& input, const Place& o, const Index (&tap)[3], const Convolution& conv) {
+    bool exists = true;
+    for (int axis = 0; axis < 3; ++axis) {
+        input.at[axis] = o.at[axis] * conv.stride[axis] + tap[axis] * conv.dilation[axis] - conv.low[axis];
+        exists = exists && inside(input.at[axis], conv.input[axis]);
+    }
+    return exists;
+}
+
 // One element of w: group, channel and filter within the group, and tap.
 struct WeightPlace {
     Index g, c, f, tap[3];

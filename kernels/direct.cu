@@ -120,12 +120,7 @@ direct_weight_grad(const First* dy_values, const First* dy_y, const Second* x_va
     o.channel = at.f;
     for (Index output = first; output < last; ++output) {
         Place in = {o.n, at.g, at.c, {}};
-        bool seen = true;
-        for (int axis = 0; axis < 3; ++axis) {
-            in.at[axis] = o.at[axis] * conv.stride[axis] + at.tap[axis] * conv.dilation[axis] - conv.low[axis];
-            seen = seen && inside(in.at[axis], conv.input[axis]);
-        }
-        if (seen) add_product(sum, x[in.offset(x_at)], dy[o.offset(dy_at)]);
+        if (input_of(in, o, at.tap, conv)) add_product(sum, x[in.offset(x_at)], dy[o.offset(dy_at)]);
         // The next output, carrying into the axes before.
         ++o.at[2];
         for (int axis = 2; axis > 0 && o.at[axis] == conv.output[axis]; --axis) {

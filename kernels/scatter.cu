@@ -224,11 +224,10 @@ scatter_weight_grad(const First* dy_values, const First* dy_y, const Second* x_v
 
     for (int j = thread; j < TILE_ROWS; j += THREADS) {
         const Index row = row0 + j < rows ? row0 + j : rows - 1;
-        Index tap = row / conv.C;
-        Place shift = {0, 0, row % conv.C, {}};
-        for (int axis = 2; axis >= 0; --axis) {
-            shift.at[axis] = tap % conv.kernel[axis] * conv.dilation[axis];
-            tap /= conv.kernel[axis];
+        const WeightPlace at = weight_place_of(row * conv.F, conv);
+        Place shift = {0, 0, at.c, {}};
+        for (int axis = 0; axis < 3; ++axis) {
+            shift.at[axis] = at.tap[axis] * conv.dilation[axis];
             row_shift[j][axis] = shift.at[axis];
         }
         row_offset[j] = shift.offset(x_at);
@@ -281,12 +280,8 @@ scatter_weight_grad(const First* dy_values, const First* dy_y, const Second* x_v
     for (int e = thread; e < TILE_ROWS * (WIDTH / STEP); e += THREADS) {
         const int j = e / (WIDTH / STEP), f = e % (WIDTH / STEP) * STEP;
         if (row0 + j >= rows || f0 + f >= conv.F) continue;
-        Index tap = (row0 + j) / conv.C;
-        WeightPlace at = {g, (row0 + j) % conv.C, f0 + f, {}};
-        for (int axis = 2; axis >= 0; --axis) {
-            at.tap[axis] = tap % conv.kernel[axis];
-            tap /= conv.kernel[axis];
-        }
+        WeightPlace at = weight_place_of((row0 + j) * conv.F + f0 + f, conv);
+        at.g = g;
         const int count = conv.F - at.f < STEP ? int(conv.F - at.f) : STEP;
         flush(dw + at.offset(dw_at), &total[j][f], count, dw_at.filter, STEP == 4 && options.fours);
     }
@@ -310,12 +305,7 @@ scatter_data_grad_plain(const First* dy_values, const First* dy_y, const Second*
         at.g = o.g;
         at.f = o.channel;
         Place i = {o.n, o.g, at.c, {}};
-        bool exists = true;
-        for (int axis = 0; axis < 3; ++axis) {
-            i.at[axis] = o.at[axis] * conv.stride[axis] + at.tap[axis] * conv.dilation[axis] - conv.low[axis];
-            exists = exists && inside(i.at[axis], conv.input[axis]);
-        }
-        if (!exists) continue;
+        if (!input_of(i, o, at.tap, conv)) continue;
         Sum product = {};
         add_product(product, gradient, w[at.offset(w_at)]);
         atomic_add(dx + i.offset(dx_at), product);
@@ -337,12 +327,7 @@ scatter_weight_grad_plain(const First* dy_values, const First* dy_y, const Secon
         at.g = o.g;
         at.f = o.channel;
         Place i = {o.n, o.g, at.c, {}};
-        bool exists = true;
-        for (int axis = 0; axis < 3; ++axis) {
-            i.at[axis] = o.at[axis] * conv.stride[axis] + at.tap[axis] * conv.dilation[axis] - conv.low[axis];
-            exists = exists && inside(i.at[axis], conv.input[axis]);
-        }
-        if (!exists) continue;
+        if (!input_of(i, o, at.tap, conv)) continue;
         Sum product = {};
         add_product(product, x[i.offset(x_at)], gradient);
         atomic_add(dw + at.offset(dw_at), product);

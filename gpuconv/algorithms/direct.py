@@ -58,15 +58,7 @@ def _gather(
 ) -> None:
     """One thread for each element of the target."""
     wide = arguments.is_wide(geometry, *y_x_w)
-    options = structs.Options(
-        images.conjugate,
-        arguments.number(images.activation),
-        w.conjugate,
-        0,
-        channels_innermost(target),
-        result.bias is not None,
-        arguments.number(result.activation),
-    )
+    options = arguments.options(images, w, channels_innermost(target), bias=result.bias, activation=result.activation)
     module = arguments.module("direct", images.view, w.view, target, run.dtype, wide, THREADS=THREADS)
     run.launch(
         Kernel(module, name),
@@ -104,13 +96,7 @@ def _sum_slices(
     index = structs.index_dtype(wide).type
     slices = partial.shape[0]
     length = blocks(gradients.view.shape[0] * math.prod(geometry.output), slices)
-    options = structs.Options(
-        gradients.conjugate,
-        arguments.number(gradients.activation),
-        images.conjugate,
-        arguments.number(images.activation),
-        channels_innermost=False,
-    )
+    options = arguments.options(gradients, images, channels_innermost=False)
     module = arguments.module("direct", gradients.view, images.view, partial, run.dtype, wide, THREADS=THREADS)
     run.launch(
         Kernel(module, "direct_weight_grad"),

@@ -150,14 +150,7 @@ def _launch_data_grad(dy: Operand, w: Operand, sums: Array, geometry: Geometry, 
     tiles = blocks(channels, tile.WIDTH)
     for extents, sizes in ((geometry.output, box.outputs), (geometry.kernel, box.taps)):
         tiles *= math.prod(map(blocks, arguments.lift(extents, 1), sizes))
-    options = structs.Options(
-        dy.conjugate,
-        arguments.number(dy.activation),
-        w.conjugate,
-        0,
-        channels_innermost(dy.view),
-        fours=_in_fours(sums, channels),
-    )
+    options = arguments.options(dy, w, channels_innermost(dy.view), fours=_in_fours(sums, channels))
     module = arguments.module("scatter", dy.view, w.view, sums, run.dtype, wide, **tile._asdict())
     run.launch(
         Kernel(module, "scatter_data_grad"),
@@ -184,14 +177,7 @@ def _launch_weight_grad(dy: Operand, x: Operand, sums: Array, geometry: Geometry
     length = blocks(outputs, wanted * tile.DEPTH) * tile.DEPTH
     slices = blocks(outputs, length)
     index = structs.index_dtype(wide).type
-    options = structs.Options(
-        dy.conjugate,
-        arguments.number(dy.activation),
-        x.conjugate,
-        arguments.number(x.activation),
-        channels_innermost(x.view),
-        fours=_in_fours(sums, filters),
-    )
+    options = arguments.options(dy, x, channels_innermost(x.view), fours=_in_fours(sums, filters))
     module = arguments.module("scatter", dy.view, x.view, sums, run.dtype, wide, **tile._asdict())
     run.launch(
         Kernel(module, "scatter_weight_grad"),

@@ -11,7 +11,7 @@ from gpuconv.algorithms import scatter
 from gpuconv.algorithms.blocks import channels_innermost
 from gpuconv.algorithms.scatter import THREADS
 from gpuconv.backend import Array, Backend
-from gpuconv.cuda import arguments, structs
+from gpuconv.cuda import arguments
 from gpuconv.cuda.kernel import Kernel
 from gpuconv.cuda.launch import blocks
 from gpuconv.geometry import Direction, Geometry
@@ -58,13 +58,7 @@ def _launch(
 ) -> None:
     """One thread for each element of dy."""
     wide = arguments.is_wide(geometry, *y_x_w)
-    options = structs.Options(
-        dy.conjugate,
-        arguments.number(dy.activation),
-        second.conjugate,
-        arguments.number(second.activation),
-        channels_innermost(dy.view),
-    )
+    options = arguments.options(dy, second, channels_innermost(dy.view))
     module = arguments.module("scatter", dy.view, second.view, sums, run.dtype, wide, **scatter.ONE._asdict())
     run.launch(
         Kernel(module, name),

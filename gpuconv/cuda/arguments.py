@@ -70,6 +70,20 @@ def _formed(operand: Operand, images: slice, space: Array, run: Run) -> Operand:
     return Operand(block)
 
 
+def options(
+    first: Operand,
+    second: Operand,
+    channels_innermost: bool,
+    *,
+    bias: Array | None = None,
+    activation: Activation | None = None,
+    fours: bool = False,
+) -> structs.Options:
+    """How a kernel reads its operands, which elements the threads of a warp meet, and what becomes of the sums."""
+    reading = (first.conjugate, number(first.activation), second.conjugate, number(second.activation))
+    return structs.Options(*reading, channels_innermost, bias is not None, number(activation), fours)
+
+
 def number(activation: Activation | None) -> int:
     """The number by which kernels know an activation."""
     return 0 if activation is None else 1 + NAMES.index(activation)
