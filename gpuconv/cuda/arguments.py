@@ -119,9 +119,21 @@ def module(
     stem: str, first: Array, second: Array, result: Array, sums: numpy.dtype, wide: bool, **constants: int
 ) -> Module:
     """The module for arrays of these dtypes."""
-    types = {"First": first, "Second": second, "Result": result}
-    named = (*((alias, array.dtype.name) for alias, array in types.items()), ("Sum", sums.name))
-    return Module(stem, named, wide, tuple(constants.items()))
+    return _module(stem, first.dtype, second.dtype, result.dtype, sums, wide, tuple(constants.items()))
+
+
+@lru_cache(maxsize=1024)
+def _module(
+    stem: str,
+    first: numpy.dtype,
+    second: numpy.dtype,
+    result: numpy.dtype,
+    sums: numpy.dtype,
+    wide: bool,
+    constants: tuple[tuple[str, int], ...],
+) -> Module:
+    types = (("First", first.name), ("Second", second.name), ("Result", result.name), ("Sum", sums.name))
+    return Module(stem, types, wide, constants)
 
 
 def _steps(view: Array) -> Shape:
