@@ -88,6 +88,7 @@ CASES = (
     case("1-D depthwise", (2, 4, 11), (4, 1, 4), padding=((3, 0),), groups=4),
     case("3-D", (2, 2, 4, 5, 6), (3, 2, 2, 3, 2), padding=1),
     case("3-D strided", (1, 2, 5, 6, 7), (2, 2, 3, 2, 3), stride=(2, 1, 2), padding=(1, 0, 1), dilation=(1, 2, 1)),
+    case("3-D dilated", (1, 2, 7, 4, 5), (2, 2, 3, 2, 2), padding=((1, 2), (0, 0), (2, 1)), dilation=(2, 1, 3)),
     case("3-D groups", (1, 4, 3, 4, 4), (4, 2, 3, 3, 3), padding=1, groups=2),
     case("many channels", (1, 20, 5, 6), (36, 20, 3, 2), padding=1),
     case("many channels, groups, stride 2", (1, 22, 6, 5), (26, 11, 3, 3), stride=2, padding=1, groups=2),
