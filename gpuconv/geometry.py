@@ -197,8 +197,8 @@ class Geometry:
     def largest_index(self) -> int:
         """A bound on the elements of x, w and y, and on every position that a tap or the padding leads to."""
         elements = (math.prod(shape) for shape in (self.x_shape, self.w_shape, self.y_shape))
-        axes = zip(self.input, self.padding, self.window, strict=True)
-        return max(*elements, *(n + abs(low) + abs(high) + window for n, (low, high), window in axes))
+        axes = zip(self.input, self.padding, self.kernel, self.dilation, self.stride, strict=True)
+        return max(*elements, *(n + abs(low) + abs(high) + k * d + s for n, (low, high), k, d, s in axes))
 
     @cached_property
     def residues(self) -> tuple[Residue, ...]:

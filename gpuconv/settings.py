@@ -119,7 +119,10 @@ def _folder(variable: str) -> Path | None:
     value = os.environ.get(variable, "").strip()
     if not value:
         return None
-    path = Path(value).expanduser()
-    if path.exists() and not path.is_dir():
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{variable} must name a folder; got {value!r} ({error})") from None
+    if os.path.isfile(path):
         raise ValueError(f"{variable} must name a folder, but {value!r} is a file")
     return path

@@ -89,7 +89,7 @@ scatter_data_grad(const First* dy_values, const First* dy_y, const Second* w_val
     block = take_box(first_tap, block, conv.kernel, boxes.taps);
     const Index n = take_box(first_output, block, conv.output, boxes.outputs);
 
-    int box_outputs = boxes.outputs[0] * boxes.outputs[1] * boxes.outputs[2];
+    const int box_outputs = boxes.outputs[0] * boxes.outputs[1] * boxes.outputs[2];
     const int positions = boxes.region[0] * boxes.region[1] * boxes.region[2];
     for (int j = thread; j < TILE_OUTPUTS; j += THREADS) {
         const int in_box[3] = {j / (boxes.outputs[1] * boxes.outputs[2]), j / boxes.outputs[2] % boxes.outputs[1],
@@ -97,9 +97,9 @@ scatter_data_grad(const First* dy_values, const First* dy_y, const Second* w_val
         Place o = {n, g, 0, {}};
         bool exists = j < box_outputs;
         int row = 0;
-        for (int axis = 0; axis < 3; ++axis) {
+        for (int axis = 0; axis < 3 && exists; ++axis) {
             o.at[axis] = first_output[axis] + in_box[axis];
-            exists = exists && o.at[axis] < conv.output[axis];
+            exists = o.at[axis] < conv.output[axis];
             row = row * boxes.region[axis] + in_box[axis] * int(conv.stride[axis]);
         }
         dy_offset[j] = exists ? o.offset(dy_at) : 0;

@@ -255,6 +255,26 @@ def test_the_cache_folder_must_be_a_folder(tmp_path, monkeypatch):
         cache.cubin_path(DIRECT, "sm_90a")
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "/proc/gpuconv", "/dev/null/gpuconv"])
+def test_a_cache_folder_that_cannot_be_only_costs_time(name, made, monkeypatch):
+    monkeypatch.setenv("GPUCONV_CACHE_DIR", name)
+    assert cache.cubin_path(DIRECT, "sm_90a").read_bytes() == b"cubin 1" * 100
+
+
+@pytest.mark.parametrize("variable", ["GPUCONV_CACHE_DIR", "GPUCONV_DUMP"])
+def test_a_home_that_is_unknown_is_named(variable, device, given, monkeypatch):
+    monkeypatch.setenv(variable, "~nobody-by-this-name/kernels")
+    with pytest.raises(ValueError, match=f"{variable} must name a folder; got '~nobody-by-this-name/kernels'"):
+        launch.launch_cuda(FORWARD, 1, 128, given)
+
+
+@pytest.mark.parametrize("name", ["/proc/gpuconv", "/dev/null/gpuconv"])
+def test_a_dump_that_cannot_be_written_is_an_error(name, device, given, monkeypatch):
+    monkeypatch.setenv("GPUCONV_DUMP", name)
+    with pytest.raises(ValueError, match=f"GPUCONV_DUMP must name a folder to write to; got '{name}'"):
+        launch.launch_cuda(FORWARD, 1, 128, given)
+
+
 # ------------------------------------------------------------------------------------------------- the launch
 
 

@@ -1,5 +1,6 @@
 """The emulator itself: what its instructions compute, and that it says what is wrong with a kernel, and where."""
 
+import concurrent.futures
 import functools
 
 import numpy as np
@@ -296,6 +297,75 @@ def test_matrix_product_of_float64():
     np.testing.assert_array_equal(y, exact)
 
 
+RIGHT = {
+    "some lanes shuffle while others wait at __syncwarp": (
+        """const int lane = threadIdx.x % 32;
+        int v = lane;
+        if (lane >= 16) v = __shfl_xor_sync(0xffff0000u, lane, 1);
+        __syncwarp();
+        y[threadIdx.x] = v;""",
+        [*range(16), *(i ^ 1 for i in range(16, 32))] + [*range(16), *(i ^ 1 for i in range(16, 32))][:16],
+    ),
+    "some lanes return and the others synchronise": (
+        """y[threadIdx.x] = 7;
+        if (threadIdx.x % 2) return;
+        __shared__ int tile[48];
+        tile[threadIdx.x] = threadIdx.x;
+        __syncwarp();
+        y[threadIdx.x] = tile[threadIdx.x ^ 2];""",
+        [7 if i % 2 else i ^ 2 for i in range(48)],
+    ),
+    "a whole mask in a warp of 16": (
+        """const int v = __shfl_xor_sync(~0u, int(threadIdx.x), 3);
+        y[threadIdx.x] = v + 100 * __popc(__ballot_sync(~0u, 1));""",
+        [(i ^ 3) + 100 * (32 if i < 32 else 16) for i in range(48)],
+    ),
+    "a warp's sum": (
+        """int v = threadIdx.x < 32 ? 1 : 2;
+        const unsigned lanes = threadIdx.x < 32 ? ~0u : 0xffffu;
+        for (int d = 8; d; d /= 2) v += __shfl_xor_sync(lanes, v, d);
+        y[threadIdx.x] = v;""",
+        [16] * 32 + [32] * 16,
+    ),
+    "minus one": ("y[threadIdx.x] = -1;\n__syncthreads();\ny[threadIdx.x] = y[threadIdx.x] - 1;", [-2] * 48),
+    "two stages in turns": (
+        """__shared__ int stage[2][48];
+        int sum = 0;
+        stage[0][threadIdx.x] = threadIdx.x;
+        for (int k = 0; k < 5; ++k) {
+            __syncthreads();
+            stage[(k + 1) % 2][threadIdx.x] = threadIdx.x + k + 1;
+            sum += stage[k % 2][47 - threadIdx.x];
+        }
+        y[threadIdx.x] = sum;""",
+        [5 * (47 - i) + 10 for i in range(48)],
+    ),
+}
+
+
+@BOTH_MODES
+@ORDERS
+@pytest.mark.parametrize("name", RIGHT)
+def test_what_is_right_raises_no_alarm(name, order, mode):
+    body, expected = RIGHT[name]
+    y = np.zeros(48, np.int32)
+    launch(kernel("int* y", body), (y,), block=48, mode=mode, order=order)
+    np.testing.assert_array_equal(y, expected)
+
+
+def test_blocks_of_two_axes_and_grids_of_three():
+    body = kernel(
+        "int* y",
+        """const int thread = threadIdx.x + blockDim.x * threadIdx.y;
+        const int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+        y[block * blockDim.x * blockDim.y + thread] = 1000 * block + 10 * threadIdx.y + threadIdx.x;""",
+    )
+    y = np.zeros(2 * 3 * 2 * 20, np.int32)
+    launch(body, (y,), grid=(2, 3, 2), block=(5, 4, 1), mode="checked")
+    expected = [1000 * b + 10 * j + i for b in range(12) for j in range(4) for i in range(5)]
+    np.testing.assert_array_equal(y, expected)
+
+
 # ------------------------------------------------------------------------------------------------- what it notices
 
 X, Y = np.arange(1, 65, dtype=np.float32), 64
@@ -403,6 +473,24 @@ WRONG = {
         "diverged warp: this lane executes a shuffle while others execute a vote at planted.cu:3",
         "diverged warp: this lane executes a shuffle while others execute a vote at planted.cu:3",
     ),
+    "barriers on one line": (
+        "float* y",
+        "if (threadIdx.x < 32) { __syncthreads(); } else { __syncthreads(); }\ny[threadIdx.x] = 1;",
+        "diverged barrier",
+        "diverged barrier",
+    ),
+    "division by zero": (
+        "float* y",
+        "y[threadIdx.x] = 7 / int(y[threadIdx.x]);",
+        "integer division by zero at planted.cu:2",
+        "undefined: division by zero, or its overflow in planted.cu:2",
+    ),
+    "more shared memory than there is": (
+        "float* y",
+        "__shared__ float tile[12288];\ntile[threadIdx.x] = 1;\ny[threadIdx.x] = tile[threadIdx.x];",
+        "planted takes more than the 49152 bytes of shared memory that a block has",
+        "planted takes more than the 49152 bytes of shared memory that a block has",
+    ),
     "copy in flight": (
         "const float* x, float* y",
         COPY.format(wait="").replace("threadIdx.x < 20 ? 16 : 4", "16").replace("&x[4 * threadIdx.x]", "x"),
@@ -410,6 +498,15 @@ WRONG = {
         "while an asynchronous copy into it is under way",
     ),
 }
+
+
+def test_a_copy_that_came_early_by_luck_is_still_in_flight():
+    body = kernel(
+        "const float* x, float* y", COPY.format(wait="__syncthreads(); y[0] = tile[0]; copy_async_wait<0>();")
+    )
+    x, y = np.arange(1, 129, dtype=np.float32), np.zeros(32, np.float32)
+    with pytest.raises(EmulationError, match="while an asynchronous copy into it is under way"):
+        launch(body, (x, y), mode="checked", late_copies=False)
 
 
 @BOTH_MODES
@@ -451,6 +548,12 @@ def test_unset_memory_of_the_host_is_noticed():
     assert np.isnan(y).all()
     with pytest.raises(EmulationError, match=r"read of x \+ 0 bytes, which was never set at planted.cu:2"):
         launch(body, (x, y), mode="checked")
+    x[:-1] = 0  # one number of the last four
+    fours = kernel(
+        "const float* x, float* y", "const float4 v = ((const float4*)x)[threadIdx.x % 8];\ny[threadIdx.x] = v.x;"
+    )
+    with pytest.raises(EmulationError, match=r"read of x \+ 112 bytes, which was never set at planted.cu:2"):
+        launch(fours, (x, y), mode="checked")
 
 
 @BOTH_MODES
@@ -492,6 +595,25 @@ def test_a_library_is_built_once_for_all_processes(tmp_path, monkeypatch):
     assert Library(text, "fast").path.stat().st_mtime_ns == built
     assert Library(text, "checked").path != first.path
     assert sorted(path.suffix for path in (tmp_path / "emulation").iterdir()) == [".so", ".so"]
+
+
+def test_a_library_is_found_through_a_link(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.setenv("GPUCONV_CACHE_DIR", str(tmp_path / "link"))
+    y = np.zeros(32, np.float32)
+    body = kernel("float* y", "y[threadIdx.x] = 43;")
+    launcher.run(Library((loader.FOLDER / "primitives.hpp").read_text() + body, "fast"), "planted", 1, 32, (y,))
+    assert (y == 43).all()
+
+
+def test_threads_launch_one_after_the_other():
+    body = kernel("float* y", "for (int i = 0; i < 100; ++i) { __syncthreads(); y[threadIdx.x] += 1; }")
+    compiled = library(body, "fast")
+    results = [np.zeros(256, np.float32) for _ in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda y: launcher.run(compiled, "planted", 1, 256, (y,)), results))
+    assert all((y == 100).all() for y in results)
 
 
 def test_machines_that_cannot_run_kernels_are_told_why(monkeypatch):

@@ -197,8 +197,45 @@ def test_arrays_that_kernels_cannot_address_are_copied(algorithm, arrays, rng):
     np.testing.assert_array_equal(out, dx)
 
 
-def misaligned(array):
-    memory = np.empty(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
+@EMULATED
+@pytest.mark.parametrize("shift", [1, 4])
+def test_results_that_are_not_aligned_are_added_up_elsewhere(shift, arrays, rng):
+    """NumPy calls complex64 aligned at a multiple of 4 bytes; a complex number is added at a multiple of 8."""
+    x, w = (draw(rng, shape, "complex64", True).astype(np.complex64) for shape in ((2, 3, 5, 5), (4, 3, 3, 3)))
+    dy = gpuconv.conv(x, w, algorithm="direct")
+    dx, dw = gradients_of("direct", x, w, dy)
+    out = misaligned(np.zeros_like(dx), shift)
+    np.testing.assert_array_equal(gpuconv.conv_data_grad(dy, w, x.shape, algorithm="scatter", out=out), dx)
+    out = misaligned(np.zeros_like(dw), shift)
+    np.testing.assert_array_equal(gpuconv.conv_weight_grad(dy, x, w.shape, algorithm="scatter", out=out), dw)
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("algorithm", KERNELS)
+@pytest.mark.parametrize(
+    "x_shape, w_shape, settings",
+    [
+        ((1, 2, 3, 2, 3), (2, 2, 1, 2, 2), {"stride": (2**28, 1, 2**30)}),
+        ((1, 1, 4), (2, 1, 1), {"dilation": 2**31 - 2, "padding": ((-1, 0),)}),
+        ((1, 1, 4), (2, 1, 2), {"dilation": 2**30, "padding": ((2**30, 0),)}),
+        ((1, 1, 4), (2, 1, 2), {"padding": ((-2, 0),), "stride": 2**31 - 1}),
+    ],
+)
+def test_extreme_steps_overflow_nowhere(x_shape, w_shape, settings, algorithm):
+    """Of the integers that kernels compute with, in checked mode."""
+    from conftest import arrays_of
+
+    x, w = np.ones(x_shape), np.ones(w_shape)
+    y = gpuconv.conv(x, w, **settings)
+    expected = [y, *gpuconv.conv_backward(y, x, w, **settings, needs=("dx", "dw"))[:2]]
+    with arrays_of("emulated"), launcher.using(mode="checked"):
+        results = [gpuconv.conv(x, w, algorithm="direct", **settings), *gradients_of(algorithm, x, w, y, **settings)]
+    for one, other in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def misaligned(array, shift=1):
+    memory = np.empty(array.nbytes + 8, np.uint8)[shift : shift - 8].view(array.dtype).reshape(array.shape)
     memory[...] = array
     return memory
 

@@ -6,6 +6,7 @@ The source is one text without an ``#include``: primitives.cuh, the constants an
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -84,9 +85,12 @@ def dump(module: Module) -> None:
         return
     text = source(module)
     path = folder / f"{module.stem}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.cu"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    if not os.path.exists(path):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        except OSError as error:
+            raise ValueError(f"GPUCONV_DUMP must name a folder to write to; got {str(folder)!r} ({error})") from error
 
 
 @lru_cache(maxsize=64)

@@ -14,7 +14,7 @@ static Runtime& g = runtime;
 
 void prepare_checks() {
     if (!g.checked) return;
-    g.arena_region = {uintptr_t(g.arena), uintptr_t(g.arena) + g.arena_bytes, "dynamic shared memory", true, false, {}};
+    g.arena_region = {uintptr_t(g.arena), uintptr_t(g.arena) + g.arena_bytes, "dynamic shared memory", true, false, 0, {}};
     Library& library = *g.library;
     for (Region* region : {&g.arena_region, &library.statics})
         if (region->shadow.empty()) region->shadow.resize((region->high - region->low) / GRANULE + 1);
@@ -142,10 +142,14 @@ static Region* region_of(uintptr_t a, size_t bytes, int kind, const void* pc) {
                     std::to_string(nearest->high - nearest->low) + " bytes");
 }
 
-// Global memory is unset where it still holds what the host filled it with: NaN that no arithmetic makes.
-static bool is_unset(uintptr_t a, size_t bytes) {
-    const auto* p = reinterpret_cast<const unsigned char*>(a);
-    return bytes >= 2 && std::all_of(p, p + bytes, [](unsigned char b) { return b == UNSET; });
+// Numbers in global memory are unset where they still hold what the host filled them with: NaN that no arithmetic makes.
+static bool is_unset(const Region& region, uintptr_t a, size_t bytes) {
+    if (region.element == 0) return false;
+    for (uintptr_t e = a; e + region.element <= a + bytes; e += region.element) {
+        const auto* p = reinterpret_cast<const unsigned char*>(e);
+        if (std::all_of(p, p + region.element, [](unsigned char b) { return b == UNSET; })) return true;
+    }
+    return false;
 }
 
 void check_access(const void* address, size_t bytes, int kind, const void* pc, int thread) {
@@ -153,7 +157,7 @@ void check_access(const void* address, size_t bytes, int kind, const void* pc, i
     const uintptr_t a = uintptr_t(address);
     Region* const region = region_of(a, bytes, kind, pc);
     if (!region) return;
-    if (!region->shared && kind != WRITE && is_unset(a, bytes))
+    if (!region->shared && kind != WRITE && is_unset(*region, a, bytes))
         report(pc, "unset", std::string(verb(kind)) + " of " + name_of(*region, a) + ", which was never set");
     check_shadow(*region, a, bytes, kind, pc, thread);
 }
@@ -174,7 +178,6 @@ void check_copy_started(const Copy& copy, int thread) {
     Region* const region = region_of(uintptr_t(copy.to), copy.bytes, WRITE, copy.pc);
     if (!region || !region->shared) give_up(copy.pc, "an asynchronous copy whose destination is not shared memory");
     check_shadow(*region, uintptr_t(copy.to), copy.bytes, WRITE, copy.pc, thread);
-    if (!g.late_copies) return;
     for (int i = 0; i < copy.bytes; i += GRANULE)
         region->shadow[(uintptr_t(copy.to) - region->low + i) / GRANULE].in_flight = g.serial;
 }

@@ -63,7 +63,7 @@ using Operation = void (*)(Lanes&);
 
 extern "C" {
 extern const Thread* emulated_thread;  // the one that runs now
-int emulated_barrier(const char* file, int line, int kind, int predicate);
+int emulated_barrier(const char* file, int line, int number, int kind, int predicate);
 void emulated_sync_warp(unsigned mask);
 void emulated_collective(unsigned mask, Operation operation, void* record, const char* name);
 void emulated_atomic(const void* address, size_t bytes, int count, const void* pc);
@@ -118,10 +118,10 @@ EMULATED_UNCHECKED inline void vote_operation(Lanes& lanes) {
 #define blockDim (emulated::emulated_thread->block_dim)
 #define gridDim (emulated::emulated_thread->grid_dim)
 
-#define __syncthreads() ((void)emulated::emulated_barrier(__FILE__, __LINE__, emulated::PLAIN, 0))
-#define __syncthreads_count(p) (emulated::emulated_barrier(__FILE__, __LINE__, emulated::COUNT, !!(p)))
-#define __syncthreads_and(p) (emulated::emulated_barrier(__FILE__, __LINE__, emulated::AND, !!(p)))
-#define __syncthreads_or(p) (emulated::emulated_barrier(__FILE__, __LINE__, emulated::OR, !!(p)))
+#define __syncthreads() ((void)emulated::emulated_barrier(__FILE__, __LINE__, __COUNTER__, emulated::PLAIN, 0))
+#define __syncthreads_count(p) (emulated::emulated_barrier(__FILE__, __LINE__, __COUNTER__, emulated::COUNT, !!(p)))
+#define __syncthreads_and(p) (emulated::emulated_barrier(__FILE__, __LINE__, __COUNTER__, emulated::AND, !!(p)))
+#define __syncthreads_or(p) (emulated::emulated_barrier(__FILE__, __LINE__, __COUNTER__, emulated::OR, !!(p)))
 
 // ---------------------------------------------------------------------------------------------- warps
 

@@ -9,17 +9,9 @@ static Runtime& g = runtime;
 // Late copies happen at the last legal moment, when they are waited for, and early ones at once. Both are what a GPU
 // may do, and a program that is right only under one of them is wrong.
 
-static void perform(const Copy& copy, int thread) {
+static void perform(const Copy& copy) {
     memcpy(copy.to, copy.from, copy.present);
     memset(copy.to + copy.present, 0, copy.bytes - copy.present);
-    if (g.checked) check_copy_done(copy, thread);
-}
-
-void finish_copies(Fiber& fiber, int pending) {
-    while (int(fiber.groups.size()) > pending) {
-        for (const Copy& copy : fiber.groups.front()) perform(copy, fiber.index);
-        fiber.groups.erase(fiber.groups.begin());
-    }
 }
 
 extern "C" void emulated_copy_async(void* to, const void* from, int bytes, int present) {
@@ -29,8 +21,8 @@ extern "C" void emulated_copy_async(void* to, const void* from, int bytes, int p
         give_up(copy.pc, "misaligned: asynchronous copy of " + std::to_string(bytes) + " bytes");
     if (present < 0 || present > bytes) give_up(copy.pc, "an asynchronous copy that reads more than it writes");
     if (g.checked) check_copy_started(copy, fiber.index);
-    if (g.late_copies) fiber.open.push_back(copy);
-    else perform(copy, fiber.index);
+    if (!g.late_copies) perform(copy);
+    fiber.open.push_back(copy);
 }
 
 extern "C" void emulated_copy_async_commit() {
@@ -39,7 +31,16 @@ extern "C" void emulated_copy_async_commit() {
     fiber.open.clear();
 }
 
-extern "C" void emulated_copy_async_wait(int pending) { finish_copies(*g.current, pending); }
+extern "C" void emulated_copy_async_wait(int pending) {
+    Fiber& fiber = *g.current;
+    while (int(fiber.groups.size()) > pending) {
+        for (const Copy& copy : fiber.groups.front()) {
+            if (g.late_copies) perform(copy);
+            if (g.checked) check_copy_done(copy, fiber.index);
+        }
+        fiber.groups.erase(fiber.groups.begin());
+    }
+}
 
 // ---------------------------------------------------------------------------------------------- ldmatrix
 

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import itertools
+import threading
 import types
 
 import numpy as np
@@ -15,6 +16,9 @@ from emulation import loader
 
 ORDERS = ("natural", "reverse", "random")
 SECONDS = 30.0  # that a launch may take
+SHARED_MEMORY = 48 << 10  # bytes that a block has unless a kernel asks for more, which none does
+
+_one_at_a_time = threading.Lock()  # the runtime is one for all threads
 
 
 class Options:
@@ -61,6 +65,7 @@ class _Argument(ctypes.Structure):
         ("name", ctypes.c_char_p),
         ("slot", ctypes.c_int),
         ("read_only", ctypes.c_int),
+        ("element", ctypes.c_size_t),
     )
 
 
@@ -93,33 +98,36 @@ def run(library, name, grid, block, arguments, shared_memory=0, names=None):
         if isinstance(argument, np.ndarray) and argument.ndim:
             low, high = np.lib.array_utils.byte_bounds(argument)
             origin = argument.__array_interface__["data"][0] - low
-            given.append(_Argument(low, high - low, origin, label.encode(), i, is_constant))
+            given.append(_Argument(low, high - low, origin, label.encode(), i, is_constant, _element(argument.dtype)))
             continue
         value = b"\0" * 8 if argument is None else argument.tobytes()
         assert len(value) == size, f"{name}: {label} has {size} bytes, and {len(value)} were given"
         kept.append(_aligned(value))
         slots[i] = ctypes.addressof(kept[-1])
+    if library.static_memory(name) + shared_memory > SHARED_MEMORY:
+        raise loader.EmulationError(
+            f"{name} takes more than the {SHARED_MEMORY} bytes of shared memory that a block has"
+        )
     number = next(options.seed)
     order = ORDERS.index(options.order) if options.order else number % len(ORDERS)
     how = _LaunchOptions(order, number, options.late_copies, options.seconds)
     grids, blocks = ((ctypes.c_uint * 3)(*((d, 1, 1) if isinstance(d, int) else d)) for d in (grid, block))
     array = (_Argument * len(given))(*given)
     runtime = loader.runtime()
-    count = runtime.emulated_launch(
-        library.handle,
-        entry,
-        grids,
-        blocks,
-        ctypes.c_size_t(shared_memory),
-        slots,
-        array,
-        len(given),
-        ctypes.byref(how),
-    )
-    options.launches.append(Launch(name, grid, ORDERS[order], runtime.emulated_global_atomics()))
-    if count:
-        reports = (library.located(runtime.emulated_report(i).decode()) for i in range(count))
+    shared = ctypes.c_size_t(shared_memory)
+    with _one_at_a_time:
+        count = runtime.emulated_launch(
+            library.handle, entry, grids, blocks, shared, slots, array, len(given), ctypes.byref(how)
+        )
+        options.launches.append(Launch(name, grid, ORDERS[order], runtime.emulated_global_atomics()))
+        reports = [library.located(runtime.emulated_report(i).decode()) for i in range(count)]
+    if reports:
         raise loader.EmulationError(f"{name}, {ORDERS[order]} order:\n" + "\n".join(reports))
+
+
+def _element(dtype):
+    """The bytes of one floating-point number, half a complex one; 0 for other numbers."""
+    return {"f": dtype.itemsize, "c": dtype.itemsize // 2, "V": dtype.itemsize}.get(dtype.kind, 0)
 
 
 def _aligned(value):

@@ -124,7 +124,8 @@ class Library:
 
     def __init__(self, text, mode):
         self.mode = mode
-        entries = "".join(f"EMULATED_ENTRY({name})\n" for name in kernel_names(text))
+        self.names = kernel_names(text)
+        entries = "".join(f"EMULATED_ENTRY({name})\n" for name in self.names)
         flags = (*KERNEL, *MODES[mode], f"-DEMULATED_{mode.upper()}")
         runtime_path = Path(runtime()._name)
 
@@ -152,23 +153,25 @@ class Library:
             sizes.append(size)
         return ctypes.cast(getattr(self._library, f"emulated_call_{name}"), ctypes.c_void_p), sizes
 
+    def static_memory(self, name):
+        """The bytes of shared memory that a kernel declares."""
+        return sum(size for _, size, array in self._arrays if re.match(rf"{name}\b", array))
+
     def _register(self):
         """Tells the runtime where the library lies, and where its shared arrays are: statics of functions."""
-        arrays, end = [], 0
+        self._arrays, end = [], 0
         for line in _run("nm", "-C", "-S", "--defined-only", self.path).splitlines():
-            address, *size_and_kind, name = re.fullmatch(r"(\w+) (?:(\w+) )?(\w) (.*)", line).groups()
-            size, kind = size_and_kind
+            address, size, kind, name = re.fullmatch(r"(\w+) (?:(\w+) )?(\w) (.*)", line).groups()
             end = max(end, int(address, 16) + int(size or "0", 16))
             if kind in "bBdDuV" and size and "::" in name and not name.startswith(("guard", "emulated")):
-                arrays.append((int(address, 16), int(size, 16), name.rpartition("::")[2]))
-        base, high = _extent_of(self.path)
-        count = len(arrays)
-        offsets, sizes = ((ctypes.c_size_t * count)(*(array[i] for array in arrays)) for i in (0, 1))
-        names = (ctypes.c_char_p * count)(*(array[2].encode() for array in arrays))
+                self._arrays.append((int(address, 16), int(size, 16), name))
+        base = _base_of(getattr(self._library, f"emulated_call_{self.names[0]}"))
+        count = len(self._arrays)
+        offsets, sizes = ((ctypes.c_size_t * count)(*(array[i] for array in self._arrays)) for i in (0, 1))
+        names = (ctypes.c_char_p * count)(*(array[2].rpartition("::")[2].encode() for array in self._arrays))
+        low, high = ctypes.c_size_t(base), ctypes.c_size_t(base + end)
         checked = int(self.mode == "checked")
-        high = ctypes.c_size_t(max(high, base + end))  # zeroed memory at the end is no part of the file
-        register = runtime().emulated_library
-        return ctypes.c_void_p(register(ctypes.c_size_t(base), high, checked, count, offsets, sizes, names))
+        return ctypes.c_void_p(runtime().emulated_library(low, high, checked, count, offsets, sizes, names))
 
     def located(self, text):
         """The text of a report with its addresses as source lines."""
@@ -184,11 +187,21 @@ class Library:
         return outer if outer == kernels[0] else f"{outer} ({kernels[0]})"
 
 
-def _extent_of(path):
-    """From where to where a loaded library's file lies in memory."""
-    with open("/proc/self/maps") as maps:
-        ranges = [line.split()[0].split("-") for line in maps if line.rstrip().endswith(str(path))]
-    return min(int(low, 16) for low, _ in ranges), max(int(high, 16) for _, high in ranges)
+class _DlInfo(ctypes.Structure):
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("symbol", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
+def _base_of(function):
+    """Where the library of a function begins in memory."""
+    info = _DlInfo()
+    found = ctypes.CDLL(None).dladdr(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(info))
+    assert found, "dladdr knows every loaded function"
+    return info.base
 
 
 def kernel_names(text):

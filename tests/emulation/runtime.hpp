@@ -50,7 +50,7 @@ struct Rendezvous {
 
 struct Warp {
     std::vector<Rendezvous> active;
-    unsigned live;
+    unsigned present, live;  // lanes that the block has, and those that have not returned
 };
 
 // What happened last to two neighbouring bytes. Serials count blocks over all launches; 0: nothing happened.
@@ -68,6 +68,7 @@ struct Region {
     uintptr_t low, high;
     std::string name;
     bool shared, read_only;
+    size_t element;  // bytes of a floating-point number, which tells what is unset; 0: other numbers
     std::vector<Shadow> shadow;
     bool contains(uintptr_t a) const { return a >= low && a < high; }
 };
@@ -101,7 +102,7 @@ struct Runtime {
 
     std::vector<int> at_barrier;
     const char* barrier_file;
-    int barrier_line, barrier_count, barrier_result;
+    int barrier_line, barrier_number, barrier_count, barrier_result;
     bool barrier_all, barrier_any;
 
     void (*entry)(void**);
@@ -137,7 +138,4 @@ void check_access(const void* address, size_t bytes, int kind, const void* pc, i
 void check_copy_started(const Copy& copy, int thread);
 void check_copy_done(const Copy& copy, int thread);
 enum AccessKind { READ, WRITE, ATOMIC };
-
-// instructions.cpp
-void finish_copies(Fiber& fiber, int pending);
 }  // namespace emulated

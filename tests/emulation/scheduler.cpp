@@ -177,7 +177,7 @@ static void release_barrier() {
     make_ready(g.at_barrier);
 }
 
-extern "C" int emulated_barrier(const char* file, int line, int kind, int predicate) {
+extern "C" int emulated_barrier(const char* file, int line, int number, int kind, int predicate) {
     Fiber& fiber = *g.current;
     fiber.waits_for = "__syncthreads()";
     fiber.file = file;
@@ -186,10 +186,11 @@ extern "C" int emulated_barrier(const char* file, int line, int kind, int predic
     if (!g.barrier_file) {
         g.barrier_file = file;
         g.barrier_line = line;
+        g.barrier_number = number;
         g.barrier_count = 0;
         g.barrier_all = true;
         g.barrier_any = false;
-    } else if (g.barrier_line != line || strcmp(g.barrier_file, file) != 0) {
+    } else if (g.barrier_number != number || g.barrier_line != line || strcmp(g.barrier_file, file) != 0) {
         g.at_barrier.push_back(fiber.index);
         give_up(__builtin_return_address(0), "diverged barrier: " + who_waits());
     }
@@ -214,27 +215,38 @@ static std::string mask_text(unsigned mask) {
     return text;
 }
 
-static void meet(unsigned mask, Operation operation, void* record, const char* name, const void* pc) {
+// All lanes have arrived, or the last one that others waited for has returned: the operation, and on they go.
+static void complete(Warp& warp, size_t which) {
+    const Rendezvous meeting = warp.active[which];
+    warp.active.erase(warp.active.begin() + which);
+    Lanes lanes;
+    lanes.mask = meeting.arrived;
+    std::copy(meeting.record, meeting.record + 32, lanes.record);
+    if (meeting.operation) meeting.operation(lanes);
+    std::vector<int> others;
+    for (int lane = 0; lane < 32; ++lane) {
+        const int thread = int(&warp - g.warp) * 32 + lane;
+        if ((meeting.arrived >> lane & 1) && thread != g.current->index) others.push_back(thread);
+    }
+    make_ready(others);
+}
+
+// `waits_for`: the lanes without which it cannot go on.
+static void meet(unsigned mask, unsigned waits_for, Operation operation, void* record, const char* name, const void* pc) {
     Fiber& fiber = *g.current;
     Warp& warp = g.warp[fiber.warp];
     if (!(mask >> fiber.lane & 1))
         give_up(pc, std::string(name) + " whose mask " + mask_text(mask) + " leaves out the calling lane");
-    Rendezvous* meeting = nullptr;
-    for (Rendezvous& other : warp.active) {
-        if (other.mask == mask) meeting = &other;
-        else if (other.mask & mask)
-            give_up(pc, std::string(name) + " with mask " + mask_text(mask) + " while lanes of it are in " + other.name +
-                            " with mask " + mask_text(other.mask));
-    }
-    if (!meeting) {
-        warp.active.push_back({mask, 0, operation, name, {}});
-        meeting = &warp.active.back();
-    } else if (meeting->operation != operation) {
-        give_up(pc, "diverged warp: this lane executes " + std::string(name) + " while others execute " + meeting->name);
-    }
-    meeting->record[fiber.lane] = record;
-    meeting->arrived |= 1u << fiber.lane;
-    if (meeting->arrived != mask) {
+    // Lanes that are in another meeting may still come to this one: if they cannot, the deadlock says who waits where.
+    size_t which = 0;
+    while (which < warp.active.size() && warp.active[which].mask != mask) ++which;
+    if (which == warp.active.size()) warp.active.push_back({mask, 0, operation, name, {}});
+    Rendezvous& meeting = warp.active[which];
+    if (meeting.operation != operation)
+        give_up(pc, "diverged warp: this lane executes " + std::string(name) + " while others execute " + meeting.name);
+    meeting.record[fiber.lane] = record;
+    meeting.arrived |= 1u << fiber.lane;
+    if (waits_for & ~meeting.arrived) {
         fiber.state = State::IN_COLLECTIVE;
         fiber.waits_for = name;
         fiber.file = nullptr;
@@ -242,15 +254,7 @@ static void meet(unsigned mask, Operation operation, void* record, const char* n
         switch_away();
         return;
     }
-    Lanes lanes;
-    lanes.mask = mask;
-    std::copy(meeting->record, meeting->record + 32, lanes.record);
-    warp.active.erase(warp.active.begin() + (meeting - warp.active.data()));
-    if (operation) operation(lanes);
-    std::vector<int> others;
-    for (int lane = 0; lane < 32; ++lane)
-        if ((mask >> lane & 1) && lane != fiber.lane) others.push_back(fiber.warp * 32 + lane);
-    make_ready(others);
+    complete(warp, which);
     if (g.order == RANDOM) {  // the last to arrive need not go on first
         std::vector<int> self{fiber.index};
         make_ready(self);
@@ -259,14 +263,25 @@ static void meet(unsigned mask, Operation operation, void* record, const char* n
 }
 
 extern "C" void emulated_collective(unsigned mask, Operation operation, void* record, const char* name) {
-    meet(mask, operation, record, name, __builtin_return_address(0));
+    meet(mask, mask & g.warp[g.current->warp].present, operation, record, name, __builtin_return_address(0));
 }
 
-// A warp's threads share a clock, so __syncwarp() lets it tick; a shuffle does not: it orders no memory.
+static void order_own_warp(Lanes&) { order_warps(1u << g.current->warp); }
+
+// A warp's threads share a clock, so __syncwarp() lets it tick; a shuffle does not: it orders no memory. Lanes that
+// have returned are not waited for.
 extern "C" void emulated_sync_warp(unsigned mask) {
-    const int warp = g.current->warp;
-    const unsigned present = mask == ~0u ? g.warp[warp].live : mask;  // lanes beyond the block do not exist
-    meet(present, [](Lanes&) { order_warps(1u << g.current->warp); }, nullptr, "__syncwarp()", __builtin_return_address(0));
+    meet(mask, mask & g.warp[g.current->warp].live, order_own_warp, nullptr, "__syncwarp()", __builtin_return_address(0));
+}
+
+static void lane_returned(Warp& warp) {
+    for (size_t which = 0; which < warp.active.size(); ++which) {
+        const Rendezvous& meeting = warp.active[which];
+        if (meeting.operation == order_own_warp && !(meeting.mask & warp.live & ~meeting.arrived)) {
+            complete(warp, which);
+            return;
+        }
+    }
 }
 
 extern "C" void* emulated_dynamic_shared() { return g.arena; }
@@ -282,6 +297,7 @@ static void run_thread() {
     fiber.state = State::RETURNED;
     --g.live;
     g.warp[fiber.warp].live &= ~(1u << fiber.lane);
+    lane_returned(g.warp[fiber.warp]);
     if (g.live && int(g.at_barrier.size()) == g.live)
         give_up(nullptr, "returned while the others wait: " + who_waits());
     switch_away();
@@ -298,7 +314,7 @@ static void run_block(uint3 block, const Thread& launch) {
     for (int w = 0; w < g.warps; ++w) {
         const int lanes = std::min(32, g.threads - 32 * w);
         g.warp[w].active.clear();
-        g.warp[w].live = lanes == 32 ? ~0u : (1u << lanes) - 1;
+        g.warp[w].present = g.warp[w].live = lanes == 32 ? ~0u : (1u << lanes) - 1;
         g.clock[w] = 1;
         std::fill_n(g.seen[w], MOST_WARPS, 0);
     }
@@ -336,11 +352,13 @@ static void run_block(uint3 block, const Thread& launch) {
 
 static int time_signal() { return SIGRTMIN + 7; }
 
-static void on_fault(int, siginfo_t* info, void* context) {
+static void on_fault(int signal, siginfo_t* info, void* context) {
     const uintptr_t a = uintptr_t(info->si_addr);
     const void* pc = (const void*)(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP] + 1);
     std::string text = "memory fault at a wild address";
-    if (a - uintptr_t(g.stacks) < MOST_THREADS * STACK) {
+    if (signal == SIGFPE) {
+        text = "integer division by zero";
+    } else if (a - uintptr_t(g.stacks) < MOST_THREADS * STACK) {
         text = "stack overflow: local variables take more than 128 KiB";
     } else {
         const Region* nearest = nullptr;
@@ -424,6 +442,7 @@ struct Argument {
     ptrdiff_t origin;  // of the pointer that the kernel gets, within the memory
     const char* name;
     int slot, read_only;
+    size_t element;
 };
 
 // A copy of an argument between pages that fault: right in front of one, or right behind one.
@@ -447,7 +466,7 @@ public:
         copy = at_end ? last - (uintptr_t(last) + 16 - offset) % 16 : mapping + PAGE + offset;
         memset(mapping + PAGE, UNSET, pages);
         memcpy(copy, a.memory, a.bytes);
-        region = {uintptr_t(copy), uintptr_t(copy) + a.bytes, a.name, false, a.read_only != 0, {}};
+        region = {uintptr_t(copy), uintptr_t(copy) + a.bytes, a.name, false, a.read_only != 0, a.element, {}};
         pointer = copy + a.origin;
     }
     Guarded(const Guarded&) = delete;
@@ -488,7 +507,7 @@ Library* emulated_library(uintptr_t low, uintptr_t high, int checked, int count,
         first = i ? std::min(first, array.low) : array.low;
         last = std::max(last, array.high);
     }
-    library->statics = {first, last, "shared memory", true, false, {}};
+    library->statics = {first, last, "shared memory", true, false, 0, {}};
     return library;
 }
 
@@ -516,10 +535,9 @@ int emulated_launch(Library* library, void (*entry)(void**), const unsigned* gri
     g.warps = (g.threads + 31) / 32;
     g.arena_bytes = shared_bytes;
     g.global_atomics = 0;
-    size_t shared_total = shared_bytes;
-    for (const SharedArray& array : library->arrays) shared_total += array.high - array.low;
-    if (g.threads < 1 || g.threads > MOST_THREADS || shared_bytes > MOST_SHARED) {
-        g.reports.push_back("a block has 1 to 1024 threads and at most 227 KiB of shared memory");
+    if (g.threads < 1 || g.threads > MOST_THREADS || shared_bytes > MOST_SHARED || grid[1] > 65535 || grid[2] > 65535) {
+        g.reports.push_back("a block has 1 to 1024 threads and at most 227 KiB of shared memory; a grid has at most 65535"
+                            " blocks along its second and third axis");
         return 1;
     }
     std::vector<Guarded*> guarded;
