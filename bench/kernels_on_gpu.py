@@ -3,8 +3,9 @@
     python bench/kernels_on_gpu.py [--batch 32] [--seconds 0.2] [--case WORDS] [--json FILE]
 
 Every result is verified against a float64 reference before it is timed, between two events on the stream; a wrong one
-is marked and not timed. float32 arrays in channels_first and channels_last memory. Prints a Markdown table of medians
-in milliseconds and of two ratios: plain twin over scatter, and im2col over the better of scatter and direct.
+is marked and not timed. Where a layer is so small that the GPU waits for launches, the time is the host's. float32
+arrays in channels_first and channels_last memory. Prints a Markdown table of medians in milliseconds and of two
+ratios: plain twin over scatter, and im2col over the better of scatter and direct.
 """
 
 import argparse

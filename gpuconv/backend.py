@@ -146,8 +146,9 @@ def cupy_backend() -> Backend:
         what = "is not installed" if missing else f"cannot be imported ({error})"
         raise BackendError(f"backend 'cupy' needs CuPy, which {what}: {INSTALL_HINT}") from error
     try:
-        # Compiles and runs a kernel, which finds a missing driver, device or NVRTC.
-        working = int((cupy.arange(3) + 1).sum()) == 6
+        # Compiles and runs a kernel and multiplies matrices: finds a missing driver, device, NVRTC or cuBLAS.
+        square = cupy.arange(4).astype("float32").reshape(2, 2) + 1
+        working = int((square @ square).sum()) == 54
     except Exception as error:
         raise BackendError(
             f"backend 'cupy' needs an NVIDIA GPU that CuPy {cupy.__version__} can use, but it cannot"

@@ -51,7 +51,7 @@ template <class T> DEVICE Complex<T> conjugate(Complex<T> v) { return {v.real, -
 DEVICE void atomic_add(Complex<float>* to, Complex<float> v) {
     atomic_add(&to->real, make_float2(v.real, v.imag));
 }
-DEVICE void atomic_add(Complex<double>* to, Complex<double> v) {
+template <class T> DEVICE void atomic_add(Complex<T>* to, Complex<T> v) {
     atomic_add(&to->real, v.real);
     atomic_add(&to->imag, v.imag);
 }

@@ -14,7 +14,7 @@
 struct half { unsigned short bits; };      // storage only: arithmetic is done in float
 struct bfloat16 { unsigned short bits; };  // storage only
 
-template <class T> struct Complex { T real, imag; };
+template <class T> struct __align__(8) Complex { T real, imag; };
 
 struct __align__(4) half2 { half x, y; };
 struct __align__(4) bfloat162 { bfloat16 x, y; };
@@ -63,7 +63,9 @@ DEVICE unsigned to_tf32(float f) {
 // Into global memory, without a result: the memory adds, and the thread goes on.
 
 DEVICE void atomic_add(float* to, float value) { atomicAdd(to, value); }
+#if __CUDA_ARCH__ >= 600
 DEVICE void atomic_add(double* to, double value) { atomicAdd(to, value); }
+#endif
 
 DEVICE void atomic_add(float* to, float2 value) {  // to: a multiple of 8 bytes
 #if __CUDA_ARCH__ >= 900

@@ -7,8 +7,8 @@
 // bits may differ from call to call. Atomic additions to global memory are what limits such a kernel; so a block first
 // adds up what belongs together in its registers, then in shared memory, and only then adds to dx or dw. The plain
 // twins at the end do without.
-// Constants: THREADS, WIDTH (channels or filters of a tile), TILE_OUTPUTS and CHUNK (data_grad), TILE_ROWS and DEPTH
-// (weight_grad). Arrays have any strides.
+// Constants: THREADS, WIDTH (channels or filters of a tile), ROW, TILE_OUTPUTS and CHUNK (data_grad), TILE_ROWS and
+// DEPTH (weight_grad). Arrays have any strides.
 
 constexpr int THREAD_CHANNELS = WIDTH < 4 ? WIDTH : 4;  // of its tile, a thread owns this many channels (or filters)
 constexpr int CHANNEL_THREADS = WIDTH / THREAD_CHANNELS;
@@ -71,7 +71,7 @@ scatter_data_grad(const First* dy_values, const First* dy_y, const Second* w_val
     __shared__ __align__(16) Sum w_tile[CHUNK][WIDTH + (WIDTH < 4 ? 0 : PAD)];
     __shared__ Index dy_offset[TILE_OUTPUTS];  // of the first filter of each output
     __shared__ int region_row[TILE_OUTPUTS];   // where the first tap of the box brings each output; -1: there is none
-    DYNAMIC_SHARED(Sum, region);               // [positions of the region][WIDTH]
+    DYNAMIC_SHARED(Sum, region);               // [positions of the region][ROW], of which WIDTH are used
 
     const Operand<First> dy = {dy_values, dy_y, options.first_conjugated, options.first_derivative};
     const Operand<Second> w = {w_values, nullptr, options.second_conjugated, IDENTITY};
@@ -105,7 +105,7 @@ scatter_data_grad(const First* dy_values, const First* dy_y, const Second* w_val
         dy_offset[j] = exists ? o.offset(dy_at) : 0;
         region_row[j] = exists ? row : -1;
     }
-    for (int e = thread; e < positions * WIDTH; e += THREADS) region[e] = Sum{};
+    for (int e = thread; e < positions * ROW; e += THREADS) region[e] = Sum{};
 
     const int taps = boxes.taps[0] * boxes.taps[1] * boxes.taps[2];
     for (int k = 0; k < taps; ++k) {
@@ -146,7 +146,7 @@ scatter_data_grad(const First* dy_values, const First* dy_y, const Second* w_val
             const int row = region_row[output_of_thread + i];
             if (row < 0) continue;
             Numbers<THREAD_CHANNELS>* to =
-                reinterpret_cast<Numbers<THREAD_CHANNELS>*>(&region[(row + tap_row) * WIDTH + channel_of_thread]);
+                reinterpret_cast<Numbers<THREAD_CHANNELS>*>(&region[(row + tap_row) * ROW + channel_of_thread]);
             Numbers<THREAD_CHANNELS> numbers = *to;
             for (int j = 0; j < THREAD_CHANNELS; ++j) add(numbers.v[j], sum[i][j]);
             *to = numbers;
@@ -169,7 +169,7 @@ scatter_data_grad(const First* dy_values, const First* dy_y, const Second* w_val
         }
         if (!exists) continue;
         const int count = conv.C - i.channel < STEP ? int(conv.C - i.channel) : STEP;
-        flush(dx + i.offset(dx_at), &region[position * WIDTH + c], count, dx_at.channel, STEP == 4 && options.fours);
+        flush(dx + i.offset(dx_at), &region[position * ROW + c], count, dx_at.channel, STEP == 4 && options.fours);
     }
 }
 

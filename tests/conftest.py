@@ -12,7 +12,7 @@ from hypothesis import settings
 
 import gpuconv
 import gpuconv.call
-from gpuconv.backend import NUMPY, Backend
+from gpuconv.backend import NUMPY, Backend, cupy_backend
 from gpuconv.choose import MODULES
 from gpuconv.cuda import arguments
 from gpuconv.geometry import Geometry
@@ -103,7 +103,7 @@ class CupyArrays(NumpyArrays):
         import cupy
 
         self.xp = cupy
-        self.backend = gpuconv.backend.cupy_backend()
+        self.backend = cupy_backend()
 
     def asarray(self, array):
         memory = np.argsort([-abs(step) for step in array.strides], kind="stable")

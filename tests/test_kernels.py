@@ -114,7 +114,7 @@ def test_boxes_fit_shared_memory_and_cover_the_outputs():
                 assert math.prod(box.outputs) <= tile.TILE_OUTPUTS
                 assert min(box.outputs) >= 1
                 assert min(box.taps) >= 1
-                assert math.prod(box.region) * tile.WIDTH * itemsize < scatter.SHARED_MEMORY
+                assert math.prod(box.region) * tile.ROW * itemsize < scatter.SHARED_MEMORY
     layer = Geometry.infer((1, 64, 56, 56), (64, 64, 3, 3), padding=1)
     assert math.prod(scatter._boxes(layer, scatter.MANY, 4, False).outputs) >= 56
 

@@ -20,9 +20,11 @@ from gpuconv.operands import Operand, Result
 from gpuconv.workspace import Run, shaped
 
 THREADS = 128
-# weight_grad: as many threads as keep a large GPU busy, unless their slices of the outputs would be shorter than this.
+# weight_grad: as many threads as keep a large GPU busy, unless slices of the outputs would be too short or too many:
+# one thread adds all slices of a weight.
 MOST_THREADS = 1 << 18
 SHORTEST_SLICE = 64
+MOST_SLICES = 1024
 
 
 def why_not(
@@ -121,4 +123,4 @@ def _slices(geometry: Geometry, budget: int) -> int:
     weights = geometry.filters * geometry.group_channels * geometry.taps
     outputs = math.prod((*geometry.batch, *geometry.output))
     room = min(budget // 2, arguments.NARROW) // weights - 1
-    return max(1, min(outputs // SHORTEST_SLICE, MOST_THREADS // weights, room))
+    return max(1, min(MOST_SLICES, outputs // SHORTEST_SLICE, MOST_THREADS // weights, room))

@@ -40,6 +40,7 @@ class Tile(NamedTuple):
     """The constants of scatter.cu."""
 
     WIDTH: int  # channels (data_grad) or filters (weight_grad) of a tile
+    ROW: int  # numbers from one position of data_grad's region to the next, so that few of them share a bank
     TILE_OUTPUTS: int
     CHUNK: int  # filters that data_grad loads at a time
     TILE_ROWS: int  # taps times channels
@@ -47,7 +48,7 @@ class Tile(NamedTuple):
     THREADS: int = THREADS
 
 
-ONE, FEW, MANY = Tile(1, 256, 8, 16, 64), Tile(4, 256, 8, 64, 32), Tile(32, 64, 16, 64, 16)
+ONE, FEW, MANY = Tile(1, 1, 256, 8, 16, 64), Tile(4, 4, 256, 8, 64, 32), Tile(32, 36, 64, 16, 64, 16)
 
 
 def tile_for(channels: int, itemsize: int) -> Tile:
@@ -162,7 +163,7 @@ def _launch_data_grad(dy: Operand, w: Operand, sums: Array, geometry: Geometry, 
             structs.struct("Boxes", wide, *box),
             options.struct(wide),
         ),
-        math.prod(box.region) * tile.WIDTH * run.dtype.itemsize,
+        math.prod(box.region) * tile.ROW * run.dtype.itemsize,
     )
 
 
@@ -218,7 +219,7 @@ def _boxes(geometry: Geometry, tile: Tile, itemsize: int, wide: bool) -> Boxes:
     """
     index = structs.index_dtype(wide).itemsize
     tiles = tile.CHUNK * (tile.TILE_OUTPUTS + 2 * PAD + tile.WIDTH) * itemsize + tile.TILE_OUTPUTS * (index + 4) + 64
-    positions = (SHARED_MEMORY - tiles) // (tile.WIDTH * itemsize)
+    positions = (SHARED_MEMORY - tiles) // (tile.ROW * itemsize)
     output, taps = (list(arguments.lift(extents, 1)) for extents in (geometry.output, geometry.kernel))
     stride, dilation = (arguments.lift(steps, 1) for steps in (geometry.stride, geometry.dilation))
 

@@ -30,7 +30,8 @@ class Timing(NamedTuple):
 def measure(call: Callable[[], Any], xp: Any, seconds: float) -> Timing:
     """Calls once to warm up, then for this long, but 5 times at least and 50 at most.
 
-    On a GPU the time is the device's, between two events around the call; on the CPU it is the wall clock's.
+    On the CPU it is the wall clock's time; on a GPU that between two events around the call, which is the device's
+    where the device has enough to do, and the host's where it waits for the next launch.
     """
     once = _cpu_seconds if xp is numpy else _gpu_seconds
     once(call, xp)

@@ -6,7 +6,7 @@
 struct half { unsigned short bits; };
 struct bfloat16 { unsigned short bits; };
 
-template <class T> struct Complex { T real, imag; };
+template <class T> struct __align__(8) Complex { T real, imag; };
 
 struct __align__(4) half2 { half x, y; };
 struct __align__(4) bfloat162 { bfloat16 x, y; };
