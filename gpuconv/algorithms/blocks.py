@@ -63,10 +63,13 @@ def _inverse(axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(range(len(axes)), key=axes.__getitem__))
 
 
-def largest(extent: int, limit: float, cost: Callable[[int], float]) -> int:
-    """The largest size from 1 to extent that costs no more than the limit, evened out over the pieces; at least 1."""
-    size = max(1, bisect_right(range(1, extent + 1), limit, key=cost))
-    pieces = -(-extent // size)
+def largest(extent: int, limit: int, each: int) -> int:
+    """How many of these, where each takes so much, fit the limit, evened out over the pieces; at least 1."""
+    return _evened(extent, limit // each if each else extent)
+
+
+def _evened(extent: int, size: int) -> int:
+    pieces = -(-extent // max(1, size))
     return max(1, -(-extent // pieces))
 
 
@@ -80,7 +83,7 @@ def channels_innermost(images: Array) -> bool:
 def group_parts(geometry: Geometry, budget: int) -> tuple[tuple[slice, Geometry], ...]:
     """The groups, in as many parts as it takes for a few outputs of all of a part's channels to fit the budget."""
     per_output = 3 * max(geometry.group_channels, geometry.group_filters) * geometry.taps  # windows, weights and sums
-    size = largest(geometry.groups, budget // FEWEST_OUTPUTS, lambda groups: per_output * groups)
+    size = largest(geometry.groups, budget // FEWEST_OUTPUTS, per_output)
     return tuple((groups, _part_of(geometry, groups.stop - groups.start)) for groups in pieces(geometry.groups, size))
 
 
@@ -115,7 +118,7 @@ def fitting_box(
         def cost_of(size: int, before: Shape = before, after: Shape = after) -> int:
             return cost((*before, size, *after))
 
-        box[axis] = largest(extents[axis], limit, cost_of)
+        box[axis] = _evened(extents[axis], bisect_right(range(1, extents[axis] + 1), limit, key=cost_of))
         if box[axis] < extents[axis]:
             break
     return tuple(box), tuple(elements * space.needed for elements, space in parts(tuple(box)))

@@ -216,7 +216,7 @@ def _forward_sizes(
     geometry: Geometry, budget: int, block: int, reading: _Reading, weights: bool, sums: Space
 ) -> _Sizes:
     per_filter = geometry.channels * geometry.taps if weights else 0
-    filters = largest(geometry.group_filters, budget // 2, lambda count: per_filter * count)
+    filters = largest(geometry.group_filters, budget // 2, per_filter)
     limit = min(budget - per_filter * filters, block)
     return _box_sizes(geometry, limit, filters, per_filter * filters, reading, sums)
 
@@ -224,7 +224,7 @@ def _forward_sizes(
 @lru_cache(maxsize=1024)
 def _weight_grad_sizes(geometry: Geometry, budget: int, block: int, reading: _Reading, gradients: Space) -> _Sizes:
     per_filter = geometry.channels * geometry.taps
-    filters = largest(geometry.group_filters, budget // 2, lambda count: 2 * per_filter * count)
+    filters = largest(geometry.group_filters, budget // 2, 2 * per_filter)
     # Each block adds a whole dw to the sum: it should be worth that.
     limit = min(budget - 2 * per_filter * filters, max(block, 4 * per_filter * filters))
     return _box_sizes(geometry, limit, filters, per_filter * filters, reading, gradients)
@@ -256,7 +256,7 @@ def _apart_sizes(
     geometry: Geometry, budget: int, block: int, copies_weights: bool, gradients: Space, temporaries: int
 ) -> _Sizes:
     per_channel = geometry.filters * geometry.taps if copies_weights else 0
-    channels = largest(geometry.group_channels, budget // 2, lambda count: per_channel * count)
+    channels = largest(geometry.group_channels, budget // 2, per_channel)
 
     def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
         outputs = math.prod(box)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy
 
 from gpuconv.algorithms import slices
-from gpuconv.algorithms.blocks import channels_innermost, largest, pieces
+from gpuconv.algorithms.blocks import Space, boxes, channels_innermost, fitting_box, largest, pieces
 from gpuconv.arguments import Shape
 from gpuconv.backend import Array, Backend, address
 from gpuconv.cuda import arguments, structs
@@ -99,11 +99,11 @@ def add_to_images(
         if in_place(target, run.dtype):
             target[...] = 0
             launch(gradients, w, target, geometry, run)
-            dx.finish(run.backend.xp, target)
+            _finish(dx, target, run)
             continue
         each = math.prod(extent) * groups * (1 + dx.temporaries)
-        at_once = largest(channels, run.budget // 2, lambda count, each=each: each * count)  # type: ignore[misc]
-        size = largest(images, run.budget // 2, lambda count, each=each * at_once: each * count)  # type: ignore[misc]
+        at_once = largest(channels, run.budget // 2, each)
+        size = largest(images, run.budget // 2, each * at_once)
         with run.workspace(size * math.prod(extent) * groups * at_once) as (space,):
             for some, part in product(pieces(images, size), pieces(channels, at_once)):
                 place = target[some][..., part]
@@ -112,6 +112,14 @@ def add_to_images(
                 launch(gradients.of_images(some), w.part(w.view[..., part, :]), sums, geometry, run)
                 dx.finish(run.backend.xp, sums, part)
                 place[...] = sums
+
+
+def _finish(result: Result, target: Array, run: Run) -> None:
+    """Bias and activation, where a whole array's temporaries may not fit the workspace."""
+    channels, each = math.prod(target.shape[-2:]), Space(False, result.temporaries)
+    box, _ = fitting_box(target.shape[:-2], run.budget, lambda box: [(channels * math.prod(box), each)])
+    for index in boxes(target.shape[:-2], box):
+        result.finish(run.backend.xp, target[index])
 
 
 def _like(view: Array, space: Array) -> Array:
@@ -130,7 +138,7 @@ def add_to_weights(
     filters = dw.view.shape[-1]
     per_filter = dw.view.size // filters
     summed = not in_place(dw.view, run.dtype)
-    at_once = largest(filters, run.budget // 2, lambda count: per_filter * count) if summed else filters
+    at_once = largest(filters, run.budget // 2, per_filter) if summed else filters
     with run.workspace(per_filter * at_once * summed) as (space,):
         for part in pieces(filters, at_once):
             place = dw.view[..., part]

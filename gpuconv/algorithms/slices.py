@@ -225,7 +225,7 @@ class _Sizes(NamedTuple):
 @lru_cache(maxsize=1024)
 def _forward_sizes(geometry: Geometry, budget: int, block: int, temporaries: int, sums: Space) -> _Sizes:
     weights = geometry.channels * geometry.taps  # per filter of each group
-    filters = largest(geometry.group_filters, budget // 2, lambda count: weights * count)
+    filters = largest(geometry.group_filters, budget // 2, weights)
 
     def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
         outputs = math.prod(box)
@@ -245,7 +245,7 @@ def _forward_sizes(geometry: Geometry, budget: int, block: int, temporaries: int
 @lru_cache(maxsize=1024)
 def _data_grad_sizes(geometry: Geometry, budget: int, block: int, gradients: Space, sums: Space) -> _Sizes:
     weights = geometry.filters * geometry.taps  # per channel of each group
-    channels = largest(geometry.group_channels, budget // 2, lambda count: weights * count)
+    channels = largest(geometry.group_channels, budget // 2, weights)
     batch = len(geometry.batch)
 
     def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
@@ -271,7 +271,7 @@ def _weight_grad_sizes(
     geometry: Geometry, budget: int, block: int, temporaries: int, dy_temporaries: int, summed: bool
 ) -> _Sizes:
     weights = geometry.channels * geometry.taps  # per filter of each group
-    filters = largest(geometry.group_filters, budget // 2, lambda count: (1 + summed) * weights * count)
+    filters = largest(geometry.group_filters, budget // 2, (1 + summed) * weights)
 
     def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
         outputs = math.prod(box)

@@ -54,7 +54,7 @@ def image_pieces(
         elements = [math.prod(o.view.shape[1:]) * is_apart for o, is_apart in zip(flat, apart, strict=True)]
         cost = sum(size * (1 + o.temporaries) for size, o in zip(elements, flat, strict=True))
         images = flat[0].view.shape[0]
-        at_once = largest(images, run.budget // 2, lambda n, cost=cost: n * cost)  # type: ignore[misc]
+        at_once = largest(images, run.budget // 2, cost)
         with run.workspace(*(at_once * size for size in elements)) as spaces:
             for piece in pieces(images, at_once):
                 read = [
