@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -34,7 +33,7 @@ def prepare(kernel: Kernel, grid: int, arguments: Sequence[Any]) -> None:
 
 def blocks(count: int, per_block: int) -> int:
     """How many blocks it takes."""
-    return math.ceil(count / per_block)
+    return -(-count // per_block)
 
 
 def _device() -> int:
