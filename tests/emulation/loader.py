@@ -105,7 +105,7 @@ def _built(parts, build):
 @functools.cache
 def runtime():
     """The emulator itself, loaded."""
-    names = ("cuda.hpp", "runtime.hpp", "scheduler.cpp", "checks.cpp", "instructions.cpp")
+    names = ("cuda.hpp", "runtime.hpp", "scheduler.cpp", "launch.cpp", "checks.cpp", "instructions.cpp")
     flags = (*COMMON, "-O2", "-Wextra", "-shared", "-Wl,-Bsymbolic")
 
     def build(folder):

@@ -1,4 +1,4 @@
-// The emulator's state, shared by scheduler.cpp, checks.cpp and instructions.cpp.
+// The emulator's state, shared by scheduler.cpp, launch.cpp, checks.cpp and instructions.cpp.
 #pragma once
 
 #include "cuda.hpp"
@@ -130,6 +130,8 @@ void report(const void* pc, const char* kind, const std::string& text);  // once
 std::string name_of(const Fiber& fiber);
 std::string place(const void* pc);
 void check_time();
+constexpr const char* OUT_OF_TIME = "the launch takes longer than its time limit";
+void run_block(uint3 block, const Thread& launch);
 
 // checks.cpp
 void prepare_checks();
