@@ -95,9 +95,10 @@ def _flat_batches(geometry: Geometry, *views: Array) -> Iterator[list[Array]]:
     if axes == 0:
         yield [view[None] for view in views]
         return
-    first = min(
-        axes - 1,
-        next(a for a in range(axes) if all(merged(v.shape[a:axes], v.strides[a:axes]) is not None for v in views)),
+    first = next(
+        axis
+        for axis in range(axes)  # the last one merges with nothing, and so always
+        if all(merged(view.shape[axis:axes], view.strides[axis:axes]) is not None for view in views)
     )
     for index in numpy.ndindex(geometry.batch[:first]):
         yield [view[index].reshape(-1, *view.shape[axes:]) for view in views]
