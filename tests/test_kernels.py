@@ -1,7 +1,6 @@
 """What the kernels promise beside the numbers of the matrix, run on the CPU and, where there is one, on a GPU."""
 
 import math
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from cases import CASES, DIRECTIONS, draw, named_dtype
 from conftest import BACKENDS
 from emulation import launcher
 from test_matrix import assert_right
+from test_memory import assert_stays_within
 
 KERNELS = ("scatter", "direct")
 ON_KERNELS = pytest.mark.parametrize("arrays", [BACKENDS[1], BACKENDS[3]], indirect=True)
@@ -331,15 +331,8 @@ def test_kernels_stay_within_the_workspace_limit(layer, algorithm, dtype, activa
         "dw": (w.nbytes, lambda: gpuconv.conv_backward(y, x, w, needs="dw", **options)),
     }
     for name, (result_bytes, call) in calls.items():
-        call()  # what is kept from now on is not this call's
-        weight_sums = 4 * w.size * (1 + 2 * (algorithm == "direct")) if name == "dw" else 0  # the smallest piece
-        tracemalloc.start()
-        try:
-            call()
-            peak = tracemalloc.get_traced_memory()[1] - result_bytes
-        finally:
-            tracemalloc.stop()
-        assert peak <= max(limit, weight_sums) + slack, f"{name} takes {peak} bytes beside its result"
+        weight_sums = 4 * w.size * (1 + (algorithm == "direct")) if name == "dw" else 0  # the smallest piece
+        assert_stays_within(max(limit, weight_sums), result_bytes, call, slack)
 
 
 @EMULATED
