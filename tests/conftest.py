@@ -16,10 +16,9 @@ from gpuconv.backend import NUMPY, Backend, cupy_backend
 from gpuconv.choose import MODULES
 from gpuconv.cuda import arguments
 from gpuconv.geometry import Geometry
-
-import standin
-from cases import named_dtype
-from emulation import launcher, loader
+from tests import standin
+from tests.cases import named_dtype
+from tests.emulation import launcher, loader
 
 settings.register_profile("gpuconv", deadline=None, derandomize=True)
 settings.load_profile("gpuconv")

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 import gpuconv
-
-from cases import CASES, draw, laid_out, named_dtype
+from tests.cases import CASES, draw, laid_out, named_dtype
 
 DTYPES = ("float64", "complex128")
 

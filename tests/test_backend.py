@@ -11,9 +11,8 @@ import pytest
 import gpuconv
 from gpuconv.backend import cupy_backend
 from gpuconv.choose import MODULES
-
-import standin
-from conftest import HAS_GPU
+from tests import standin
+from tests.conftest import HAS_GPU
 
 backend_module = sys.modules["gpuconv.backend"]  # gpuconv.backend is the function
 

@@ -11,11 +11,10 @@ import pytest
 
 from gpuconv.algorithms import scatter_plain
 from gpuconv.choose import MODULES
-
-from cases import CASES, DIRECTIONS, DTYPES, LAYOUTS
-from conftest import arrays_of
-from emulation import launcher
-from test_matrix import assert_right
+from tests.cases import CASES, DIRECTIONS, DTYPES, LAYOUTS
+from tests.conftest import arrays_of
+from tests.emulation import launcher
+from tests.test_matrix import assert_right
 
 pytestmark = pytest.mark.checked
 

@@ -19,8 +19,7 @@ from gpuconv.benchmark.timing import Timing, measure
 from gpuconv.cli import main
 from gpuconv.cuda import kernels_folder
 from gpuconv.geometry import DIRECTIONS, Geometry
-
-from cases import NUMPY_ALGORITHMS
+from tests.cases import NUMPY_ALGORITHMS
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["bench", "--case", "1x1 144>24", "--case", "depthwise 3x3 144", "--batch", "1", "--seconds", "0"]

@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 
 import gpuconv
-
-import reference
-from cases import draw, laid_out, named_dtype
-from conftest import NUMPY_ARRAYS
-from tolerances import assert_within, direct_bound, epsilon
+from tests import reference
+from tests.cases import draw, laid_out, named_dtype
+from tests.conftest import NUMPY_ARRAYS
+from tests.tolerances import assert_within, direct_bound, epsilon
 
 ONE = ((1, 1), (1, 1))
 SETTINGS = {"stride": (1, 1), "padding": ONE, "dilation": (1, 1)}

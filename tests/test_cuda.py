@@ -14,8 +14,7 @@ from gpuconv.algorithms import direct, scatter
 from gpuconv.backend import INSTALL_HINT
 from gpuconv.cuda import cache, compiler, kernels_folder, launch, structs
 from gpuconv.cuda.kernel import CUDA_TYPES, Kernel, Module, check_arguments, parameters, source
-
-from cases import DTYPES
+from tests.cases import DTYPES
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from emulation import launcher
-from emulation.loader import EmulationError
-from emulation.planted import COPY, kernel, launch
+from tests.emulation import launcher
+from tests.emulation.loader import EmulationError
+from tests.emulation.planted import COPY, kernel, launch
 
 pytestmark = pytest.mark.emulated
 

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from gpuconv.cuda import kernels_folder
-
-from emulation import launcher, loader
-from emulation.loader import Library
-from emulation.planted import COPY, kernel, launch, library
+from tests.emulation import launcher, loader
+from tests.emulation.loader import Library
+from tests.emulation.planted import COPY, kernel, launch, library
 
 pytestmark = pytest.mark.emulated
 

@@ -10,13 +10,12 @@ from gpuconv.algorithms import direct, scatter, scatter_plain
 from gpuconv.choose import MODULES
 from gpuconv.cuda import arguments
 from gpuconv.geometry import Geometry
-
-import reference
-from cases import CASES, DIRECTIONS, draw, named_dtype
-from conftest import BACKENDS
-from emulation import launcher
-from test_matrix import assert_right
-from test_memory import assert_stays_within
+from tests import reference
+from tests.cases import CASES, DIRECTIONS, draw, named_dtype
+from tests.conftest import BACKENDS
+from tests.emulation import launcher
+from tests.test_matrix import assert_right
+from tests.test_memory import assert_stays_within
 
 KERNELS = ("scatter", "direct")
 ON_KERNELS = pytest.mark.parametrize("arrays", [BACKENDS[1], BACKENDS[3]], indirect=True)
@@ -56,7 +55,7 @@ RESNET = [((2, 16, 14, 14), 1), ((2, 32, 7, 7), 1), ((2, 64, 4, 4), 1), ((2, 32,
 @pytest.mark.parametrize("x_shape, stride", RESNET)
 def test_sums_are_formed_before_they_are_added_to_global_memory(x_shape, stride, plain):
     """At most an eighth of the atomic additions of the plain twin, in both gradients."""
-    from conftest import arrays_of
+    from tests.conftest import arrays_of
 
     channels = x_shape[1]
     x, w = np.ones(x_shape, np.float32), np.ones((channels, channels, 3, 3), np.float32)
@@ -223,7 +222,7 @@ def test_results_that_are_not_aligned_are_added_up_elsewhere(shift, arrays, rng)
 )
 def test_extreme_steps_overflow_nowhere(x_shape, w_shape, settings, algorithm):
     """Of the integers that kernels compute with, in checked mode."""
-    from conftest import arrays_of
+    from tests.conftest import arrays_of
 
     x, w = np.ones(x_shape), np.ones(w_shape)
     y = gpuconv.conv(x, w, **settings)

@@ -8,10 +8,9 @@ import pytest
 
 import gpuconv
 from gpuconv.geometry import Geometry
-
-import reference
-from cases import CASES, DIRECTIONS, DTYPES, LAYOUTS, channels_first, draw, laid_out, named_dtype
-from tolerances import assert_within, direct_bound
+from tests import reference
+from tests.cases import CASES, DIRECTIONS, DTYPES, LAYOUTS, channels_first, draw, laid_out, named_dtype
+from tests.tolerances import assert_within, direct_bound
 
 BY_NAME = {case.name: case for case in CASES}
 ran = set()
@@ -103,7 +102,7 @@ def assert_right(arrays, case, algorithm, direction, dtype, layout):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_gpu_agrees_with_cpu(case, algorithm, direction, dtype):
     """Both are within the bound of the exact result, so they are within twice the bound of each other."""
-    from conftest import CupyArrays, NumpyArrays
+    from tests.conftest import CupyArrays, NumpyArrays
 
     cupy, numpy = CupyArrays(), NumpyArrays()
     cupy.skip_where_refused(case, algorithm, dtype, direction)

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 import gpuconv
-
-from cases import NUMPY_ALGORITHMS, named_dtype
+from tests.cases import NUMPY_ALGORITHMS, named_dtype
 
 MIB = 2**20
 # What the interpreter and NumPy's casting buffers take, whatever the arrays.

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 import gpuconv
-
-import reference
-from cases import CASES, LAYOUTS, channels_first, laid_out
+from tests import reference
+from tests.cases import CASES, LAYOUTS, channels_first, laid_out
 
 # (direction, the array that holds the NaN), and whether it may also meet the zeros of the padding, which is left open:
 # then all results of the same filter or channel may be NaN, those that it reaches must be.

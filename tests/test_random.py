@@ -7,10 +7,9 @@ from hypothesis import strategies as st
 
 import gpuconv
 from gpuconv.geometry import Geometry
-
-import reference
-from cases import DTYPES, LAYOUTS, NUMPY_ALGORITHMS, channels_first, draw, laid_out, named_dtype
-from conftest import NO_EMULATION, arrays_of
+from tests import reference
+from tests.cases import DTYPES, LAYOUTS, NUMPY_ALGORITHMS, channels_first, draw, laid_out, named_dtype
+from tests.conftest import NO_EMULATION, arrays_of
 
 
 @st.composite

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 import gpuconv
-
-from cases import CASES, draw, laid_out
+from tests.cases import CASES, draw, laid_out
 
 
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from cases import named_dtype
+from tests.cases import named_dtype
 
 
 def epsilon(dtype):

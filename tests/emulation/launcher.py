@@ -11,8 +11,7 @@ import numpy as np
 from gpuconv.backend import Backend
 from gpuconv.cuda.kernel import parameters
 from gpuconv.cuda.launch import prepare
-
-from emulation import loader
+from tests.emulation import loader
 
 ORDERS = ("natural", "reverse", "random")
 SECONDS = 30.0  # that a launch may take

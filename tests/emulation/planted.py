@@ -2,7 +2,7 @@
 
 import functools
 
-from emulation import launcher, loader
+from tests.emulation import launcher, loader
 
 
 @functools.cache
