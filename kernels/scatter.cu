@@ -13,10 +13,18 @@
 constexpr int THREAD_CHANNELS = WIDTH < 4 ? WIDTH : 4;  // of its tile, a thread owns this many channels (or filters)
 constexpr int CHANNEL_THREADS = WIDTH / THREAD_CHANNELS;
 
-// Rows of shared tiles are read as vectors; the padding keeps those who write columns out of each other's banks.
+// Rows of shared tiles are read as vectors. The padding lets them begin in different banks, four apart.
 constexpr int PAD = 4;
+constexpr int WIDTH_PAD = WIDTH % 32 == 0 ? PAD : 0;
 
-// COUNT consecutive numbers of shared memory, in the widest pieces that COUNT and their alignment allow.
+// The e-th cell of a tile whose rows are written by threads that read along its columns in global memory: a warp takes
+// 8 rows by 4 columns, which are whole sectors of 32 bytes there, and all 32 banks here.
+struct Cell { int row, column; };
+DEVICE Cell cell_by_columns(int e, int columns) { return {e / (8 * columns) * 8 + e % 8, e / 8 % columns}; }
+DEVICE Cell cell_by_rows(int e, int columns) { return {e / columns, e % columns}; }
+
+// COUNT consecutive numbers of shared memory, in the widest pieces that COUNT and their alignment allow: one by one,
+// threads whose rows lie apart would meet in a few banks.
 template <int COUNT> struct __align__(COUNT * sizeof(Sum) % 16 == 0 ? 16 : COUNT * sizeof(Sum) % 8 == 0 ? 8 : 4) Numbers {
     Sum v[COUNT];
 };
@@ -32,18 +40,28 @@ DEVICE void add_outer_product(Sum (&sum)[ROWS][COLUMNS], const Sum* a_row, const
         for (int j = 0; j < COLUMNS; ++j) add_product(sum[i][j], a.v[i], b.v[j]);
 }
 
-// Adds `count` sums, one after the other in memory, to a result; in fours where a float4 can be added at once.
-template <class T> DEVICE void flush(T* to, const T* from, int count, Index step, bool fours) {
-    if constexpr (sizeof(T) == sizeof(float)) {
+// Adds to sums in shared memory that no other thread meets.
+template <int COUNT> DEVICE void add_to_row(Sum* row, const Sum (&values)[COUNT]) {
+    Numbers<COUNT>* const to = reinterpret_cast<Numbers<COUNT>*>(row);
+    Numbers<COUNT> numbers = *to;
+    for (int j = 0; j < COUNT; ++j) add(numbers.v[j], values[j]);
+    *to = numbers;
+}
+
+// Adds the first `count` of the sums of a row to a result, atomically; in fours where a float4 can be added at once.
+// What no product reached is still zero, and need not travel.
+template <int COUNT, class T> DEVICE void flush(T* to, const T* row, int count, Index step, bool fours) {
+    const Numbers<COUNT> sums = *reinterpret_cast<const Numbers<COUNT>*>(row);
+    if constexpr (COUNT == 4 && sizeof(T) == sizeof(float)) {
         if (fours) {
-            const float4 four = make_float4(from[0], from[1], from[2], from[3]);
+            const float4 four = make_float4(sums.v[0], sums.v[1], sums.v[2], sums.v[3]);
             if (four.x != 0 || four.y != 0 || four.z != 0 || four.w != 0) atomic_add(to, four);
             return;
         }
     }
-    // What no product reached is still zero, and need not travel.
-    for (int j = 0; j < count; ++j)
-        if (!is_zero(from[j])) atomic_add(to + j * step, from[j]);
+#pragma unroll
+    for (int j = 0; j < COUNT; ++j)
+        if (j < count && !is_zero(sums.v[j])) atomic_add(to + j * step, sums.v[j]);
 }
 
 // ---------------------------------------------------------------------------------------------- data_grad
@@ -68,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 scatter_data_grad(const First* dy_values, const First* dy_y, const Second* w_values, Sum* dx,
                   Convolution conv, Images dy_at, Images dx_at, Weights w_at, Boxes boxes, Options options) {
     __shared__ __align__(16) Sum dy_tile[CHUNK][TILE_OUTPUTS + PAD];
-    __shared__ __align__(16) Sum w_tile[CHUNK][WIDTH + (WIDTH < 4 ? 0 : PAD)];
+    __shared__ __align__(16) Sum w_tile[CHUNK][WIDTH + WIDTH_PAD];
     __shared__ Index dy_offset[TILE_OUTPUTS];  // of the first filter of each output
     __shared__ int region_row[TILE_OUTPUTS];   // where the first tap of the box brings each output; -1: there is none
     DYNAMIC_SHARED(Sum, region);               // [positions of the region][ROW], of which WIDTH are used
@@ -127,13 +145,13 @@ scatter_data_grad(const First* dy_values, const First* dy_y, const Second* w_val
             const int depth = conv.F - f0 < CHUNK ? int(conv.F - f0) : CHUNK;
             __syncthreads();  // the tables and the region are set, and the tiles of the last chunk have been read
             for (int e = thread; e < CHUNK * TILE_OUTPUTS; e += THREADS) {
-                const int f = options.channels_innermost ? e % CHUNK : e / TILE_OUTPUTS;
-                const int j = options.channels_innermost ? e / CHUNK : e % TILE_OUTPUTS;
+                const auto [f, j] = options.channels_innermost ? cell_by_columns(e, TILE_OUTPUTS)
+                                                               : cell_by_rows(e, TILE_OUTPUTS);
                 if (f < depth)
                     dy_tile[f][j] = region_row[j] >= 0 ? dy[dy_offset[j] + (f0 + f) * dy_at.channel] : Sum{};
             }
             for (int e = thread; e < CHUNK * WIDTH; e += THREADS) {
-                const int f = e / WIDTH, c = e % WIDTH;
+                const auto [f, c] = cell_by_rows(e, WIDTH);
                 if (f < depth)
                     w_tile[f][c] = c0 + c < conv.C ? w[w_tap + (c0 + c) * w_at.channel + (f0 + f) * w_at.filter] : Sum{};
             }
@@ -144,12 +162,7 @@ scatter_data_grad(const First* dy_values, const First* dy_y, const Second* w_val
         // The next tap may bring another thread's output to the same input: it comes after the next barrier.
         for (int i = 0; i < THREAD_OUTPUTS; ++i) {
             const int row = region_row[output_of_thread + i];
-            if (row < 0) continue;
-            Numbers<THREAD_CHANNELS>* to =
-                reinterpret_cast<Numbers<THREAD_CHANNELS>*>(&region[(row + tap_row) * ROW + channel_of_thread]);
-            Numbers<THREAD_CHANNELS> numbers = *to;
-            for (int j = 0; j < THREAD_CHANNELS; ++j) add(numbers.v[j], sum[i][j]);
-            *to = numbers;
+            if (row >= 0) add_to_row(&region[(row + tap_row) * ROW + channel_of_thread], sum[i]);
         }
     }
 
@@ -169,7 +182,7 @@ scatter_data_grad(const First* dy_values, const First* dy_y, const Second* w_val
         }
         if (!exists) continue;
         const int count = conv.C - i.channel < STEP ? int(conv.C - i.channel) : STEP;
-        flush(dx + i.offset(dx_at), &region[position * ROW + c], count, dx_at.channel, STEP == 4 && options.fours);
+        flush<STEP>(dx + i.offset(dx_at), &region[position * ROW + c], count, dx_at.channel, options.fours);
     }
 }
 
@@ -196,8 +209,8 @@ scatter_weight_grad(const First* dy_values, const First* dy_y, const Second* x_v
                     Convolution conv, Images dy_at, Images x_at, Weights dw_at, Index slices, Index length,
                     Options options) {
     __shared__ __align__(16) Sum x_tile[DEPTH][TILE_ROWS + PAD];
-    __shared__ __align__(16) Sum dy_tile[DEPTH][WIDTH + (WIDTH < 4 ? 0 : PAD)];
-    __shared__ Sum total[TILE_ROWS][WIDTH];
+    __shared__ __align__(16) Sum dy_tile[DEPTH][WIDTH + WIDTH_PAD];
+    __shared__ __align__(16) Sum total[TILE_ROWS][WIDTH];
     __shared__ Index dy_offset[DEPTH], x_offset[DEPTH];  // of each output, and of where its window begins
     __shared__ Index window[DEPTH][3];                   // where its window begins
     __shared__ Index row_offset[TILE_ROWS];              // of each row within the window
@@ -249,8 +262,8 @@ scatter_weight_grad(const First* dy_values, const First* dy_y, const Second* x_v
         }
         __syncthreads();  // the tables are whole, and the tiles of the last outputs have been read
         for (int e = thread; e < DEPTH * TILE_ROWS; e += THREADS) {
-            const int k = options.channels_innermost ? e / TILE_ROWS : e % DEPTH;
-            const int j = options.channels_innermost ? e % TILE_ROWS : e / DEPTH;
+            const auto [k, j] = options.channels_innermost ? cell_by_rows(e, TILE_ROWS)
+                                                           : cell_by_columns(e, TILE_ROWS);
             if (k >= depth) continue;
             bool seen = row0 + j < rows;
             for (int axis = 0; axis < 3; ++axis)
@@ -258,8 +271,8 @@ scatter_weight_grad(const First* dy_values, const First* dy_y, const Second* x_v
             x_tile[k][j] = seen ? x[x_offset[k] + row_offset[j]] : Sum{};
         }
         for (int e = thread; e < DEPTH * WIDTH; e += THREADS) {
-            const int k = options.channels_innermost ? e / WIDTH : e % DEPTH;
-            const int f = options.channels_innermost ? e % WIDTH : e / DEPTH;
+            const auto [k, f] = options.channels_innermost ? cell_by_rows(e, WIDTH)
+                                                           : cell_by_columns(e, WIDTH);
             if (k < depth) dy_tile[k][f] = f0 + f < conv.F ? dy[dy_offset[k] + (f0 + f) * dy_at.channel] : Sum{};
         }
         __syncthreads();  // the tiles are whole
@@ -271,9 +284,7 @@ scatter_weight_grad(const First* dy_values, const First* dy_y, const Second* x_v
     for (int team = 0; team < SPLITS; ++team) {
         __syncthreads();  // the team before has added its sums (and total is set)
         if (team != split) continue;
-        for (int i = 0; i < THREAD_ROWS; ++i)
-            for (int j = 0; j < THREAD_CHANNELS; ++j)
-                add(total[row_of_thread + i][filter_of_thread + j], sum[i][j]);
+        for (int i = 0; i < THREAD_ROWS; ++i) add_to_row(&total[row_of_thread + i][filter_of_thread], sum[i]);
     }
     __syncthreads();  // total is complete
     constexpr int STEP = WIDTH < 4 ? 1 : 4;
@@ -283,7 +294,7 @@ scatter_weight_grad(const First* dy_values, const First* dy_y, const Second* x_v
         WeightPlace at = weight_place_of((row0 + j) * conv.F + f0 + f, conv);
         at.g = g;
         const int count = conv.F - at.f < STEP ? int(conv.F - at.f) : STEP;
-        flush(dw + at.offset(dw_at), &total[j][f], count, dw_at.filter, STEP == 4 && options.fours);
+        flush<STEP>(dw + at.offset(dw_at), &total[j][f], count, dw_at.filter, options.fours);
     }
 }
 

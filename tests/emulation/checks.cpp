@@ -152,14 +152,16 @@ static bool is_unset(const Region& region, uintptr_t a, size_t bytes) {
     return false;
 }
 
-void check_access(const void* address, size_t bytes, int kind, const void* pc, int thread) {
+// The region of the access, or nullptr.
+Region* check_access(const void* address, size_t bytes, int kind, const void* pc, int thread) {
     check_time();
     const uintptr_t a = uintptr_t(address);
     Region* const region = region_of(a, bytes, kind, pc);
-    if (!region) return;
+    if (!region) return nullptr;
     if (!region->shared && kind != WRITE && is_unset(*region, a, bytes))
         report(pc, "unset", std::string(verb(kind)) + " of " + name_of(*region, a) + ", which was never set");
     check_shadow(*region, a, bytes, kind, pc, thread);
+    return region;
 }
 
 extern "C" void emulated_atomic(const void* address, size_t bytes, int count, const void* pc) {
@@ -168,8 +170,9 @@ extern "C" void emulated_atomic(const void* address, size_t bytes, int count, co
     if (!shared) g.global_atomics += count;
     const size_t width = bytes / count;
     if (a % bytes) give_up(pc, "misaligned: atomic update of " + std::to_string(bytes) + " bytes");
-    if (g.checked)
-        for (int i = 0; i < count; ++i) check_access((const char*)address + i * width, width, ATOMIC, pc, g.current->index);
+    if (!g.checked) return;
+    for (int i = 0; i < count; ++i) check_access((const char*)address + i * width, width, ATOMIC, pc, g.current->index);
+    if (g.profiled) profile_access(address, bytes, ATOMIC, shared, pc, g.current->index);
 }
 
 // An asynchronous copy may not meet anyone from its start on, and writes when it is waited for.
@@ -178,6 +181,10 @@ void check_copy_started(const Copy& copy, int thread) {
     Region* const region = region_of(uintptr_t(copy.to), copy.bytes, WRITE, copy.pc);
     if (!region || !region->shared) give_up(copy.pc, "an asynchronous copy whose destination is not shared memory");
     check_shadow(*region, uintptr_t(copy.to), copy.bytes, WRITE, copy.pc, thread);
+    if (g.profiled) {
+        if (copy.present) profile_access(copy.from, copy.bytes, READ, false, copy.pc, thread);
+        profile_access(copy.to, copy.bytes, WRITE, true, copy.pc, thread);
+    }
     for (int i = 0; i < copy.bytes; i += GRANULE)
         region->shadow[(uintptr_t(copy.to) - region->low + i) / GRANULE].in_flight = g.serial;
 }
@@ -195,7 +202,8 @@ static void hook(const void* address, size_t bytes, int kind, bool aligned, cons
     if (!g.current || uintptr_t(address) - uintptr_t(g.stacks) < MOST_THREADS * STACK) return;  // a local variable
     if (aligned && uintptr_t(address) % bytes)
         give_up(pc, std::string("misaligned: ") + verb(kind) + " of " + std::to_string(bytes) + " bytes");
-    check_access(address, bytes, kind, pc, g.current->index);
+    const Region* const region = check_access(address, bytes, kind, pc, g.current->index);
+    if (region && g.profiled) profile_access(address, bytes, kind, region->shared, pc, g.current->index);
 }
 
 extern "C" {

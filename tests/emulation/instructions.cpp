@@ -57,7 +57,11 @@ static void load_matrices(Lanes& lanes) {
         for (int r = 0; r < 8; ++r) {
             const auto& record = *static_cast<MatrixRecord*>(lanes.record[m * 8 + r]);
             if (uintptr_t(record.row) % 16) give_up(record.pc, "misaligned: row of a matrix load");
-            if (g.checked) check_access(record.row, 16, READ, record.pc, g.current->warp * 32 + m * 8 + r);
+            const int thread = g.current->warp * 32 + m * 8 + r;
+            if (g.checked) {
+                const Region* const region = check_access(record.row, 16, READ, record.pc, thread);
+                if (region && g.profiled) profile_access(record.row, 16, READ, region->shared, record.pc, thread);
+            }
             memcpy(tile[r], record.row, 16);
         }
         for (int lane = 0; lane < 32; ++lane) {

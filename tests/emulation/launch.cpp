@@ -182,7 +182,7 @@ Library* emulated_library(uintptr_t low, uintptr_t high, int checked, int count,
 struct LaunchOptions {
     int order;
     uint64_t seed;
-    int late_copies;
+    int late_copies, profiled;
     double seconds;
 };
 
@@ -198,6 +198,8 @@ int emulated_launch(Library* library, void (*entry)(void**), const unsigned* gri
     g.arguments = arguments;
     g.order = options->order;
     g.late_copies = options->late_copies != 0;
+    g.profiled = options->profiled != 0;
+    profile_start();
     g.random_state = options->seed * 0x9e3779b97f4a7c15u + 1;
     g.threads = int(block[0] * block[1] * block[2]);
     g.warps = (g.threads + 31) / 32;
@@ -248,6 +250,11 @@ int emulated_launch(Library* library, void (*entry)(void**), const unsigned* gri
 
 const char* emulated_report(int i) { return g.reports[i].c_str(); }
 uint64_t emulated_global_atomics() { return g.global_atomics; }
+const char* emulated_profile() {
+    static std::string text;
+    text = profile_text();
+    return text.c_str();
+}
 
 }  // extern "C"
 }  // namespace emulated

@@ -5,6 +5,7 @@ import ctypes
 import itertools
 import threading
 import types
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,11 +24,13 @@ _one_at_a_time = threading.Lock()  # the runtime is one for all threads
 class Options:
     """How launches run: the mode, the order of threads and blocks, when asynchronous copies happen, the time limit.
 
-    Without an order each launch takes the next of the three. ``launches`` lists what ran, with its atomics.
+    Without an order each launch takes the next of the three. ``launches`` lists what ran, with its atomics and, where
+    it is profiled (in checked mode), with its memory accesses.
     """
 
     def __init__(self):
         self.mode, self.order, self.late_copies, self.seconds = "fast", None, True, SECONDS
+        self.profiled = False
         self.seed = itertools.count(1)
         self.launches = []
 
@@ -49,11 +52,26 @@ def using(**changes):
             setattr(options, name, value)
 
 
-class Launch:
+class Access(NamedTuple):
+    """What the memory requests of one instruction cost, in wavefronts (shared) or sectors (global); see profile.cpp."""
+
+    line: str  # "scatter.cu:27"
+    memory: str  # "shared" or "global"
+    kind: str  # "read", "write" or "atomic"
+    width: int  # bytes of one lane
+    requests: int
+    cost: int
+    least: int  # without bank conflicts; in as few sectors as hold the bytes
+
+
+class Launch(NamedTuple):
     """What is remembered of a launch."""
 
-    def __init__(self, name, grid, order, global_atomics):
-        self.name, self.grid, self.order, self.global_atomics = name, grid, order, global_atomics
+    name: str
+    grid: int | tuple
+    order: str
+    global_atomics: int
+    accesses: list[Access]
 
 
 class _Argument(ctypes.Structure):
@@ -73,6 +91,7 @@ class _LaunchOptions(ctypes.Structure):
         ("order", ctypes.c_int),
         ("seed", ctypes.c_uint64),
         ("late_copies", ctypes.c_int),
+        ("profiled", ctypes.c_int),
         ("seconds", ctypes.c_double),
     )
 
@@ -109,7 +128,7 @@ def run(library, name, grid, block, arguments, shared_memory=0, names=None):
         )
     number = next(options.seed)
     order = ORDERS.index(options.order) if options.order else number % len(ORDERS)
-    how = _LaunchOptions(order, number, options.late_copies, options.seconds)
+    how = _LaunchOptions(order, number, options.late_copies, options.profiled, options.seconds)
     grids, blocks = ((ctypes.c_uint * 3)(*((d, 1, 1) if isinstance(d, int) else d)) for d in (grid, block))
     array = (_Argument * len(given))(*given)
     runtime = loader.runtime()
@@ -118,10 +137,21 @@ def run(library, name, grid, block, arguments, shared_memory=0, names=None):
         count = runtime.emulated_launch(
             library.handle, entry, grids, blocks, shared, slots, array, len(given), ctypes.byref(how)
         )
-        options.launches.append(Launch(name, grid, ORDERS[order], runtime.emulated_global_atomics()))
+        atomics, accesses = runtime.emulated_global_atomics(), _accesses(library, runtime.emulated_profile().decode())
+        options.launches.append(Launch(name, grid, ORDERS[order], atomics, accesses))
         reports = [library.located(runtime.emulated_report(i).decode()) for i in range(count)]
     if reports:
         raise loader.EmulationError(f"{name}, {ORDERS[order]} order:\n" + "\n".join(reports))
+
+
+def _accesses(library, text):
+    accesses = []
+    for line in text.splitlines():
+        offset, memory, kind, *counts = line.split()
+        frames = library.frames(int(offset, 16))
+        where = next((frame for frame in frames if ".cu:" in frame), frames[0])
+        accesses.append(Access(where, memory, kind, *map(int, counts)))
+    return accesses
 
 
 def _element(dtype):

@@ -105,16 +105,18 @@ def _built(parts, build):
 @functools.cache
 def runtime():
     """The emulator itself, loaded."""
-    names = ("cuda.hpp", "runtime.hpp", "scheduler.cpp", "launch.cpp", "checks.cpp", "instructions.cpp")
+    parts = ("scheduler.cpp", "launch.cpp", "checks.cpp", "profile.cpp", "instructions.cpp")
+    names = ("cuda.hpp", "runtime.hpp", *parts)
     flags = (*COMMON, "-O2", "-Wextra", "-shared", "-Wl,-Bsymbolic")
 
     def build(folder):
-        sources = (FOLDER / name for name in names if name.endswith(".cpp"))
+        sources = (FOLDER / name for name in parts)
         _run("g++", *flags, *_machine_flags(), "-o", folder / "library.so", *sources)
 
     library = ctypes.CDLL(_built((*flags, *((FOLDER / name).read_text() for name in names)), build))
     library.emulated_library.restype = ctypes.c_void_p
     library.emulated_report.restype = ctypes.c_char_p
+    library.emulated_profile.restype = ctypes.c_char_p
     library.emulated_global_atomics.restype = ctypes.c_uint64
     return library
 
@@ -175,16 +177,19 @@ class Library:
 
     def located(self, text):
         """The text of a report with its addresses as source lines."""
-        return re.sub(r"\{(0x[0-9a-f]+)\}", lambda match: self._line(int(match[1], 16) - 1), text)
+        return re.sub(r"\{(0x[0-9a-f]+)\}", lambda match: self._line(int(match[1], 16)), text)
 
     def _line(self, offset):
-        frames = _run("addr2line", "-i", "-e", self.path, hex(offset)).splitlines()
+        frame, *callers = self.frames(offset)
+        caller = next((line for line in (frame, *callers) if ".cu:" in line), frame)
+        return caller if caller == frame else f"{caller} ({frame})"
+
+    @functools.cache  # noqa: B019 - libraries live as long as the process
+    def frames(self, offset):
+        """The source lines of the instruction before an address, from the innermost function outwards."""
+        frames = _run("addr2line", "-i", "-e", self.path, hex(offset - 1)).splitlines()
         lines = [Path(frame.split(" (")[0]).name for frame in frames]
-        kernels = [line for line in lines if not line.startswith(("cuda.hpp", "primitives.", "?"))]
-        if not kernels:
-            return lines[0] if lines else "?"
-        outer = next((line for line in kernels if ".cu:" in line), kernels[0])
-        return outer if outer == kernels[0] else f"{outer} ({kernels[0]})"
+        return [line for line in lines if not line.startswith(("cuda.hpp", "primitives.", "?"))] or lines or ["?"]
 
 
 class _DlInfo(ctypes.Structure):

@@ -12,13 +12,14 @@ def library(body, mode):
 
 
 def launch(body, arguments, grid=1, block=32, mode="fast", shared_memory=0, **how):
-    """Runs the kernel of a source of one kernel."""
+    """Runs the kernel of a source of one kernel; gives what is remembered of the launch."""
     compiled = library(body, mode)
     (name,) = loader.kernel_names(body)
     declared = body[body.index(name) :].partition("(")[2].partition(")")[0].split(",")
     names = [(one.split()[-1].strip("* "), one.strip().startswith("const")) for one in declared]
-    with launcher.using(mode=mode, **{"order": "natural", **how}):
+    with launcher.using(mode=mode, **{"order": "natural", **how}) as launches:
         launcher.run(compiled, name, grid, block, arguments, shared_memory, names)
+    return launches[0]
 
 
 def kernel(parameters, body):

@@ -1,4 +1,4 @@
-// The emulator's state, shared by scheduler.cpp, launch.cpp, checks.cpp and instructions.cpp.
+// The emulator's state, shared by scheduler.cpp, launch.cpp, checks.cpp, profile.cpp and instructions.cpp.
 #pragma once
 
 #include "cuda.hpp"
@@ -111,7 +111,7 @@ struct Runtime {
     std::vector<Region*> arrays;
     Region arena_region;
 
-    bool checked, late_copies, aborted;
+    bool checked, profiled, late_copies, aborted;
     volatile bool out_of_time;
     int order;
     uint64_t random_state;
@@ -136,8 +136,14 @@ void run_block(uint3 block, const Thread& launch);
 // checks.cpp
 void prepare_checks();
 void order_warps(unsigned warps);  // everything these warps did comes before what they do next
-void check_access(const void* address, size_t bytes, int kind, const void* pc, int thread);
+Region* check_access(const void* address, size_t bytes, int kind, const void* pc, int thread);
 void check_copy_started(const Copy& copy, int thread);
 void check_copy_done(const Copy& copy, int thread);
 enum AccessKind { READ, WRITE, ATOMIC };
+
+// profile.cpp
+void profile_start();
+void profile_access(const void* address, size_t bytes, int kind, bool shared, const void* pc, int thread);
+void profile_block_end();
+std::string profile_text();
 }  // namespace emulated

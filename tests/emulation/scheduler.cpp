@@ -335,6 +335,7 @@ void run_block(uint3 block, const Thread& launch) {
     emulated_thread = &first->view;
     emulated_switch(&g.main_stack_pointer, first->stack_pointer);
     g.current = nullptr;
+    if (g.profiled) profile_block_end();
 }
 
 }  // namespace emulated

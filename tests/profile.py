@@ -1,0 +1,83 @@
+"""What the memory accesses of a kernel cost, beside its source: ``python -m tests.profile KERNEL CASE``.
+
+KERNEL is a kernel's name, such as scatter_data_grad, and CASE the name of a convolution in tests/cases.py, such as
+"many channels". Runs on the CPU in checked mode. For each line: shared-memory wavefronts and global 32-byte sectors of
+one request of a warp, and in brackets what they would be without bank conflicts, or if the bytes lay side by side. A
+model, not a measurement (tests/emulation/profile.cpp).
+"""
+
+import argparse
+import collections
+from unittest import mock
+
+from gpuconv.algorithms import scatter_plain
+from gpuconv.choose import MODULES
+from gpuconv.cuda import kernels_folder
+from tests.cases import DIRECTIONS, DTYPES, LAYOUTS
+from tests.conftest import arrays_of
+from tests.emulation import launcher, loader
+from tests.test_matrix import BY_NAME, computed
+
+KERNELS = [name for path in sorted(kernels_folder().glob("*.cu")) for name in loader.kernel_names(path.read_text())]
+
+
+def algorithm_of(kernel):
+    """The algorithm and the direction that launch a kernel, by its name: scatter_weight_grad_plain, say."""
+    direction = next(direction for direction in DIRECTIONS if direction in kernel)
+    algorithm, _, rest = kernel.partition(f"_{direction}")
+    return algorithm + ("_plain" if rest == "_plain" else ""), direction
+
+
+def accesses(kernel, case, dtype="float32", layout="channels_first"):
+    """The memory accesses of a kernel in a case: {(line, memory, kind): [requests, cost, least cost]}."""
+    algorithm, direction = algorithm_of(kernel)
+    with (
+        arrays_of("emulated") as arrays,
+        mock.patch.dict(MODULES, scatter_plain=scatter_plain),
+        launcher.using(mode="checked", profiled=True, order="natural") as launches,
+    ):
+        computed(arrays, BY_NAME[case], algorithm, direction, dtype, layout, integers=True)
+    sums = collections.defaultdict(lambda: [0, 0, 0])
+    for launch in launches:
+        if launch.name == kernel:
+            for access in launch.accesses:
+                entry = sums[access.line, access.memory, access.kind]
+                for i, count in enumerate((access.requests, access.cost, access.least)):
+                    entry[i] += count
+    return dict(sums)
+
+
+def table(kernel, found):
+    """The lines of the kernel's file that access memory, with what that costs."""
+    notes = collections.defaultdict(list)
+    for (line, memory, kind), (requests, cost, least) in found.items():
+        file, number = line.split(":")
+        unit = "wavefronts" if memory == "shared" else "sectors"
+        notes[file, int(number)].append(
+            f"{requests:8,} {memory} {kind:<6} {cost / requests:5.1f} {unit:<10} ({least / requests:.1f})"
+        )
+    lines = []
+    for (file, number), entries in sorted(notes.items()):
+        text = (kernels_folder() / file).read_text().splitlines()[number - 1].strip()
+        lines += ["", f"{file}:{number}  {text}", *sorted(entries)]
+    return "\n".join(lines[1:])
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m tests.profile", description=__doc__.split("\n\n")[0])
+    parser.add_argument("kernel", metavar="KERNEL", choices=KERNELS, help=", ".join(KERNELS))
+    parser.add_argument("case", metavar="CASE", choices=BY_NAME, help="a name in tests/cases.py")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--layout", choices=LAYOUTS, default="channels_first")
+    options = parser.parse_args()
+    if loader.why_not():
+        parser.error(loader.why_not())
+    found = accesses(options.kernel, options.case, options.dtype, options.layout)
+    print(
+        f"{options.kernel}, {options.case}, {options.dtype}, {options.layout}: requests of warps, and each one's cost\n"
+    )
+    print(table(options.kernel, found))
+
+
+if __name__ == "__main__":
+    main()
