@@ -86,7 +86,7 @@ def aligned(count):
 HALVES = "four numbers of 8 bytes are read as two vectors, 32 bytes apart, so lanes use every other 16 bytes"
 CONFLICTS = {
     "float32": {
-        "Numbers<ROWS> a = ": (2, "the padding of x_tile is for those who write its columns, who would meet in 4 banks"),
+        "Numbers<ROWS> a = ": (2, "the padding of x_tile is for those who write its columns: they would meet"),
         "Numbers<COUNT> numbers = *to": (4, "a thread's outputs, or rows, are neighbours, so that the inner loop reads"
                                             " them as one vector; this is once for each tap, or each block"),
         "*to = numbers": (4, "as above"),
