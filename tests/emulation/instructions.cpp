@@ -76,7 +76,7 @@ static void load_matrices(Lanes& lanes) {
 
 extern "C" void emulated_load_matrices(unsigned* result, const void* row, bool transposed) {
     MatrixRecord record{row, result, transposed, __builtin_return_address(0)};
-    emulated_collective(~0u, load_matrices, &record, "ldmatrix");
+    meet_in_warp(~0u, load_matrices, &record, "ldmatrix", __builtin_return_address(0));
 }
 
 // ---------------------------------------------------------------------------------------------- mma.sync
@@ -126,7 +126,7 @@ extern "C" void emulated_multiply_16x8(float* d, const unsigned* a, const unsign
         {multiply_16x8<8, 1, tf32_value>, "mma.m16n8k8.tf32"},
     };
     ProductRecord record{d, a, b};
-    emulated_collective(~0u, products[kind].run, &record, products[kind].name);
+    meet_in_warp(~0u, products[kind].run, &record, products[kind].name, __builtin_return_address(0));
 }
 
 struct DoubleRecord {
@@ -154,7 +154,7 @@ static void multiply_8x8x4(Lanes& lanes) {
 
 extern "C" void emulated_multiply_8x8x4(double* d, double a, double b) {
     DoubleRecord record{d, a, b};
-    emulated_collective(~0u, multiply_8x8x4, &record, "mma.m8n8k4.f64");
+    meet_in_warp(~0u, multiply_8x8x4, &record, "mma.m8n8k4.f64", __builtin_return_address(0));
 }
 
 }  // namespace emulated

@@ -131,6 +131,8 @@ std::string name_of(const Fiber& fiber);
 std::string place(const void* pc);
 void check_time();
 constexpr const char* OUT_OF_TIME = "the launch takes longer than its time limit";
+// The lanes of the mask, but for those that the block does not have, meet here; pc is the kernel's line to blame.
+void meet_in_warp(unsigned mask, Operation operation, void* record, const char* name, const void* pc);
 void run_block(uint3 block, const Thread& launch);
 
 // checks.cpp

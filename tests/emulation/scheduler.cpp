@@ -251,8 +251,12 @@ static void meet(unsigned mask, unsigned waits_for, Operation operation, void* r
     }
 }
 
+void meet_in_warp(unsigned mask, Operation operation, void* record, const char* name, const void* pc) {
+    meet(mask, mask & g.warp[g.current->warp].present, operation, record, name, pc);
+}
+
 extern "C" void emulated_collective(unsigned mask, Operation operation, void* record, const char* name) {
-    meet(mask, mask & g.warp[g.current->warp].present, operation, record, name, __builtin_return_address(0));
+    meet_in_warp(mask, operation, record, name, __builtin_return_address(0));
 }
 
 static void order_own_warp(Lanes&) { order_warps(1u << g.current->warp); }

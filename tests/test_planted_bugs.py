@@ -1,0 +1,141 @@
+"""That the emulator notices when a kernel is wrong: broken twins of correct kernels (planted_bugs.py).
+
+The correct one is silent and right in every schedule; the broken one is found as often as stated, and checked mode
+says what is wrong and where.
+"""
+
+import itertools
+import re
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from gpuconv.algorithms import scatter_plain
+from gpuconv.choose import MODULES
+from gpuconv.cuda import kernels_folder
+from tests import planted_bugs
+from tests.conftest import arrays_of
+from tests.emulation import launcher
+from tests.emulation.edited import edited, replaced
+from tests.emulation.loader import EmulationError
+from tests.emulation.planted import kernel, launch
+from tests.planted_bugs import BUGS, Shipped
+from tests.test_matrix import BY_NAME, computed, exact
+
+pytestmark = pytest.mark.emulated
+
+# The order of threads and blocks, and whether asynchronous copies happen as late as they may.
+SCHEDULES = (("natural", True), ("natural", False), ("reverse", True), ("random", True), ("random", False))
+
+
+def outcomes(bug, source, mode):
+    """For each schedule what the emulator reported, "wrong result" or None."""
+    found = []
+    for number, (order, late_copies) in enumerate(SCHEDULES):
+        how = {"mode": mode, "order": order, "late_copies": late_copies, "seed": itertools.count(number)}
+        try:
+            with launcher.using(**how):
+                right = run(bug.place, source, how)
+            found.append(None if right else "wrong result")
+        except EmulationError as error:
+            found.append(str(error))
+    return found
+
+
+def run(place, source, how):
+    """Whether the kernel with this source gives the right result."""
+    if isinstance(place, Shipped):
+        with (
+            edited(place.file, source),
+            arrays_of("emulated") as arrays,
+            mock.patch.dict(MODULES, scatter_plain=scatter_plain),
+        ):
+            case = BY_NAME[place.case]
+            result = computed(arrays, case, place.algorithm, place.direction, place.dtype, place.layout, integers=True)
+        return np.array_equal(result, exact(place.case, place.dtype, place.direction, True))
+    x = np.arange(1, place.inputs + 1, dtype=np.float32)
+    expected = place.expected(x)
+    y = np.zeros(len(expected), np.float32)
+    launch(source, (x, y), block=place.block, **how)
+    return np.array_equal(y, expected)
+
+
+def sources(bug):
+    """The right source and the wrong one, and the name that reports give it."""
+    if isinstance(bug.place, Shipped):
+        right = (kernels_folder() / bug.place.file).read_text()
+        return right, replaced(bug.place.file, bug.place.kernel, bug.right, bug.wrong)
+    assert bug.place.body.count(bug.right) == 1
+    twins = bug.place.body, bug.place.body.replace(bug.right, bug.wrong)
+    return tuple(kernel("const float* x, float* y", body) for body in twins)
+
+
+@pytest.mark.parametrize("mode", ["fast", "checked"])
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.defect)
+def test_the_right_kernel_is_silent_in_every_schedule(bug, mode):
+    right, _ = sources(bug)
+    assert outcomes(bug, right, mode) == [None] * len(SCHEDULES)
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.defect)
+def test_fast_mode_finds_what_is_stated(bug):
+    _, wrong = sources(bug)
+    assert summary(outcomes(bug, wrong, "fast")) == bug.fast
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.defect)
+def test_checked_mode_names_the_defect_and_its_line(bug):
+    _, wrong = sources(bug)
+    found = outcomes(bug, wrong, "checked")
+    assert summary(found) == bug.checked
+    if "reported" in bug.checked:
+        places = [place for text in bug.lines for place in places_of(text, bug, wrong)]
+        for report in found:
+            assert bug.words in report
+            assert any(re.search(rf"{re.escape(place)}\b", report) for place in places), f"{places} in\n{report}"
+
+
+def places_of(text, bug, source):
+    """The lines with this text, as reports name them."""
+    file = bug.place.file if isinstance(bug.place, Shipped) else "planted.cu"
+    files = {file: source, "common.cuh": (kernels_folder() / "common.cuh").read_text()}
+    places = [
+        f"{name}:{number}"
+        for name, content in files.items()
+        for number, line in enumerate(content.splitlines(), 1)
+        if text in line
+    ]
+    assert places, f"no line has {text!r}"
+    return places
+
+
+def summary(found):
+    reported = sum(outcome not in (None, "wrong result") for outcome in found)
+    wrong = found.count("wrong result")
+    parts = [
+        f"{name} {count}/{len(found)}" for name, count in (("reported", reported), ("wrong result", wrong)) if count
+    ]
+    return ", ".join(parts) or "no"
+
+
+def test_most_twins_are_shipped_kernels():
+    shipped = [bug for bug in BUGS if isinstance(bug.place, Shipped)]
+    assert len(shipped) >= len(BUGS) / 2
+    assert len({bug.defect for bug in BUGS}) == len(BUGS)
+
+
+def test_a_wrong_swizzle_shows_in_the_profile():
+    bug = next(bug for bug in BUGS if "swizzle" in bug.defect)
+    costs = []
+    for source in sources(bug):
+        x, y = np.zeros(256, np.float32), np.zeros(128, np.float32)
+        launched = launch(source, (x, y), mode="checked", profiled=True)
+        costs += [access.cost / access.requests for access in launched.accesses if access.width == 16]
+    assert costs == [4, 8]
+
+
+def test_the_table_in_the_readme_is_what_is_stated():
+    readme = (Path(__file__).parent / "README.md").read_text()
+    assert planted_bugs.table() in readme, f"tests/README.md should have\n{planted_bugs.table()}"
