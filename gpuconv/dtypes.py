@@ -40,6 +40,17 @@ def named(name: Any, argument: str = "dtype") -> numpy.dtype:
     return native(dtype)
 
 
+def available() -> list[numpy.dtype]:
+    """All dtypes, bfloat16 only where ml_dtypes is installed."""
+    found = []
+    for name in NAMES:
+        try:
+            found.append(named(name))
+        except TypeError:
+            continue
+    return found
+
+
 def native(dtype: numpy.dtype) -> numpy.dtype:
     """The dtype in the machine's byte order."""
     return dtype if dtype.name == "bfloat16" else dtype.newbyteorder("=")

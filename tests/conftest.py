@@ -19,6 +19,7 @@ from gpuconv.geometry import Geometry
 from tests import standin
 from tests.cases import named_dtype
 from tests.emulation import launcher, loader
+from tests.golden import vectors
 
 settings.register_profile("gpuconv", deadline=None, derandomize=True)
 settings.load_profile("gpuconv")
@@ -216,3 +217,8 @@ def pytest_terminal_summary(terminalreporter):
     for backend in ("numpy", "emulated", "checked", "stand-in", "cupy"):
         line = ", ".join(f"{counts[backend, outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
         terminalreporter.write_line(f"{backend:<9} {line}")
+    if missing := vectors.unconfirmed():
+        terminalreporter.write_line(
+            f"{len(missing)} of {len(vectors.declared())} device functions were never compared with a GPU"
+            f" (tests/golden): {', '.join(missing)}"
+        )

@@ -1,6 +1,5 @@
 """From a kernel to the GPU: its source, the compiler, the cache on disk, the launch. All but one test need no GPU."""
 
-import concurrent.futures
 import errno
 import os
 import sys
@@ -15,8 +14,6 @@ from gpuconv.backend import INSTALL_HINT
 from gpuconv.cuda import cache, compiler, kernels_folder, launch, structs
 from gpuconv.cuda.kernel import CUDA_TYPES, Kernel, Module, check_arguments, parameters, source
 from tests.cases import DTYPES
-
-ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
 
 
 def why_no_nvrtc():
@@ -36,75 +33,10 @@ def module_of(stem, dtype="float32", wide=False, **constants):
     return Module(stem, types, wide, tuple(constants.items()))
 
 
-def modules_of(dtype, wide):
-    """All that the algorithms would compile for arrays of this dtype."""
-    itemsize = {"float64": 8, "complex64": 8, "complex128": 16}.get(dtype, 4)
-    tiles = {scatter.tile_for(channels, itemsize) for channels in (1, 4, 64)}
-    return [
-        module_of("direct", dtype, wide, THREADS=direct.THREADS),
-        *(module_of("scatter", dtype, wide, **tile._asdict()) for tile in sorted(tiles)),
-    ]
-
-
 DIRECT = module_of("direct", THREADS=direct.THREADS)
 
 
 # ------------------------------------------------------------------------------------------------- compiling
-
-
-@NVRTC
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_kernel_compiles_without_spills(architecture):
-    """With 32-bit and 64-bit offsets in turns."""
-    modules = [
-        module
-        for number, dtype in enumerate(DTYPES)
-        for module in modules_of(dtype, wide=bool((number + ARCHITECTURES.index(architecture)) % 2))
-    ]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda module: compiler.compiled(module, architecture), modules))
-    for module, (cubin, log) in zip(modules, results, strict=True):
-        assert cubin.startswith(b"\x7fELF")
-        kernels = log.count("Compiling entry function")
-        assert kernels == source(module).count("__global__")
-        assert log.count("0 bytes spill stores, 0 bytes spill loads") == kernels, f"{module} spills on {architecture}"
-
-
-@NVRTC
-def test_every_primitive_compiles_where_it_is_offered():
-    """Those that the kernels do not use yet, too: NVRTC compiles no function that nobody calls."""
-    calls = {
-        "sm_75": "multiply_16x8x8(d, a, b[0], half{}); atomic_add((half2*)p, half2{}); load_matrices(r, p);"
-        " load_matrices_transposed(r, p);",
-        "sm_80": "copy_async<4>(s, p); copy_async<16>(s, p, 8); copy_async_commit(); copy_async_wait<1>();"
-        " multiply_16x8x16(d, r, b, half{}); multiply_16x8x16(d, r, b, bfloat16{}); multiply_16x8x8_tf32(d, r, b);"
-        " multiply_8x8x4(e, e[0], e[1]); r[0] = to_tf32(d[0]);",
-        "sm_90a": "atomic_add((bfloat162*)p, bfloat162{}); atomic_add((float*)p, make_float4(1, 2, 3, 4));"
-        " atomic_add((float*)p, make_float2(1, 2));",
-    }
-    instructions = {
-        "sm_75": ("mma.sync.aligned.m16n8k8", "red.global.add.noftz.f16x2", "ldmatrix", ".trans"),
-        "sm_80": ("cp.async.ca", "cp.async.cg", "wait_group", ".bf16.bf16", ".tf32", ".f64.f64", "cvt.rna.tf32"),
-        "sm_90a": ("red.global.add.noftz.bf16x2", "red.global.add.v4.f32", "red.global.add.v2.f32"),
-    }
-    nvrtc = compiler.nvrtc()
-    body = ""
-    for architecture, more in calls.items():
-        body += more
-        text = (kernels_folder() / "primitives.cuh").read_text() + (
-            'extern "C" __global__ void all(void* p, float* out) { __shared__ __align__(16) float s[64];'
-            f" float d[4] = {{}}; double e[2] = {{}}; unsigned r[4] = {{}}, a[2] = {{}}, b[2] = {{}}; {body}"
-            " out[0] = d[0] + r[0] + e[0] + a[0] + s[1]; }"
-        )
-        program = nvrtc.createProgram(text, "all.cu", (), ())
-        try:
-            nvrtc.compileProgram(program, (f"--gpu-architecture={architecture}", *compiler.OPTIONS))
-        except nvrtc.NVRTCError:
-            pytest.fail(nvrtc.getProgramLog(program))
-        ptx = nvrtc.getPTX(program).decode()
-        nvrtc.destroyProgram(program)
-        for instruction in instructions[architecture]:
-            assert instruction in ptx
 
 
 def test_all_ptx_is_in_one_file_and_nothing_is_included():

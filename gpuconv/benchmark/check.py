@@ -54,23 +54,12 @@ def backends() -> tuple[list[Backend], str]:
         return [NUMPY], str(error)
 
 
-def available_dtypes() -> list[numpy.dtype]:
-    """All dtypes, bfloat16 only where ml_dtypes is installed."""
-    found = []
-    for name in dtypes.NAMES:
-        try:
-            found.append(dtypes.named(name))
-        except TypeError:
-            continue
-    return found
-
-
 def outcomes(places: list[Backend]) -> Iterator[Outcome]:
     """An outcome for every backend, algorithm, direction and dtype, but where an algorithm refuses all there is."""
     for place in places:
         for name, module in MODULES.items():
             for direction in DIRECTIONS:
-                for dtype in available_dtypes():
+                for dtype in dtypes.available():
                     outcome = _outcome(place, name, module, direction, dtype)
                     if outcome.refused < len(GEOMETRIES):
                         yield outcome

@@ -20,7 +20,7 @@ _WITH_FEATURES = ("90", "100")
 class CompileError(RuntimeError):
     """A kernel that does not compile. ``log`` is the compiler's, ``module`` says which file with which constants."""
 
-    def __init__(self, module: Module, architecture: str, log: str) -> None:
+    def __init__(self, module: Module | str, architecture: str, log: str) -> None:
         super().__init__(f"{module} does not compile for {architecture}:\n{log.strip()}")
         self.module, self.architecture, self.log = module, architecture, log
 
@@ -66,13 +66,18 @@ def architecture_for(capability: str) -> str:
 
 def compiled(module: Module, architecture: str) -> tuple[bytes, str]:
     """The cubin (or the PTX, for a ``compute_`` architecture) and the compiler's log."""
+    return compiled_text(source(module), f"{module.stem}.cu", architecture, module)
+
+
+def compiled_text(text: str, name: str, architecture: str, module: Module | None = None) -> tuple[bytes, str]:
+    """The same for a source text."""
     compiler = nvrtc()
-    program = compiler.createProgram(source(module), f"{module.stem}.cu", (), ())
+    program = compiler.createProgram(text, name, (), ())
     try:
         try:
             compiler.compileProgram(program, (f"--gpu-architecture={architecture}", *OPTIONS))
         except compiler.NVRTCError:
-            raise CompileError(module, architecture, compiler.getProgramLog(program)) from None
+            raise CompileError(module or name, architecture, compiler.getProgramLog(program)) from None
         log = compiler.getProgramLog(program)
         if architecture.startswith("compute_"):
             return compiler.getPTX(program).rstrip(b"\0"), log

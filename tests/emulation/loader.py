@@ -55,6 +55,10 @@ MODES = {
 }
 
 
+class BuildError(RuntimeError):
+    """What g++ said of a source that it does not compile."""
+
+
 class EmulationError(RuntimeError):
     """What a launch did wrong: one line for each report, with source lines."""
 
@@ -85,7 +89,7 @@ def _compiler():
 def _run(*command):
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command[:3]))} ... failed:\n{done.stderr}")
+        raise BuildError(f"{' '.join(map(str, command[:3]))} ... failed:\n{done.stderr}")
     return done.stdout
 
 

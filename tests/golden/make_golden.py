@@ -1,0 +1,83 @@
+"""Makes the golden vectors on a GPU: ``python -m tests.golden.make_golden``.
+
+Each kernel of primitives.cu runs once; the results are written beside this file, or to the folder that is named, with
+the device, the driver, the versions and the date. The tests hold the emulator against what is committed.
+"""
+
+import datetime
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+import gpuconv
+from gpuconv.backend import BackendError, cupy_backend
+from gpuconv.benchmark.run import commit
+from gpuconv.cuda import compiler, kernels_folder, report
+from tests.golden import vectors
+
+
+def source():
+    """What a GPU's compiler is given."""
+    return (kernels_folder() / "primitives.cuh").read_text() + (vectors.FOLDER / "primitives.cu").read_text()
+
+
+def on_gpu(cupy):
+    """A launch of the kernels on the current device, and what is known of that device."""
+    device = cupy.cuda.Device()
+    architecture = compiler.architecture_for(device.compute_capability)
+    cubin, log = compiler.compiled_text(source(), "primitives.cu", architecture)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "primitives.cubin"
+        path.write_bytes(cubin)
+        module = cupy.RawModule(path=str(path))
+        functions = {name: module.get_function(name) for name in report.parsed(log)}
+
+    def launch(name, arguments):
+        given = [cupy.asarray(a) if isinstance(a, np.ndarray) else a for a in arguments]
+        functions[name]((1,), (32,), tuple(given))
+        for array, result in zip(arguments, given, strict=True):
+            if isinstance(array, np.ndarray):
+                array[...] = result.get()
+
+    properties = cupy.cuda.runtime.getDeviceProperties(device.id)
+    about = {
+        "device": properties["name"].decode(),
+        "architecture": architecture,
+        "driver": cupy.cuda.runtime.driverGetVersion(),
+        "runtime": cupy.cuda.runtime.runtimeGetVersion(),
+        "nvrtc": ".".join(map(str, compiler.version())),
+        "cupy": cupy.__version__,
+        "gpuconv": gpuconv.__version__,
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+    return launch, set(functions), about
+
+
+def made(launch, kernels):
+    """The results of these kernels, those that the architecture has, as vectors.write takes them."""
+    results = {}
+    for vector in vectors.VECTORS:
+        if vector.kernel in kernels:
+            inputs = vector.inputs()
+            results[vector.kernel] = inputs, vectors.computed(vector, inputs, launch)
+    return results
+
+
+def main():
+    try:
+        cupy = cupy_backend().xp
+    except BackendError as error:
+        sys.exit(f"golden vectors are made on a GPU: {error}")
+    launch, kernels, about = on_gpu(cupy)
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else vectors.FOLDER
+    path = folder / f"{about['device'].replace(' ', '-')}.npz"
+    results = made(launch, kernels)
+    vectors.write(path, results, about)
+    print(f"{path}: {len(results)} of {len(vectors.VECTORS)} kernels; {about}")
+
+
+if __name__ == "__main__":
+    main()
