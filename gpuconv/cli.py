@@ -15,6 +15,7 @@ from gpuconv import dtypes, settings
 from gpuconv.arguments import LAYOUTS, PADDING_NAMES
 from gpuconv.backend import BackendError, array_module, config
 from gpuconv.choose import ALGORITHMS
+from gpuconv.cuda.occupancy import ARCHITECTURES
 from gpuconv.geometry import DIRECTIONS
 
 
@@ -91,7 +92,23 @@ def _parser() -> _Parser:
     explain.add_argument("--backend", choices=settings.BACKENDS)
     explain.add_argument("--algorithm", choices=("auto", *ALGORITHMS), default="auto")
     explain.set_defaults(run=_explain)
+
+    kernels = commands.add_parser(
+        "kernels",
+        help="compile every CUDA kernel, without a GPU: registers, spills, shared memory, occupancy",
+        description="Compiles every CUDA kernel with NVRTC for each architecture, with all dtypes, tiles and widths of"
+        " offsets, without a GPU. Each line is the range over these. Exit status 1 on a spill or a compile error.",
+    )
+    kernels.add_argument(
+        "--arch", type=_names, metavar="ARCH,ARCH", help=f"such as sm_80,sm_90a (default {','.join(ARCHITECTURES)})"
+    )
+    kernels.add_argument("--json", type=Path, metavar="FILE", help="write a list with every kernel's figures")
+    kernels.set_defaults(run=_kernels)
     return parser
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 def _positive(text: str) -> int:
@@ -250,3 +267,24 @@ def _explain(options: argparse.Namespace) -> int:
             )
         )  # fmt: skip
     return 0
+
+
+def _kernels(options: argparse.Namespace) -> int:
+    from gpuconv.cuda import compiler, report
+
+    _check_writable(options.json)
+    architectures = report.known(options.arch)
+    print(f"NVRTC {'.'.join(map(str, compiler.version()))}\n\n{report.HEADER}")
+    rows, failures = [], []
+    for architecture in architectures:
+        found = list(report.rows(architecture))
+        failures += [str(row) for row in found if isinstance(row, compiler.CompileError)]
+        rows += [row for row in found if isinstance(row, report.Row)]
+        for line in report.lines(row for row in rows if row.arch == architecture):
+            print(line, flush=True)
+    failures += [f"{row.kernel} spills on {row.arch}: {row}" for row in rows if row.spill_stores or row.spill_loads]
+    if options.json:
+        report.write_json(options.json, rows)
+    for failure in failures:
+        print(f"gpuconv kernels: {failure}", file=sys.stderr)
+    return 1 if failures else 0

@@ -41,7 +41,8 @@ direct_forward(const First* x_values, const First* x_y, const Second* w_values, 
 }
 
 // The outputs that the taps of one axis bring to an input i: tap 0 brings (i + low) / stride, if that is whole, and every
-// further tap what lies dilation / stride before. Divides once, not at every tap.
+// further tap what lies dilation / stride before. Divides once, not at every tap. quotient * stride + remainder is exact
+// at every tap, so where it is negative and the remainder 0, the quotient is negative, and no output's.
 struct OutputOfTap {
     Index quotient, remainder, back, back_remainder;
 
@@ -49,10 +50,6 @@ struct OutputOfTap {
         const Index shifted = i + conv.low[axis], stride = conv.stride[axis];
         quotient = shifted / stride;
         remainder = shifted % stride;
-        if (remainder < 0) {
-            remainder += stride;
-            --quotient;
-        }
         back = conv.dilation[axis] / stride;
         back_remainder = conv.dilation[axis] % stride;
     }

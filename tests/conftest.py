@@ -177,6 +177,18 @@ def rng():
     return np.random.default_rng(2024)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--kernels", choices=loader.MODES, default="fast", help="how kernels are compiled for the CPU (default fast)"
+    )
+
+
+def pytest_configure(config):
+    launcher.options.mode = config.getoption("--kernels")
+    if launcher.options.mode == "debug":
+        launcher.options.seconds = 86400.0  # of someone who thinks at a breakpoint
+
+
 KERNELS_ONLY = ("direct",)  # algorithms that NumPy does not have
 
 

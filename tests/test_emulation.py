@@ -16,7 +16,7 @@ BOTH_MODES = pytest.mark.parametrize("mode", ["fast", "checked"])
 ORDERS = pytest.mark.parametrize("order", launcher.ORDERS)
 
 
-@BOTH_MODES
+@pytest.mark.parametrize("mode", loader.MODES)
 @ORDERS
 def test_threads_blocks_barriers_and_shared_memory(mode, order):
     body = kernel(

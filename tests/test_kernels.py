@@ -233,6 +233,37 @@ def test_extreme_steps_overflow_nowhere(x_shape, w_shape, settings, algorithm):
         np.testing.assert_array_equal(one, other)
 
 
+@ON_KERNELS
+@pytest.mark.parametrize("algorithm", KERNELS)
+@pytest.mark.parametrize("dtype, activation", [("complex64", None), ("float32", "relu"), ("float64", None)])
+def test_transposed_convolutions_are_those_of_numpy(dtype, activation, algorithm, arrays, rng):
+    """They run the kernels the other way round: forward with a conjugate and a derivative, data_grad with a bias."""
+    settings = {"stride": 2, "padding": 1, "groups": 2, "activation": activation}
+    x, w, b = (draw(rng, shape, dtype, True).astype(dtype) for shape in ((2, 6, 4, 5), (6, 2, 3, 3), (4,)))
+    y = gpuconv.conv_transpose(x, w, b, **settings, algorithm="im2col")
+    dy = draw(rng, y.shape, dtype, True).astype(dtype)
+    expected = y, *gpuconv.conv_transpose_backward(dy, x, w, y=y, **settings, algorithm="im2col")
+    x, w, b, dy = (arrays.asarray(array) for array in (x, w, b, dy))
+    result = gpuconv.conv_transpose(x, w, b, **settings, algorithm=algorithm)
+    gradients = gpuconv.conv_transpose_backward(dy, x, w, y=result, **settings, algorithm=algorithm)
+    for one, other in zip((result, *gradients), expected, strict=True):
+        np.testing.assert_array_equal(arrays.asnumpy(one), other)
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("algorithm", KERNELS)
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_derivatives_at_zero_are_those_of_numpy(activation, algorithm, arrays):
+    y, w = np.array([[[-1, -0.0, 0.0, 1]]], np.float32), np.full((1, 1, 1), 3, np.float32)
+    dy = np.full_like(y, 2)
+    options = {"activation": activation, "needs": "dx"}
+    expected = gpuconv.conv_backward(dy, y, w, y=y, **options, algorithm="im2col").dx
+    assert expected[0, 0, 1] == expected[0, 0, 2] != expected[0, 0, 3]
+    given = [arrays.asarray(array) for array in (dy, y, w)]
+    found = gpuconv.conv_backward(*given, y=given[1], **options, algorithm=algorithm).dx
+    np.testing.assert_array_equal(arrays.asnumpy(found), expected)
+
+
 def misaligned(array, shift=1):
     memory = np.empty(array.nbytes + 8, np.uint8)[shift : shift - 8].view(array.dtype).reshape(array.shape)
     memory[...] = array

@@ -45,6 +45,7 @@ KERNEL = (
 )
 MODES = {
     "fast": ("-O2",),
+    "debug": ("-O0", "-g3"),  # to step through
     "checked": (
         "-O1",
         "-fno-tree-sra",  # else a float4 is loaded in four parts, and its alignment goes unchecked
@@ -111,7 +112,7 @@ def runtime():
     """The emulator itself, loaded."""
     parts = ("scheduler.cpp", "launch.cpp", "checks.cpp", "profile.cpp", "instructions.cpp")
     names = ("cuda.hpp", "runtime.hpp", *parts)
-    flags = (*COMMON, "-O2", "-Wextra", "-shared", "-Wl,-Bsymbolic")
+    flags = (*COMMON, "-g", "-O2", "-Wextra", "-shared", "-Wl,-Bsymbolic")
 
     def build(folder):
         sources = (FOLDER / name for name in parts)

@@ -1,0 +1,216 @@
+"""What the compiler makes of the kernels, for any architecture, without a GPU: ``gpuconv kernels``.
+
+The modules are those that the algorithms launch for a list of convolutions, with every dtype and with 32-bit and
+64-bit offsets: their host code runs with a backend that remembers launches in the place of making them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+
+from gpuconv import dtypes, settings
+from gpuconv.algorithms import direct, scatter, scatter_plain
+from gpuconv.arguments import Shape
+from gpuconv.backend import Backend
+from gpuconv.cuda import compiler, occupancy
+from gpuconv.cuda.kernel import Kernel, Module
+from gpuconv.geometry import Geometry
+from gpuconv.operands import Operand, Result, canonical
+from gpuconv.workspace import Run
+
+# Real layers that reach all tiles, one to three axes, and the largest regions of shared memory: x, w, settings.
+CONVOLUTIONS: tuple[tuple[Shape, Shape, dict[str, Any]], ...] = (
+    ((1, 3, 224, 224), (64, 3, 7, 7), {"stride": 2, "padding": 3}),
+    ((1, 64, 56, 56), (64, 64, 3, 3), {"padding": 1}),
+    ((1, 128, 56, 56), (128, 128, 3, 3), {"padding": 1, "stride": 2}),
+    ((1, 512, 7, 7), (512, 512, 3, 3), {"padding": 1}),
+    ((1, 256, 56, 56), (64, 256, 1, 1), {}),
+    ((1, 64, 28, 28), (64, 64, 3, 3), {"padding": 4, "dilation": 4}),
+    ((1, 32, 56, 56), (32, 4, 3, 3), {"padding": 1, "groups": 8}),
+    ((1, 144, 56, 56), (144, 1, 3, 3), {"padding": 1, "groups": 144}),
+    ((1, 96, 56, 56), (96, 1, 7, 7), {"padding": 3, "groups": 96}),
+    ((1, 64, 3199), (64, 64, 3), {"stride": 2}),
+    ((1, 16, 16, 28, 28), (16, 16, 3, 3, 3), {"padding": 1}),
+)
+FAR = 2**30  # padding on one side, cropped on the other, makes positions too large for 32 bits
+
+_DIRECTIONS = (
+    (direct.forward, "forward"),
+    (direct.data_grad, "data_grad"),
+    (direct.weight_grad, "weight_grad"),
+    (scatter.data_grad, "data_grad"),
+    (scatter.weight_grad, "weight_grad"),
+    (scatter_plain.data_grad, "data_grad"),
+    (scatter_plain.weight_grad, "weight_grad"),
+)
+
+
+class Row(NamedTuple):
+    """One kernel, compiled for one architecture with one set of constants."""
+
+    kernel: str
+    arch: str
+    dtype: str
+    index_bits: int
+    tile: dict[str, int]
+    threads: int  # of a block
+    registers: int  # of a thread
+    spill_stores: int  # bytes
+    spill_loads: int
+    shared_bytes: int  # of a block: static, and the most that a launch asked for
+    static_shared_bytes: int
+    dynamic_shared_bytes: int
+    occupancy: float  # the share of a multiprocessor's threads that fit at a time
+    compile_seconds: float  # of the module, which holds several kernels
+    nvrtc: str
+
+    @property
+    def variant(self) -> tuple[Any, ...]:
+        """What tells it from the other rows."""
+        return self.kernel, self.arch, self.dtype, self.index_bits, *self.tile.values()
+
+
+@cache
+def modules() -> dict[Module, dict[str, int]]:
+    """The modules that the algorithms launch, and the most dynamic shared memory of their kernels, in bytes."""
+    found: dict[Module, dict[str, int]] = {}
+
+    def remember(kernel: Kernel, grid: int, block: int, arguments: Sequence[Any], shared_memory: int = 0) -> None:
+        kernels = found.setdefault(kernel.module, {})
+        kernels[kernel.name] = max(shared_memory, kernels.get(kernel.name, 0))
+
+    backend = Backend("recorded", numpy, remember)
+    for dtype in dtypes.available():
+        for x, w, options in CONVOLUTIONS:
+            near = Geometry.infer(x, w, **options)
+            far = tuple((low + FAR, high - FAR) for low, high in near.padding)
+            for geometry in (near, Geometry.infer(x, w, **{**options, "padding": far})):
+                _launch_all(geometry, dtype, backend)
+    return found
+
+
+def _launch_all(geometry: Geometry, dtype: numpy.dtype, backend: Backend) -> None:
+    x = canonical(numpy.zeros(geometry.x_shape, dtype), "x", geometry)
+    w = canonical(numpy.zeros(geometry.w_shape, dtype), "w", geometry)
+    y = canonical(numpy.zeros(geometry.y_shape, dtype), "y", geometry)
+    run = Run(backend, dtypes.accumulator(dtype), settings.workspace_limit())
+    operands = {"forward": (x, w, y), "data_grad": (y, w, x), "weight_grad": (y, x, w)}
+    for function, direction in _DIRECTIONS:
+        first, second, result = operands[direction]
+        function(Operand(first), Operand(second), Result(result), geometry, run)
+
+
+def known(asked: Sequence[str] | None) -> list[str]:
+    """The architectures to compile for, by default all that this NVRTC knows; ValueError for one that it cannot."""
+    numbers = {str(number) for number in compiler.nvrtc().getSupportedArchs()}
+    possible = [name for name in occupancy.ARCHITECTURES if re.sub(r"\D", "", name) in numbers]
+    for name in asked or ():
+        if name not in possible:
+            raise ValueError(f"--arch must be out of {', '.join(possible)}; got {name!r}")
+    return list(asked or possible)
+
+
+def rows(architecture: str, chosen: Iterable[Module] | None = None) -> Iterator[Row | compiler.CompileError]:
+    """A row for each kernel of each module, or the error of a module that does not compile."""
+    every = modules()
+    chosen = list(every) if chosen is None else chosen
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for found in pool.map(lambda module: _rows_of(module, architecture, every[module]), chosen):
+            yield from found
+
+
+def _rows_of(module: Module, architecture: str, dynamic: dict[str, int]) -> list[Row] | list[compiler.CompileError]:
+    start = time.perf_counter()
+    try:
+        _, log = compiler.compiled(module, architecture)
+    except compiler.CompileError as error:
+        return [error]
+    seconds = round(time.perf_counter() - start, 3)
+    tile = dict(module.constants)
+    threads = tile.pop("THREADS")
+    found = []
+    for name, used in parsed(log).items():
+        if name not in dynamic:  # no algorithm launches it with these constants
+            continue
+        shared = used["static"] + dynamic[name]
+        found.append(
+            Row(
+                kernel=name,
+                arch=architecture,
+                dtype=dict(module.types)["First"],
+                index_bits=64 if module.wide else 32,
+                tile=tile,
+                threads=threads,
+                registers=used["registers"],
+                spill_stores=used["spill_stores"],
+                spill_loads=used["spill_loads"],
+                shared_bytes=shared,
+                static_shared_bytes=used["static"],
+                dynamic_shared_bytes=dynamic[name],
+                occupancy=occupancy.occupancy(architecture, used["registers"], threads, shared),
+                compile_seconds=seconds,
+                nvrtc=".".join(map(str, compiler.version())),
+            )
+        )
+    return found
+
+
+_ENTRY = re.compile(
+    r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+    r".*?Used (\d+) registers(?:[^\n]*?(\d+) bytes smem)?",
+    re.DOTALL,
+)
+
+
+def parsed(log: str) -> dict[str, dict[str, int]]:
+    """What each kernel uses, by name, from the log of ptxas with ``-v``."""
+    entries = {}
+    for match in _ENTRY.finditer(log):
+        name, *numbers = match.groups()
+        stores, loads, registers, static = (int(number or 0) for number in numbers)
+        entries[name] = {"spill_stores": stores, "spill_loads": loads, "registers": registers, "static": static}
+    if len(entries) != log.count("Compiling entry function"):
+        raise RuntimeError(f"cannot read ptxas' report of a kernel:\n{log}")
+    return entries
+
+
+HEADER = (
+    f"{'kernel':<26} {'arch':<8} {'variants':>8} {'registers':>9} {'spills':>6} {'shared KiB':>11} {'occupancy':>10}"
+    f" {'compiled in':>11}"
+)
+
+
+def lines(rows: Iterable[Row]) -> Iterator[str]:
+    """A line for each kernel and architecture, with the ranges over dtypes, tiles and widths of offsets."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.kernel, row.arch), []).append(row)
+    for (kernel, arch), group in groups.items():
+        spills = sum(row.spill_stores + row.spill_loads for row in group)
+        registers = _range([str(row.registers) for row in sorted(group, key=lambda row: row.registers)])
+        shared = _range([f"{row.shared_bytes / 1024:.1f}" for row in sorted(group, key=lambda row: row.shared_bytes)])
+        busy = _range([f"{100 * row.occupancy:.0f}" for row in sorted(group, key=lambda row: row.occupancy)]) + " %"
+        seconds = max(row.compile_seconds for row in group)
+        yield (
+            f"{kernel:<26} {arch:<8} {len(group):>8} {registers:>9} {spills:>6} {shared:>11} {busy:>10}"
+            f" {f'<= {seconds:.1f} s':>11}"
+        )
+
+
+def _range(ordered: Sequence[str]) -> str:
+    return ordered[0] if ordered[0] == ordered[-1] else f"{ordered[0]}-{ordered[-1]}"
+
+
+def write_json(path: Path, rows: Iterable[Row]) -> None:
+    """A list with an object for each row, one a line."""
+    path.write_text("[\n" + ",\n".join(json.dumps(row._asdict()) for row in rows) + "\n]\n")

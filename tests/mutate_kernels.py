@@ -1,0 +1,497 @@
+"""Do the tests notice when a kernel is wrong? ``python -m tests.mutate_kernels``
+
+Edits the CUDA sources by rule, at every place where a rule fits, one place at a time, and runs the kernels' tests on
+each edited text until one fails: on the CPU, fast mode first, then with every access checked. The score is the share of
+caught mutants among all but those that are equivalent (EQUIVALENT says why, for each). mutations.json holds the
+verdicts with hashes of the sources; a run that is interrupted goes on where it stopped, and after a change of the
+kernels only what the change may have touched runs again.
+
+    python -m tests.mutate_kernels                      all of them, on all cores
+    python -m tests.mutate_kernels --sample 60 --seed 7 those that 60 seconds allow, drawn at random; changes no file
+
+Exit status 1 where a mutant survives, or, for a sample, where the verdicts of mutations.json are not of these sources.
+"""
+
+import argparse
+import collections
+import datetime
+import gc
+import hashlib
+import json
+import os
+import random
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one process for each core
+
+import pytest
+from _pytest.runner import runtestprotocol
+
+from gpuconv.cuda import kernels_folder, report
+from tests.emulation import launcher, loader
+from tests.emulation.edited import edited
+from tests.equivalent_mutants import EQUIVALENT
+
+RESULTS = Path(__file__).parent / "mutations.json"
+FILES = ("common.cuh", "direct.cu", "scatter.cu")
+SECONDS = 2.0  # that a launch may take: mutated loops may never end
+
+# What a rule is called, and its edits: a pattern and what comes in its place.
+RULES = {
+    "barrier dropped": [(r"__syncthreads\(\);", "")],
+    "atomic addition made plain": [
+        (r"atomic_add\(to, four\);", "to[0] += four.x, to[1] += four.y, to[2] += four.z, to[3] += four.w;"),
+        (r"atomic_add\(&to->real, make_float2\(v.real, v.imag\)\);", "to->real += v.real, to->imag += v.imag;"),
+        (r"atomic_add\(&([\w>-]+), (v\.\w+)\);", r"\1 += \2;"),
+        (r"atomic_add\((\w+) \+ (.+), ([\w.\[\]]+)\);", r"add(\1[\2], \3);"),
+    ],
+    "bound off by one": [
+        (r" < ", " <= "),
+        (r" < ([\w.\[\]]+)", r" < \1 - 1"),
+        (r" >= ", " > "),
+        (r" > ", " >= "),
+        (r" <= ", " < "),
+    ],
+    "test dropped": [
+        (r"if \(.*\) (continue|return);", ""),
+        (r"if \((?:[^()]|\([^()]*\))*\) (?!continue|return|\{)", ""),
+        (r" \? ", " || true ? "),
+        (r" \? ", " && false ? "),
+        (r" && ", " || "),
+        (r" == ", " != "),
+        (r" != ", " == "),
+        (r"!(?=\w)", ""),
+    ],
+    "term dropped": [
+        (r" \* [\w.]+(\[\w+\])?", ""),
+        (r" [+-] \w[\w.]*(\[\w+\])?(\([\w, ]*\))?(?= [-+<]|[;,)\]])", ""),
+    ],
+    "sign changed": [
+        (r" \+ ", " - "),
+        (r" - ", " + "),
+        (r" \+= ", " -= "),
+        (r" -= ", " += "),
+        (r"(?<=[ (])-(?=[vz])", ""),
+    ],
+    "division exchanged": [(r" % ", " / "), (r" / ", " % ")],
+    "sum not cleared": [(r" = (Sum)?\{\};", ";"), (r"\S+ = Sum\{\};", ";"), (r" = \{\}(?=[;,])", "")],
+    "update dropped": [
+        (r"\b\S+ [-+/]= [^;]+;", ";"),
+        (r"(\+\+|--)[\w.\[\]]+;", ";"),
+        (r"\b\S+ = exists && ", ""),
+        (r" \+= ", " = "),
+        (r"\badd(_product|_to_row)?\(.*\);", ";"),
+    ],
+    "index exchanged": [
+        (r"\[0\]", "[1]"),
+        (r"\[1\]", "[2]"),
+        (r"\[2\]", "[1]"),
+        (r"\[axis\]", "[0]"),
+        (r"\[(\w+)\]\[(\w+)\]", r"[\2][\1]"),
+    ],
+    "field exchanged": [
+        (r"\bconv\.input\b", "conv.output"),
+        (r"\bconv\.output\b", "conv.input"),
+        (r"\bconv\.C\b", "conv.F"),
+        (r"\bconv\.F\b", "conv.C"),
+        (r"\bdx_at\b", "dy_at"),
+        (r"\bx_at\b", "dy_at"),
+        (r"\bx_at\b", "y_at"),
+        (r"\bdy_at\b", "dx_at"),
+        (r"\bdy_at\b", "x_at"),
+        (r"\by_at\b", "x_at"),
+        (r"\.channel\b(?! \*| =)", ".group"),
+        (r"\.filter\b", ".channel"),
+        (r"\breal\b", "imag"),
+        (r"\bimag\b", "real"),
+        (r"\bfirst_(?=conjugated|derivative)", "second_"),
+        (r"\bsecond_(?=conjugated|derivative)", "first_"),
+    ],
+}
+
+
+class Mutant(NamedTuple):
+    """One edit of one line."""
+
+    file: str
+    line: int
+    where: str  # the kernel, or the file
+    rule: str
+    before: str  # the line, without indentation
+    after: str
+    text: str  # of the whole file
+    identity: str  # a hash of all that is compiled: with other sources it is another mutant
+
+
+def read(file):
+    return (kernels_folder() / file).read_text()
+
+
+def mutants():
+    """All mutants, in the order of the sources."""
+    found = {}
+    for file in FILES:
+        text = read(file)
+        others = [read(other) for other in FILES if other != file and "common.cuh" in (file, other)]
+        lines = text.splitlines(keepends=True)
+        kernel = None
+        for number, line in enumerate(lines):
+            code = line.partition("//")[0]
+            declared = loader.kernel_names(f"__global__ {code}") if code.startswith(tuple(all_kernels(text))) else []
+            kernel = declared[0] if declared else None if code.startswith("}") else kernel
+            if code.startswith(("#", "static_assert", "template <>")) or code.lstrip().startswith("static_assert"):
+                continue
+            for rule, edits in RULES.items():
+                for pattern, replacement in edits:
+                    for match in re.finditer(pattern, code):
+                        edit = match.expand(replacement)
+                        after = code[: match.start()] + edit + line[match.end() :]
+                        mutated = "".join((*lines[:number], after, *lines[number + 1 :]))
+                        identity = hashlib.sha256("\0".join((mutated, *others)).encode()).hexdigest()[:16]
+                        lines_of_it = line.strip(), after.strip()
+                        mutant = Mutant(file, number + 1, kernel or file, rule, *lines_of_it, mutated, identity)
+                        found.setdefault(mutant.text, mutant)
+    return list(found.values())
+
+
+def all_kernels(text):
+    return [f"{name}(" for name in loader.kernel_names(text)]
+
+
+# ------------------------------------------------------------------------------------------------- running tests
+
+
+class Session:
+    """A pytest plugin: collects the kernels' tests once, and then runs mutants in the place of tests."""
+
+    def __init__(self, work):
+        self.work = work
+        self.items = []
+
+    def pytest_collection_modifyitems(self, items):
+        self.items = [item for item in items if stage(item) is not None]
+        self.items.sort(key=stage)
+
+    def pytest_runtestloop(self, session):
+        self.work(self.items)
+        return True
+
+
+MATRIX = ("test_result_is_right", "test_plain_twins_are_right", "test_kernels_do_nothing_forbidden")
+DTYPES = ("float32", "complex64", "float64", "float16", "complex128", "bfloat16")
+TELLING = ("3x3", "dilation with stride", "depthwise stride 2", "3-D strided", "many channels", "several boxes")
+
+
+def stage(item):
+    """When a test runs, or None: those that find most, and need the fewest compilations, come first."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    backend = dict(item.user_properties).get("backend")
+    if item.originalname in MATRIX:
+        layout = params.get("layout", "channels_first")
+        is_kernel = params.get("algorithm") != "scatter" or params["direction"] != "forward"
+        if params["dtype"] not in DTYPES or layout == "channels_last_memory" or not is_kernel:
+            return None
+        dtype = DTYPES.index(params["dtype"])
+        is_telling = params["case"].name in TELLING and layout == "channels_first"
+        if backend == "checked":
+            return (4, dtype) if dtype < 2 or is_telling else None
+        if backend == "emulated" and is_telling:
+            return 0, dtype
+        return (1 if dtype == 0 else 3, dtype) if backend == "emulated" and dtype < 2 else None
+    if backend == "emulated" and params.get("algorithm") in (None, "direct", "scatter"):
+        stages = {"test_kernels": 5, "test_profile": 6}
+        if "algorithm" in params:
+            stages["test_conv"] = 2
+        number = stages.get(Path(item.fspath).stem)
+        return None if number is None else (number, 0)
+    return None
+
+
+def concerns(item, mutant):
+    """Whether a test may notice: it runs the kernel, or a kernel of the file."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    algorithm = params.get("algorithm", "scatter_plain" if "plain" in item.originalname else None)
+    if algorithm and mutant.file != "common.cuh" and algorithm.partition("_")[0] != mutant.file.partition(".")[0]:
+        return False
+    if mutant.where.endswith("_plain") and algorithm in ("scatter", "direct"):
+        return False
+    if mutant.where != mutant.file and algorithm == "scatter_plain" and not mutant.where.endswith("_plain"):
+        return False
+    return "direction" not in params or mutant.where == mutant.file or params["direction"] in mutant.where
+
+
+def verdict(items, mutant, tried_first):
+    """("caught", the test), ("equivalent", the reason), ("not compiled", the error) or ("survived", "")."""
+    chosen = [item for item in items if concerns(item, mutant)]
+    chosen.sort(key=lambda item: name_of(item) not in tried_first)  # stable
+    soon = sum(stage(item) < (3, 0) for item in chosen)
+    kind, by = first_failure(chosen[:soon], mutant)
+    if kind == "survived" and same_code(mutant):
+        return "equivalent", "the compiler makes the same code of it"
+    return first_failure(chosen[soon:], mutant) if kind == "survived" else (kind, by)
+
+
+def name_of(item):
+    return item.nodeid.rpartition("/")[2]
+
+
+def first_failure(items, mutant):
+    with edited(mutant.file, mutant.text), launcher.using(seconds=SECONDS):
+        for item, following in zip(items, [*items[1:], None], strict=True):
+            for report in runtestprotocol(item, nextitem=following, log=False):
+                if report.failed and "BuildError" in report.longreprtext:
+                    error = re.search(r"error: .*", report.longreprtext)
+                    return "not compiled", error[0] if error else "?"
+                if report.failed:
+                    return "caught", name_of(item)
+    return "survived", ""
+
+
+def same_code(mutant):
+    """Whether a compiler that optimizes makes the same library of it, of every module of these dtypes."""
+    modules = [module for module in report.modules() if mutant.file in ("common.cuh", f"{module.stem}.cu")]
+    built = {module: loader.library_for(module, "fast").path for module in modules}
+    with edited(mutant.file, mutant.text):
+        return all(loader.library_for(m, "fast").path.read_bytes() == built[m].read_bytes() for m in modules)
+
+
+def in_children(items, todo, jobs, done):
+    """The verdict of each mutant, from a process of its own: ``done(mutant, kind, by)`` as they come."""
+    running = {}
+    todo = iter(todo)
+    killers = collections.defaultdict(list)  # what caught one mutant may well catch the next one
+    gc.freeze()  # or each child's collector would copy the memory that they share
+    while True:
+        while len(running) < jobs and (mutant := next(todo, None)) is not None:
+            reader, writer = os.pipe()
+            with warnings.catch_warnings(action="ignore"):  # of forking beside threads, which BLAS has
+                child = os.fork()
+            if child == 0:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                os.write(writer, json.dumps(verdict(items, mutant, killers[mutant.where][-12:])).encode())
+                os._exit(0)
+            os.close(writer)
+            running[child] = mutant, reader
+        if not running:
+            return
+        child, status = os.wait()
+        mutant, reader = running.pop(child)
+        with os.fdopen(reader, "rb") as pipe:
+            answer = pipe.read()
+        kind, by = json.loads(answer) if answer else ("caught", f"the process ended with status {status}")
+        if kind == "caught" and by not in killers[mutant.where]:
+            killers[mutant.where].append(by)
+        done(mutant, kind, by)
+
+
+# ------------------------------------------------------------------------------------------------- results
+
+
+def reason(mutant):
+    """Why a mutant is equivalent, or None."""
+    return EQUIVALENT.get((mutant.file, mutant.before.partition("  //")[0], mutant.after.partition("  //")[0]))
+
+
+def recorded():
+    """The verdicts of mutations.json by identity."""
+    if not RESULTS.exists():
+        return {}
+    return {entry["id"]: entry for entry in json.loads(RESULTS.read_text())["mutants"]}
+
+
+def entry(mutant, kind, by):
+    if kind == "survived" and reason(mutant):
+        kind, by = "equivalent", reason(mutant)
+    return {
+        "id": mutant.identity,
+        "file": mutant.file,
+        "line": mutant.line,
+        "where": mutant.where,
+        "rule": mutant.rule,
+        "after": mutant.after,
+        "verdict": kind,
+        "by": by,
+    }
+
+
+def write(everything, verdicts):
+    entries = [verdicts[mutant.identity] for mutant in everything if mutant.identity in verdicts]
+    content = {
+        "sources": {file: hashlib.sha256(read(file).encode()).hexdigest() for file in FILES},
+        "date": datetime.date.today().isoformat(),
+        "complete": len(entries) == len(everything),
+        "mutants": entries,
+    }
+    scratch = RESULTS.with_suffix(".part")
+    lines = json.dumps(content, indent=0, ensure_ascii=False)
+    scratch.write_text(lines + "\n")
+    os.replace(scratch, RESULTS)
+
+
+def is_current(content):
+    """Whether recorded verdicts are of the kernels as they are."""
+    sources = {file: hashlib.sha256(read(file).encode()).hexdigest() for file in FILES}
+    return content["complete"] and content["sources"] == sources
+
+
+def table(entries):
+    """Counts and score, for each kernel and for what kernels share."""
+    counts = collections.defaultdict(collections.Counter)
+    for item in entries:
+        name = f"`{item['where']}`" if item["where"] not in FILES else f"{item['where']}, shared"
+        counts[name][item["verdict"]] += 1
+        counts["all"][item["verdict"]] += 1
+    lines = ["| where | mutants | caught | equivalent | survived | score |", "|---|--:|--:|--:|--:|--:|"]
+    for name, count in counts.items():
+        if name == "all":
+            continue
+        lines.append(row(name, count))
+    return "\n".join([*lines, row("**all**", counts["all"])])
+
+
+def row(name, count):
+    caught, survived = count["caught"], count["survived"]
+    total = caught + survived + count["equivalent"]
+    score = f"{100 * caught / (caught + survived):.1f} %" if caught + survived else "-"
+    return f"| {name} | {total} | {caught} | {count['equivalent']} | {survived} | {score} |"
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m tests.mutate_kernels", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--sample", type=float, metavar="SECONDS", help="as many as this time allows, drawn at random")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample (default 0)")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="default: all cores"
+    )
+    options = parser.parse_args()
+    if loader.why_not():
+        parser.error(loader.why_not())
+    everything = mutants()
+    run = sample if options.sample else full
+    status = run(everything, options)
+    sys.exit(status)
+
+
+def full(everything, options):
+    """Runs what has no verdict yet, and writes mutations.json."""
+    verdicts = recorded()
+    known = [mutant for mutant in everything if mutant.identity in verdicts]
+    for mutant in known:  # a reason may have been added, or taken away
+        old = verdicts[mutant.identity]
+        old["line"] = mutant.line
+        if old["verdict"] == "survived" and reason(mutant):
+            verdicts[mutant.identity] = entry(mutant, "survived", old["by"])
+    todo = [m for m in everything if verdicts.get(m.identity, {"verdict": "survived"})["verdict"] == "survived"]
+    print(f"{len(everything)} mutants, {len(known)} of them have a verdict")
+
+    def work(items):
+        with progress() as bar:
+            task = bar.add_task("mutants", total=len(todo), survived=0)
+
+            def done(mutant, kind, by):
+                verdicts[mutant.identity] = entry(mutant, kind, by)
+                survived = sum(
+                    verdicts[m.identity]["verdict"] == "survived" for m in everything if m.identity in verdicts
+                )
+                write(everything, verdicts)
+                bar.update(task, advance=1, survived=survived, refresh=True)
+
+            in_children(items, todo, options.jobs, done)
+
+    if todo:
+        run_pytest(work)
+    write(everything, verdicts)
+    entries = [verdicts[mutant.identity] for mutant in everything if mutant.identity in verdicts]
+    print(table(entries))
+    return conclusion(everything, entries)
+
+
+def conclusion(everything, entries):
+    """Lists survivors, and reasons that fit no mutant or one that is caught."""
+    survivors = [item for item in entries if item["verdict"] == "survived"]
+    for item in survivors:
+        print(f"survived: {item['file']}:{item['line']} {item['rule']}: {item['after']}")
+    used = {(m.file, m.before.partition("  //")[0], m.after.partition("  //")[0]) for m in everything}
+    needless = [key for key in EQUIVALENT if key not in used]
+    for key in needless:
+        print(f"equivalent_mutants.py has a reason for what is no mutant: {key}")
+    verdicts = {item["id"]: item["verdict"] for item in entries}
+    wrong = [m for m in everything if reason(m) and verdicts.get(m.identity) == "caught"]
+    for mutant in wrong:
+        print(f"said to be equivalent, but caught: {mutant.file}:{mutant.line}: {mutant.after}")
+    return 1 if survivors or needless or wrong or len(entries) < len(everything) else 0
+
+
+def sample(everything, options):
+    """Runs some, and holds their verdicts against those recorded."""
+    if not is_current(json.loads(RESULTS.read_text())):
+        print("mutations.json is not of these kernels: run python -m tests.mutate_kernels, and commit what it writes")
+        return 1
+    verdicts = recorded()
+    drawn = random.Random(options.seed).sample(everything, len(everything))
+    counts, changed = collections.Counter(), []
+
+    def work(items):
+        start = time.monotonic()
+
+        def in_time():
+            for mutant in drawn:
+                if time.monotonic() - start > options.sample:
+                    return
+                if verdicts[mutant.identity]["verdict"] == "caught":
+                    yield mutant
+
+        def done(mutant, kind, by):
+            counts[kind] += 1
+            if kind != "caught":
+                changed.append((mutant, kind))
+
+        in_children(items, in_time(), options.jobs, done)
+
+    run_pytest(work)
+    print(f"seed {options.seed}: {counts['caught']} mutants caught again")
+    for mutant, kind in changed:
+        print(f"{kind}, but was caught before: {mutant.file}:{mutant.line} {mutant.rule}: {mutant.after}")
+    return 1 if changed or not counts["caught"] else 0
+
+
+def run_pytest(work):
+    """Collects the tests, and lets ``work`` have them."""
+    here = Path(__file__).parent
+    files = (here / f"test_{name}.py" for name in ("matrix", "kernels", "checked", "profile", "conv"))
+    arguments = ["-s", "-m", "not gpu", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:terminal"]
+    session = Session(work)
+    status = pytest.main([*arguments, *map(str, files)], plugins=[session])
+    if not session.items:
+        raise RuntimeError(f"pytest ended with status {int(status)} before it ran a test")
+
+
+def progress():
+    """A progress bar that needs no thread: processes are forked beside it."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[survived]} survived"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, auto_refresh=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""What the compiler makes of the kernels: no spills, no more registers than recorded, and the report of it."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+import gpuconv
+from gpuconv.cli import main
+from gpuconv.cuda import compiler, occupancy, report
+from tests.test_cuda import NVRTC
+
+RECORDED = Path(__file__).parents[1] / "bench" / "kernels.json"
+
+
+def recorded():
+    return {report.Row(**row).variant: report.Row(**row) for row in json.loads(RECORDED.read_text())}
+
+
+@NVRTC
+@pytest.mark.parametrize("architecture", occupancy.ARCHITECTURES)
+def test_kernels_neither_spill_nor_take_more_registers_than_recorded(architecture):
+    """Every other module here, the others at the next architecture; ``gpuconv kernels`` compiles all of them."""
+    turn = occupancy.ARCHITECTURES.index(architecture) % 2
+    chosen = [module for number, module in enumerate(report.modules()) if (number + module.wide) % 2 == turn]
+    assert {module.wide for module in chosen} == {True, False}
+    before = recorded()
+    rows = list(report.rows(architecture, chosen))
+    assert len(rows) >= len(chosen)
+    for row in rows:
+        assert isinstance(row, report.Row), str(row)
+        assert (row.spill_stores, row.spill_loads) == (0, 0), row
+        ceiling = before[row.variant]
+        if row.nvrtc == ceiling.nvrtc:
+            assert row.registers <= ceiling.registers, (
+                f"{row.kernel} takes {row.registers} registers, and {ceiling.registers} are recorded ({row}). To accept"
+                " that: gpuconv kernels --json bench/kernels.json, and say in the commit why it is worth them"
+            )
+
+
+def test_every_kernel_of_every_dtype_is_recorded():
+    """For all architectures, tiles and both widths of offsets; and nothing that is no more."""
+    expected = {
+        (kernel, architecture, dict(module.types)["First"], 64 if module.wide else 32, *dict(module.constants).values())
+        for (module, kernels), architecture in itertools.product(report.modules().items(), occupancy.ARCHITECTURES)
+        for kernel in kernels
+    }
+    found = {(*row.variant, row.threads) for row in recorded().values()}
+    assert found == expected, "gpuconv kernels --json bench/kernels.json writes the file anew"
+
+
+def test_the_list_of_convolutions_reaches_every_kernel_and_tile():
+    from gpuconv.algorithms import scatter
+    from tests.profile import KERNELS
+
+    kernels = {kernel for kernels in report.modules().values() for kernel in kernels}
+    assert kernels == set(KERNELS)
+    tiles = {module.constants for module in report.modules() if module.stem == "scatter"}
+    assert tiles == {tuple(tile._asdict().items()) for tile in (scatter.ONE, scatter.FEW, scatter.MANY)}
+    assert max(size for kernels in report.modules().values() for size in kernels.values()) > 36 << 10
+
+
+LOG = """ptxas info    : 68 bytes gmem
+ptxas info    : Compiling entry function 'first' for 'sm_90a'
+ptxas info    : Function properties for first
+ptxas         .     40 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads
+ptxas info    : Used 255 registers, used 0 barriers
+ptxas info    : Compile time = 60.377 ms
+ptxas info    : Compiling entry function 'second' for 'sm_90a'
+ptxas info    : Function properties for second
+ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 85 registers, used 1 barriers, 6976 bytes smem, 384 bytes cmem[0]
+"""
+
+
+def test_the_compiler_s_report_is_read():
+    assert report.parsed(LOG) == {
+        "first": {"spill_stores": 12, "spill_loads": 16, "registers": 255, "static": 0},
+        "second": {"spill_stores": 0, "spill_loads": 0, "registers": 85, "static": 6976},
+    }
+    with pytest.raises(RuntimeError, match="cannot read"):
+        report.parsed(LOG.replace("Used 85", "Has 85"))
+
+
+# Blocks of a multiprocessor by CUDA 13.0's own calculator (cuda_occupancy.h): registers, threads, shared bytes.
+BLOCKS = {
+    "sm_75": {(24, 128, 0): 8, (96, 128, 4096): 5, (128, 256, 20000): 2, (255, 64, 48000): 1},
+    "sm_80": {(24, 64, 0): 32, (96, 128, 4096): 5, (64, 256, 20000): 4, (255, 64, 48000): 3},
+    "sm_86": {(24, 64, 0): 16, (96, 128, 4096): 5, (64, 128, 20000): 4, (128, 128, 48000): 2},
+    "sm_89": {(24, 64, 0): 24, (96, 128, 4096): 5, (64, 128, 20000): 4, (128, 128, 48000): 2},
+    "sm_90a": {(24, 64, 0): 32, (96, 128, 4096): 5, (64, 128, 20000): 8, (168, 128, 48000): 3},
+    "sm_100a": {(24, 64, 0): 32, (96, 128, 4096): 5, (64, 128, 20000): 8, (168, 128, 48000): 3},
+    "sm_120": {(24, 64, 0): 24, (96, 128, 4096): 5, (64, 128, 20000): 4, (128, 128, 48000): 2},
+}
+
+
+@pytest.mark.parametrize("architecture", BLOCKS)
+def test_occupancy_is_that_of_cuda_s_own_calculator(architecture):
+    assert tuple(BLOCKS) == occupancy.ARCHITECTURES
+    found = {case: occupancy.blocks(architecture, *case) for case in BLOCKS[architecture]}
+    assert found == BLOCKS[architecture]
+
+
+# ------------------------------------------------------------------------------------------------- the command
+
+
+ROW = report.Row("k", "sm_80", "float32", 32, {"WIDTH": 4}, 128, 64, 0, 0, 4096, 4096, 0, 0.5, 0.25, "12.9")
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The rows that the command is given in the place of compiling."""
+    rows = []
+    monkeypatch.setattr(
+        report, "rows", lambda architecture: [r for r in rows if getattr(r, "arch", "sm_80") == architecture]
+    )
+    monkeypatch.setattr(report, "known", lambda asked: list(asked or ("sm_80", "sm_90a")))
+    monkeypatch.setattr(compiler, "version", lambda: (12, 9))
+    return rows
+
+
+def test_the_command_prints_ranges_and_writes_every_row(compiled, tmp_path, capsys):
+    compiled += [ROW, ROW._replace(dtype="float64", registers=90, occupancy=0.25), ROW._replace(arch="sm_90a")]
+    assert main(["kernels", "--json", str(tmp_path / "kernels.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "NVRTC 12.9"
+    assert [line.split() for line in lines[3:]] == [
+        ["k", "sm_80", "2", "64-90", "0", "4.0", "25-50", "%", "<=", "0.2", "s"],
+        ["k", "sm_90a", "1", "64", "0", "4.0", "50", "%", "<=", "0.2", "s"],
+    ]
+    written = json.loads((tmp_path / "kernels.json").read_text())
+    assert [report.Row(**row) for row in written] == compiled
+    assert {"kernel", "arch", "registers", "spill_stores", "spill_loads", "shared_bytes", "occupancy"} <= set(
+        written[0]
+    )
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        (ROW._replace(spill_stores=4), "k spills on sm_80"),
+        (compiler.CompileError(next(iter(report.modules())), "sm_80", "error: it is wrong"), "error: it is wrong"),
+    ],
+)
+def test_spills_and_compile_errors_end_with_status_1(row, words, compiled, capsys):
+    compiled.append(row)
+    assert main(["kernels", "--arch", "sm_80"]) == 1
+    assert words in capsys.readouterr().err
+
+
+@NVRTC
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80,nonsense", "80"])
+def test_an_unknown_architecture_is_refused(arch, capsys):
+    assert main(["kernels", "--arch", arch]) == 2
+    assert "--arch must be out of sm_75, sm_80, " in capsys.readouterr().err
+
+
+def test_a_missing_compiler_ends_with_status_2_and_the_extra(monkeypatch, capsys):
+    def missing():
+        raise gpuconv.BackendError("no NVRTC: pip install 'gpuconv[cuda12]'")
+
+    monkeypatch.setattr(compiler, "nvrtc", missing)
+    assert main(["kernels"]) == 2
+    assert "gpuconv[cuda12]" in capsys.readouterr().err
+
+
+@NVRTC
+def test_one_module_is_compiled_and_reported():
+    (module, *_) = (m for m in report.modules() if dict(m.types)["First"] == "float32" and m.stem == "direct")
+    rows = list(report.rows("sm_80", [module]))
+    assert {row.kernel for row in rows} == set(report.modules()[module])
+    for row in rows:
+        assert (row.arch, row.dtype, row.threads) == ("sm_80", "float32", 128)
+        assert 16 <= row.registers <= 255
+        assert 0 < row.occupancy <= 1
+        assert row.compile_seconds > 0
+        assert row.shared_bytes == row.static_shared_bytes + row.dynamic_shared_bytes
