@@ -1,5 +1,8 @@
 """The emulator's instructions against those of GPUs, by golden vectors; and that the way to make these is sound."""
 
+import types
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -92,6 +95,49 @@ def test_vectors_would_tell_a_wrong_instruction(vector):
     for i in range(len(inputs)):
         changed = [np.roll(array, 1) if i == j else array for j, array in enumerate(inputs)]
         assert vectors.differences(vector, vectors.computed(vector, changed, launch), result).size > 0
+
+
+@NVRTC
+@pytest.mark.emulated
+def test_the_program_takes_the_way_to_a_gpu(tmp_path, monkeypatch, capsys):
+    """With a CuPy that has no GPU behind it, and runs the kernels on the CPU."""
+    launch = emulated("fast")
+
+    class RawModule:
+        def __init__(self, path):
+            assert Path(path).read_bytes().startswith(b"\x7fELF")
+
+        def get_function(self, name):
+            return lambda grid, block, given: launch(name, [getattr(array, "memory", array) for array in given])
+
+    runtime = types.SimpleNamespace(
+        getDeviceProperties=lambda device: {"name": b"Some GPU"},
+        driverGetVersion=lambda: 13000,
+        runtimeGetVersion=lambda: 12090,
+    )
+    device = types.SimpleNamespace(id=0, compute_capability="90")
+    cuda = types.SimpleNamespace(Device=lambda: device, runtime=runtime)
+    cupy = types.SimpleNamespace(RawModule=RawModule, asarray=OnGpu, cuda=cuda, __version__="14")
+    monkeypatch.setattr(make_golden, "cupy_backend", lambda: types.SimpleNamespace(xp=cupy))
+    monkeypatch.setattr("sys.argv", ["make_golden", str(tmp_path)])
+    make_golden.main()
+    results, about = vectors.read(tmp_path / "Some-GPU.npz")
+    assert set(results) == set(BY_KERNEL)
+    assert (about["device"], about["architecture"], about["driver"]) == ("Some GPU", "sm_90a", 13000)
+    for kernel, (inputs, result) in make_golden.made(launch, set(BY_KERNEL)).items():
+        assert vectors.differences(BY_KERNEL[kernel], results[kernel][1], result).size == 0
+        assert [array.tobytes() for array in results[kernel][0]] == [array.tobytes() for array in inputs]
+    assert f"{len(VECTORS)} of {len(VECTORS)} kernels" in capsys.readouterr().out
+
+
+class OnGpu:
+    """An array of the CuPy above."""
+
+    def __init__(self, array):
+        self.memory = array.copy()
+
+    def get(self):
+        return self.memory
 
 
 def test_any_nan_equals_any_other_and_nothing_else():

@@ -11,7 +11,7 @@ from gpuconv.choose import MODULES
 from gpuconv.cuda import arguments
 from gpuconv.geometry import Geometry
 from tests import reference
-from tests.cases import CASES, DIRECTIONS, draw, named_dtype
+from tests.cases import CASES, DIRECTIONS, draw, laid_out, named_dtype
 from tests.conftest import BACKENDS
 from tests.emulation import launcher
 from tests.test_matrix import assert_right
@@ -90,6 +90,50 @@ def test_four_neighbours_are_added_at_once_where_they_lie_side_by_side(arrays, m
 
 
 original = scatter.structs.Options.struct
+
+
+@EMULATED
+@pytest.mark.parametrize("channels, width", [(8, 16), (7, 4)])
+def test_blocks_add_to_the_same_elements_atomically_in_fours_where_they_can(channels, width, arrays, rng):
+    """Two boxes of outputs that reach the same inputs, and two slices of outputs for the same weights."""
+    x, dy = (
+        draw(rng, shape, "float32", True).astype(np.float32) for shape in ((1, 20, 18, channels), (1, 18, 16, channels))
+    )
+    w = draw(rng, (3, 3, channels, channels), "float32", True).astype(np.float32)
+    expected = gradients_of("direct", x, w, dy, layout="channels_last")
+    with launcher.using(mode="checked", profiled=True) as launches:
+        found = gradients_of("scatter", x, w, dy, layout="channels_last")
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    for launch in launches:
+        assert launch.grid > 1
+        assert {access.width for access in launch.accesses if access.kind == "atomic"} == {width}
+
+
+@EMULATED
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_zeros_are_not_added_and_all_else_is(dtype, layout, arrays, rng):
+    """One channel in four has sums, each in its turn; then none has."""
+    x, dy = (laid_out(draw(rng, (1, 8, 6, 6), dtype, True).astype(dtype) + 4, layout) for _ in range(2))
+    w = laid_out(draw(rng, (8, 8, 3, 3), dtype, True).astype(dtype) + 4, layout, "w")
+    settings = {"padding": 1, "layout": layout}
+    channel_of_w, channel_of_dy = (1, 1) if layout == "channels_first" else (2, 3)
+    for turn in range(4):
+        others = [channel for channel in range(8) if channel % 4 != turn]
+        sparse_w, sparse_dy = w.copy(), dy.copy()
+        np.moveaxis(sparse_w, channel_of_w, 0)[others] = 0
+        np.moveaxis(sparse_dy, channel_of_dy, 0)[others] = 0
+        expected = gpuconv.conv_backward(dy, x, sparse_w, **settings, algorithm="direct").dx
+        found = gpuconv.conv_data_grad(dy, sparse_w, x.shape, **settings, algorithm="scatter")
+        np.testing.assert_array_equal(found, expected)
+        expected = gpuconv.conv_weight_grad(sparse_dy, x, w.shape, **settings, algorithm="direct")
+        found = gpuconv.conv_weight_grad(sparse_dy, x, w.shape, **settings, algorithm="scatter")
+        np.testing.assert_array_equal(found, expected)
+    with launcher.using() as launches:
+        for gradient in gradients_of("scatter", x, w, np.zeros_like(dy), **settings):
+            assert not gradient.any()
+    assert [launch.global_atomics for launch in launches] == [0, 0]
 
 
 def test_boxes_fit_shared_memory_and_cover_the_outputs():
