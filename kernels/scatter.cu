@@ -15,7 +15,6 @@ constexpr int CHANNEL_THREADS = WIDTH / THREAD_CHANNELS;
 
 // Rows of shared tiles are read as vectors. The padding lets them begin in different banks, four apart.
 constexpr int PAD = 4;
-constexpr int WIDTH_PAD = WIDTH % 32 == 0 ? PAD : 0;
 
 // The e-th cell of a tile whose rows are written by threads that read along its columns in global memory: a warp takes
 // 8 rows by 4 columns, which are whole sectors of 32 bytes there, and all 32 banks here.
@@ -48,9 +47,9 @@ template <int COUNT> DEVICE void add_to_row(Sum* row, const Sum (&values)[COUNT]
     *to = numbers;
 }
 
-// Adds the first `count` of the sums of a row to a result, atomically; in fours where a float4 can be added at once.
-// What no product reached is still zero, and need not travel.
-template <int COUNT, class T> DEVICE void flush(T* to, const T* row, int count, Index step, bool fours) {
+// Adds the sums of a row to a result, atomically, as far as it has `left` of them; in fours where a float4 can be added
+// at once. What no product reached is still zero, and need not travel.
+template <int COUNT, class T> DEVICE void flush(T* to, const T* row, Index left, Index step, bool fours) {
     const Numbers<COUNT> sums = *reinterpret_cast<const Numbers<COUNT>*>(row);
     if constexpr (COUNT == 4 && sizeof(T) == sizeof(float)) {
         if (fours) {
@@ -61,7 +60,7 @@ template <int COUNT, class T> DEVICE void flush(T* to, const T* row, int count, 
     }
 #pragma unroll
     for (int j = 0; j < COUNT; ++j)
-        if (j < count && !is_zero(sums.v[j])) atomic_add(to + j * step, sums.v[j]);
+        if (j < left && !is_zero(sums.v[j])) atomic_add(to + j * step, sums.v[j]);
 }
 
 // ---------------------------------------------------------------------------------------------- data_grad
@@ -86,8 +85,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 scatter_data_grad(const First* dy_values, const First* dy_y, const Second* w_values, Sum* dx,
                   Convolution conv, Images dy_at, Images dx_at, Weights w_at, Boxes boxes, Options options) {
     __shared__ __align__(16) Sum dy_tile[CHUNK][TILE_OUTPUTS + PAD];
-    __shared__ __align__(16) Sum w_tile[CHUNK][WIDTH + WIDTH_PAD];
-    __shared__ Index dy_offset[TILE_OUTPUTS];  // of the first filter of each output
+    __shared__ __align__(16) Sum w_tile[CHUNK][WIDTH];
+    __shared__ Index dy_offset[TILE_OUTPUTS];  // of the first filter of each output that exists
     __shared__ int region_row[TILE_OUTPUTS];   // where the first tap of the box brings each output; -1: there is none
     DYNAMIC_SHARED(Sum, region);               // [positions of the region][ROW], of which WIDTH are used
 
@@ -120,7 +119,7 @@ scatter_data_grad(const First* dy_values, const First* dy_y, const Second* w_val
             exists = o.at[axis] < conv.output[axis];
             row = row * boxes.region[axis] + in_box[axis] * int(conv.stride[axis]);
         }
-        dy_offset[j] = exists ? o.offset(dy_at) : 0;
+        dy_offset[j] = o.offset(dy_at);
         region_row[j] = exists ? row : -1;
     }
     for (int e = thread; e < positions * ROW; e += THREADS) region[e] = Sum{};
@@ -181,8 +180,7 @@ scatter_data_grad(const First* dy_values, const First* dy_y, const Second* w_val
             exists = exists && inside(i.at[axis], conv.input[axis]);
         }
         if (!exists) continue;
-        const int count = conv.C - i.channel < STEP ? int(conv.C - i.channel) : STEP;
-        flush<STEP>(dx + i.offset(dx_at), &region[position * ROW + c], count, dx_at.channel, options.fours);
+        flush<STEP>(dx + i.offset(dx_at), &region[position * ROW + c], conv.C - i.channel, dx_at.channel, options.fours);
     }
 }
 
@@ -209,7 +207,7 @@ scatter_weight_grad(const First* dy_values, const First* dy_y, const Second* x_v
                     Convolution conv, Images dy_at, Images x_at, Weights dw_at, Index slices, Index length,
                     Options options) {
     __shared__ __align__(16) Sum x_tile[DEPTH][TILE_ROWS + PAD];
-    __shared__ __align__(16) Sum dy_tile[DEPTH][WIDTH + WIDTH_PAD];
+    __shared__ __align__(16) Sum dy_tile[DEPTH][WIDTH + (WIDTH % 32 == 0 ? PAD : 0)];
     __shared__ __align__(16) Sum total[TILE_ROWS][WIDTH];
     __shared__ Index dy_offset[DEPTH], x_offset[DEPTH];  // of each output, and of where its window begins
     __shared__ Index window[DEPTH][3];                   // where its window begins
@@ -235,9 +233,8 @@ scatter_weight_grad(const First* dy_values, const First* dy_y, const Second* x_v
     const Index outputs = conv.N * conv.output[0] * conv.output[1] * conv.output[2];
     const Index last = slice == slices - 1 ? outputs : (slice + 1) * length;
 
-    for (int j = thread; j < TILE_ROWS; j += THREADS) {
-        const Index row = row0 + j < rows ? row0 + j : rows - 1;
-        const WeightPlace at = weight_place_of(row * conv.F, conv);
+    for (int j = thread; j < TILE_ROWS && row0 + j < rows; j += THREADS) {
+        const WeightPlace at = weight_place_of((row0 + j) * conv.F, conv);
         Place shift = {0, 0, at.c, {}};
         for (int axis = 0; axis < 3; ++axis) {
             shift.at[axis] = at.tap[axis] * conv.dilation[axis];
@@ -293,8 +290,7 @@ scatter_weight_grad(const First* dy_values, const First* dy_y, const Second* x_v
         if (row0 + j >= rows || f0 + f >= conv.F) continue;
         WeightPlace at = weight_place_of((row0 + j) * conv.F + f0 + f, conv);
         at.g = g;
-        const int count = conv.F - at.f < STEP ? int(conv.F - at.f) : STEP;
-        flush<STEP>(dw + at.offset(dw_at), &total[j][f], count, dw_at.filter, options.fours);
+        flush<STEP>(dw + at.offset(dw_at), &total[j][f], conv.F - at.f, dw_at.filter, options.fours);
     }
 }
 

@@ -97,6 +97,13 @@ CASES = (
     case("several slices", (3, 2, 17, 13), (3, 2, 2, 2), padding=1),
     case("a slice of one output", (1, 1, 4163), (1, 1, 3)),
     case("taps further apart than a block reaches", (1, 1, 10010), (1, 1, 3), padding=((0, 2),), dilation=5000),
+    case(
+        "3-D taps further apart than a block reaches",
+        (1, 1, 10010, 1, 1),
+        (1, 1, 3, 1, 1),
+        padding=((0, 2), 0, 0),
+        dilation=(5000, 1, 1),
+    ),
     case("4-D", (1, 2, 3, 3, 4, 3), (2, 2, 2, 2, 2, 2), padding=((0, 1),) * 4),
 )
 

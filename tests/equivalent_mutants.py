@@ -1,1 +1,59 @@
-EQUIVALENT = {}
+# ruff: noqa: E501 - lines of the sources
+"""Mutants that no test can catch, since they compute the same: {(file, line, mutated line): the reason}.
+
+mutate_kernels.py runs them all the same, and complains about one that is caught. Those that compile to the same code
+are found by the compiler and not listed.
+"""
+
+ALIGNMENT = "alignment decides only in how wide pieces the numbers are read, not which"
+
+EQUIVALENT = {
+    # ----------------------------------------------------------------------------------------- common.cuh
+    (
+        "common.cuh",
+        "case RELU: return z < 0 ? T(0) : z;",
+        "case RELU: return z <= 0 ? T(0) : z;",
+    ): "at 0 both give 0, and no rule says which sign it has",
+    (
+        "common.cuh",
+        "case LEAKY_RELU: return z < 0 ? T(LEAKY_SLOPE) * z : z;",
+        "case LEAKY_RELU: return z <= 0 ? T(LEAKY_SLOPE) * z : z;",
+    ): "the slope times 0 is 0",
+    # ----------------------------------------------------------------------------------------- direct.cu
+    (
+        "direct.cu",
+        "if (remainder < 0) {",
+        "if (remainder < 0 - 1) {",
+    ): "-1 is as little 0 as what it becomes, and quotient * stride + remainder stays exact, so later taps agree",
+    # ----------------------------------------------------------------------------------------- scatter.cu
+    (
+        "scatter.cu",
+        "template <int COUNT> struct __align__(COUNT * sizeof(Sum) % 16 == 0 ? 16 : COUNT * sizeof(Sum) % 8 == 0 ? 8 : 4) Numbers {",
+        "template <int COUNT> struct __align__(COUNT * sizeof(Sum) % 16 == 0 && false ? 16 : COUNT * sizeof(Sum) % 8 == 0 ? 8 : 4) Numbers {",
+    ): ALIGNMENT,
+    (
+        "scatter.cu",
+        "template <int COUNT> struct __align__(COUNT * sizeof(Sum) % 16 == 0 ? 16 : COUNT * sizeof(Sum) % 8 == 0 ? 8 : 4) Numbers {",
+        "template <int COUNT> struct __align__(COUNT * sizeof(Sum) % 16 == 0 ? 16 : COUNT * sizeof(Sum) % 8 == 0 && false ? 8 : 4) Numbers {",
+    ): ALIGNMENT,
+    (
+        "scatter.cu",
+        "for (Index f0 = 0; f0 < conv.F; f0 += CHUNK) {",
+        "for (Index f0 = 0; f0 <= conv.F; f0 += CHUNK) {",
+    ): "one more chunk, of no filters: nothing is loaded or added",
+    (
+        "scatter.cu",
+        "const int depth = conv.F - f0 < CHUNK ? int(conv.F - f0) : CHUNK;",
+        "const int depth = conv.F - f0 <= CHUNK ? int(conv.F - f0) : CHUNK;",
+    ): "where the two are equal, either is the smaller one",
+    (
+        "scatter.cu",
+        "for (int e = thread; e < CHUNK * TILE_OUTPUTS; e += THREADS) {",
+        "for (int e = thread; e <= CHUNK * TILE_OUTPUTS; e += THREADS) {",
+    ): "the cell beyond the last is in row CHUNK, which is not less than depth",
+    (
+        "scatter.cu",
+        "for (int e = thread; e < CHUNK * WIDTH; e += THREADS) {",
+        "for (int e = thread; e <= CHUNK * WIDTH; e += THREADS) {",
+    ): "the cell beyond the last is in row CHUNK, which is not less than depth",
+}

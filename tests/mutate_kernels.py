@@ -16,7 +16,6 @@ import argparse
 import collections
 import datetime
 import gc
-import hashlib
 import json
 import os
 import random
@@ -25,144 +24,21 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one process for each core
 
 import pytest
 from _pytest.runner import runtestprotocol
 
-from gpuconv.cuda import kernels_folder, report
+from gpuconv.cuda import report
 from tests.emulation import launcher, loader
 from tests.emulation.edited import edited
 from tests.equivalent_mutants import EQUIVALENT
+from tests.mutants import FILES, hashes, mutants
 
 RESULTS = Path(__file__).parent / "mutations.json"
-FILES = ("common.cuh", "direct.cu", "scatter.cu")
 SAME_CODE = "the compiler makes the same code of it"
 SECONDS = 2.0  # that a launch may take: mutated loops may never end
-
-# What a rule is called, and its edits: a pattern and what comes in its place.
-RULES = {
-    "barrier dropped": [(r"__syncthreads\(\);", "")],
-    "atomic addition made plain": [
-        (r"atomic_add\(to, four\);", "to[0] += four.x, to[1] += four.y, to[2] += four.z, to[3] += four.w;"),
-        (r"atomic_add\(&to->real, make_float2\(v.real, v.imag\)\);", "to->real += v.real, to->imag += v.imag;"),
-        (r"atomic_add\(&([\w>-]+), (v\.\w+)\);", r"\1 += \2;"),
-        (r"atomic_add\((\w+) \+ (.+), ([\w.\[\]]+)\);", r"add(\1[\2], \3);"),
-    ],
-    "bound off by one": [
-        (r" < ", " <= "),
-        (r" < ([\w.\[\]]+)", r" < \1 - 1"),
-        (r" >= ", " > "),
-        (r" > ", " >= "),
-        (r" <= ", " < "),
-    ],
-    "test dropped": [
-        (r"if \(.*\) (continue|return);", ""),
-        (r"if \((?:[^()]|\([^()]*\))*\) (?!continue|return|\{)", ""),
-        (r" \? ", " || true ? "),
-        (r" \? ", " && false ? "),
-        (r" && ", " || "),
-        (r" == ", " != "),
-        (r" != ", " == "),
-        (r"!(?=\w)", ""),
-    ],
-    "term dropped": [
-        (r" \* [\w.]+(\[\w+\])?", ""),
-        (r" [+-] \w[\w.]*(\[\w+\])?(\([\w, ]*\))?(?= [-+<]|[;,)\]]|$)", ""),
-    ],
-    "sign changed": [
-        (r" \+ ", " - "),
-        (r" - ", " + "),
-        (r" \+= ", " -= "),
-        (r" -= ", " += "),
-        (r"(?<=[ (])-(?=[vz])", ""),
-    ],
-    "division exchanged": [(r" % ", " / "), (r" / ", " % ")],
-    "sum not cleared": [(r" = (Sum)?\{\};", ";"), (r"\S+ = Sum\{\};", ";"), (r" = \{\}(?=[;,])", "")],
-    "update dropped": [
-        (r"\b\S+ [-+/]= [^;]+;", ";"),
-        (r"(\+\+|--)[\w.\[\]]+;", ";"),
-        (r"\b\S+ = exists && ", ""),
-        (r" \+= ", " = "),
-        (r"\badd(_product|_to_row)?\(.*\);", ";"),
-    ],
-    "index exchanged": [
-        (r"\[0\]", "[1]"),
-        (r"\[1\]", "[2]"),
-        (r"\[2\]", "[1]"),
-        (r"\[axis\]", "[0]"),
-        (r"\[(\w+)\]\[(\w+)\]", r"[\2][\1]"),
-    ],
-    "field exchanged": [
-        (r"\bconv\.input\b", "conv.output"),
-        (r"\bconv\.output\b", "conv.input"),
-        (r"\bconv\.C\b", "conv.F"),
-        (r"\bconv\.F\b", "conv.C"),
-        (r"\bdx_at\b", "dy_at"),
-        (r"\bx_at\b", "dy_at"),
-        (r"\bx_at\b", "y_at"),
-        (r"\bdy_at\b", "dx_at"),
-        (r"\bdy_at\b", "x_at"),
-        (r"\by_at\b", "x_at"),
-        (r"\.channel\b(?! \*| =)", ".group"),
-        (r"\.filter\b", ".channel"),
-        (r"\breal\b", "imag"),
-        (r"\bimag\b", "real"),
-        (r"\bfirst_(?=conjugated|derivative)", "second_"),
-        (r"\bsecond_(?=conjugated|derivative)", "first_"),
-    ],
-}
-
-
-class Mutant(NamedTuple):
-    """One edit of one line."""
-
-    file: str
-    line: int
-    where: str  # the kernel, or the file
-    rule: str
-    before: str  # the line, without indentation
-    after: str
-    text: str  # of the whole file
-    identity: str  # a hash of all that is compiled: with other sources it is another mutant
-
-
-def read(file):
-    return (kernels_folder() / file).read_text()
-
-
-def mutants():
-    """All mutants, in the order of the sources."""
-    found = {}
-    for file in FILES:
-        text = read(file)
-        others = [read(other) for other in FILES if other != file and "common.cuh" in (file, other)]
-        lines = text.splitlines(keepends=True)
-        kernel = None
-        for number, line in enumerate(lines):
-            code = line.partition("//")[0]
-            declared = loader.kernel_names(f"__global__ {code}") if code.startswith(tuple(all_kernels(text))) else []
-            kernel = declared[0] if declared else None if code.startswith("}") else kernel
-            if code.startswith(("#", "static_assert", "template <>")) or code.lstrip().startswith("static_assert"):
-                continue
-            for rule, edits in RULES.items():
-                for pattern, replacement in edits:
-                    for match in re.finditer(pattern, code):
-                        edit = match.expand(replacement)
-                        after = code[: match.start()] + edit + line[match.end() :]
-                        mutated = "".join((*lines[:number], after, *lines[number + 1 :]))
-                        identity = hashlib.sha256("\0".join((mutated, *others)).encode()).hexdigest()[:16]
-                        lines_of_it = line.strip(), after.strip()
-                        mutant = Mutant(file, number + 1, kernel or file, rule, *lines_of_it, mutated, identity)
-                        found.setdefault(mutant.text, mutant)
-    return list(found.values())
-
-
-def all_kernels(text):
-    return [f"{name}(" for name in loader.kernel_names(text)]
-
 
 # ------------------------------------------------------------------------------------------------- running tests
 
@@ -201,13 +77,15 @@ def stage(item):
         is_telling = params["case"].name in TELLING and layout == "channels_first"
         if backend == "checked":
             return (4, dtype) if dtype < 2 or is_telling else None
-        if backend == "emulated" and is_telling:
-            return 0, dtype
-        return (1 if dtype == 0 else 3, dtype) if backend == "emulated" and dtype < 2 else None
+        if backend != "emulated":
+            return None
+        if is_telling:
+            return (0 if dtype == 0 else 2), dtype
+        return (2 if dtype == 0 else 3, dtype) if dtype < 2 else None
     if backend == "emulated" and params.get("algorithm") in (None, "direct", "scatter"):
-        stages = {"test_kernels": (2, 0), "test_profile": (5, 0)}
+        stages = {"test_kernels": (1, 0), "test_profile": (5, 0)}
         if "algorithm" in params:
-            stages["test_conv"] = 2, 1
+            stages["test_conv"] = 1, 1
         return stages.get(Path(item.fspath).stem)
     return None
 
@@ -227,8 +105,9 @@ def concerns(item, mutant):
 
 def verdict(items, mutant, tried_first):
     """("caught", the test), ("equivalent", the reason), ("not compiled", the error) or ("survived", "")."""
+    rank = {name: number for number, name in enumerate(tried_first)}
     chosen = [item for item in items if concerns(item, mutant)]
-    chosen.sort(key=lambda item: name_of(item) not in tried_first)  # stable
+    chosen.sort(key=lambda item: rank.get(name_of(item), len(rank)))
     soon = sum(stage(item) < (3, 0) for item in chosen)
     kind, by = first_failure(chosen[:soon], mutant)
     if kind == "survived" and same_code(mutant):
@@ -260,8 +139,8 @@ def same_code(mutant):
         return all(loader.library_for(m, "fast").path.read_bytes() == built[m].read_bytes() for m in modules)
 
 
-def in_children(items, todo, jobs, done):
-    """The verdict of each mutant, from a process of its own: ``done(mutant, kind, by)`` as they come."""
+def in_children(items, todo, hints, jobs, done):
+    """The verdict of each mutant, from a process of its own: ``done(mutant, kind, by, seconds)`` as they come."""
     running = {}
     todo = iter(todo)
     killers = collections.defaultdict(list)  # what caught one mutant may well catch the next one
@@ -269,24 +148,26 @@ def in_children(items, todo, jobs, done):
     while True:
         while len(running) < jobs and (mutant := next(todo, None)) is not None:
             reader, writer = os.pipe()
-            with warnings.catch_warnings(action="ignore"):  # of forking beside threads, which BLAS has
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of forking beside threads, which BLAS has
                 child = os.fork()
             if child == 0:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                os.write(writer, json.dumps(verdict(items, mutant, killers[mutant.where][-12:])).encode())
+                first = [*hints.get((mutant.file, mutant.after), ()), *killers[mutant.where][-12:]]
+                os.write(writer, json.dumps(verdict(items, mutant, first)).encode())
                 os._exit(0)
             os.close(writer)
-            running[child] = mutant, reader
+            running[child] = mutant, reader, time.monotonic()
         if not running:
             return
         child, status = os.wait()
-        mutant, reader = running.pop(child)
+        mutant, reader, start = running.pop(child)
         with os.fdopen(reader, "rb") as pipe:
             answer = pipe.read()
         kind, by = json.loads(answer) if answer else ("caught", f"the process ended with status {status}")
         if kind == "caught" and by not in killers[mutant.where]:
             killers[mutant.where].append(by)
-        done(mutant, kind, by)
+        done(mutant, kind, by, round(time.monotonic() - start, 1))
 
 
 # ------------------------------------------------------------------------------------------------- results
@@ -309,7 +190,7 @@ def recorded():
     return {entry["id"]: entry for entry in json.loads(RESULTS.read_text())["mutants"]}
 
 
-def entry(mutant, kind, by):
+def entry(mutant, kind, by, seconds):
     if kind == "survived" and reason(mutant):
         kind, by = "equivalent", reason(mutant)
     return {
@@ -321,13 +202,19 @@ def entry(mutant, kind, by):
         "after": mutant.after,
         "verdict": kind,
         "by": by,
+        "seconds": seconds,
     }
+
+
+def killers_of(entries):
+    """What caught mutants, by file and mutated line: with other sources too, they may well catch them again."""
+    return {(item["file"], item["after"]): [item["by"]] for item in entries if item["verdict"] == "caught"}
 
 
 def write(everything, verdicts):
     entries = [verdicts[mutant.identity] for mutant in everything if mutant.identity in verdicts]
     content = {
-        "sources": {file: hashlib.sha256(read(file).encode()).hexdigest() for file in FILES},
+        "sources": hashes(),
         "date": datetime.date.today().isoformat(),
         "complete": len(entries) == len(everything),
         "mutants": entries,
@@ -340,8 +227,7 @@ def write(everything, verdicts):
 
 def is_current(content):
     """Whether recorded verdicts are of the kernels as they are."""
-    sources = {file: hashlib.sha256(read(file).encode()).hexdigest() for file in FILES}
-    return content["complete"] and content["sources"] == sources
+    return content["complete"] and content["sources"] == hashes()
 
 
 def table(entries):
@@ -385,12 +271,13 @@ def main():
 def full(everything, options):
     """Runs what has no verdict yet, and writes mutations.json."""
     verdicts = recorded()
+    hints = killers_of(verdicts.values())
     known = [mutant for mutant in everything if mutant.identity in verdicts]
     for mutant in known:  # a reason may have been added, or taken away
         old = verdicts[mutant.identity]
         old["line"] = mutant.line
         if old["verdict"] == "survived" and reason(mutant):
-            verdicts[mutant.identity] = entry(mutant, "survived", old["by"])
+            verdicts[mutant.identity] = entry(mutant, "survived", "", old.get("seconds", 0))
     todo = [m for m in everything if verdicts.get(m.identity, {"verdict": "survived"})["verdict"] == "survived"]
     print(f"{len(everything)} mutants, {len(known)} of them have a verdict")
 
@@ -398,15 +285,15 @@ def full(everything, options):
         with progress() as bar:
             task = bar.add_task("mutants", total=len(todo), survived=0)
 
-            def done(mutant, kind, by):
-                verdicts[mutant.identity] = entry(mutant, kind, by)
+            def done(mutant, kind, by, seconds):
+                verdicts[mutant.identity] = entry(mutant, kind, by, seconds)
                 survived = sum(
                     verdicts[m.identity]["verdict"] == "survived" for m in everything if m.identity in verdicts
                 )
                 write(everything, verdicts)
                 bar.update(task, advance=1, survived=survived, refresh=True)
 
-            in_children(items, todo, options.jobs, done)
+            in_children(items, todo, hints, options.jobs, done)
 
     if todo:
         run_pytest(work)
@@ -451,12 +338,12 @@ def sample(everything, options):
                 if verdicts[mutant.identity]["verdict"] == "caught":
                     yield mutant
 
-        def done(mutant, kind, by):
+        def done(mutant, kind, by, seconds):
             counts[kind] += 1
             if kind != "caught":
                 changed.append((mutant, kind))
 
-        in_children(items, in_time(), options.jobs, done)
+        in_children(items, in_time(), killers_of(verdicts.values()), options.jobs, done)
 
     run_pytest(work)
     print(f"seed {options.seed}: {counts['caught']} mutants caught again")

@@ -136,6 +136,23 @@ def test_zeros_are_not_added_and_all_else_is(dtype, layout, arrays, rng):
     assert [launch.global_atomics for launch in launches] == [0, 0]
 
 
+@ON_KERNELS
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+@pytest.mark.parametrize("channels", [3, 7, 33, 36])
+def test_infinity_stays_within_the_channels(channels, layout, arrays):
+    """Tiles are filled up with zeros, and infinity times zero is no zero."""
+    x, dy = (laid_out(np.ones((2, channels, *extent), np.float32), layout) for extent in ((5, 6), (3, 4)))
+    w = laid_out(np.ones((channels, channels, 3, 3), np.float32), layout, "w")
+    settings = {"layout": layout}
+    for values in (x, dy):
+        values.reshape(-1)[7] = np.inf  # of one image
+    expected = gpuconv.conv_backward(dy, x, w, **settings, algorithm="direct")
+    found = gradients_of("scatter", *(arrays.asarray(array) for array in (x, w, dy)), **settings)
+    for one, other in zip(found, (expected.dx, expected.dw), strict=True):
+        assert np.isinf(other).any()
+        np.testing.assert_array_equal(arrays.asnumpy(one), other)
+
+
 def test_boxes_fit_shared_memory_and_cover_the_outputs():
     """For layers large and small, and at the extremes of windows, strides and dilations."""
     for x_shape, w_shape, settings in (

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from gpuconv.cuda import kernels_folder
 from tests import mutate_kernels
 from tests.equivalent_mutants import EQUIVALENT
-from tests.mutate_kernels import FILES, RESULTS, RULES, mutants
+from tests.mutants import FILES, RULES, mutants, read
+from tests.mutate_kernels import RESULTS
 
 RUN_AGAIN = "run python -m tests.mutate_kernels, and commit what it writes"
 
@@ -21,7 +21,7 @@ def everything():
 
 
 def code_of(file):
-    return re.sub(r"//.*", "", (kernels_folder() / file).read_text())
+    return re.sub(r"//.*", "", read(file))
 
 
 def test_every_rule_is_applied_at_every_place_where_it_fits(everything):
@@ -40,7 +40,7 @@ def test_every_rule_is_applied_at_every_place_where_it_fits(everything):
 def test_mutants_change_one_line_of_code(everything):
     assert len({mutant.identity for mutant in everything}) == len(everything) > 1000
     for mutant in everything:
-        before, after = (text.splitlines() for text in (mutate_kernels.read(mutant.file), mutant.text))
+        before, after = (text.splitlines() for text in (read(mutant.file), mutant.text))
         changed = [i for i, (one, other) in enumerate(zip(before, after, strict=True), 1) if one != other]
         assert changed == [mutant.line]
         assert before[mutant.line - 1].partition("//")[2] == after[mutant.line - 1].partition("//")[2]

@@ -189,12 +189,16 @@ class Library:
         caller = next((line for line in (frame, *callers) if ".cu:" in line), frame)
         return caller if caller == frame else f"{caller} ({frame})"
 
-    @functools.cache  # noqa: B019 - libraries live as long as the process
     def frames(self, offset):
         """The source lines of the instruction before an address, from the innermost function outwards."""
-        frames = _run("addr2line", "-i", "-e", self.path, hex(offset - 1)).splitlines()
-        lines = [Path(frame.split(" (")[0]).name for frame in frames]
-        return [line for line in lines if not line.startswith(("cuda.hpp", "primitives.", "?"))] or lines or ["?"]
+        return _frames(self.path, offset - 1)
+
+
+@functools.cache
+def _frames(path, offset):
+    frames = _run("addr2line", "-i", "-e", path, hex(offset)).splitlines()
+    lines = [Path(frame.split(" (")[0]).name for frame in frames]
+    return [line for line in lines if not line.startswith(("cuda.hpp", "primitives.hpp", "?"))] or lines or ["?"]
 
 
 class _DlInfo(ctypes.Structure):

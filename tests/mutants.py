@@ -1,0 +1,146 @@
+"""Mutants of the kernels: every edit that a rule allows, at every place where it fits, one at a time."""
+
+import hashlib
+import re
+from typing import NamedTuple
+
+from gpuconv.cuda import kernels_folder
+from tests.emulation import loader
+
+# primitives.cuh is not among them: the CPU runs other code in its place, and golden vectors are for that.
+FILES = ("common.cuh", "direct.cu", "scatter.cu")
+
+# What a rule is called, and its edits: a pattern and what comes in its place.
+RULES = {
+    "barrier dropped": [(r"__syncthreads\(\);", "")],
+    "atomic addition made plain": [
+        (r"atomic_add\(to, four\);", "to[0] += four.x, to[1] += four.y, to[2] += four.z, to[3] += four.w;"),
+        (r"atomic_add\(&to->real, make_float2\(v.real, v.imag\)\);", "to->real += v.real, to->imag += v.imag;"),
+        (r"atomic_add\(&([\w>-]+), (v\.\w+)\);", r"\1 += \2;"),
+        (r"atomic_add\((\w+) \+ (.+), ([\w.\[\]]+)\);", r"add(\1[\2], \3);"),
+    ],
+    "bound off by one": [
+        (r" < ", " <= "),
+        (r" < ([\w.\[\]]+)", r" < \1 - 1"),
+        (r" >= ", " > "),
+        (r" > ", " >= "),
+        (r" <= ", " < "),
+    ],
+    "test dropped": [
+        (r"if \(.*\) (continue|return);", ""),
+        (r"if \((?:[^()]|\([^()]*\))*\) (?!continue|return|\{)", ""),
+        (r" \? ", " || true ? "),
+        (r" \? ", " && false ? "),
+        (r" && ", " || "),
+        (r" == ", " != "),
+        (r" != ", " == "),
+        (r"!(?=\w)", ""),
+    ],
+    "term dropped": [
+        (r" \* [\w.]+(\[\w+\])?", ""),
+        (r" [+-] \w[\w.]*(\[\w+\])?(\([\w, ]*\))?(?= [-+<]|[;,)\]]|$)", ""),
+    ],
+    "sign changed": [
+        (r" \+ ", " - "),
+        (r" - ", " + "),
+        (r" \+= ", " -= "),
+        (r" -= ", " += "),
+        (r"(?<=[ (])-(?=[vz])", ""),
+    ],
+    "division exchanged": [(r" % ", " / "), (r" / ", " % ")],
+    "sum not cleared": [(r" = (Sum)?\{\};", ";"), (r"\S+ = Sum\{\};", ";"), (r" = \{\}(?=[;,])", "")],
+    "update dropped": [
+        (r"\b\S+ [-+/]= [^;]+;", ";"),
+        (r"(\+\+|--)[\w.\[\]]+;", ";"),
+        (r"\b\S+ = exists && ", ""),
+        (r" \+= ", " = "),
+        (r"\badd(_product|_to_row)?\(.*\);", ";"),
+    ],
+    "index exchanged": [
+        (r"\[0\]", "[1]"),
+        (r"\[1\]", "[2]"),
+        (r"\[2\]", "[1]"),
+        (r"\[axis\]", "[0]"),
+        (r"\[(\w+)\]\[(\w+)\]", r"[\2][\1]"),
+    ],
+    "field exchanged": [
+        (r"\bconv\.input\b", "conv.output"),
+        (r"\bconv\.output\b", "conv.input"),
+        (r"\bconv\.C\b", "conv.F"),
+        (r"\bconv\.F\b", "conv.C"),
+        (r"\bdx_at\b", "dy_at"),
+        (r"\bx_at\b", "dy_at"),
+        (r"\bx_at\b", "y_at"),
+        (r"\bdy_at\b", "dx_at"),
+        (r"\bdy_at\b", "x_at"),
+        (r"\by_at\b", "x_at"),
+        (r"\.channel\b(?! \*| =)", ".group"),
+        (r"\.filter\b", ".channel"),
+        (r"\breal\b", "imag"),
+        (r"\bimag\b", "real"),
+        (r"\bfirst_(?=conjugated|derivative)", "second_"),
+        (r"\bsecond_(?=conjugated|derivative)", "first_"),
+    ],
+}
+
+
+class Mutant(NamedTuple):
+    """One edit of one line."""
+
+    file: str
+    line: int
+    where: str  # the kernel, or the file
+    rule: str
+    before: str  # the line, without indentation
+    after: str
+    text: str  # of the whole file
+    identity: str  # a hash of all that is compiled: with other sources it is another mutant
+
+
+def read(file):
+    return (kernels_folder() / file).read_text()
+
+
+def hashes():
+    """Of the sources, by file."""
+    return {file: hashlib.sha256(read(file).encode()).hexdigest() for file in FILES}
+
+
+def mutants():
+    """All mutants, in the order of the sources."""
+    found = {}
+    for file in FILES:
+        text = read(file)
+        lines = text.splitlines(keepends=True)
+        compiled_with = [read(other) for other in FILES if other != file and "common.cuh" in (file, other)]
+        for number, (line, kernel) in enumerate(zip(lines, _kernels_by_line(lines), strict=True)):
+            for rule, after in _edits(line):
+                mutated = "".join((*lines[:number], after, *lines[number + 1 :]))
+                identity = hashlib.sha256("\0".join((mutated, *compiled_with)).encode()).hexdigest()[:16]
+                change = rule, line.strip(), after.strip()
+                mutant = Mutant(file, number + 1, kernel or file, *change, mutated, identity)
+                found.setdefault(identity, mutant)  # two rules may do the same
+    return list(found.values())
+
+
+def _kernels_by_line(lines):
+    """For each line the kernel that it is in, or None: from the line with its name to the brace that ends it."""
+    names = {f"{name}(": name for name in loader.kernel_names("".join(lines))}
+    kernels, kernel = [], None
+    for line in lines:
+        kernel = next((name for start, name in names.items() if line.startswith(start)), kernel)
+        kernels.append(kernel)
+        if line.startswith("}"):
+            kernel = None
+    return kernels
+
+
+def _edits(line):
+    """The rules that fit the code of a line, and what they make of the line."""
+    code = line.partition("//")[0]
+    if code.startswith(("#", "static_assert")):
+        return
+    for rule, edits in RULES.items():
+        for pattern, replacement in edits:
+            for match in re.finditer(pattern, code):
+                yield rule, code[: match.start()] + match.expand(replacement) + line[match.end() :]
