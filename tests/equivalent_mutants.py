@@ -6,6 +6,8 @@ are found by the compiler and not listed.
 """
 
 ALIGNMENT = "alignment decides only in how wide pieces the numbers are read, not which"
+UNUSED_ROWS = "what is noted of rows beyond the last is never used; the bound keeps row * F from overflowing near 2**31"
+ONE_ROUND = "the block has more threads than there are entries, so that each thread goes round once"
 
 EQUIVALENT = {
     # ----------------------------------------------------------------------------------------- common.cuh
@@ -56,4 +58,49 @@ EQUIVALENT = {
         "for (int e = thread; e < CHUNK * WIDTH; e += THREADS) {",
         "for (int e = thread; e <= CHUNK * WIDTH; e += THREADS) {",
     ): "the cell beyond the last is in row CHUNK, which is not less than depth",
+    (
+        "scatter.cu",
+        "for (int j = thread; j < TILE_ROWS && row0 + j < rows; j += THREADS) {",
+        "for (int j = thread; j < TILE_ROWS && row0 + j <= rows; j += THREADS) {",
+    ): UNUSED_ROWS,
+    (
+        "scatter.cu",
+        "for (int j = thread; j < TILE_ROWS && row0 + j < rows; j += THREADS) {",
+        "for (int j = thread; j < TILE_ROWS && row0 < rows; j += THREADS) {",
+    ): UNUSED_ROWS,
+    (
+        "scatter.cu",
+        "for (int j = thread; j < TILE_ROWS && row0 + j < rows; j += THREADS) {",
+        "for (int j = thread; j < TILE_ROWS && row0 - j < rows; j += THREADS) {",
+    ): UNUSED_ROWS,
+    (
+        "scatter.cu",
+        "for (int j = thread; j < TILE_ROWS && row0 + j < rows; j += THREADS) {",
+        "for (int j = thread; j < TILE_ROWS && row0 + j < rows; j = THREADS) {",
+    ): ONE_ROUND,
+    (
+        "scatter.cu",
+        "for (Index first = slice * length; first < last; first += DEPTH) {",
+        "for (Index first = slice * length; first <= last; first += DEPTH) {",
+    ): "one more chunk, of no outputs: nothing is loaded or added",
+    (
+        "scatter.cu",
+        "const int depth = last - first < DEPTH ? int(last - first) : DEPTH;",
+        "const int depth = last - first <= DEPTH ? int(last - first) : DEPTH;",
+    ): "where the two are equal, either is the smaller one",
+    (
+        "scatter.cu",
+        "for (int k = thread; k < depth; k += THREADS) {",
+        "for (int k = thread; k < depth; k = THREADS) {",
+    ): ONE_ROUND,
+    (
+        "scatter.cu",
+        "for (int e = thread; e < DEPTH * TILE_ROWS; e += THREADS) {",
+        "for (int e = thread; e <= DEPTH * TILE_ROWS; e += THREADS) {",
+    ): "the cell beyond the last is in row DEPTH, which is not less than depth",
+    (
+        "scatter.cu",
+        "for (int e = thread; e < DEPTH * WIDTH; e += THREADS) {",
+        "for (int e = thread; e <= DEPTH * WIDTH; e += THREADS) {",
+    ): "the cell beyond the last is in row DEPTH, which is not less than depth",
 }

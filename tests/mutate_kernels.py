@@ -34,7 +34,7 @@ from gpuconv.cuda import report
 from tests.emulation import launcher, loader
 from tests.emulation.edited import edited
 from tests.equivalent_mutants import EQUIVALENT
-from tests.mutants import FILES, hashes, mutants
+from tests.mutants import FILES, Mutant, hashes, mutants, read
 
 RESULTS = Path(__file__).parent / "mutations.json"
 SAME_CODE = "the compiler makes the same code of it"
@@ -107,12 +107,13 @@ def verdict(items, mutant, tried_first):
     """("caught", the test), ("equivalent", the reason), ("not compiled", the error) or ("survived", "")."""
     rank = {name: number for number, name in enumerate(tried_first)}
     chosen = [item for item in items if concerns(item, mutant)]
-    chosen.sort(key=lambda item: rank.get(name_of(item), len(rank)))
-    soon = sum(stage(item) < (3, 0) for item in chosen)
-    kind, by = first_failure(chosen[:soon], mutant)
+    first = sorted((item for item in chosen if name_of(item) in rank), key=lambda item: rank[name_of(item)])
+    rest = [item for item in chosen if name_of(item) not in rank]
+    soon, late = ([item for item in rest if (stage(item) < (3, 0)) == is_soon] for is_soon in (True, False))
+    kind, by = first_failure([*first, *soon], mutant)
     if kind == "survived" and same_code(mutant):
         return "equivalent", SAME_CODE
-    return first_failure(chosen[soon:], mutant) if kind == "survived" else (kind, by)
+    return first_failure(late, mutant) if kind == "survived" else (kind, by)
 
 
 def name_of(item):
@@ -120,15 +121,23 @@ def name_of(item):
 
 
 def first_failure(items, mutant):
+    """Runs tests on a mutant until one fails: ("caught", its name), ("not compiled", the error) or ("survived", "")."""
     with edited(mutant.file, mutant.text), launcher.using(seconds=SECONDS):
         for item, following in zip(items, [*items[1:], None], strict=True):
-            for report in runtestprotocol(item, nextitem=following, log=False):
-                if report.failed and "BuildError" in report.longreprtext:
-                    error = re.search(r"error: .*", report.longreprtext)
+            for outcome in runtestprotocol(item, nextitem=following, log=False):
+                if outcome.failed and "BuildError" in outcome.longreprtext:
+                    error = re.search(r"error: .*", outcome.longreprtext)
                     return "not compiled", error[0] if error else "?"
-                if report.failed:
+                if outcome.failed:
                     return "caught", name_of(item)
     return "survived", ""
+
+
+def check_baseline(items):
+    """RuntimeError unless every test passes on the kernels as they are: what fails anyway catches nothing."""
+    kind, by = first_failure(items, Mutant(FILES[0], 0, "", "", "", "", read(FILES[0]), ""))
+    if kind != "survived":
+        raise RuntimeError(f"the tests fail on the kernels as they are: {kind}: {by}")
 
 
 def same_code(mutant):
@@ -153,7 +162,8 @@ def in_children(items, todo, hints, jobs, done):
                 child = os.fork()
             if child == 0:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                first = [*hints.get((mutant.file, mutant.after), ()), *killers[mutant.where][-12:]]
+                recent = reversed(killers[mutant.where][-12:])
+                first = list(dict.fromkeys((*hints.get((mutant.file, mutant.after), ()), *recent)))
                 os.write(writer, json.dumps(verdict(items, mutant, first)).encode())
                 os._exit(0)
             os.close(writer)
@@ -165,8 +175,8 @@ def in_children(items, todo, hints, jobs, done):
         with os.fdopen(reader, "rb") as pipe:
             answer = pipe.read()
         kind, by = json.loads(answer) if answer else ("caught", f"the process ended with status {status}")
-        if kind == "caught" and by not in killers[mutant.where]:
-            killers[mutant.where].append(by)
+        if kind == "caught":
+            killers[mutant.where] = [name for name in killers[mutant.where] if name != by] + [by]
         done(mutant, kind, by, round(time.monotonic() - start, 1))
 
 
@@ -264,8 +274,7 @@ def main():
         parser.error(loader.why_not())
     everything = mutants()
     run = sample if options.sample else full
-    status = run(everything, options)
-    sys.exit(status)
+    sys.exit(run(everything, options))
 
 
 def full(everything, options):
@@ -282,6 +291,7 @@ def full(everything, options):
     print(f"{len(everything)} mutants, {len(known)} of them have a verdict")
 
     def work(items):
+        check_baseline(items)
         with progress() as bar:
             task = bar.add_task("mutants", total=len(todo), survived=0)
 
@@ -300,6 +310,7 @@ def full(everything, options):
     write(everything, verdicts)
     entries = [verdicts[mutant.identity] for mutant in everything if mutant.identity in verdicts]
     print(table(entries))
+    print(f"{sum(item['seconds'] for item in entries) / 60:.0f} minutes of one core")
     return conclusion(everything, entries)
 
 
@@ -329,6 +340,7 @@ def sample(everything, options):
     counts, changed = collections.Counter(), []
 
     def work(items):
+        check_baseline(items)
         start = time.monotonic()
 
         def in_time():

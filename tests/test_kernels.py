@@ -137,6 +137,26 @@ def test_zeros_are_not_added_and_all_else_is(dtype, layout, arrays, rng):
 
 
 @ON_KERNELS
+@pytest.mark.parametrize("outputs", [15, 16, 17, 31, 32, 33, 63, 64, 65])
+@pytest.mark.parametrize("channels", [1, 4, 36])
+def test_chunks_of_outputs_and_filters_may_be_cut_anywhere(channels, outputs, arrays, rng):
+    """Around the depths of all tiles, both where outputs are summed over and where filters are."""
+    x, w, dy = (
+        draw(rng, shape, "float32", True).astype(np.float32)
+        for shape in ((1, 2, outputs + 2), (outputs, channels, 3), (1, channels, outputs))
+    )
+    expected = gpuconv.conv_weight_grad(dy, x, (channels, 2, 3), algorithm="im2col")
+    x, w, dy = (arrays.asarray(array) for array in (x, w, dy))
+    found = gpuconv.conv_weight_grad(dy, x, (channels, 2, 3), algorithm="scatter")
+    np.testing.assert_array_equal(arrays.asnumpy(found), expected)
+    found = gpuconv.conv_data_grad(dy.swapaxes(1, 2), w, (1, channels, channels + 2), algorithm="scatter")
+    expected = gpuconv.conv_data_grad(
+        *(arrays.asnumpy(array) for array in (dy.swapaxes(1, 2), w)), (1, channels, channels + 2), algorithm="im2col"
+    )
+    np.testing.assert_array_equal(arrays.asnumpy(found), expected)
+
+
+@ON_KERNELS
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("channels", [3, 7, 33, 36])
 def test_infinity_stays_within_the_channels(channels, layout, arrays):
