@@ -232,5 +232,5 @@ def pytest_terminal_summary(terminalreporter):
     if missing := vectors.unconfirmed():
         terminalreporter.write_line(
             f"{len(missing)} of {len(vectors.declared())} device functions were never compared with a GPU"
-            f" (tests/golden): {', '.join(missing)}"
+            f" (tests/golden): {', '.join(dict.fromkeys(name.partition('(')[0] for name in missing))}"
         )

@@ -103,4 +103,9 @@ EQUIVALENT = {
         "for (int e = thread; e < DEPTH * WIDTH; e += THREADS) {",
         "for (int e = thread; e <= DEPTH * WIDTH; e += THREADS) {",
     ): "the cell beyond the last is in row DEPTH, which is not less than depth",
+    (
+        "scatter.cu",
+        "for (int team = 0; team < SPLITS; ++team) {",
+        "for (int team = 0; team <= SPLITS; ++team) {",
+    ): "one more round, of a team that no thread is in",
 }

@@ -38,7 +38,7 @@ from tests.mutants import FILES, Mutant, hashes, mutants, read
 
 RESULTS = Path(__file__).parent / "mutations.json"
 SAME_CODE = "the compiler makes the same code of it"
-SECONDS = 2.0  # that a launch may take: mutated loops may never end
+SECONDS = 5.0  # that a launch may take: mutated loops may never end
 
 # ------------------------------------------------------------------------------------------------- running tests
 
@@ -222,16 +222,12 @@ def killers_of(entries):
 
 
 def write(everything, verdicts):
+    """One line for each mutant, so that a change of one is a change of one line."""
     entries = [verdicts[mutant.identity] for mutant in everything if mutant.identity in verdicts]
-    content = {
-        "sources": hashes(),
-        "date": datetime.date.today().isoformat(),
-        "complete": len(entries) == len(everything),
-        "mutants": entries,
-    }
+    head = {"sources": hashes(), "date": datetime.date.today().isoformat(), "complete": len(entries) == len(everything)}
+    lines = ",\n".join(json.dumps(item, ensure_ascii=False) for item in entries)
     scratch = RESULTS.with_suffix(".part")
-    lines = json.dumps(content, indent=0, ensure_ascii=False)
-    scratch.write_text(lines + "\n")
+    scratch.write_text(f'{json.dumps(head)[:-1]}, "mutants": [\n{lines}\n]}}\n')
     os.replace(scratch, RESULTS)
 
 

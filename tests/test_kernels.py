@@ -47,6 +47,24 @@ def test_plain_twins_are_right(case, direction, dtype, arrays, plain):
     assert_right(arrays, case, "scatter_plain", direction, dtype, "channels_first")
 
 
+@ON_KERNELS
+def test_plain_twins_multiply_by_derivatives(arrays, rng, plain):
+    """Of dy, which is the first operand; in the backward of a transposed convolution, the second one of weight_grad."""
+    x, w = (draw(rng, shape, "float32", True).astype(np.float32) for shape in ((2, 4, 5, 6), (4, 4, 3, 3)))
+    for function, backward in (
+        (gpuconv.conv, gpuconv.conv_backward),
+        (gpuconv.conv_transpose, gpuconv.conv_transpose_backward),
+    ):
+        y = function(x, w, activation="relu", algorithm="im2col")
+        dy = draw(rng, y.shape, "float32", True).astype(np.float32)
+        given = [arrays.asarray(array) for array in (dy, x, w)]
+        for needs in ("dx", "dw") if backward is gpuconv.conv_backward else ("dw",):
+            options = {"activation": "relu", "needs": needs}
+            expected = getattr(backward(dy, x, w, y=y, **options, algorithm="im2col"), needs)
+            found = backward(*given, y=arrays.asarray(y), **options, algorithm="scatter_plain")
+            np.testing.assert_array_equal(arrays.asnumpy(getattr(found, needs)), expected)
+
+
 # ResNet-50's 3x3 layers: channels and extents divided by four.
 RESNET = [((2, 16, 14, 14), 1), ((2, 32, 7, 7), 1), ((2, 64, 4, 4), 1), ((2, 32, 14, 14), 2), ((2, 64, 7, 7), 2)]
 
