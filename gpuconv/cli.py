@@ -108,7 +108,7 @@ def _parser() -> _Parser:
 
 
 def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
+    return [name.strip() for name in text.split(",")]
 
 
 def _positive(text: str) -> int:

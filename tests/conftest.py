@@ -14,7 +14,7 @@ import gpuconv
 import gpuconv.call
 from gpuconv.backend import NUMPY, Backend, cupy_backend
 from gpuconv.choose import MODULES
-from gpuconv.cuda import arguments
+from gpuconv.cuda import arguments, kernels_folder
 from gpuconv.geometry import Geometry
 from tests import standin
 from tests.cases import named_dtype
@@ -189,6 +189,7 @@ def pytest_configure(config):
         launcher.options.seconds = 86400.0  # of someone who thinks at a breakpoint
 
 
+KERNELS = tuple(name for name in gpuconv.ALGORITHMS if (kernels_folder() / f"{name}.cu").exists())
 KERNELS_ONLY = ("direct",)  # algorithms that NumPy does not have
 
 

@@ -258,12 +258,23 @@ def row(name, count):
     return f"| {name} | {total} | {caught} | {count['equivalent']} | {survived} | {score} |"
 
 
+def _positive(text):
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be an int of at least 1, got {text!r}")
+    return int(text)
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.mutate_kernels", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--sample", type=float, metavar="SECONDS", help="as many as this time allows, drawn at random")
+    parser.add_argument(
+        "--sample",
+        type=_positive,
+        metavar="SECONDS",
+        help="as many as this time allows, drawn at random, after the tests have passed on the kernels as they are",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample (default 0)")
     parser.add_argument(
-        "--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="default: all cores"
+        "--jobs", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N", help="default: all cores"
     )
     options = parser.parse_args()
     if loader.why_not():
@@ -306,6 +317,7 @@ def full(everything, options):
     write(everything, verdicts)
     entries = [verdicts[mutant.identity] for mutant in everything if mutant.identity in verdicts]
     print(table(entries))
+    print(f"beside {sum(item['verdict'] == 'not compiled' for item in entries)} edits that do not compile")
     print(f"{sum(item['seconds'] for item in entries) / 60:.0f} minutes of one core")
     return conclusion(everything, entries)
 

@@ -66,7 +66,9 @@ def table(kernel, found):
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.profile", description=__doc__.split("\n\n")[0])
     parser.add_argument("kernel", metavar="KERNEL", choices=KERNELS, help=", ".join(KERNELS))
-    parser.add_argument("case", metavar="CASE", choices=BY_NAME, help="a name in tests/cases.py")
+    parser.add_argument(
+        "case", metavar="CASE", choices=BY_NAME, help='a name in tests/cases.py, such as "many channels"'
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--layout", choices=LAYOUTS, default="channels_first")
     options = parser.parse_args()
@@ -74,7 +76,7 @@ def main():
         parser.error(loader.why_not())
     found = accesses(options.kernel, options.case, options.dtype, options.layout)
     print(
-        f"{options.kernel}, {options.case}, {options.dtype}, {options.layout}: requests of warps, and each one's cost\n"
+        f"{options.kernel}, {options.case}, {options.dtype}, {options.layout}: requests of warps, and each one's cost (at best)\n"
     )
     print(table(options.kernel, found))
 

@@ -150,7 +150,7 @@ def test_spills_and_compile_errors_end_with_status_1(row, words, compiled, capsy
 
 
 @NVRTC
-@pytest.mark.parametrize("arch", ["sm_90", "sm_80,nonsense", "80"])
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80,nonsense", "80", ""])
 def test_an_unknown_architecture_is_refused(arch, capsys):
     assert main(["kernels", "--arch", arch]) == 2
     assert "--arch must be out of sm_75, sm_80, " in capsys.readouterr().err

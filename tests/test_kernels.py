@@ -12,12 +12,11 @@ from gpuconv.cuda import arguments
 from gpuconv.geometry import Geometry
 from tests import reference
 from tests.cases import CASES, DIRECTIONS, draw, laid_out, named_dtype
-from tests.conftest import BACKENDS
+from tests.conftest import BACKENDS, KERNELS
 from tests.emulation import launcher
 from tests.test_matrix import assert_right
 from tests.test_memory import assert_stays_within
 
-KERNELS = ("scatter", "direct")
 ON_KERNELS = pytest.mark.parametrize("arrays", [BACKENDS[1], BACKENDS[3]], indirect=True)
 EMULATED = pytest.mark.parametrize("arrays", [BACKENDS[1]], indirect=True)
 KIB = 1024

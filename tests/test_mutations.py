@@ -69,6 +69,7 @@ def test_verdicts_are_of_these_kernels_and_at_least_95_percent_are_caught(everyt
 
 def test_each_equivalent_mutant_has_a_reason(everything):
     verdicts = mutate_kernels.recorded()
+    assert {mutant.identity for mutant in everything} <= set(verdicts), RUN_AGAIN
     stated = {mutate_kernels.key(mutant): verdicts[mutant.identity] for mutant in everything}
     for key, reason in EQUIVALENT.items():
         assert len(reason) > 20

@@ -117,7 +117,7 @@ def known(asked: Sequence[str] | None) -> list[str]:
     for name in asked or ():
         if name not in possible:
             raise ValueError(f"--arch must be out of {', '.join(possible)}; got {name!r}")
-    return list(asked or possible)
+    return possible if asked is None else list(asked)
 
 
 def rows(architecture: str, chosen: Iterable[Module] | None = None) -> Iterator[Row | compiler.CompileError]:

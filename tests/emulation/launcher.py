@@ -98,6 +98,7 @@ class _LaunchOptions(ctypes.Structure):
 
 def launch_emulated(kernel, grid, block, arguments, shared_memory=0):
     """Runs a kernel of the package; EmulationError says what it did wrong, and where."""
+    __tracebackhide__ = True
     prepare(kernel, grid, arguments)
     if grid == 0:
         return
@@ -108,6 +109,7 @@ def launch_emulated(kernel, grid, block, arguments, shared_memory=0):
 
 def run(library, name, grid, block, arguments, shared_memory=0, names=None):
     """Runs a kernel of any library. ``names`` has the name of each parameter, and whether it is only read."""
+    __tracebackhide__ = True
     entry, sizes = library.kernel(name)
     names = names or [(f"argument {i}", False) for i in range(len(arguments))]
     assert len(arguments) == len(sizes) == len(names), f"{name} takes {len(sizes)} arguments"

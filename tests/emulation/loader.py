@@ -133,11 +133,12 @@ class Library:
         self.mode = mode
         self.names = kernel_names(text)
         entries = "".join(f"EMULATED_ENTRY({name})\n" for name in self.names)
+        content = f'{text}\n#line 1 "entries"\n{entries}'
         flags = (*KERNEL, *MODES[mode])
         runtime_path = Path(runtime()._name)
 
         def build(folder):
-            (folder / "kernels.cpp").write_text(f"{text}\n{entries}")
+            (folder / "kernels.cpp").write_text(content)
             include = ("-include", FOLDER / "cuda.hpp")
             where = f"-ffile-prefix-map={folder}=."
             command = ("g++", *flags, where, *_machine_flags(), *include, "-c", folder / "kernels.cpp")
@@ -145,7 +146,7 @@ class Library:
             link = ("-shared", "-o", folder / "library.so", folder / "kernels.o", runtime_path)
             _run("g++", *link, f"-Wl,-rpath,{runtime_path.parent}")
 
-        self.path = _built((text, entries, *flags, runtime_path.name), build)
+        self.path = _built((content, *flags, runtime_path.name), build)
         self._library = ctypes.CDLL(self.path)
         self.handle = self._register()
 
@@ -185,9 +186,11 @@ class Library:
         return re.sub(r"\{(0x[0-9a-f]+)\}", lambda match: self._line(int(match[1], 16)), text)
 
     def _line(self, offset):
-        frame, *callers = self.frames(offset)
-        caller = next((line for line in (frame, *callers) if ".cu:" in line), frame)
-        return caller if caller == frame else f"{caller} ({frame})"
+        """The kernel's line, and in brackets that of the innermost function that it calls there."""
+        frames = self.frames(offset)
+        kernels = [line for line in frames if ".cu:" in line]
+        outermost = kernels[-1] if kernels else frames[0]
+        return outermost if outermost == frames[0] else f"{outermost} ({frames[0]})"
 
     def frames(self, offset):
         """The source lines of the instruction before an address, from the innermost function outwards."""
@@ -198,7 +201,7 @@ class Library:
 def _frames(path, offset):
     frames = _run("addr2line", "-i", "-e", path, hex(offset)).splitlines()
     lines = [Path(frame.split(" (")[0]).name for frame in frames]
-    return [line for line in lines if not line.startswith(("cuda.hpp", "primitives.hpp", "?"))] or lines or ["?"]
+    return [line for line in lines if not line.startswith(("cuda.hpp", "primitives.hpp", "entries", "?"))] or ["?"]
 
 
 class _DlInfo(ctypes.Structure):

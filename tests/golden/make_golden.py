@@ -4,6 +4,7 @@ Each kernel of primitives.cu runs once; the results are written beside this file
 the device, the driver, the versions and the date. The tests hold the emulator against what is committed.
 """
 
+import argparse
 import datetime
 import sys
 import tempfile
@@ -67,12 +68,14 @@ def made(launch, kernels):
 
 
 def main():
+    parser = argparse.ArgumentParser(prog="python -m tests.golden.make_golden", description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=vectors.FOLDER, help="default: tests/golden")
+    folder = parser.parse_args().folder
     try:
         cupy = cupy_backend().xp
     except BackendError as error:
         sys.exit(f"golden vectors are made on a GPU: {error}")
     launch, kernels, about = on_gpu(cupy)
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else vectors.FOLDER
     path = folder / f"{about['device'].replace(' ', '-')}.npz"
     results = made(launch, kernels)
     vectors.write(path, results, about)
