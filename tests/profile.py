@@ -75,9 +75,8 @@ def main():
     if loader.why_not():
         parser.error(loader.why_not())
     found = accesses(options.kernel, options.case, options.dtype, options.layout)
-    print(
-        f"{options.kernel}, {options.case}, {options.dtype}, {options.layout}: requests of warps, and each one's cost (at best)\n"
-    )
+    print(f"{options.kernel}, {options.case}, {options.dtype}, {options.layout}")
+    print("warps' requests, and what one of them costs (in brackets: at best)\n")
     print(table(options.kernel, found))
 
 
