@@ -285,6 +285,7 @@ WRONG_ARGUMENTS = {
         np.ones((1, 1, 1), ">f4"),
         "takes an array of First for x_values, but got an array of >f4",
     ),
+    "nothing for a result": (4, None, "takes an array of Result for y, but got NoneType"),
     "nothing for a value": (9, None, "takes a value of Options for options, but got NoneType"),
 }
 

@@ -119,7 +119,7 @@ def check_arguments(kernel: Kernel, arguments: Sequence[Any]) -> None:
     if len(arguments) != len(expected):
         raise TypeError(f"{kernel.name} takes {len(expected)} arguments, but {len(arguments)} were given")
     for parameter, argument in zip(expected, arguments, strict=True):
-        if argument is None and parameter.is_pointer:
+        if argument is None and parameter.is_pointer and parameter.is_constant:  # optional, as only operands are
             continue
         is_value = isinstance(argument, (numpy.generic, numpy.ndarray)) and argument.ndim == 0
         found = getattr(argument, "dtype", None)
