@@ -15,6 +15,7 @@ Exit status 1 where a mutant survives, or, for a sample, where the verdicts of m
 import argparse
 import collections
 import datetime
+import functools
 import gc
 import json
 import os
@@ -135,7 +136,10 @@ def first_failure(items, mutant):
 
 def check_baseline(items):
     """RuntimeError unless every test passes on the kernels as they are: what fails anyway catches nothing."""
-    kind, by = first_failure(items, Mutant(FILES[0], 0, "", "", "", "", read(FILES[0]), ""))
+    unchanged = Mutant(FILES[0], 0, "", "", "", "", read(FILES[0]), "")
+    child, answer = in_child(lambda: first_failure(items, unchanged))
+    os.waitpid(child, 0)
+    kind, by = json.loads(answer.read() or '["stopped", "?"]')
     if kind != "survived":
         raise RuntimeError(f"the tests fail on the kernels as they are: {kind}: {by}")
 
@@ -148,6 +152,20 @@ def same_code(mutant):
         return all(loader.library_for(m, "fast").path.read_bytes() == built[m].read_bytes() for m in modules)
 
 
+def in_child(function):
+    """Calls a function in a process of its own, where what it changes or remembers is lost: its number, and its answer."""
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of forking beside threads, which BLAS has
+        child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.write(writer, json.dumps(function()).encode())
+        os._exit(0)
+    os.close(writer)
+    return child, os.fdopen(reader, "rb")
+
+
 def in_children(items, todo, hints, jobs, done):
     """The verdict of each mutant, from a process of its own: ``done(mutant, kind, by, seconds)`` as they come."""
     running = {}
@@ -156,25 +174,17 @@ def in_children(items, todo, hints, jobs, done):
     gc.freeze()  # or each child's collector would copy the memory that they share
     while True:
         while len(running) < jobs and (mutant := next(todo, None)) is not None:
-            reader, writer = os.pipe()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of forking beside threads, which BLAS has
-                child = os.fork()
-            if child == 0:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                recent = reversed(killers[mutant.where][-12:])
-                first = list(dict.fromkeys((*hints.get((mutant.file, mutant.after), ()), *recent)))
-                os.write(writer, json.dumps(verdict(items, mutant, first)).encode())
-                os._exit(0)
-            os.close(writer)
-            running[child] = mutant, reader, time.monotonic()
+            recent = reversed(killers[mutant.where][-12:])
+            first = list(dict.fromkeys((*hints.get((mutant.file, mutant.after), ()), *recent)))
+            child, answer = in_child(functools.partial(verdict, items, mutant, first))
+            running[child] = mutant, answer, time.monotonic()
         if not running:
             return
         child, status = os.wait()
-        mutant, reader, start = running.pop(child)
-        with os.fdopen(reader, "rb") as pipe:
-            answer = pipe.read()
-        kind, by = json.loads(answer) if answer else ("caught", f"the process ended with status {status}")
+        mutant, answer, start = running.pop(child)
+        with answer:
+            text = answer.read()
+        kind, by = json.loads(text) if text else ("caught", f"the process ended with status {status}")
         if kind == "caught":
             killers[mutant.where] = [name for name in killers[mutant.where] if name != by] + [by]
         done(mutant, kind, by, round(time.monotonic() - start, 1))

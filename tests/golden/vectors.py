@@ -121,12 +121,9 @@ VECTORS = (
            lambda: [integers(32, np.float64), integers(32, np.float64)], lambda: integers(64, np.float64)),
 )  # fmt: skip
 
-# A launch(kernel, arrays and numbers, that the kernel takes) of one warp; arrays are changed in place.
-Launch = Callable[[str, list], None]
-
 
 def computed(vector, inputs, launch):
-    """The kernel's result for these inputs."""
+    """The kernel's result for these inputs; ``launch(kernel, arguments)`` runs one warp and changes arrays in place."""
     result = vector.result()
     launch(vector.kernel, [*inputs, result, *([np.int32(inputs[0].size)] if vector.counted else [])])
     return result
