@@ -139,7 +139,8 @@ def check_baseline(items):
     unchanged = Mutant(FILES[0], 0, "", "", "", "", read(FILES[0]), "")
     child, answer = in_child(lambda: first_failure(items, unchanged))
     os.waitpid(child, 0)
-    kind, by = json.loads(answer.read() or '["stopped", "?"]')
+    with answer:
+        kind, by = json.loads(answer.read() or '["stopped", "?"]')
     if kind != "survived":
         raise RuntimeError(f"the tests fail on the kernels as they are: {kind}: {by}")
 
@@ -153,7 +154,7 @@ def same_code(mutant):
 
 
 def in_child(function):
-    """Calls a function in a process of its own, where what it changes or remembers is lost: its number, and its answer."""
+    """Calls a function in a process of its own, which takes along what it remembers: its number, and its answer."""
     reader, writer = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of forking beside threads, which BLAS has
