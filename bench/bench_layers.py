@@ -1,32 +1,27 @@
 """Three layers for pytest-benchmark: ``pytest bench --benchmark-only``."""
 
-import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv.benchmark.layers import BY_NAME
-from gpuconv.benchmark.run import default_batch, prepared
+from gpuconv import dtypes
+from gpuconv.benchmark.layers import selected
+from gpuconv.benchmark.problem import Problem
 from gpuconv.geometry import DIRECTIONS
 
-LAYERS = ("resnet 3x3 128 @28", "resnet 1x1 64>256 @56", "mobilenet depthwise 3x3 144 @56")
+NAMES = ("resnet50 3x3 128 @28", "resnet50 1x1 64>256 @56", "mobilenetv2 dw 3x3 144 @56")
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", NAMES)
 def bench_layer(name, direction, benchmark):
     xp = gpuconv.array_module()
-    geometry = BY_NAME[name].geometry(default_batch(xp))
-    rng = np.random.default_rng(0)
-    arrays = (
-        xp.asarray(rng.standard_normal(shape, np.float32))
-        for shape in (geometry.x_shape, geometry.w_shape, geometry.y_shape)
-    )
-    _, call = prepared(direction, geometry, *arrays)
+    (case,) = selected((), (name,))
+    on_gpu = xp.__name__ == "cupy"
+    call = Problem.of(case, case.batches[on_gpu], dtypes.named("float32"), xp).call(direction)
 
     def finished():
-        result = call()
-        if xp is not np:
+        call()
+        if on_gpu:
             xp.cuda.get_current_stream().synchronize()
-        return result
 
     benchmark(finished)

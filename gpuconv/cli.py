@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,8 @@ from typing import Any, NoReturn
 import gpuconv
 from gpuconv import dtypes, settings
 from gpuconv.arguments import LAYOUTS, PADDING_NAMES
-from gpuconv.backend import BackendError, array_module, config
+from gpuconv.backend import BackendError
+from gpuconv.benchmark import command
 from gpuconv.choose import ALGORITHMS
 from gpuconv.cuda.occupancy import ARCHITECTURES
 from gpuconv.geometry import DIRECTIONS
@@ -29,6 +29,9 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; 0 for success, 1 for a wrong result, 2 for a bad option, 130 when interrupted."""
     parser = _parser()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:2] == ["bench", "compare"]:  # the suites of bench are free words, so it has no commands of its own
+        arguments[:2] = ["bench compare"]
     options = parser.parse_args(arguments)
     try:
         status = int(options.run(options))
@@ -50,22 +53,8 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"gpuconv {gpuconv.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    bench = commands.add_parser(
-        "bench",
-        help="verify and time real layers on this machine",
-        description="Runs real layers forward, data_grad and weight_grad in float32 on the backend in force: verifies"
-        " each against a float64 reference, then times it. GFLOP/s count the direct algorithm, GB/s each tensor once,"
-        " noise is the interquartile range over the median, error the largest over the reference's largest element.",
-    )
-    bench.add_argument(
-        "--case", action="append", metavar="NAME", help="only cases whose name contains NAME; may be repeated"
-    )
-    bench.add_argument("--direction", action="append", choices=DIRECTIONS, help="only this direction; may be repeated")
-    bench.add_argument("--batch", type=_positive, metavar="N", help="batch size (default 8 on a CPU, 32 on a GPU)")
-    bench.add_argument("--seconds", type=_seconds, default=0.5, metavar="S", help="time for each row (default 0.5)")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write machine, definitions and every sample")
-    bench.add_argument("--plot", type=Path, metavar="FILE", help="write bars of GFLOP/s, as PNG, SVG or PDF")
-    bench.set_defaults(run=_bench)
+    command.add_bench(commands)
+    command.add_compare(commands)
 
     check = commands.add_parser("check", help="hold every algorithm of this machine against a float64 reference")
     check.set_defaults(run=_check)
@@ -111,22 +100,6 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an int of at least 1, got {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value < 3600:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to 3600, got {text!r}")
-    return value
-
-
 def _ints(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
@@ -148,86 +121,6 @@ def _padding(text: str) -> Any:
     if any(len(pair) != 2 for pair in pairs):
         raise argparse.ArgumentTypeError(f"must be LOW:HIGH for every axis, got {text!r}")
     return pairs
-
-
-def _bench(options: argparse.Namespace) -> int:
-    missing = [name for name in ("rich", "matplotlib") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"needs {' and '.join(missing)}: pip install 'gpuconv[bench]'")
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    from gpuconv.benchmark import report, run
-    from gpuconv.benchmark.layers import LAYERS
-
-    layers = [layer for layer in LAYERS if not options.case or any(part in layer.name for part in options.case)]
-    if not layers:
-        raise ValueError(
-            f"no case has {' or '.join(options.case)} in its name; there are: {'; '.join(c.name for c in LAYERS)}"
-        )
-    for path in (options.json, options.plot):
-        _check_writable(path)
-    if options.plot:
-        report.check_format(options.plot)
-    directions = options.direction or DIRECTIONS
-    xp = array_module()
-    batch = options.batch or run.default_batch(xp)
-
-    console = Console(width=None if sys.stdout.isatty() else 130, soft_wrap=False)
-    facts = config()
-    for name in ("gpuconv", "CPU", "cores", "NumPy", "CuPy", "backend"):
-        console.print(f"{name:<8} {facts[name]}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"computes on {xp.__name__}: float32, batch {batch}, verified before it is timed\n", highlight=False)
-    columns = (
-        TextColumn("{task.description:<36}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    results = []
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(layers[0].name, total=len(layers) * len(directions))
-        for row in run.rows(layers, directions, xp=xp, batch=batch, seconds=options.seconds):
-            results.append(row)
-            progress.update(task, advance=1, description=row.case)
-    console.print(report.table(results))
-    if options.json:
-        run.write_json(options.json, results, batch)
-    if options.plot:
-        report.plot(
-            results,
-            options.plot,
-            f"gpuconv {facts['gpuconv']} on {xp.__name__}, {facts['CPU']}, float32, batch {batch}",
-        )
-    wrong = [row for row in results if not row.right]
-    for row in wrong:
-        print(
-            f"gpuconv bench: wrong result: {row.case}, {row.direction}: {row.of_bound:.3g} times the bound",
-            file=sys.stderr,
-        )
-    return 1 if wrong else 0
-
-
-def _check_writable(path: Path | None) -> None:
-    """Notices before the run that a file cannot be written."""
-    if path is None:
-        return
-    existed = path.exists()
-    try:
-        with path.open("a"):
-            pass
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from None
-    if not existed:
-        path.unlink()
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -272,7 +165,7 @@ def _explain(options: argparse.Namespace) -> int:
 def _kernels(options: argparse.Namespace) -> int:
     from gpuconv.cuda import compiler, report
 
-    _check_writable(options.json)
+    command.check_writable(options.json)
     architectures = report.known(options.arch)
     print(f"NVRTC {'.'.join(map(str, compiler.version()))}\n\n{report.HEADER}")
     rows, failures = [], []

@@ -9,7 +9,7 @@ import numpy
 
 from gpuconv import dtypes
 from gpuconv.backend import NUMPY, Backend, BackendError, cupy_backend, driver_devices
-from gpuconv.benchmark.run import deviation, prepared
+from gpuconv.benchmark.problem import Problem
 from gpuconv.choose import MODULES
 from gpuconv.geometry import DIRECTIONS, Direction, Geometry
 
@@ -67,24 +67,14 @@ def outcomes(places: list[Backend]) -> Iterator[Outcome]:
 
 def _outcome(place: Backend, name: str, module: Any, direction: Direction, dtype: numpy.dtype) -> Outcome:
     refused, worst, wrong = 0, 0.0, []
-    for number, geometry in enumerate(GEOMETRIES):
+    for geometry in GEOMETRIES:
         if module.why_not(geometry, dtype, direction, place, False):
             refused += 1
             continue
-        rng = numpy.random.default_rng(number)
-        x, w, dy = (
-            place.xp.asarray(_random(rng, shape, dtype))
-            for shape in (geometry.x_shape, geometry.w_shape, geometry.y_shape)
-        )
-        operands, call = prepared(direction, geometry, x, w, dy, algorithm=name)
-        of_bound = deviation(call(), direction, *operands, geometry, dtype, place.xp)[1]
-        worst = max(worst, of_bound)
-        if not of_bound <= 1:
+        problem = Problem(geometry, dtype, place.xp)
+        verdict = problem.verdict(problem.call(direction, algorithm=name)(), direction)
+        worst = max(worst, verdict.of_bound)
+        if not verdict.right:
             wrong.append(geometry)
     right = len(GEOMETRIES) - refused - len(wrong)
     return Outcome(place.name, name, direction, dtype.name, right, refused, worst, tuple(wrong))
-
-
-def _random(rng: numpy.random.Generator, shape: tuple[int, ...], dtype: numpy.dtype) -> numpy.ndarray:
-    values = rng.standard_normal(shape)
-    return (values + 1j * rng.standard_normal(shape) if dtype.kind == "c" else values).astype(dtype)

@@ -1,53 +1,238 @@
-"""Layers of networks that people run, at their real extents, with where their numbers come from."""
+"""Layers of real networks by name, out of layers.ini, and any other in the words of cutlass_profiler."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import re
+from collections.abc import Iterable, Sequence
+from configparser import ConfigParser
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
 
-from gpuconv.arguments import Shape
+from gpuconv.arguments import PADDING_NAMES, Layout, Pairs, Shape
 from gpuconv.geometry import Geometry
 
-CPU_BATCH, GPU_BATCH = 8, 32
+EXTENTS, KERNELS, OUTPUTS = ("d", "h", "w"), ("t", "r", "s"), ("z", "p", "q")
+COUNTS = ("n", "c", "k", "groups", "transposed")
+PER_AXIS = ("stride", "pad", "dilation", "output_padding")
+WORDS = (*COUNTS, *EXTENTS, *KERNELS, *OUTPUTS, *PER_AXIS, *(f"{word}_{a}" for word in PER_AXIS for a in EXTENTS))
 
 
-class Layer(NamedTuple):
-    """One convolution in channels_first terms, without its batch size."""
+@dataclass(frozen=True)
+class Case:
+    """One layer, without its batch size.
+
+    For a transposed layer ``channels`` go in and ``filters`` come out; its padding is that of the convolution which it
+    transposes.
+    """
 
     name: str
-    x: Shape  # (C, *spatial)
-    w: Shape
-    stride: int | Shape = 1
-    padding: int = 0
+    channels: int
+    filters: int
+    input: Shape
+    kernel: Shape
+    stride: Shape
+    padding: Pairs | str
+    dilation: Shape
     groups: int = 1
-    batch_share: int = 1  # the batch size of the run is divided by this: large images come in small batches
-    source: str = ""
+    transposed: bool = False
+    output_padding: Shape = ()
+    batches: tuple[int, int] = (8, 32)  # on a CPU, on a GPU
+    dtype: str = "float32"
+    source: str = "given on the command line"
+    suites: tuple[str, ...] = ()
 
-    def geometry(self, batch: int) -> Geometry:
-        """The convolution at this batch size."""
-        size = max(1, batch // self.batch_share)
-        return Geometry.infer((size, *self.x), self.w, stride=self.stride, padding=self.padding, groups=self.groups)
+    def x_shape(self, batch: int, layout: Layout = "channels_first") -> Shape:
+        """The shape of what goes in."""
+        return (batch, *self.input, self.channels) if layout == "channels_last" else (batch, self.channels, *self.input)
+
+    def w_shape(self, layout: Layout = "channels_first") -> Shape:
+        """The shape of the weight, as gpuconv.conv or gpuconv.conv_transpose wants it."""
+        outer, inner = (self.channels, self.filters) if self.transposed else (self.filters, self.channels)
+        if layout == "channels_last":
+            return (*self.kernel, inner // self.groups, outer)
+        return (outer, inner // self.groups, *self.kernel)
+
+    def settings(self) -> dict[str, Any]:
+        """The options of gpuconv.conv or gpuconv.conv_transpose."""
+        settings = {
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+        }
+        return {**settings, "output_padding": self.output_padding} if self.transposed else settings
+
+    def geometry(self, batch: int, layout: Layout = "channels_first") -> Geometry:
+        """The convolution, or for a transposed layer the one that it transposes."""
+        infer = Geometry.infer_transposed if self.transposed else Geometry.infer
+        return infer(self.x_shape(batch, layout), self.w_shape(layout), layout=layout, **self.settings())
+
+    def text(self, batch: int) -> str:
+        """What ``--case`` takes for this layer.
+
+        >>> parsed("c=3 h=32 w=32 k=16 r=3 s=3 pad=1 stride=2").text(8)
+        'n=8 c=3 h=32 w=32 k=16 r=3 s=3 stride=2 pad=1'
+        """
+        rank = len(self.kernel)
+        axes = zip((*EXTENTS[-rank:], "k", *KERNELS[-rank:]), (*self.input, self.filters, *self.kernel), strict=True)
+        words = [f"n={batch} c={self.channels}", *(f"{word}={value}" for word, value in axes)]
+        words += [f"{word}={_joined(values)}" for word, values, default in self._options() if values != default]
+        return " ".join(words)
+
+    def _options(self) -> list[tuple[str, Any, Any]]:
+        ones, zeros = (1,) * len(self.kernel), (0,) * len(self.kernel)
+        return [
+            ("stride", self.stride, ones),
+            ("pad", self.padding, tuple((0, 0) for _ in self.kernel)),
+            ("dilation", self.dilation, ones),
+            ("groups", self.groups, 1),
+            ("transposed", int(self.transposed), 0),
+            ("output_padding", self.output_padding if self.transposed else zeros, zeros),
+        ]
 
 
-_RESNET = "ResNet-50, He et al. 2015, arXiv:1512.03385, table 1 (stride in the 3x3, as torchvision has it)"
-_MOBILENET = "MobileNetV2, Sandler et al. 2018, arXiv:1801.04381, table 2"
-_WAV2VEC = "wav2vec 2.0 feature encoder, Baevski et al. 2020, arXiv:2006.11477, one second at 16 kHz"
-_R3D = "R3D-18 first stage, Tran et al. 2018, arXiv:1711.11248, 16 frames of 112x112"
+def _joined(value: Any) -> str:
+    """One word for all axes where they agree, else one for each."""
+    if not isinstance(value, tuple):
+        return str(value)
+    words = [f"{v[0]}:{v[1]}" if isinstance(v, tuple) and v[0] != v[1] else str(v[0] if isinstance(v, tuple) else v)
+             for v in value]  # fmt: skip
+    return words[0] if len(set(words)) == 1 else ",".join(words)
 
-LAYERS = (
-    Layer("resnet stem 7x7 s2 3>64 @224", (3, 224, 224), (64, 3, 7, 7), 2, 3, source=_RESNET),
-    Layer("resnet 1x1 64>256 @56", (64, 56, 56), (256, 64, 1, 1), source=_RESNET),
-    Layer("resnet 1x1 256>64 @56", (256, 56, 56), (64, 256, 1, 1), source=_RESNET),
-    Layer("resnet 3x3 64 @56", (64, 56, 56), (64, 64, 3, 3), 1, 1, source=_RESNET),
-    Layer("resnet 3x3 s2 128 @56", (128, 56, 56), (128, 128, 3, 3), 2, 1, source=_RESNET),
-    Layer("resnet 1x1 s2 256>512 @56", (256, 56, 56), (512, 256, 1, 1), 2, source=_RESNET),
-    Layer("resnet 3x3 128 @28", (128, 28, 28), (128, 128, 3, 3), 1, 1, source=_RESNET),
-    Layer("resnet 3x3 256 @14", (256, 14, 14), (256, 256, 3, 3), 1, 1, source=_RESNET),
-    Layer("resnet 3x3 512 @7", (512, 7, 7), (512, 512, 3, 3), 1, 1, source=_RESNET),
-    Layer("mobilenet depthwise 3x3 s2 96 @112", (96, 112, 112), (96, 1, 3, 3), 2, 1, 96, source=_MOBILENET),
-    Layer("mobilenet depthwise 3x3 144 @56", (144, 56, 56), (144, 1, 3, 3), 1, 1, 144, source=_MOBILENET),
-    Layer("mobilenet 1x1 144>24 @56", (144, 56, 56), (24, 144, 1, 1), source=_MOBILENET),
-    Layer("wav2vec 1-D k3 s2 512 @3199", (512, 3199), (512, 512, 3), 2, source=_WAV2VEC),
-    Layer("r3d 3-D 3x3x3 64 @16x56x56", (64, 16, 56, 56), (64, 64, 3, 3, 3), 1, 1, 1, 8, source=_R3D),
-)
 
-BY_NAME = {layer.name: layer for layer in LAYERS}
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A word on the nearest valid names, for errors."""
+    names = list(names)
+    close = get_close_matches(name, names, 3, 0.5) or names[:12]
+    return f"nearest: {', '.join(close)}"
+
+
+def parsed(text: str, name: str = "") -> Case:
+    """A layer from words such as "n=32 c=64 h=56 w=56 k=64 r=3 s=3 pad=1".
+
+    n batch, c in-channels, k filters; w, h w or d h w the input; s, r s or t r s the kernel; stride, pad, dilation and
+    output_padding as one int, one for each axis with commas between them, or by axis as in stride_h; pad also as
+    LOW:HIGH or by name; groups; transposed=1. q, p q or z p q, the output, may be given and must be right.
+
+    Raises ValueError that names the word.
+    """
+    words: dict[str, str] = {}
+    for word in text.split():
+        key, equals, value = word.partition("=")
+        if key not in WORDS:
+            raise ValueError(f"a case has no {key!r} ({nearest(key, WORDS)}), in {text!r}")
+        if not equals or not value:
+            raise ValueError(f"a case is made of NAME=VALUE words, not {word!r}, in {text!r}")
+        if key in words:
+            raise ValueError(f"a case gives {key!r} once, not twice, in {text!r}")
+        words[key] = value
+    rank = sum(key in words for key in KERNELS)
+    needed = ("c", "k", *EXTENTS[-rank:], *KERNELS[-rank:]) if rank else ("c", "k", "w", "s")
+    if missing := [key for key in needed if key not in words]:
+        raise ValueError(f"a case needs {', '.join(missing)} too, in {text!r}")
+    if extra := [key for key in (*EXTENTS[:-rank], *KERNELS[:-rank]) if key in words]:
+        raise ValueError(f"a case of {rank} axes has no {', '.join(extra)}, in {text!r}")
+
+    def number(key: str, default: int = 1, minimum: int = 1) -> int:
+        value = words.get(key, str(default))
+        if not value.isdecimal() or int(value) < minimum:
+            raise ValueError(f"{key} must be an int of at least {minimum}, got {value!r}, in {text!r}")
+        return int(value)
+
+    transposed = bool(number("transposed", 0, 0))
+    if "output_padding" in words and not transposed:
+        raise ValueError(f"output_padding is for transposed=1, in {text!r}")
+    case = Case(
+        name or text,
+        number("c"),
+        number("k"),
+        tuple(number(key) for key in EXTENTS[-rank:]),
+        tuple(number(key) for key in KERNELS[-rank:]),
+        tuple(low for low, _ in _per_axis(words, "stride", 1, rank, text)),
+        words["pad"] if words.get("pad") in PADDING_NAMES else _per_axis(words, "pad", 0, rank, text),
+        tuple(low for low, _ in _per_axis(words, "dilation", 1, rank, text)),
+        number("groups"),
+        transposed,
+        tuple(low for low, _ in _per_axis(words, "output_padding", 0, rank, text)) if transposed else (),
+        (number("n"),) * 2 if "n" in words else Case.batches,
+    )
+    try:
+        geometry = case.geometry(1)
+    except ValueError as error:
+        raise ValueError(f"{error}, in {text!r}") from None
+    output = geometry.input if transposed else geometry.output
+    for key, size in zip(OUTPUTS[-rank:], output, strict=True):
+        if key in words and words[key] != str(size):
+            raise ValueError(f"{key} is {size} by the other words, not {words[key]}, in {text!r}")
+    return case
+
+
+def _per_axis(words: dict[str, str], key: str, default: int, rank: int, text: str) -> Pairs:
+    """A pair for each axis; LOW:HIGH differ for pad alone."""
+    given = words.get(key, str(default)).split(",")
+    if len(given) not in (1, rank):
+        raise ValueError(f"{key} must have one int, or one for each of {rank} axes, got {words[key]!r}, in {text!r}")
+    given = given * rank if len(given) == 1 else given
+    given = [words.get(f"{key}_{axis}", value) for axis, value in zip(EXTENTS[-rank:], given, strict=True)]
+    pattern = r"-?\d+(:-?\d+)?" if key == "pad" else r"\d+"
+    if not all(re.fullmatch(pattern, value) for value in given):
+        kind = "ints, LOW:HIGH or one of " + ", ".join(PADDING_NAMES) if key == "pad" else "ints"
+        raise ValueError(f"{key} must be {kind}, got {','.join(given)!r}, in {text!r}")
+    ends = [[int(end) for end in value.split(":")] for value in given]
+    return tuple((low[0], low[-1]) for low in ends)
+
+
+@cache
+def suites() -> dict[str, tuple[Case, ...]]:
+    """The layers of every suite of layers.ini, in the file's order."""
+    file = ConfigParser(delimiters=("=",), comment_prefixes=("#",), inline_comment_prefixes=None, interpolation=None)
+    file.optionxform = str  # type: ignore[assignment, method-assign]
+    file.read_string((Path(__file__).parent / "layers.ini").read_text(encoding="utf-8"))
+    networks = {name: _network(name, dict(file[name])) for name in file.sections() if name != "suites"}
+    found: dict[str, tuple[Case, ...]] = {}
+    for suite, members in file["suites"].items():
+        cases: list[Case] = []
+        for member in (part.strip() for part in members.split(",")):
+            network, _, layer = member.partition("/")
+            cases += [case for name, case in networks[network].items() if layer in ("", name)]
+        found[suite] = tuple(cases)
+    return found
+
+
+def _network(name: str, lines: dict[str, str]) -> dict[str, Case]:
+    source, dtype = lines.pop("source"), lines.pop("dtype", "float32")
+    cpu, gpu = map(int, lines.pop("batch").split())
+    cases = {}
+    for layer, text in lines.items():
+        case = replace(parsed(text, f"{name} {layer}"), source=" ".join(source.split()), dtype=dtype)
+        own = any(word.startswith("n=") for word in text.split())
+        cases[layer] = case if own else replace(case, batches=(cpu, gpu))
+    return cases
+
+
+def selected(names: Sequence[str], asked: Sequence[str]) -> list[Case]:
+    """The layers of these suites (all where none is named) that a word of ``asked`` is part of, and those it spells.
+
+    A word with "=" in it spells a layer. Each layer comes once, with the suites that were asked for and have it.
+    Raises ValueError with the nearest valid names.
+    """
+    known = suites()
+    for name in names:
+        if name not in known:
+            raise ValueError(f"there is no suite {name!r} ({nearest(name, known)}); gpuconv bench --list shows all")
+    spelt = [text for text in asked if "=" in text]
+    words = [text for text in asked if "=" not in text]
+    found: dict[Case, tuple[str, ...]] = {}
+    for suite in names or (known if words else ()):
+        for case in known[suite]:
+            if not asked or any(word in case.name for word in words):
+                found[case] = (*found.get(case, ()), suite)
+    for word in words:
+        if not any(word in case.name for case in found):
+            where = f"of {', '.join(names)} " if names else ""
+            every = dict.fromkeys(case.name for suite in names or known for case in known[suite])
+            raise ValueError(f"no layer {where}has {word!r} in its name ({nearest(word, every)})")
+    return [*(replace(case, suites=inside) for case, inside in found.items()), *map(parsed, spelt)]

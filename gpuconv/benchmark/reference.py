@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 
@@ -27,18 +28,111 @@ def exact(direction: Direction, first: Array, second: Array, geometry: Geometry,
     return _weight_grad(first, second, geometry, xp)
 
 
-def bound(
-    direction: Direction, first: Array, second: Array, geometry: Geometry, dtype: numpy.dtype, xp: Any = numpy
-) -> Array:
+class Part(NamedTuple):
+    """A share of a result: these images, these groups, these filters and channels of each group; None for all."""
+
+    images: numpy.ndarray | None = None
+    groups: numpy.ndarray | None = None
+    filters: numpy.ndarray | None = None
+    channels: numpy.ndarray | None = None
+
+    def of_images(self, array: Array, groups: int, inner: numpy.ndarray | None, xp: Any) -> Array:
+        """This part of x (inner: its channels) or y (inner: its filters)."""
+        array = array.reshape(len(array), groups, -1, *array.shape[2:])
+        array = _taken(_taken(_taken(array, self.images, 0, xp), self.groups, 1, xp), inner, 2, xp)
+        return array.reshape(len(array), -1, *array.shape[3:])
+
+    def of_weight(self, w: Array, groups: int, xp: Any) -> Array:
+        """This part of w."""
+        w = w.reshape(groups, -1, *w.shape[1:])
+        w = _taken(_taken(_taken(w, self.groups, 0, xp), self.filters, 1, xp), self.channels, 2, xp)
+        return w.reshape(-1, *w.shape[2:])
+
+
+def _taken(array: Array, index: numpy.ndarray | None, axis: int, xp: Any) -> Array:
+    return array if index is None else xp.take(array, xp.asarray(index), axis)
+
+
+MOST_PRODUCTS, LEAST_RESULTS = 2 * 10**8, 10_000
+
+
+def part_of(geometry: Geometry, direction: Direction) -> Part:
+    """All of a result, or as much of it as 200 million products give, 10,000 elements at least.
+
+    Whole images, whole rows of taps: borders are in it. The first and the last of every axis are in it, others drawn.
+    """
+    groups, filters, channels = geometry.groups, geometry.group_filters, geometry.group_channels
+    sizes = {"images": math.prod(geometry.batch), "groups": groups, "filters": filters, "channels": channels}
+    del sizes[{"forward": "channels", "data_grad": "filters", "weight_grad": "images"}[direction]]  # summed over
+    shape = {"forward": geometry.y_shape, "data_grad": geometry.x_shape, "weight_grad": geometry.w_shape}[direction]
+    results = math.prod(shape)
+    wanted = max(LEAST_RESULTS, results * MOST_PRODUCTS // max(geometry.multiply_adds(), 1))
+    rng = numpy.random.default_rng(0)
+    chosen: dict[str, numpy.ndarray | None] = {}
+    for name, size in sizes.items():
+        count = min(size, max(2, -(-size * wanted // results)))
+        if count < size:
+            drawn = rng.choice(numpy.arange(1, size - 1), count - 2, replace=False)
+            chosen[name] = numpy.array([0, *sorted(drawn), size - 1])
+            results = results * count // size
+    return Part(**chosen)
+
+
+class Exact(NamedTuple):
+    """A part of a result in float64 or complex128, and the sums of the absolute products."""
+
+    part: Part
+    value: Array
+    size: Array
+
+    @property
+    def largest(self) -> float:
+        return float(abs(self.value).max())
+
+
+def exact_part(direction: Direction, first: Array, second: Array, geometry: Geometry, xp: Any = numpy) -> Exact:
+    """As much of a direction's result as :func:`part_of` says; the arrays may have any dtype."""
+    part = part_of(geometry, direction)
+    inside, outside = (geometry.groups, part.channels, xp), (geometry.groups, part.filters, xp)
+    wide = numpy.dtype(numpy.complex128 if is_complex(first.dtype) else numpy.float64)
+    if direction == "weight_grad":
+        first, second = part.of_images(first, *outside), part.of_images(second, *inside)
+    else:
+        first = part.of_images(first, *(inside if direction == "forward" else outside))
+        second = part.of_weight(second, geometry.groups, xp)
+    first, second = first.astype(wide), second.astype(wide)
+    groups = geometry.groups if part.groups is None else len(part.groups)
+    filters = geometry.group_filters if part.filters is None else len(part.filters)
+    channels = geometry.group_channels if part.channels is None else len(part.channels)
+    images = math.prod(geometry.batch) if part.images is None else len(part.images)
+    smaller = replace(geometry, batch=(images,), groups=groups, filters=filters * groups, channels=channels * groups)
+    value = exact(direction, first, second, smaller, xp)
+    return Exact(part, value, exact(direction, xp.abs(first), xp.abs(second), smaller, xp))
+
+
+def bound(expected: Exact, direction: Direction, geometry: Geometry, dtype: numpy.dtype, xp: Any = numpy) -> Array:
     """How far a direct algorithm may be from the exact result, elementwise.
 
     One rounding of the result and a random walk of the roundings of K products, eps |y| + 2 sqrt(K) eps sum|x||w|; a
     complex product has four real ones.
     """
-    result = xp.abs(exact(direction, first, second, geometry, xp))
-    size = exact(direction, xp.abs(first), xp.abs(second), geometry, xp)
     factor = (8 if is_complex(dtype) else 2) * math.sqrt(geometry.reduction_length(direction))
-    return epsilon(dtype) * result + factor * epsilon(accumulator(dtype)) * size
+    return epsilon(dtype) * xp.abs(expected.value) + factor * epsilon(accumulator(dtype)) * expected.size
+
+
+def loose_bound(expected: Exact, dtype: numpy.dtype, xp: Any = numpy) -> Array:
+    """How far a Winograd or Fourier algorithm may be off: eps |y| + 16 eps times the largest sum|x||w|."""
+    return epsilon(dtype) * xp.abs(expected.value) + 16 * epsilon(accumulator(dtype)) * expected.size.max()
+
+
+def deviation(error: Array, bound: Array, expected: Exact, xp: Any = numpy) -> tuple[float, float]:
+    """The largest error over the largest exact element, and over its bound, elementwise; NaN counts as infinite."""
+    if not bool(xp.isfinite(error).all()):
+        return math.inf, math.inf
+    relative = float(error.max()) / (expected.largest or 1.0)
+    if bool(((bound == 0) & (error > 0)).any()):
+        return relative, math.inf
+    return relative, float((error / xp.where(bound > 0, bound, 1)).max())  # the error is 0 where the bound is
 
 
 def _taps(geometry: Geometry) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:

@@ -1,83 +1,152 @@
-"""Tables and plots of benchmark rows."""
+"""What is printed of results: one table for the terminal and for Markdown, summaries, losses."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from gpuconv.benchmark.run import Row
+from gpuconv.benchmark.compare import Change, Ratio, geometric_mean, ratios
+from gpuconv.benchmark.results import UNSTEADY, Results, Row
 from gpuconv.geometry import DIRECTIONS
 
+WORST = 5
+OURS = "gpuconv"
 
-def table(rows: Sequence[Row]) -> Any:
-    """A rich table of the rows."""
-    from rich.table import Table
 
-    made = Table(title=None)
-    made.add_column("case", no_wrap=True)
-    made.add_column("direction", no_wrap=True)
-    made.add_column("algorithm", no_wrap=True)
-    for title in ("median ms", "noise", "GFLOP/s", "GB/s", "error"):
-        made.add_column(title, justify="right", no_wrap=True)
-    for before, row in zip([None, *rows], rows, strict=False):
-        if before is not None and before.case != row.case:
-            made.add_section()
-        made.add_row(row.case if before is None or before.case != row.case else "", *cells(row))
+class Table:
+    """Titles and lines of text; numbers are aligned to the right."""
+
+    def __init__(self, titles: Sequence[str], words: int) -> None:
+        self.titles, self.words = list(titles), words  # the first ``words`` columns are not numbers
+        self.lines: list[list[str]] = []
+
+    def markdown(self) -> str:
+        """The table in Markdown."""
+        rule = ["---"] * self.words + ["--:"] * (len(self.titles) - self.words)
+        return "\n".join("| " + " | ".join(line) + " |" for line in [self.titles, rule, *self.lines])
+
+    def rich(self) -> Any:
+        """The table for a terminal, with a rule between cases."""
+        from rich.table import Table as RichTable
+
+        made = RichTable()
+        for number, title in enumerate(self.titles):
+            made.add_column(title, justify="left" if number < self.words else "right", no_wrap=True)
+        before = ""
+        for line in self.lines:
+            if made.row_count and line[0] != before:
+                made.add_section()
+            made.add_row(*(["" if line[0] == before else line[0]] + line[1:]))
+            before = line[0]
+        return made
+
+
+def table(results: Results) -> Table:
+    """gpuconv's rows, with each peer's better time, ratio and verdict beside them."""
+    rows = [row for row in results.rows if row.by == OURS]
+    peers = list(dict.fromkeys(row.by for row in results.rows if row.by != OURS))
+    against = {(ratio.row.key, ratio.peer.by): ratio for ratio in ratios(results.rows)}
+    several = {name: len({getattr(row, name) for row in rows}) > 1 for name in ("dtype", "layout", "backend")}
+    on_gpu = any(row.host_seconds is not None for row in rows)
+    titles = ["case", "N", "direction", *(name for name, shown in several.items() if shown), "algorithm"]
+    words = len(titles)
+    titles += ["ms", "noise", "GFLOP/s", "GB/s", "of limit", "error", *(["host us"] if on_gpu else [])]
+    for name in peers:
+        titles += [f"{name} ms", f"{name} / ours", "verdict"]
+    made = Table(titles, words)
+    for row in rows:
+        line = [row.case, str(row.batch), row.direction]
+        line += [getattr(row, name) for name, shown in several.items() if shown]
+        line += [row.algorithm, *_figures(row, results.limit(row))]
+        if on_gpu:
+            line.append("" if row.host_seconds is None else f"{row.host_seconds * 1e6:.0f}")
+        for name in peers:
+            line += _against(against.get((row.key, name)))
+        made.lines.append(line)
     return made
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """A row's columns behind its case."""
-    if not row.right:
-        return row.direction, row.algorithm, "WRONG", "", "", "", f"{row.error:.1e}"
-    median = row.timing.median
-    return (
-        row.direction,
-        row.algorithm,
-        f"{median * 1e3:.2f}",
-        f"{row.timing.noise:.0%}",
+def _figures(row: Row, limit: float | None) -> list[str]:
+    if not row.timed:
+        state = "refused" if row.refusal else "WRONG" if row.wrong else "not timed"
+        return [state, "", "", "", "", "" if row.error is None else f"{row.error:.1e}"]
+    median, noise = row.summary
+    return [
+        milliseconds(median),
+        f"{'~' if noise > UNSTEADY else ''}{noise:.0%}",
         f"{row.flops / median / 1e9:.1f}",
         f"{row.bytes / median / 1e9:.2f}",
+        "" if limit is None else f"{limit / median:.0%}",
         f"{row.error:.1e}",
+    ]
+
+
+def _against(ratio: Ratio | None) -> list[str]:
+    if ratio is None:
+        return ["-", "", ""]
+    return [milliseconds(ratio.peer.summary.median), f"{ratio.value:.2f}", ratio.verdict]
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits at least.
+
+    >>> [milliseconds(seconds) for seconds in (1.2345, 0.012345, 0.0000123)]
+    ['1234', '12.3', '0.0123']
+    """
+    ms = seconds * 1e3
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}" if ms >= 0.1 else f"{ms:.4f}"
+
+
+def means(found: Sequence[Ratio]) -> Table:
+    """The geometric mean of the ratios for each suite, direction and kind of row, and how many are won and lost."""
+    table = Table(["suite", "dtype", "layout", "peer", *(f"{d} ratio" for d in DIRECTIONS), "FAST", "SLOW", "other"], 4)
+    groups: dict[tuple[str, ...], list[Ratio]] = {}
+    for ratio in found:
+        for suite in ratio.row.suites or ("given",):
+            groups.setdefault((suite, ratio.row.dtype, ratio.row.layout, ratio.peer.by), []).append(ratio)
+    for key, members in groups.items():
+        verdicts = Counter(ratio.verdict for ratio in members)
+        values = [[ratio.value for ratio in members if ratio.row.direction == direction] for direction in DIRECTIONS]
+        line = [f"{geometric_mean(of):.2f}" if of else "-" for of in values]
+        wins, losses = verdicts["FAST"], verdicts["SLOW"]
+        table.lines.append([*key, *line, str(wins), str(losses), str(len(members) - wins - losses)])
+    return table
+
+
+def worst(found: Iterable[Ratio]) -> list[Ratio]:
+    """The five rows in which gpuconv loses most."""
+    return sorted((ratio for ratio in found if ratio.value < 1), key=lambda ratio: ratio.value)[:WORST]
+
+
+def losses(found: Sequence[Ratio]) -> list[str]:
+    """A line for each of the worst rows, with the command that gives it."""
+    return [
+        f"{ratio.value:.2f} of {ratio.peer.by}'s speed: {ratio.row.case}, {ratio.row.direction}, {ratio.row.dtype},"
+        f" {ratio.row.layout}\n    {ratio.row.command} --peer {ratio.peer.by}"
+        for ratio in worst(found)
+    ]
+
+
+def refusals(rows: Iterable[Row]) -> list[str]:
+    """Why rows are missing: who refuses, why, and how often."""
+    counts = Counter(
+        (row.by, row.layout if row.by != OURS else row.algorithm, row.refusal) for row in rows if row.refusal
     )
+    return [f"{by} ({how}) refused {number}: {why}" for (by, how, why), number in counts.items()]
 
 
-def plot(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Bars of GFLOP/s for every case and direction."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    cases = list(dict.fromkeys(row.case for row in rows))
-    directions = [direction for direction in DIRECTIONS if any(row.direction == direction for row in rows)]
-    figure, axes = pyplot.subplots(figsize=(9, 2 + 0.21 * len(directions) * len(cases)), layout="constrained")
-    height = 0.8 / len(directions)
-    for number, direction in enumerate(directions):
-        chosen = [row for row in rows if row.direction == direction and row.right]
-        places = [cases.index(row.case) + (number - (len(directions) - 1) / 2) * height for row in chosen]
-        rates = [row.flops / row.timing.median / 1e9 for row in chosen]
-        color = f"C{DIRECTIONS.index(direction)}"
-        bars = axes.barh(places, rates, height, label=direction, color=color)
-        axes.bar_label(bars, [f"{rate:.3g}" for rate in rates], padding=3, fontsize=7)
-    axes.set_yticks(range(len(cases)), cases, fontsize=8)
-    axes.margins(x=0.1)
-    axes.set_ylim(len(cases) - 0.5, -0.5)
-    axes.set_xlabel("GFLOP/s of the direct algorithm (higher is better)")
-    axes.set_title(title, fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=len(directions), frameon=False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
-def check_format(path: Path) -> None:
-    """ValueError where a plot cannot have this file's format."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix[1:].lower() not in formats:
-        raise ValueError(
-            f"cannot plot to {path.name}: the name must end in one of {', '.join('.' + f for f in formats)}"
-        )
+def changed(found: Sequence[Change]) -> Table:
+    """What ``compare`` prints: a line for each row."""
+    table = Table(["case", "direction", "dtype", "by", "layout", "before ms", "now ms", "now / before", "verdict"], 5)
+    for change in found:
+        row = change.after or change.before
+        assert row is not None
+        times = [
+            milliseconds(side.summary.median) if side is not None and side.timed else "-"
+            for side in (change.before, change.after)
+        ]
+        slowdown = "" if change.slowdown != change.slowdown else f"{change.slowdown:.2f}"
+        who = row.algorithm if row.by == OURS else row.by
+        table.lines.append([row.case, row.direction, row.dtype, who, row.layout, *times, slowdown, change.verdict])
+    return table

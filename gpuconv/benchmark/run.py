@@ -1,163 +1,232 @@
-"""``gpuconv bench``: every layer in every direction, first verified, then timed."""
+"""``gpuconv bench``: layers in every direction, verified first, then timed in turns with the peers."""
 
 from __future__ import annotations
 
-import datetime
-import json
-import subprocess
+import math
+import shlex
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
-
-import numpy
+from dataclasses import dataclass, field
 
 import gpuconv
-from gpuconv.backend import Array, config
-from gpuconv.benchmark import reference
-from gpuconv.benchmark.layers import CPU_BATCH, GPU_BATCH, Layer
-from gpuconv.benchmark.timing import Timing, measure
-from gpuconv.geometry import DIRECTIONS, Direction, Geometry
+from gpuconv import dtypes
+from gpuconv.arguments import LAYOUTS, Layout
+from gpuconv.backend import Array, Backend
+from gpuconv.benchmark import peers, timing
+from gpuconv.benchmark.layers import Case
+from gpuconv.benchmark.peers.worker import Worker
+from gpuconv.benchmark.problem import Problem
+from gpuconv.benchmark.results import Row
+from gpuconv.benchmark.timing import GpuClock
+from gpuconv.choose import choose, consent
+from gpuconv.geometry import DIRECTIONS, Direction
 
-SCHEMA = 1
-DTYPE = numpy.dtype(numpy.float32)
+DTYPES = (*dtypes.NAMES, "tf32")
+TURNS = 4
+SPIN_SECONDS = 0.15  # OpenBLAS's idle threads wait for 2^28 cycles before they sleep
+OURS = "gpuconv"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One layer in one direction. Rates count the operations of the direct algorithm and each tensor once."""
+class Plan:
+    """What is run of every layer."""
 
-    case: str
-    direction: Direction
-    algorithm: str
-    x_shape: tuple[int, ...]
-    w_shape: tuple[int, ...]
-    error: float  # the largest, over the largest element of the exact result
-    of_bound: float  # the largest error over its bound; wrong above 1
-    samples: tuple[float, ...]  # seconds; none where the result is wrong
-    flops: int
-    bytes: int
+    place: Backend
+    directions: Sequence[Direction] = DIRECTIONS
+    dtypes: Sequence[str] = ()  # none: each layer's own
+    layouts: Sequence[Layout] = LAYOUTS[:1]
+    algorithms: Sequence[str] = ("auto",)
+    batches: Sequence[int] = ()  # none: each layer's own for this backend
+    peers: Sequence[str] = ()
+    seconds: float = 0.5
+    cold: bool | None = None  # None: the clock's own choice
 
-    @property
-    def right(self) -> bool:
-        return self.of_bound <= 1
-
-    @property
-    def timing(self) -> Timing:
-        return Timing(self.samples)
-
-
-def default_batch(xp: Any) -> int:
-    return CPU_BATCH if xp is numpy else GPU_BATCH
+    def jobs(self, cases: Iterable[Case]) -> list[tuple[Case, int, str]]:
+        """Each layer with each batch size and dtype."""
+        on_gpu = self.place.kind == "cupy"
+        return [
+            (case, batch, dtype)
+            for case in cases
+            for batch in self.batches or (case.batches[on_gpu],)
+            for dtype in self.dtypes or (case.dtype,)
+        ]
 
 
-def rows(
-    layers: Iterable[Layer], directions: Sequence[Direction] = DIRECTIONS, *, xp: Any, batch: int, seconds: float
-) -> Iterator[Row]:
-    """A row for each layer and direction, as soon as it has been measured."""
-    for layer in layers:
-        geometry = layer.geometry(batch)
-        rng = numpy.random.default_rng(0)
-        x, w, dy = (
-            xp.asarray(rng.standard_normal(shape, DTYPE))
-            for shape in (geometry.x_shape, geometry.w_shape, geometry.y_shape)
-        )
-        for direction in directions:
-            yield _row(layer, direction, geometry, x, w, dy, xp, seconds)
+@dataclass
+class Side:
+    """One of those who take turns: its row as far as it is known, and how it takes samples."""
+
+    row: dict[str, object]
+    take: Callable[[int], list[float]] = lambda number: []
+    call: timing.Call | None = None  # where it runs in this process
+    first: float = math.inf
+    samples: list[float] = field(default_factory=list)
 
 
-def _row(
-    layer: Layer, direction: Direction, geometry: Geometry, x: Array, w: Array, dy: Array, xp: Any, seconds: float
-) -> Row:
-    operands, call = prepared(direction, geometry, x, w, dy)
-    error, of_bound = deviation(call(), direction, *operands, geometry, DTYPE, xp)
-    explanation = gpuconv.explain(
-        geometry.x_shape, geometry.w_shape, stride=geometry.stride, padding=geometry.padding,
-        dilation=geometry.dilation, groups=geometry.groups, direction=direction, backend=xp.__name__,
-    )  # fmt: skip
-    return Row(
-        layer.name,
-        direction,
-        explanation.algorithm,
-        geometry.x_shape,
-        geometry.w_shape,
-        error,
-        of_bound,
-        measure(call, xp, seconds).samples if of_bound <= 1 else (),
-        geometry.flops(),
-        geometry.bytes(DTYPE.itemsize),
-    )
+class Bench:
+    """Runs a plan; ``spent`` says what the time went into."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.clock = timing.clock_for(plan.place, cold=plan.cold)
+        self.spent = dict.fromkeys(("first calls", "verifying", "peers", "measuring"), 0.0)
+        self._workers: dict[str, Worker] = {}
+        self._quiet = False  # whether this process has had time to come to rest
+
+    def rows(self, cases: Iterable[Case]) -> Iterator[list[Row]]:
+        """The rows of one layer in one direction after the other, gpuconv's first, then the peers'."""
+        try:
+            with self.clock.running():
+                for case, batch, dtype in self.plan.jobs(cases):
+                    yield from self._layer(case, batch, dtype)
+        finally:
+            for worker in self._workers.values():
+                worker.close()
+
+    def _layer(self, case: Case, batch: int, dtype: str) -> Iterator[list[Row]]:
+        place = self.plan.place
+        kind, precision = ("float32", "tf32") if dtype == "tf32" else (dtype, "ieee")
+        problem = Problem.of(case, batch, dtypes.named(kind), place.xp, precision)
+        for direction in self.plan.directions:
+            known = {
+                "case": case.name,
+                "suites": case.suites,
+                "spec": case.text(batch),
+                "batch": batch,
+                "direction": direction,
+                "dtype": dtype,
+                "backend": place.name,
+                "flops": problem.geometry.flops(is_complex=dtypes.is_complex(problem.dtype)),
+                "bytes": problem.geometry.bytes(problem.dtype.itemsize),
+            }
+            sides = [
+                self._ours(problem, direction, layout, algorithm, known)
+                for layout in self.plan.layouts
+                for algorithm in self.plan.algorithms
+            ]
+            sides += [
+                self._peer(problem, direction, name, form, known)
+                for name in self.plan.peers
+                for form in peers.module(name).FORMS
+            ]
+            method = self._measure([side for side in sides if math.isfinite(side.first)])
+            yield [Row(**side.row, samples=tuple(side.samples), method=method) for side in sides]  # type: ignore[arg-type]
+        del problem
+        if place.kind == "cupy":  # the next layer may need all memory
+            gpuconv.clear_cache()
+            place.xp.get_default_memory_pool().free_all_blocks()
+
+    def _ours(
+        self, problem: Problem, direction: Direction, layout: Layout, algorithm: str, known: dict[str, object]
+    ) -> Side:
+        geometry, place = problem.geometry, self.plan.place
+        inner = problem.inner(direction)[0]
+        side = Side({**known, "by": OURS, "layout": layout, "algorithm": algorithm})
+        side.row["command"] = _command(known, layout, algorithm)
+        try:
+            choice = choose(geometry, problem.dtype, inner, place, algorithm, consent(algorithm, None))
+        except ValueError as error:
+            side.row["refusal"] = str(error)
+            return side
+        side.row["algorithm"] = choice.algorithm
+        side.call = problem.call(direction, layout, algorithm)
+        seconds, result = self.clock.first(side.call)
+        self.spent["first calls"] += seconds
+        self._verify(side, problem, result, direction, layout, seconds, loose=False)
+        if isinstance(self.clock, GpuClock):
+            side.row["host_seconds"] = self.clock.host(side.call)
+        side.take = lambda number: self.clock.samples(side.call, number)  # type: ignore[arg-type]
+        return side
+
+    def _peer(self, problem: Problem, direction: Direction, name: str, form: str, known: dict[str, object]) -> Side:
+        start = time.perf_counter()
+        side = Side({**known, "by": name, "layout": form, "algorithm": "", "command": ""})
+        try:
+            if self.plan.place.kind == "numpy":
+                worker = self._worker(name)
+                seconds, result = worker.first(str(known["spec"]), problem.dtype.name, direction, form)
+                side.take = lambda number: worker.samples(form, number)
+            else:
+                seconds, result = self._in_process(side, problem, direction, name, form)
+        except ValueError as error:
+            side.row["refusal"] = str(error)
+            return side
+        finally:
+            self.spent["peers"] += time.perf_counter() - start
+        self._verify(side, problem, result, direction, "channels_first", seconds, loose=True)
+        return side
+
+    def _worker(self, name: str) -> Worker:
+        if name not in self._workers:
+            self._workers[name] = Worker(name, cold=bool(self.plan.cold))
+        return self._workers[name]
+
+    def _in_process(
+        self, side: Side, problem: Problem, direction: Direction, name: str, form: str
+    ) -> tuple[float, Array]:
+        peer = peers.module(name)
+        if reason := peer.why_not(problem, direction, form):
+            raise ValueError(reason)
+        try:
+            side.call = call = peer.call(problem, direction, form)
+            seconds, result = self.clock.first(call)
+        except Exception as error:  # whatever another library says is its reason
+            raise ValueError(str(error).splitlines()[0][:200] if str(error) else type(error).__name__) from error
+        side.take = lambda number: self.clock.samples(call, number)
+        return seconds, peer.array(result, problem)
+
+    def _verify(
+        self, side: Side, problem: Problem, result: Array, direction: Direction, layout: Layout, seconds: float,
+        *, loose: bool,
+    ) -> None:  # fmt: skip
+        start = time.perf_counter()
+        verdict = problem.verdict(result, direction, layout, loose=loose)
+        side.row |= {"first_seconds": seconds, **verdict._asdict()}
+        if verdict.right:
+            side.first = seconds
+        self.spent["verifying"] += time.perf_counter() - start
+
+    def _measure(self, sides: list[Side]) -> str:
+        """Samples of all sides, in turns; what took them."""
+        for side in sides:
+            side.samples = self._taken(side, 1)
+        if recorded := self._graphs(sides):
+            return recorded
+        numbers = [timing.count(side.samples[0], self.plan.seconds) for side in sides]
+        turns = 1 if len(sides) < 2 else TURNS
+        for turn in range(turns):
+            for side, number in zip(sides, numbers, strict=True):
+                if share := (number - 1) * (turn + 1) // turns - (number - 1) * turn // turns:
+                    side.samples += self._taken(side, share)
+        return self.clock.method
+
+    def _graphs(self, sides: list[Side]) -> str:
+        """Samples of all sides as CUDA graphs where one is short and all can be recorded, else "" and none."""
+        clock = self.clock
+        if not isinstance(clock, GpuClock) or not any(side.samples[0] < timing.SHORT for side in sides):
+            return ""
+        graphs = [clock.graph(side.call) for side in sides if side.call]
+        if any(graph is None for graph in graphs):
+            return ""
+        for side in sides:
+            side.samples = []
+        for _ in range(TURNS):
+            for side, graph in zip(sides, graphs, strict=True):
+                side.samples += clock.replays(graph, timing.ENOUGH // TURNS)
+        return "graph"
+
+    def _taken(self, side: Side, number: int) -> list[float]:
+        start = time.perf_counter()
+        elsewhere = side.call is None
+        if elsewhere and not self._quiet:
+            time.sleep(SPIN_SECONDS)
+        self._quiet = elsewhere
+        samples = side.take(number)
+        self.spent["measuring" if side.row["by"] == OURS else "peers"] += time.perf_counter() - start
+        return samples
 
 
-def prepared(
-    direction: Direction, geometry: Geometry, x: Array, w: Array, dy: Array, **options: Any
-) -> tuple[tuple[Array, Array], Callable[[], Array]]:
-    """The two arrays that a direction reads, and the call that computes it."""
-    options |= {
-        "stride": geometry.stride,
-        "padding": geometry.padding,
-        "dilation": geometry.dilation,
-        "groups": geometry.groups,
-        "flip": geometry.flip,
-    }
-    if direction == "forward":
-        return (x, w), lambda: gpuconv.conv(x, w, **options)
-    if direction == "data_grad":
-        return (dy, w), lambda: gpuconv.conv_data_grad(dy, w, geometry.x_shape, **options)
-    return (dy, x), lambda: gpuconv.conv_weight_grad(dy, x, geometry.w_shape, **options)
-
-
-def deviation(
-    result: Array, direction: Direction, first: Array, second: Array, geometry: Geometry, dtype: numpy.dtype, xp: Any
-) -> tuple[float, float]:
-    """The largest error over the largest exact element, and the largest over its bound; NaN counts as infinite."""
-    wide = numpy.dtype(numpy.complex128 if dtype.kind == "c" else numpy.float64)
-    first, second = first.astype(wide), second.astype(wide)
-    exact = reference.exact(direction, first, second, geometry, xp)
-    error = xp.abs(result.astype(wide) - exact)
-    if not bool(xp.isfinite(error).all()):
-        return numpy.inf, numpy.inf
-    bound = reference.bound(direction, first, second, geometry, dtype, xp)
-    largest = float(xp.abs(exact).max())
-    if bool(((bound == 0) & (error > 0)).any()):
-        return float(error.max()) / (largest or 1.0), numpy.inf
-    of_bound = error / xp.where(bound > 0, bound, 1)  # the error is 0 where the bound is
-    return float(error.max()) / (largest or 1.0), float(of_bound.max())
-
-
-def document(results: Sequence[Row], batch: int) -> dict[str, Any]:
-    """What ``--json`` writes: where, when and with what, and every sample."""
-    return {
-        "schema": SCHEMA,
-        "machine": config(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "batch": batch,
-        "dtype": DTYPE.name,
-        "definitions": {
-            "samples": "seconds per call: wall clock on a CPU, between two events on a GPU; one warm-up call before",
-            "flops": "2 * N * F * output * C / groups * kernel, of the direct algorithm, in every direction",
-            "bytes": "x, w and y, each once",
-            "error": "largest error over the largest element of a float64 reference",
-            "of_bound": "largest error over its bound, elementwise; a row above 1 is wrong and not timed",
-        },
-        "rows": [asdict(row) for row in results],
-    }
-
-
-def write_json(path: Path, results: Sequence[Row], batch: int) -> None:
-    path.write_text(json.dumps(document(results, batch), indent=1) + "\n")
-
-
-def commit() -> str | None:
-    """The commit of the checkout that runs, None where it runs from a wheel."""
-    folder = Path(gpuconv.__file__).parent.parent
-    if not (folder / ".git").exists():
-        return None
-    try:
-        answer = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer.stdout.strip()
+def _command(known: dict[str, object], layout: str, algorithm: str) -> str:
+    words = ["gpuconv", "bench", "--case", str(known["spec"]), "--direction", str(known["direction"])]
+    words += ["--dtype", str(known["dtype"]), "--layout", layout, "--algorithm", algorithm]
+    return shlex.join(words)

@@ -14,7 +14,7 @@ import numpy as np
 
 import gpuconv
 from gpuconv.backend import BackendError, cupy_backend
-from gpuconv.benchmark.run import commit
+from gpuconv.benchmark.results import commit
 from gpuconv.cuda import compiler, kernels_folder, report
 from tests.golden import vectors
 

@@ -1,0 +1,363 @@
+"""``gpuconv bench`` and ``gpuconv bench compare``: their options, and what they print."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import shlex
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gpuconv
+from gpuconv import settings
+from gpuconv.arguments import LAYOUTS
+from gpuconv.backend import NUMPY, Backend, cupy_backend, get_backend
+from gpuconv.benchmark import compare, layers, limits, peers, report, results, run
+from gpuconv.choose import MODULES
+from gpuconv.geometry import DIRECTIONS
+
+SAVE_SECONDS = 10  # how often the JSON file is brought up to date
+DEFAULT_SUITE = "quick"
+
+
+def add_bench(commands: Any) -> None:
+    """Declares ``gpuconv bench``."""
+    bench = commands.add_parser(
+        "bench",
+        help="verify and time real layers on this machine, beside what else computes them",
+        description="Runs real layers in every direction: verifies each result against a float64 reference, then times"
+        " it. 'gpuconv bench compare A.json B.json' compares two results.",
+        epilog="\n".join(f"{name}: {text}." for name, text in results.DEFINITIONS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench.add_argument("suite", nargs="*", help=f"suites of layers (default {DEFAULT_SUITE}); --list shows them")
+    some = {"action": "append", "default": [], "type": _names}
+    bench.add_argument(
+        "--case", action="append", default=[], metavar="CASE",
+        help="layers with these words in their names, or one spelt out: 'n=32 c=64 h=56 w=56 k=64 r=3 s=3 pad=1'",
+    )  # fmt: skip
+    bench.add_argument("--direction", **some, metavar="NAME", help=f"out of {', '.join(DIRECTIONS)} (default all)")
+    bench.add_argument("--dtype", **some, metavar="NAME", help="such as float16,tf32 (default the layer's own)")
+    bench.add_argument(
+        "--layout", **some, metavar="NAME", help=f"out of {', '.join(LAYOUTS)} (default the first; beside peers both)"
+    )
+    bench.add_argument(
+        "--backend", choices=settings.BACKENDS, help="where to compute (default as GPUCONV_BACKEND says)"
+    )
+    bench.add_argument("--algorithm", **some, metavar="NAME", help=f"out of auto, {', '.join(MODULES)} (default auto)")
+    bench.add_argument("--batch", **some, metavar="N", help="batch sizes (default the layer's own for the backend)")
+    bench.add_argument(
+        "--peer", **some, metavar="NAME", help=f"out of {', '.join(peers.PEERS)}; takes turns with gpuconv"
+    )
+    caches = bench.add_mutually_exclusive_group()
+    caches.add_argument(
+        "--cold", action="store_true", default=None, help="empty caches before each call (default on a GPU)"
+    )
+    caches.add_argument("--warm", action="store_false", dest="cold", help="leave caches as they are (default on a CPU)")
+    bench.add_argument(
+        "--seconds", type=_seconds, default=0.5, metavar="S",
+        help="time for 30 to 100 samples of a row, at most 4 times that (default 0.5)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--list", action="store_true", help="show suites, layers, where their numbers are from, and peers"
+    )
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write machine, definitions and every sample")
+    bench.add_argument("--csv", type=Path, metavar="FILE", help="write a line for each row")
+    bench.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw FILE-time and FILE-roofline, as PNG, SVG or PDF")
+    bench.set_defaults(run=bench_command)
+
+
+def add_compare(commands: Any) -> None:
+    """Declares ``gpuconv bench compare``."""
+    parser = commands.add_parser(
+        "bench compare",
+        help="say of two results which rows are faster, slower or the same, from their samples",
+        description="Says of every row whether B is FAST (faster than A), SLOW, SAME or AMBIGUOUS: "
+        + results.DEFINITIONS["verdict"] + ".",
+    )  # fmt: skip
+    parser.add_argument("before", type=Path, metavar="A.json")
+    parser.add_argument("after", type=Path, metavar="B.json")
+    parser.add_argument(
+        "--fail-slower", type=_percent, metavar="5%", help="status 1 where a row is SLOW by more than this, or wrong"
+    )
+    parser.set_defaults(run=compare_command)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 3600:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 3600, got {text!r}")
+    return value
+
+
+def _percent(text: str) -> float:
+    try:
+        value = float(text.removesuffix("%")) / 100
+    except ValueError:
+        value = -1
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must be a percentage such as 5%, got {text!r}")
+    return value
+
+
+def _chosen(option: str, given: Sequence[Sequence[str]], known: Sequence[str]) -> list[str]:
+    """What was asked for of these names, without repetition; ValueError with the nearest names."""
+    names = list(dict.fromkeys(name for part in given for name in part))
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--{option} has no {name!r} ({layers.nearest(name, known)})")
+    return names
+
+
+def _batches(given: Sequence[Sequence[str]]) -> list[int]:
+    texts = [text for part in given for text in part]
+    for text in texts:
+        if not text.isdecimal() or int(text) < 1:
+            raise ValueError(f"--batch must be an int of at least 1, got {text!r}")
+    return list(map(int, texts))
+
+
+def _place() -> Backend:
+    name = get_backend()
+    if name == "auto":
+        name = gpuconv.array_module().__name__
+    return NUMPY if name == "numpy" else cupy_backend()
+
+
+def bench_command(options: argparse.Namespace) -> int:
+    """``gpuconv bench``."""
+    if options.list:
+        _print_list()
+        return 0
+    missing = [name for name in ("rich", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"needs {' and '.join(missing)}: pip install 'gpuconv[bench]'")
+    with gpuconv.backend(options.backend) if options.backend else contextlib.nullcontext():
+        return bench(options, _place())
+
+
+def bench(options: argparse.Namespace, place: Backend, shrunk: int = 1) -> int:
+    """Runs what the options say on a backend; ``shrunk`` divides the sizes by which limits are measured."""
+    from gpuconv.benchmark import plots
+
+    cases = layers.selected(options.suite or (() if options.case else (DEFAULT_SUITE,)), options.case)
+    peer_names = peers.checked(_chosen("peer", options.peer, list(peers.PEERS)), place)
+    plan = run.Plan(
+        place,
+        _chosen("direction", options.direction, DIRECTIONS) or DIRECTIONS,  # type: ignore[arg-type]
+        _chosen("dtype", options.dtype, run.DTYPES),
+        _chosen("layout", options.layout, LAYOUTS) or (LAYOUTS if peer_names else LAYOUTS[:1]),  # type: ignore[arg-type]
+        _chosen("algorithm", options.algorithm, ("auto", *MODULES)) or ("auto",),
+        _batches(options.batch),
+        peer_names,
+        options.seconds,
+        options.cold,
+    )
+    drawn = plots.paths(options.plot) if options.plot else ()
+    for path in (options.json, options.csv, options.markdown, *drawn):
+        check_writable(path)
+    if options.plot:
+        plots.check_format(options.plot)
+    with _terminated_is_interrupted():
+        found, interrupted = _run(plan, cases, options, shrunk)
+    _print_results(found)
+    if options.json:
+        results.write_json(options.json, found)
+    if options.csv:
+        results.write_csv(options.csv, found)
+    if options.markdown:
+        options.markdown.write_text(markdown(found))
+    if options.plot and any(row.timed for row in found.rows):
+        plots.plot(found, options.plot)
+    wrong = [row for row in found.rows if row.wrong]
+    for row in wrong:
+        print(
+            f"gpuconv bench: wrong result of {row.by}: {row.case}, {row.direction}, {row.layout}: {row.of_bound:.3g}"
+            " times the bound",
+            file=sys.stderr,
+        )
+    if interrupted:
+        raise KeyboardInterrupt
+    return 1 if wrong else 0
+
+
+def _run(
+    plan: run.Plan, cases: Sequence[layers.Case], options: argparse.Namespace, shrunk: int
+) -> tuple[results.Results, bool]:
+    """The results, and whether they were interrupted."""
+    facts = results.machine() | {f"peer {name}": peers.module(name).about() for name in plan.peers}
+    found = results.Results(facts, command=shlex.join(["gpuconv", *sys.argv[1:]]), commit=results.commit())
+    found.cold = plan.place.kind == "cupy" if plan.cold is None else plan.cold
+    for name in ("gpuconv", "CPU", "cores", "NumPy", "CuPy", "GPU", "nvidia-smi", *(f"peer {n}" for n in plan.peers)):
+        if name in facts:
+            print(f"{name:<10} {facts[name]}")
+    jobs = plan.jobs(cases)
+    started = saved = time.perf_counter()
+    bench = run.Bench(plan)
+    try:
+        with bench.clock.running():
+            names = dict.fromkeys(dtype for _, _, dtype in jobs)
+            found.limits[plan.place.name] = limit = limits.measured(plan.place, list(names), bench.clock, shrunk=shrunk)
+        peaks = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in limit.peaks.items())
+        print(f"{'limits':<10} copy {limit.bandwidth / 1e9:.1f} GB/s; product of {peaks}\n", flush=True)
+        with _progress(len(jobs) * len(plan.directions)) as advance:
+            for rows in bench.rows(cases):
+                found.rows += rows
+                advance(f"{rows[0].case} {rows[0].direction}")
+                if options.json and time.perf_counter() - saved > SAVE_SECONDS:
+                    results.write_json(options.json, found)
+                    saved = time.perf_counter()
+        found.complete = True
+    except KeyboardInterrupt:
+        pass
+    found.spent = {name: round(seconds, 3) for name, seconds in bench.spent.items()}
+    found.spent["all"] = round(time.perf_counter() - started, 3)
+    return found, not found.complete
+
+
+@contextlib.contextmanager
+def _terminated_is_interrupted() -> Iterator[None]:
+    """``timeout`` and the like send SIGTERM: what was measured till then is kept."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:<50}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda text: progress.update(task, advance=1, description=text)
+
+
+def _print_results(found: results.Results) -> None:
+    from rich.console import Console
+
+    table = report.table(found)
+    console = Console(width=None if sys.stdout.isatty() else 220, soft_wrap=False)
+    if table.lines:
+        console.print(table.rich())
+    compared = compare.ratios(found.rows)
+    if compared:
+        console.print(report.means(compared).rich())
+    for line in _notes(found, compared):
+        print(line)
+
+
+def _notes(found: results.Results, compared: Sequence[compare.Ratio]) -> list[str]:
+    losses = report.losses(compared)
+    refused = report.refusals(found.rows)
+    spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in found.spent.items())
+    return [
+        *(["the rows that lose most:", *losses] if losses else []),
+        *refused,
+        f"spent: {spent}",
+        *([] if found.complete else ["interrupted: these are not all rows"]),
+    ]
+
+
+def markdown(found: results.Results) -> str:
+    """The tables and notes in Markdown, with the machine."""
+    compared = compare.ratios(found.rows)
+    parts = [
+        f"{found.device}, gpuconv {found.machine['gpuconv']}, commit {found.commit}, {found.date}",
+        report.table(found).markdown(),
+        *([report.means(compared).markdown()] if compared else []),
+        "\n".join(f"- {line}" for line in _notes(found, compared)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _print_list() -> None:
+    for suite, cases in layers.suites().items():
+        print(f"{suite}: {len(cases)} layers")
+        source = ""
+        for case in cases:
+            if case.source != source:
+                source = case.source
+                print(f"    from {source}")
+            print(f"    {case.name:<44} {case.text(case.batches[0])}")
+    print("\npeers")
+    for name, (needed, kinds) in peers.PEERS.items():
+        state = "installed" if importlib.util.find_spec(needed) else f"not installed: pip install {needed}"
+        print(f"    {name:<8} on {kinds.replace(' ', ' and ')}; {state}")
+
+
+def compare_command(options: argparse.Namespace) -> int:
+    """``gpuconv bench compare``."""
+    from rich.console import Console
+
+    before, after = results.read_json(options.before), results.read_json(options.after)
+    for line in compare.differences(before, after):
+        print(f"differs: {line}")
+    changes = compare.changes(before, after)
+    Console(width=None if sys.stdout.isatty() else 220).print(report.changed(changes).rich())
+    counts = Counter(change.verdict for change in changes)
+    print(", ".join(f"{number} {name}" for name, number in counts.items()) or "no rows")
+    if options.fail_slower is None:
+        return 0
+    failed = [
+        c for c in changes if c.verdict == "WRONG" or (c.verdict == "SLOW" and c.slowdown > 1 + options.fail_slower)
+    ]
+    for change in failed:
+        row = change.after
+        assert row is not None
+        what = "wrong" if change.verdict == "WRONG" else f"{change.slowdown - 1:.0%} slower"
+        print(f"gpuconv bench compare: {what}: {row.case}, {row.direction}, {row.by}, {row.layout}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def check_writable(path: Path | None) -> None:
+    """Notices before the run that a file cannot be written."""
+    if path is None:
+        return
+    existed = path.exists()
+    try:
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+    if not existed:
+        path.unlink()

@@ -1,0 +1,109 @@
+"""Which of two sets of samples is faster, and ``gpuconv bench compare``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+import numpy
+
+from gpuconv.benchmark.results import Results, Row
+
+Verdict: TypeAlias = Literal["FAST", "SLOW", "SAME", "AMBIGUOUS"]
+
+MARGIN = 0.02  # medians closer than this are the same
+
+
+def verdict(samples: Sequence[float], other: Sequence[float]) -> Verdict:
+    """How these samples compare with the other ones, by medians and quartiles.
+
+    FAST: the medians differ by more than 2 %, and the upper quartile is below the other's lower one. Of fewer than five
+    samples the extremes stand for the quartiles.
+
+    >>> verdict([1.0, 1.1, 1.0, 1.1, 1.0], [2.0, 2.1, 2.2, 2.0, 2.1])
+    'FAST'
+    >>> verdict([1.0, 1.2, 1.0, 2.1, 2.0], [1.9, 1.0, 1.4, 1.3, 2.2])
+    'AMBIGUOUS'
+    """
+    low, median, high = _box(samples)
+    other_low, other_median, other_high = _box(other)
+    if abs(math.log(median / other_median)) <= math.log1p(MARGIN):
+        return "SAME"
+    if high < other_low:
+        return "FAST"
+    return "SLOW" if low > other_high else "AMBIGUOUS"
+
+
+def _box(samples: Sequence[float]) -> tuple[float, float, float]:
+    ends = [25, 50, 75] if len(samples) >= 5 else [0, 50, 100]
+    low, median, high = numpy.percentile(samples, ends)
+    return float(low), float(median), float(high)
+
+
+class Ratio(NamedTuple):
+    """One of gpuconv's rows against a peer's faster memory format."""
+
+    row: Row
+    peer: Row
+    value: float  # the peer's median over ours: above 1 gpuconv is faster
+    verdict: Verdict
+
+
+def ratios(rows: Sequence[Row]) -> list[Ratio]:
+    """Each of gpuconv's timed rows against each peer that was timed beside it."""
+    peers: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if row.by != "gpuconv" and row.timed:
+            peers.setdefault((*row.contest, row.by), []).append(row)
+    names = dict.fromkeys(key[-1] for key in peers)
+    found = []
+    for row in rows:
+        if row.by == "gpuconv" and row.timed:
+            for name in names:
+                if forms := peers.get((*row.contest, name)):
+                    best = min(forms, key=lambda form: form.summary.median)
+                    value = best.summary.median / row.summary.median
+                    found.append(Ratio(row, best, value, verdict(row.samples, best.samples)))
+    return found
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """The geometric mean; NaN of nothing."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+class Change(NamedTuple):
+    """One row then and now."""
+
+    before: Row | None
+    after: Row | None
+    verdict: str  # that of now against then, or what is missing or WRONG
+    slowdown: float  # now over then, NaN where one is missing
+
+
+def changes(before: Results, after: Results) -> list[Change]:
+    """Every row of either result, in the order of the first."""
+    old, new = ({row.key: row for row in results.rows} for results in (before, after))
+    found = []
+    for key in dict.fromkeys([*old, *new]):
+        a, b = old.get(key), new.get(key)
+        if b is not None and b.wrong:
+            found.append(Change(a, b, "WRONG", math.nan))
+        elif a is None or b is None:
+            found.append(Change(a, b, "ONLY BEFORE" if b is None else "ONLY NOW", math.nan))
+        elif a.timed and b.timed:
+            slowdown = b.summary.median / a.summary.median
+            found.append(Change(a, b, verdict(b.samples, a.samples), slowdown))
+        elif a.timed or b.timed:
+            found.append(Change(a, b, "NOT TIMED" if a.timed else "ONLY NOW", math.nan))
+    return found
+
+
+def differences(before: Results, after: Results) -> list[str]:
+    """What else changed between two results and may explain a row: machine, versions, method."""
+    facts = {name: (before.machine.get(name), after.machine.get(name)) for name in before.machine | after.machine}
+    facts |= {"cold caches": (before.cold, after.cold)}
+    facts.pop("nvidia-smi", None)  # clocks and temperature always differ
+    return [f"{name}: {old} before, {new} now" for name, (old, new) in facts.items() if old != new]

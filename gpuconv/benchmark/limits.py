@@ -1,0 +1,75 @@
+"""What this machine can do at most, measured: a copy and matrix products give the roofline.
+
+The roofline model is Williams, Waterman and Patterson 2009, doi:10.1145/1498765.1498785.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy
+
+from gpuconv import dtypes
+from gpuconv.backend import Array, Backend, matrix_products
+from gpuconv.benchmark.timing import Clock
+
+COPY_BYTES = {"numpy": 2**28, "cupy": 2**31}
+EXTENT = {"numpy": 2048, "cupy": 8192}  # of the square matrices
+SAMPLES = 5
+
+
+class Limits(NamedTuple):
+    """Bytes a second of a copy, read and written; operations a second of a matrix product, by dtype."""
+
+    bandwidth: float
+    peaks: dict[str, float]
+
+    def seconds(self, flops: int, moved: int, dtype: str) -> float | None:
+        """The least time of so many operations and bytes; None where the dtype's product was not measured."""
+        peak = self.peaks.get(dtype)
+        return None if peak is None else max(flops / peak, moved / self.bandwidth)
+
+
+def measured(place: Backend, names: Sequence[str], clock: Clock, *, shrunk: int = 1) -> Limits:
+    """The limits of a backend for these dtypes ("tf32" is one), with arrays this many times smaller."""
+    peaks = {}
+    for name in names:
+        with contextlib.suppress(TypeError, ValueError, RuntimeError, NotImplementedError):  # CuPy lacks some dtypes
+            peaks[name] = product_rate(place, name, clock, shrunk)
+    return Limits(bandwidth(place, clock, shrunk), peaks)
+
+
+def bandwidth(place: Backend, clock: Clock, shrunk: int = 1) -> float:
+    """Bytes a second that a copy reads and writes, at its best."""
+    source = place.xp.ones(COPY_BYTES[place.kind] // 8 // shrunk, numpy.float64)
+    target = place.xp.empty_like(source)
+    seconds = min(clock.samples(lambda: place.xp.copyto(target, source), SAMPLES))
+    return float(2 * source.nbytes / seconds)
+
+
+def product_rate(place: Backend, name: str, clock: Clock, shrunk: int = 1) -> float:
+    """Operations a second of a product of random square matrices, at its best.
+
+    NumPy has no fast product of half precision: there it is that of float32, in which gpuconv computes.
+    """
+    dtype = dtypes.named("float32" if name == "tf32" else name)
+    if place.kind == "numpy":
+        dtype = dtypes.accumulator(dtype)
+    n = EXTENT[place.kind] // shrunk
+    rng = place.xp.random.default_rng(0)
+    a, b = (_square(rng, n, dtype) for _ in range(2))
+    c = place.xp.empty((n, n), dtype)
+
+    def product() -> Any:
+        return place.xp.matmul(a, b, out=c)
+
+    with matrix_products(place, "tf32" if name == "tf32" else "ieee"):
+        seconds = min(clock.samples(product, SAMPLES))
+    return (8 if dtypes.is_complex(dtype) else 2) * n**3 / seconds
+
+
+def _square(rng: Any, n: int, dtype: numpy.dtype) -> Array:
+    values = rng.standard_normal((n, n), dtype=numpy.float32)
+    return (values + 1j * values.T if dtypes.is_complex(dtype) else values).astype(dtype)

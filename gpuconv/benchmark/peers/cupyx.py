@@ -1,0 +1,27 @@
+"""cupyx.scipy.signal.correlate on a GPU, by Fourier transforms: what CuPy has for arrays of several axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gpuconv.benchmark.peers import scipy
+from gpuconv.benchmark.problem import Problem
+from gpuconv.geometry import Direction
+
+FORMS = scipy.FORMS
+why_not, array = scipy.why_not, scipy.array
+
+
+def about() -> str:
+    """The version."""
+    import cupy
+
+    return f"CuPy {cupy.__version__}"
+
+
+def call(problem: Problem, direction: Direction, form: str) -> Callable[[], Any]:
+    """As scipy's, with cupyx's function."""
+    import cupyx.scipy.signal
+
+    return scipy.correlations(problem, direction, cupyx.scipy.signal.correlate, "fft")

@@ -1,0 +1,81 @@
+"""The textbook: one loop for each image, filter and output, with a NumPy product inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import numpy
+
+from gpuconv.benchmark.problem import Problem
+from gpuconv.geometry import Direction
+
+FORMS = ("channels_first",)
+MOST_STEPS = 500_000  # that many take it seconds
+
+
+def about() -> str:
+    """What multiplies inside."""
+    return f"loops with NumPy {numpy.__version__}"
+
+
+def why_not(problem: Problem, direction: Direction, form: str) -> str | None:
+    """Books have no dilation and no groups, and nobody waits that long."""
+    geometry = problem.geometry
+    if problem.transposed or geometry.groups > 1 or max(geometry.dilation) > 1:
+        return "books have no dilation, groups or transposed convolutions"
+    if min(end for pair in geometry.padding for end in pair) < 0 or problem.dtype.name in ("float16", "bfloat16"):
+        return "books have no negative padding and no half precision"
+    if problem.dy.size > MOST_STEPS:
+        return f"{problem.dy.size:.2g} steps of a Python loop"
+    return None
+
+
+def call(problem: Problem, direction: Direction, form: str) -> Callable[[], Any]:
+    """The loops of a direction."""
+    functions: dict[Direction, Callable[[Problem], Any]] = {
+        "forward": _forward,
+        "data_grad": _data_grad,
+        "weight_grad": _weight_grad,
+    }
+    return lambda: functions[direction](problem)
+
+
+def array(result: Any, problem: Problem) -> Any:
+    """The result as it is."""
+    return result
+
+
+def _padded(problem: Problem) -> Any:
+    return numpy.pad(problem.x, ((0, 0), (0, 0), *problem.geometry.padding))
+
+
+def _steps(problem: Problem) -> Iterator[tuple[tuple[int, ...], tuple[Any, ...]]]:
+    """Every output, with the window of padded x that it sees."""
+    g = problem.geometry
+    for output in product(*map(range, problem.dy.shape)):
+        places = zip(output[2:], g.stride, g.kernel, strict=True)
+        yield output, (output[0], slice(None), *(slice(o * s, o * s + k) for o, s, k in places))
+
+
+def _forward(problem: Problem) -> Any:
+    x, y = _padded(problem), numpy.zeros_like(problem.dy)
+    for output, window in _steps(problem):
+        y[output] = numpy.sum(x[window] * problem.w[output[1]])
+    return y
+
+
+def _data_grad(problem: Problem) -> Any:
+    wide = numpy.zeros_like(_padded(problem))
+    for output, window in _steps(problem):
+        wide[window] += problem.dy[output] * numpy.conjugate(problem.w[output[1]])
+    axes = zip(problem.geometry.padding, problem.geometry.input, strict=True)
+    return wide[(slice(None), slice(None), *(slice(low, low + n) for (low, _), n in axes))]
+
+
+def _weight_grad(problem: Problem) -> Any:
+    x, dw = _padded(problem), numpy.zeros_like(problem.w)
+    for output, window in _steps(problem):
+        dw[output[1]] += problem.dy[output] * numpy.conjugate(x[window])
+    return dw

@@ -1,0 +1,193 @@
+"""Rows of a benchmark, and the files that keep them."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import gpuconv
+from gpuconv.backend import config
+from gpuconv.benchmark.limits import Limits
+from gpuconv.benchmark.timing import Summary
+from gpuconv.geometry import Direction
+
+SCHEMA = 2
+UNSTEADY = 0.1  # noise above which a row is marked
+
+DEFINITIONS = {
+    "samples": "seconds of each call, in turns with the peers; the first call and one before each turn do not count",
+    "method": "wall clock on a CPU; on a GPU events around a call while the host is ahead, or, where one side is"
+    " shorter than 20 us, a CUDA graph of 20 calls (warm then)",
+    "cold": "whether caches were emptied before each sample",
+    "noise": "interquartile range over median; a row above 10 % is unsteady (~)",
+    "flops": "real operations of the direct algorithm: 2 for each product, 8 for complex ones, in every direction",
+    "bytes": "x, w and y, each once",
+    "limit": "the larger of flops over the rate of a matrix product of this dtype and bytes over that of a copy, as"
+    " measured here; its share of the median is shown, above 100 % where caches hold the arrays or fewer operations do",
+    "error": "the largest over the largest element of the float64 result, over the elements that were checked",
+    "of_bound": "the largest error over its bound, elementwise; a result above 1 is wrong and never timed. Peers may be"
+    " as far off as Winograd or Fourier methods need",
+    "ratio": "the peer's median over gpuconv's, of the peer's faster memory format: above 1 gpuconv is faster",
+    "verdict": "FAST or SLOW where medians differ by more than 2 % and the quartiles of one side are on one side of the"
+    " other's; SAME within 2 %; else AMBIGUOUS",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one library made of one layer in one direction."""
+
+    case: str
+    suites: Sequence[str]
+    spec: str  # as --case takes it
+    batch: int
+    direction: Direction
+    dtype: str  # or "tf32"
+    backend: str
+    flops: int
+    bytes: int
+    by: str  # gpuconv or a peer
+    layout: str
+    algorithm: str
+    command: str  # gives this row alone
+    refusal: str | None = None
+    first_seconds: float | None = None
+    host_seconds: float | None = None  # that a call keeps the host of a GPU
+    error: float | None = None
+    of_bound: float | None = None
+    checked: int = 0
+    samples: Sequence[float] = ()
+    method: str = ""
+
+    @property
+    def wrong(self) -> bool:
+        return self.refusal is None and not (self.of_bound is not None and self.of_bound <= 1)
+
+    @property
+    def timed(self) -> bool:
+        return bool(self.samples)
+
+    @property
+    def summary(self) -> Summary:
+        return Summary.of(self.samples)
+
+    @property
+    def contest(self) -> tuple[str, str, str, str]:
+        """What rows of different libraries have in common."""
+        return self.spec, self.direction, self.dtype, self.backend
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What rows of the same measurement at another time have in common."""
+        return (*self.contest, self.by, self.layout, self.algorithm if self.by == "gpuconv" else "")
+
+
+@dataclass
+class Results:
+    """A run: what is known of the machine, its limits, and the rows so far."""
+
+    machine: dict[str, Any]
+    limits: dict[str, Limits] = field(default_factory=dict)  # by backend
+    rows: list[Row] = field(default_factory=list)
+    command: str = ""
+    cold: bool = False
+    complete: bool = False
+    spent: dict[str, float] = field(default_factory=dict)
+    date: str = field(
+        default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    )
+    commit: str | None = None
+    schema: int = SCHEMA
+
+    @property
+    def device(self) -> str:
+        """The device that computed, by its name."""
+        on_gpu = any(row.backend == "cupy" for row in self.rows)
+        return str(self.machine["GPU" if on_gpu else "CPU"])
+
+    def limit(self, row: Row) -> float | None:
+        """The least seconds that this machine could take for a row, by its measured limits."""
+        limits = self.limits.get(row.backend)
+        return limits.seconds(row.flops, row.bytes, row.dtype) if limits else None
+
+
+def write_json(path: Path, results: Results) -> None:
+    """Writes the file beside its place first: an interruption leaves the old one or the new one."""
+    document = {"schema": SCHEMA, "definitions": DEFINITIONS, **asdict(results)}
+    document["limits"] = {place: limits._asdict() for place, limits in results.limits.items()}
+    for row in document["rows"]:
+        row["samples"] = [float(f"{sample:.4g}") for sample in row["samples"]]
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    rows = ",\n".join(json.dumps(row) for row in document.pop("rows"))
+    beside.write_text(json.dumps(document, indent=1)[:-2] + f',\n "rows": [\n{rows}\n]\n}}\n')
+    os.replace(beside, path)
+
+
+def read_json(path: Path) -> Results:
+    """What write_json wrote; ValueError where it is something else."""
+    try:
+        document = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise ValueError(f"{path} is not JSON") from None
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        found = document.get("schema") if isinstance(document, dict) else None
+        raise ValueError(f"{path} is not a result of gpuconv bench with schema {SCHEMA}, but {found!r}")
+    document.pop("definitions")
+    document["rows"] = [Row(**row) for row in document["rows"]]
+    document["limits"] = {place: Limits(**limits) for place, limits in document["limits"].items()}
+    return Results(**document)
+
+
+def write_csv(path: Path, results: Results) -> None:
+    """A line for each row, with its median and noise in the place of its samples."""
+    names = [name.name for name in fields(Row) if name.name not in ("samples", "suites")]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*names, "suites", "samples", "median_seconds", "noise", "limit_seconds"])
+        for row in results.rows:
+            summary = row.summary if row.timed else ("", "")
+            values = [getattr(row, name) for name in names]
+            writer.writerow([*values, " ".join(row.suites), len(row.samples), *summary, results.limit(row)])
+
+
+def machine() -> dict[str, Any]:
+    """The versions, the devices and, where the driver's tool says so, clocks and power limit."""
+    facts: dict[str, Any] = config()
+    query = (
+        "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,power.draw,temperature.gpu,ecc.mode.current"
+    )
+    facts["GPU"] = "none"
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, check=True
+        )
+        values = dict(zip(query.split(","), answer.stdout.splitlines()[0].split(", "), strict=True))
+        facts["GPU"] = values.pop("name")
+        facts["nvidia-smi"] = values
+    except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
+        pass  # no NVIDIA driver, or one that does not say
+    return facts
+
+
+def commit() -> str | None:
+    """The commit of the checkout that runs, with "+" where files differ from it; None where it runs from a wheel."""
+    folder = Path(gpuconv.__file__).parent.parent
+    if not (folder / ".git").exists():
+        return None
+    try:
+        head, changed = (
+            subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.strip() + ("+" if changed.strip() else "")
