@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from gpuconv.benchmark.peers.worker import Worker
 from gpuconv.benchmark.problem import Problem
 from gpuconv.cli import main
 from gpuconv.geometry import DIRECTIONS, Geometry
+from tests import pretend
 
 SUITES = (
     *("quick", "resnet50", "vgg16", "mobilenet", "convnext", "replknet", "unet3d", "audio1d", "stems", "grouped"),
@@ -30,6 +32,7 @@ SUITES = (
 )
 SMALL = "n=2 c=4 h=9 w=8 k=6 r=3 s=3 pad=1"
 DEPTHWISE = "n=1 c=8 h=10 w=10 k=8 r=3 s=3 groups=8"
+ROOT = Path(__file__).parent.parent
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
@@ -216,7 +219,7 @@ def test_a_wrong_result_is_never_timed(bench, monkeypatch, capsys):
     ]
     answer = capsys.readouterr()
     assert "WRONG" in answer.out
-    assert f"wrong result of gpuconv: {DEPTHWISE}, forward" in answer.err
+    assert f"wrong result: {DEPTHWISE}, forward" in answer.err
 
 
 # Timing
@@ -247,8 +250,10 @@ def test_the_summary_is_the_median_and_the_interquartile_range():
     assert summary.noise == pytest.approx((4 - 2) / 3)
 
 
-def test_limits_are_what_this_machine_does():
-    found = limits.measured(NUMPY, ("float32", "complex64", "bfloat16"), timing.Clock(), shrunk=8)
+def test_limits_are_what_this_machine_does(monkeypatch):
+    monkeypatch.setitem(limits.EXTENT, "numpy", 256)
+    monkeypatch.setitem(limits.COPY_BYTES, "numpy", 2**24)
+    found = limits.measured(NUMPY, ("float32", "complex64", "bfloat16"), timing.Clock())
     assert set(found.peaks) == {"float32", "complex64", "bfloat16"}
     assert min(found.bandwidth, *found.peaks.values()) > 1e8
     assert found.seconds(10**9, 0, "float32") == 1e9 / found.peaks["float32"]
@@ -375,17 +380,75 @@ def test_pytorch_computes_the_same(text, dtype, bench):
             assert row.timed
 
 
-def test_a_peer_that_is_wrong_is_not_timed_and_one_that_dies_is_an_error(monkeypatch):
+def test_a_peer_that_is_off_is_refused_and_not_timed(bench, monkeypatch, capsys):
+    original = Worker.first
+
+    def off(*arguments):
+        seconds, result = original(*arguments)
+        result[(0,) * result.ndim] += 1
+        return seconds, result
+
+    monkeypatch.setattr(Worker, "first", off)
+    found, status = bench("--case", SMALL, "--peer", "loops", "--direction", "forward")
+    assert status == 0
+    assert [(row.by, row.timed, row.wrong) for row in found.rows[1:]] == [
+        ("gpuconv", True, False),
+        ("loops", False, False),
+    ]
+    assert "times the bound" in found.rows[-1].refusal
+    assert "loops (channels_first) refused 1: its result is off by" in capsys.readouterr().out
+
+
+def test_a_peer_s_process_that_dies_is_an_error():
     worker = Worker("loops")
-    _, result = worker.first(SMALL, "float32", "forward", "channels_first")
-    problem = Problem.of(layers.parsed(SMALL), 2, np.dtype(np.float32))
-    assert problem.verdict(result, "forward", loose=True).right
-    assert not problem.verdict(result + 1, "forward", loose=True).right
+    seconds, result = worker.first(SMALL, "float32", "forward", "channels_first")
+    assert 0 < seconds < 10
+    assert Problem.of(layers.parsed(SMALL), 2, np.dtype(np.float32)).verdict(result, "forward", loose=True).right
     assert len(worker.samples("channels_first", 3)) == 3
     worker._process.kill()
     with pytest.raises((RuntimeError, BrokenPipeError)):
         worker.samples("channels_first", 3)
     worker.close()
+
+
+# A GPU, pretended
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("short, method", [(0, "events"), (1e9, "graph")])
+def test_on_a_gpu_all_sides_are_timed_by_events_or_all_as_graphs(short, method, monkeypatch):
+    monkeypatch.setattr(timing, "SHORT", short)
+    peers = ("torch",) if HAS_TORCH else ()
+    with pretend.gpu() as place:
+        bench = run.Bench(run.Plan(place, ("data_grad",), algorithms=("im2col", "scatter"), peers=peers, seconds=0))
+        (rows,) = bench.rows([layers.parsed(SMALL)])
+    assert [row.by for row in rows] == ["gpuconv"] * 2 + ["torch"] * 2 * HAS_TORCH
+    for row in rows:
+        assert row.refusal is None
+        assert row.method == method
+        assert row.backend == "cupy"
+        assert len(row.samples) == (1 if method == "events" else timing.ENOUGH // run.TURNS * run.TURNS)
+        assert (row.host_seconds is None) == (row.by == "torch")
+
+
+@pytest.mark.emulated
+def test_what_cannot_be_recorded_is_timed_by_events():
+    with pretend.gpu() as place:
+        clock = timing.clock_for(place, cold=False)
+        assert clock.graph(lambda: None) is not None
+        assert clock.graph(clock._stream.synchronize) is None
+        assert len(clock.samples(lambda: None, 3)) == 3
+
+
+def test_the_campaign_knows_its_stages():
+    answer = subprocess.run(["bench/gpu_campaign.sh", "/nowhere", "benhc"], cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 2
+    assert "no stage benhc; there are facts compile tests golden" in answer.stderr
+
+
+def test_the_readmes_show_what_the_results_say():
+    answer = subprocess.run([sys.executable, "bench/report.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
 
 
 # Comparison
@@ -411,7 +474,8 @@ def row_of(**changes):
     known = {
         "case": "c", "suites": ("quick",), "spec": SMALL, "batch": 2, "direction": "forward", "dtype": "float32",
         "backend": "numpy", "flops": 10**6, "bytes": 10**5, "by": "gpuconv", "layout": "channels_first",
-        "algorithm": "im2col", "command": "gpuconv bench", "error": 1e-7, "of_bound": 0.1, "samples": (1e-3,) * 9,
+        "asked": "auto", "algorithm": "im2col", "command": "gpuconv bench", "error": 1e-7, "of_bound": 0.1,
+        "samples": (1e-3,) * 9,
     }  # fmt: skip
     return results.Row(**{**known, **changes})
 
@@ -432,7 +496,7 @@ def test_ratios_are_against_the_peer_s_faster_format_and_their_mean_is_geometric
     ]
     assert compare.geometric_mean([4, 0.25]) == 1
     assert report.means(found).lines == [
-        ["quick", "float32", "channels_first", "torch", "4.00", "0.50", "-", "1", "1", "0"]
+        ["quick", "float32", "channels_first", "auto", "torch", "4.00", "0.50", "-", "1", "1", "0"]
     ]
     assert [r.row.direction for r in report.worst(found)] == ["data_grad"]
 

@@ -131,7 +131,8 @@ def _batches(given: Sequence[Sequence[str]]) -> list[int]:
     return list(map(int, texts))
 
 
-def _place() -> Backend:
+def place() -> Backend:
+    """The backend in force, CuPy's where that is automatic and a GPU can be used."""
     name = get_backend()
     if name == "auto":
         name = gpuconv.array_module().__name__
@@ -147,11 +148,11 @@ def bench_command(options: argparse.Namespace) -> int:
     if missing:
         raise ValueError(f"needs {' and '.join(missing)}: pip install 'gpuconv[bench]'")
     with gpuconv.backend(options.backend) if options.backend else contextlib.nullcontext():
-        return bench(options, _place())
+        return bench(options, place())
 
 
-def bench(options: argparse.Namespace, place: Backend, shrunk: int = 1) -> int:
-    """Runs what the options say on a backend; ``shrunk`` divides the sizes by which limits are measured."""
+def bench(options: argparse.Namespace, place: Backend) -> int:
+    """Runs what the options say on a backend."""
     from gpuconv.benchmark import plots
 
     cases = layers.selected(options.suite or (() if options.case else (DEFAULT_SUITE,)), options.case)
@@ -173,7 +174,7 @@ def bench(options: argparse.Namespace, place: Backend, shrunk: int = 1) -> int:
     if options.plot:
         plots.check_format(options.plot)
     with _terminated_is_interrupted():
-        found, interrupted = _run(plan, cases, options, shrunk)
+        found, interrupted = _run(plan, cases, options)
     _print_results(found)
     if options.json:
         results.write_json(options.json, found)
@@ -186,7 +187,7 @@ def bench(options: argparse.Namespace, place: Backend, shrunk: int = 1) -> int:
     wrong = [row for row in found.rows if row.wrong]
     for row in wrong:
         print(
-            f"gpuconv bench: wrong result of {row.by}: {row.case}, {row.direction}, {row.layout}: {row.of_bound:.3g}"
+            f"gpuconv bench: wrong result: {row.case}, {row.direction}, {row.layout}: {row.of_bound:.3g}"
             " times the bound",
             file=sys.stderr,
         )
@@ -195,9 +196,7 @@ def bench(options: argparse.Namespace, place: Backend, shrunk: int = 1) -> int:
     return 1 if wrong else 0
 
 
-def _run(
-    plan: run.Plan, cases: Sequence[layers.Case], options: argparse.Namespace, shrunk: int
-) -> tuple[results.Results, bool]:
+def _run(plan: run.Plan, cases: Sequence[layers.Case], options: argparse.Namespace) -> tuple[results.Results, bool]:
     """The results, and whether they were interrupted."""
     facts = results.machine() | {f"peer {name}": peers.module(name).about() for name in plan.peers}
     found = results.Results(facts, command=shlex.join(["gpuconv", *sys.argv[1:]]), commit=results.commit())
@@ -211,7 +210,7 @@ def _run(
     try:
         with bench.clock.running():
             names = dict.fromkeys(dtype for _, _, dtype in jobs)
-            found.limits[plan.place.name] = limit = limits.measured(plan.place, list(names), bench.clock, shrunk=shrunk)
+            found.limits[plan.place.name] = limit = limits.measured(plan.place, list(names), bench.clock)
         peaks = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in limit.peaks.items())
         print(f"{'limits':<10} copy {limit.bandwidth / 1e9:.1f} GB/s; product of {peaks}\n", flush=True)
         with _progress(len(jobs) * len(plan.directions)) as advance:
@@ -224,6 +223,9 @@ def _run(
         found.complete = True
     except KeyboardInterrupt:
         pass
+    done = len({(row.spec, row.dtype) for row in found.rows})
+    left = Counter(f"{suite}, {dtype}" for case, _, dtype in jobs[done:] for suite in case.suites or ("given",))
+    found.not_reached = [f"{name}: {number} layers" for name, number in left.items()]
     found.spent = {name: round(seconds, 3) for name, seconds in bench.spent.items()}
     found.spent["all"] = round(time.perf_counter() - started, 3)
     return found, not found.complete
@@ -294,7 +296,7 @@ def _notes(found: results.Results, compared: Sequence[compare.Ratio]) -> list[st
         *(["the rows that lose most:", *losses] if losses else []),
         *refused,
         f"spent: {spent}",
-        *([] if found.complete else ["interrupted: these are not all rows"]),
+        *([] if found.complete else ["interrupted: these are not all rows", *found.not_reached]),
     ]
 
 

@@ -32,24 +32,24 @@ class Limits(NamedTuple):
         return None if peak is None else max(flops / peak, moved / self.bandwidth)
 
 
-def measured(place: Backend, names: Sequence[str], clock: Clock, *, shrunk: int = 1) -> Limits:
-    """The limits of a backend for these dtypes ("tf32" is one), with arrays this many times smaller."""
+def measured(place: Backend, names: Sequence[str], clock: Clock) -> Limits:
+    """The limits of a backend for these dtypes ("tf32" is one)."""
     peaks = {}
     for name in names:
         with contextlib.suppress(TypeError, ValueError, RuntimeError, NotImplementedError):  # CuPy lacks some dtypes
-            peaks[name] = product_rate(place, name, clock, shrunk)
-    return Limits(bandwidth(place, clock, shrunk), peaks)
+            peaks[name] = product_rate(place, name, clock)
+    return Limits(bandwidth(place, clock), peaks)
 
 
-def bandwidth(place: Backend, clock: Clock, shrunk: int = 1) -> float:
+def bandwidth(place: Backend, clock: Clock) -> float:
     """Bytes a second that a copy reads and writes, at its best."""
-    source = place.xp.ones(COPY_BYTES[place.kind] // 8 // shrunk, numpy.float64)
+    source = place.xp.ones(COPY_BYTES[place.kind] // 8, numpy.float64)
     target = place.xp.empty_like(source)
     seconds = min(clock.samples(lambda: place.xp.copyto(target, source), SAMPLES))
     return float(2 * source.nbytes / seconds)
 
 
-def product_rate(place: Backend, name: str, clock: Clock, shrunk: int = 1) -> float:
+def product_rate(place: Backend, name: str, clock: Clock) -> float:
     """Operations a second of a product of random square matrices, at its best.
 
     NumPy has no fast product of half precision: there it is that of float32, in which gpuconv computes.
@@ -57,7 +57,7 @@ def product_rate(place: Backend, name: str, clock: Clock, shrunk: int = 1) -> fl
     dtype = dtypes.named("float32" if name == "tf32" else name)
     if place.kind == "numpy":
         dtype = dtypes.accumulator(dtype)
-    n = EXTENT[place.kind] // shrunk
+    n = EXTENT[place.kind]
     rng = place.xp.random.default_rng(0)
     a, b = (_square(rng, n, dtype) for _ in range(2))
     c = place.xp.empty((n, n), dtype)

@@ -100,11 +100,13 @@ def milliseconds(seconds: float) -> str:
 
 def means(found: Sequence[Ratio]) -> Table:
     """The geometric mean of the ratios for each suite, direction and kind of row, and how many are won and lost."""
-    table = Table(["suite", "dtype", "layout", "peer", *(f"{d} ratio" for d in DIRECTIONS), "FAST", "SLOW", "other"], 4)
+    titles = ["suite", "dtype", "layout", "algorithm", "peer", *(f"{d} ratio" for d in DIRECTIONS)]
+    table = Table([*titles, "FAST", "SLOW", "other"], 5)
     groups: dict[tuple[str, ...], list[Ratio]] = {}
     for ratio in found:
         for suite in ratio.row.suites or ("given",):
-            groups.setdefault((suite, ratio.row.dtype, ratio.row.layout, ratio.peer.by), []).append(ratio)
+            row = ratio.row
+            groups.setdefault((suite, row.dtype, row.layout, row.asked, ratio.peer.by), []).append(ratio)
     for key, members in groups.items():
         verdicts = Counter(ratio.verdict for ratio in members)
         values = [[ratio.value for ratio in members if ratio.row.direction == direction] for direction in DIRECTIONS]

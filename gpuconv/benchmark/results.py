@@ -55,7 +55,8 @@ class Row:
     bytes: int
     by: str  # gpuconv or a peer
     layout: str
-    algorithm: str
+    asked: str  # "auto" or the name of an algorithm; "" of a peer
+    algorithm: str  # that was taken
     command: str  # gives this row alone
     refusal: str | None = None
     first_seconds: float | None = None
@@ -86,7 +87,7 @@ class Row:
     @property
     def key(self) -> tuple[str, ...]:
         """What rows of the same measurement at another time have in common."""
-        return (*self.contest, self.by, self.layout, self.algorithm if self.by == "gpuconv" else "")
+        return (*self.contest, self.by, self.layout, self.asked)
 
 
 @dataclass
@@ -99,6 +100,7 @@ class Results:
     command: str = ""
     cold: bool = False
     complete: bool = False
+    not_reached: list[str] = field(default_factory=list)  # layers by suite and dtype
     spent: dict[str, float] = field(default_factory=dict)
     date: str = field(
         default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -121,7 +121,7 @@ class Bench:
     ) -> Side:
         geometry, place = problem.geometry, self.plan.place
         inner = problem.inner(direction)[0]
-        side = Side({**known, "by": OURS, "layout": layout, "algorithm": algorithm})
+        side = Side({**known, "by": OURS, "layout": layout, "asked": algorithm, "algorithm": algorithm})
         side.row["command"] = _command(known, layout, algorithm)
         try:
             choice = choose(geometry, problem.dtype, inner, place, algorithm, consent(algorithm, None))
@@ -140,7 +140,7 @@ class Bench:
 
     def _peer(self, problem: Problem, direction: Direction, name: str, form: str, known: dict[str, object]) -> Side:
         start = time.perf_counter()
-        side = Side({**known, "by": name, "layout": form, "algorithm": "", "command": ""})
+        side = Side({**known, "by": name, "layout": form, "asked": "", "algorithm": "", "command": ""})
         try:
             if self.plan.place.kind == "numpy":
                 worker = self._worker(name)
@@ -154,6 +154,8 @@ class Bench:
         finally:
             self.spent["peers"] += time.perf_counter() - start
         self._verify(side, problem, result, direction, "channels_first", seconds, loose=True)
+        if not math.isfinite(side.first):
+            side.row["refusal"] = f"its result is off by {side.row['of_bound']:.2g} times the bound"
         return side
 
     def _worker(self, name: str) -> Worker:

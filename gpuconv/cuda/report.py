@@ -82,7 +82,18 @@ class Row(NamedTuple):
 
 @cache
 def modules() -> dict[Module, dict[str, int]]:
-    """The modules that the algorithms launch, and the most dynamic shared memory of their kernels, in bytes."""
+    """The modules that the algorithms launch for CONVOLUTIONS with every dtype, as :func:`launched` gives them."""
+    convolutions = []
+    for dtype in dtypes.available():
+        for x, w, options in CONVOLUTIONS:
+            near = Geometry.infer(x, w, **options)
+            far = tuple((low + FAR, high - FAR) for low, high in near.padding)
+            convolutions += [(near, dtype), (Geometry.infer(x, w, **{**options, "padding": far}), dtype)]
+    return launched(convolutions)
+
+
+def launched(convolutions: Iterable[tuple[Geometry, numpy.dtype]]) -> dict[Module, dict[str, int]]:
+    """The modules that the algorithms launch for these; the most dynamic shared memory of their kernels, in bytes."""
     found: dict[Module, dict[str, int]] = {}
 
     def remember(kernel: Kernel, grid: int, block: int, arguments: Sequence[Any], shared_memory: int = 0) -> None:
@@ -90,12 +101,8 @@ def modules() -> dict[Module, dict[str, int]]:
         kernels[kernel.name] = max(shared_memory, kernels.get(kernel.name, 0))
 
     backend = Backend("recorded", numpy, remember)
-    for dtype in dtypes.available():
-        for x, w, options in CONVOLUTIONS:
-            near = Geometry.infer(x, w, **options)
-            far = tuple((low + FAR, high - FAR) for low, high in near.padding)
-            for geometry in (near, Geometry.infer(x, w, **{**options, "padding": far})):
-                _launch_all(geometry, dtype, backend)
+    for geometry, dtype in convolutions:
+        _launch_all(geometry, dtype, backend)
     return found
 
 

@@ -1,0 +1,141 @@
+"""Micro-benchmarks of what the kernels are made of: python bench/micro.py --json FILE
+
+A copy and a matrix product of every dtype, the host's cost of a launch, atomic additions one by one and four at a time
+into cells that all differ or that few threads share, a transposition, and every algorithm on the layers of the suite
+quick. Each result is verified before it is timed. Needs a GPU.
+"""
+
+import argparse
+import datetime
+import json
+import sys
+from pathlib import Path
+
+import numpy
+
+from gpuconv.algorithms import scatter_plain
+from gpuconv.backend import BackendError
+from gpuconv.benchmark import command, layers, limits, results, run, timing
+from gpuconv.choose import MODULES
+from gpuconv.cuda.kernel import Kernel, Module
+
+THREADS, COLUMNS = 256, 32
+ADDITIONS = 2**26
+EXTENT = 8192  # rows of the matrix that is transposed
+SUITE = "quick"
+BATCH = 32
+TYPES = tuple((alias, "float32") for alias in ("First", "Second", "Sum", "Result", "Bias"))
+
+
+def kernel(name):
+    """A kernel of micro.cu."""
+    constants = (("THREADS", THREADS), ("COLUMNS", COLUMNS))
+    return Kernel(Module("../bench/micro", TYPES, False, constants), name)
+
+
+def atomic_additions(place, clock):
+    """Additions a second into float32 cells of global memory."""
+    xp = place.xp
+    blocks = max(1, min(ADDITIONS // THREADS, 8 * 132 * 4))
+    for name, each in (("add_one", 1), ("add_four", 4)):
+        for cells in (ADDITIONS, 4096, 4):
+            to = xp.zeros(cells, numpy.float32)
+            given = [to, numpy.int32(ADDITIONS), numpy.int32(cells)]
+
+            def call(name=name, given=given):
+                place.launch(kernel(name), blocks, THREADS, given)
+
+            call()
+            if not bool((to == ADDITIONS // cells).all()):
+                raise ArithmeticError(f"{name} into {cells} cells is wrong")
+            seconds = numpy.median(clock.samples(call, timing.ENOUGH))
+            yield f"atomic additions, {each} at a time, {cells} cells", ADDITIONS / seconds, "1/s"
+
+
+def launch_cost(place, clock):
+    """Seconds that the host needs for a launch through gpuconv, and the device between two in a row."""
+    given = [place.xp.zeros(1, numpy.float32)]
+
+    def call():
+        place.launch(kernel("nothing"), 1, THREADS, given)
+
+    call()
+    if isinstance(clock, timing.GpuClock):
+        yield "launch, host", clock.host(call), "s"
+    yield "launch, one of 100 in a row", min(clock.samples(lambda: [call() for _ in range(100)], 10)) / 100, "s"
+
+
+def transposition(place, clock):
+    """Bytes a second that a transposition reads and writes."""
+    xp = place.xp
+    x = xp.arange(EXTENT * EXTENT, dtype=numpy.float32).reshape(EXTENT, EXTENT)
+    y = xp.zeros_like(x)
+
+    def call():
+        place.launch(kernel("transpose"), (EXTENT // COLUMNS) ** 2, THREADS, [x, y, numpy.int32(EXTENT)])
+
+    call()
+    if not bool((y == x.T).all()):
+        raise ArithmeticError("the transposition is wrong")
+    yield "transposition", 2 * x.nbytes / numpy.median(clock.samples(call, timing.ENOUGH)), "B/s"
+
+
+def ceilings(place, clock):
+    """The limits that ``gpuconv bench`` measures."""
+    found = limits.measured(place, run.DTYPES, clock)
+    yield "copy", found.bandwidth, "B/s"
+    for name in run.DTYPES:
+        if name in found.peaks:
+            yield f"matrix product, {name}", found.peaks[name], "FLOP/s"
+
+
+def algorithms(place, clock):
+    """Every algorithm on a few layers, and how many times the scatter-add is faster than its plain twin."""
+    MODULES["scatter_plain"] = scatter_plain
+    names = ("im2col", "direct", "scatter", "scatter_plain")
+    plan = run.Plan(place, dtypes=("float32",), algorithms=names, batches=(BATCH,), seconds=0.02)
+    for rows in run.Bench(plan).rows(layers.selected((SUITE,), ())):
+        timed = {row.algorithm: row.summary.median for row in rows if row.timed}
+        for row in rows:
+            name = f"{row.case}, {row.direction}"
+            if row.wrong:
+                raise ArithmeticError(f"{name}, {row.algorithm}: {row.of_bound} times its bound")
+            if row.timed:
+                yield f"{name}, {row.algorithm}", row.summary.median, "s"
+        if row.direction != "forward":  # which has no scatter-add
+            yield f"{name}, scatter_plain / scatter", timed["scatter_plain"] / timed["scatter"], "times"
+
+
+PARTS = (launch_cost, ceilings, transposition, atomic_additions, algorithms)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="written anew after each part")
+    options = parser.parse_args()
+    command.check_writable(options.json)
+    try:
+        place = command.place()
+    except BackendError as error:
+        sys.exit(f"micro.py needs a GPU: {error}")
+    if place.launch is None:
+        sys.exit("micro.py needs a GPU: NumPy's arrays are computed on the CPU")
+    clock = timing.clock_for(place)
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    document = {"machine": results.machine(), "commit": results.commit(), "date": date, "rows": [], "failures": []}
+    for part in PARTS:
+        try:
+            with clock.running():
+                for name, value, unit in part(place, clock):
+                    print(f"{name:<70} {value:12.4g} {unit}", flush=True)
+                    document["rows"].append({"name": name, "value": float(value), "unit": unit})
+        except Exception as error:  # the parts that follow may still be right
+            print(f"{part.__name__}: {type(error).__name__}: {error}", file=sys.stderr)
+            document["failures"].append(f"{part.__name__}: {type(error).__name__}: {error}")
+        if options.json:
+            options.json.write_text(json.dumps(document, indent=1) + "\n")
+    sys.exit(1 if document["failures"] else 0)
+
+
+if __name__ == "__main__":
+    main()

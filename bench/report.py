@@ -1,0 +1,217 @@
+"""Makes tables and pictures of the results in bench/results: python bench/report.py
+
+Of each device the newest folder counts. The README of the project gets what is between its marks: a mean for each
+suite, the wins, the losses and a picture; that of bench/ gets every row. Nothing in them is typed by hand. With --check
+nothing is written, and the status is 1 where a page differs from its results.
+
+    python bench/report.py --campaign FOLDER       writes FOLDER/summary.md, one page on what a campaign found
+"""
+
+import argparse
+import json
+import re
+import sys
+import xml.etree.ElementTree
+from pathlib import Path
+
+from gpuconv.benchmark import compare, plots, report, results
+
+HERE = Path(__file__).parent
+MARKS = "<!-- made by bench/report.py -->", "<!-- end of what bench/report.py made -->"
+PICTURED = "resnet50"
+
+
+def runs(folder):
+    """The runs of ``gpuconv bench`` in a folder."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        if "rows" in (document := json.loads(path.read_text())) and document.get("schema") == results.SCHEMA:
+            found.append(results.read_json(path))
+    return found
+
+
+def newest():
+    """The newest folder of each device with its runs, the GPUs first."""
+    by_device = {}
+    for folder in sorted(path for path in (HERE / "results").iterdir() if path.is_dir()):
+        if made := runs(folder):
+            device = made[0].device
+            if device not in by_device or made[0].date > by_device[device][1][0].date:
+                by_device[device] = folder, made
+    return sorted(by_device.values(), key=lambda pair: pair[1][0].machine["GPU"] == "none")
+
+
+def all_rows(made):
+    return [row for run in made for row in run.rows]
+
+
+def about(made):
+    """What ran where."""
+    first = made[0]
+    facts = first.machine
+    versions = [f"gpuconv {facts['gpuconv']} (commit {(first.commit or 'unknown')[:7]})", f"NumPy {facts['NumPy']}"]
+    versions += [str(facts[name]) for name in facts if name.startswith("peer ")]
+    if facts["GPU"] != "none":
+        versions += [f"CuPy {facts['CuPy']}", f"driver {facts['nvidia-smi']['driver_version']}"]
+    where = first.device if facts["GPU"] != "none" else f"{first.device}, {facts['cores']} cores"
+    return f"{where}, {first.date[:10]}: {'; '.join(versions)}."
+
+
+def project_page(folders):
+    """What the README of the project says."""
+    parts = []
+    for folder, made in folders:
+        found = compare.ratios(all_rows(made))
+        wins = sum(ratio.verdict == "FAST" for ratio in found)
+        losses = sum(ratio.verdict == "SLOW" for ratio in found)
+        parts += [
+            f"**{about(made)}** Ratio = the peer's time over gpuconv's, of the peer's faster memory format, geometric"
+            f" means: above 1 gpuconv is faster. Of {len(found)} rows gpuconv is faster in {wins} and slower in"
+            f" {losses}; the rest are within 2 % or cannot be told apart.",
+            report.means(found).markdown(),
+            "Where gpuconv loses most: " + "; ".join(lost(ratio) for ratio in report.worst(found)) + ".",
+        ]
+        if picture(folder).exists():
+            link = picture(folder).relative_to(HERE.parent)
+            parts.append(f"![Time of the layers of {PICTURED} in three directions, gpuconv and its peers]({link})")
+    if not any(made[0].machine["GPU"] != "none" for _, made in folders):
+        parts.append("**There are no results of a GPU yet**: `bench/gpu_campaign.sh` makes them where one is at hand.")
+    return "\n\n".join(parts)
+
+
+def lost(ratio):
+    return f"{ratio.row.case} {ratio.row.direction} in {ratio.row.layout} ({ratio.value:.2f} of {ratio.peer.by})"
+
+
+def bench_page(folders):
+    """What the README of bench/ says: every row."""
+    parts = []
+    for folder, made in folders:
+        parts += [f"### {made[0].device}", about(made)]
+        limits = [f"copy {limit.bandwidth / 1e9:.0f} GB/s; " + ", ".join(
+            f"product of {name} {peak / 1e9:.0f} GFLOP/s" for name, peak in limit.peaks.items()
+        ) for limit in made[0].limits.values()]  # fmt: skip
+        parts.append(f"Limits measured there: {'; '.join(limits)}.")
+        if roofline(folder).exists():
+            link = roofline(folder).relative_to(HERE)
+            parts.append(f"![Roofline with the layers of {PICTURED}]({link})")
+        for run in made:
+            suites = ", ".join(dict.fromkeys(suite for row in run.rows for suite in row.suites))
+            parts.append(f"<details><summary>{suites}: {len(run.rows)} rows</summary>")
+            parts += [report.table(run).markdown(), "\n".join(f"- {line}" for line in report.refusals(run.rows))]
+            parts.append("</details>")
+    return "\n\n".join(part for part in parts if part)
+
+
+def picture(folder):
+    return plots.paths(folder / f"{PICTURED}.png")[0]
+
+
+def roofline(folder):
+    return plots.paths(folder / f"{PICTURED}.png")[1]
+
+
+def draw(folder, made):
+    """The pictures of a folder: one dtype, one suite."""
+    rows = [row for row in all_rows(made) if PICTURED in row.suites and row.dtype == "float32"]
+    if rows:
+        only = results.Results(made[0].machine, made[0].limits, rows, date=made[0].date, commit=made[0].commit)
+        plots.plot(only, folder / f"{PICTURED}.png")
+
+
+def with_page(path, page):
+    """A page's text with this between its marks."""
+    text = path.read_text()
+    pattern = re.escape(MARKS[0]) + ".*?" + re.escape(MARKS[1])
+    if not re.search(pattern, text, re.DOTALL):
+        sys.exit(f"{path} has no marks for bench/report.py")
+    return re.sub(pattern, lambda _: f"{MARKS[0]}\n\n{page}\n\n{MARKS[1]}", text, flags=re.DOTALL)
+
+
+# ------------------------------------------------------------------------------------------------ one campaign
+
+
+def campaign(folder):
+    """A page on what a campaign found, and on what it did not reach."""
+    parts = [f"# Campaign {folder.name}", *_tests(folder), *_sanitizer(folder), *_golden(folder), *_micro(folder)]
+    for name in ("first.json", "rest.json"):
+        if not (folder / name).exists():
+            parts.append(f"**{name} was not reached.**")
+            continue
+        run = results.read_json(folder / name)
+        found = compare.ratios(run.rows)
+        wrong = [row for row in run.rows if row.wrong]
+        parts += [
+            f"## {name}: {len(run.rows)} rows, {len(wrong)} wrong; {about([run])}",
+            *(f"- WRONG: {row.by}, {row.case}, {row.direction}, {row.dtype}, {row.layout}" for row in wrong),
+            report.means(found).markdown() if found else "No peer was timed.",
+            *(f"- {line}" for line in report.losses(found)),
+            *(f"- {line}" for line in report.refusals(run.rows)),
+        ]
+        if not run.complete:
+            parts.append("**Not reached:** " + "; ".join(run.not_reached or ["nothing was measured"]) + ".")
+    return "\n\n".join(parts) + "\n"
+
+
+def _tests(folder):
+    path = folder / "tests.xml"
+    if not path.exists():
+        return ["**The tests were not reached.**"]
+    suite = xml.etree.ElementTree.parse(path).getroot().find("testsuite")
+    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    failed = [case for case in suite.iter("testcase") if {"failure", "error"} & {found.tag for found in case}]
+    lines = [f"- {case.get('classname')}: {case.get('name')}" for case in failed[:20]]
+    return ["## Tests: " + ", ".join(f"{number} {name}" for name, number in counts.items()), *lines]
+
+
+def _sanitizer(folder):
+    path = folder / "sanitizer.txt"
+    if not path.exists():
+        return ["**compute-sanitizer was not reached.**"]
+    lines = [line for line in path.read_text().splitlines() if re.match(r"==|=* ERROR SUMMARY|\d+ results|wrong", line)]
+    return ["## compute-sanitizer", "\n".join(f"    {line}" for line in lines[:20])]
+
+
+def _golden(folder):
+    names = [path.name for path in folder.glob("*.npz")]
+    return [f"Golden vectors: {', '.join(names)}" if names else "**No golden vectors were made.**"]
+
+
+def _micro(folder):
+    path = folder / "micro.json"
+    if not path.exists():
+        return ["**The micro-benchmarks were not reached.**"]
+    document = json.loads(path.read_text())
+    lines = [f"| {row['name']} | {row['value']:.4g} | {row['unit']} |" for row in document["rows"]]
+    table = "\n".join(["| micro-benchmark | value | unit |", "|---|--:|---|", *lines])
+    return ["## Micro-benchmarks", table, *(f"- failed: {failure}" for failure in document["failures"])]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 where a page is not up to date")
+    parser.add_argument("--campaign", type=Path, metavar="FOLDER", help="write FOLDER/summary.md")
+    options = parser.parse_args()
+    if options.campaign:
+        page = campaign(options.campaign)
+        (options.campaign / "summary.md").write_text(page)
+        print(page)
+        return 0
+    folders = newest()
+    if not options.check:
+        for folder, made in folders:
+            draw(folder, made)
+    stale = []
+    for path, page in ((HERE.parent / "README.md", project_page(folders)), (HERE / "README.md", bench_page(folders))):
+        text = with_page(path, page)
+        if text != path.read_text():
+            stale.append(path)
+            if not options.check:
+                path.write_text(text)
+    for path in stale:
+        print(f"{path.relative_to(HERE.parent)} {'is not up to date' if options.check else 'was written'}")
+    return 1 if options.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

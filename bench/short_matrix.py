@@ -1,0 +1,49 @@
+"""Every kernel on a few small convolutions, for compute-sanitizer: compute-sanitizer python bench/short_matrix.py
+
+Memory comes straight from the driver, so that an access beyond an array is one beyond its allocation. Results are held
+against the float64 reference. Needs a GPU.
+"""
+
+import sys
+
+from gpuconv import dtypes
+from gpuconv.algorithms import direct, scatter, scatter_plain
+from gpuconv.backend import BackendError
+from gpuconv.benchmark import command
+from gpuconv.benchmark.check import GEOMETRIES
+from gpuconv.benchmark.problem import Problem
+from gpuconv.choose import MODULES
+from gpuconv.geometry import DIRECTIONS
+
+KERNELS = {"direct": direct, "scatter": scatter, "scatter_plain": scatter_plain}
+DTYPES = ("float32", "float16", "complex128")
+
+
+def main():
+    try:
+        place = command.place()
+    except BackendError as error:
+        sys.exit(f"short_matrix.py needs a GPU: {error}")
+    MODULES.update(KERNELS)
+    place.xp.cuda.set_allocator(None)
+    count = wrong = 0
+    for geometry in GEOMETRIES:
+        for dtype in map(dtypes.named, DTYPES):
+            problem = Problem(geometry, dtype, place.xp)
+            for direction in DIRECTIONS:
+                for name, module in KERNELS.items():
+                    if (name, direction) in (("scatter", "forward"), ("scatter_plain", "forward")):
+                        continue  # has no kernel
+                    if module.why_not(geometry, dtype, direction, place, False):
+                        continue
+                    verdict = problem.verdict(problem.call(direction, algorithm=name)(), direction)
+                    count += 1
+                    if not verdict.right:
+                        wrong += 1
+                        print(f"wrong: {name}, {direction}, {dtype}, {geometry}", flush=True)
+    print(f"{count} results, {wrong} wrong")
+    sys.exit(1 if wrong or not count else 0)
+
+
+if __name__ == "__main__":
+    main()
