@@ -15,7 +15,7 @@ shift
 
 stages=(facts compile tests golden sanitizer micro first rest summary)
 declare -A seconds=(
-    [facts]=10 [compile]=30 [tests]=110 [golden]=15 [sanitizer]=45 [micro]=50 [first]=210 [rest]=40 [summary]=10
+    [facts]=10 [compile]=30 [tests]=105 [golden]=15 [sanitizer]=60 [micro]=50 [first]=200 [rest]=40 [summary]=10
 )
 chosen=()
 for stage in "$@"; do

@@ -1,8 +1,8 @@
 """Makes tables and pictures of the results in bench/results: python bench/report.py
 
 Of each device the newest folder counts. The README of the project gets what is between its marks: a mean for each
-suite, the wins, the losses and a picture; that of bench/ gets every row. Nothing in them is typed by hand. With --check
-nothing is written, and the status is 1 where a page differs from its results.
+suite, the wins, the losses and a picture; that of bench/ gets the rows of one suite. Nothing in them is typed by hand.
+With --check nothing is written, and the status is 1 where a page differs from its results.
 
     python bench/report.py --campaign FOLDER       writes FOLDER/summary.md, one page on what a campaign found
 """
@@ -84,22 +84,28 @@ def lost(ratio):
 
 
 def bench_page(folders):
-    """What the README of bench/ says: every row."""
+    """What the README of bench/ says: the limits, the rows of one suite, and where the others are."""
     parts = []
     for folder, made in folders:
-        parts += [f"### {made[0].device}", about(made)]
-        limits = [f"copy {limit.bandwidth / 1e9:.0f} GB/s; " + ", ".join(
-            f"product of {name} {peak / 1e9:.0f} GFLOP/s" for name, peak in limit.peaks.items()
-        ) for limit in made[0].limits.values()]  # fmt: skip
-        parts.append(f"Limits measured there: {'; '.join(limits)}.")
+        limit = next(iter(made[0].limits.values()))
+        peaks = ", ".join(f"{name} {peak / 1e9:.0f}" for name, peak in limit.peaks.items())
+        rows = [row for row in all_rows(made) if PICTURED in row.suites]
+        parts += [
+            f"### {made[0].device}",
+            about(made),
+            f"Limits measured there: a copy {limit.bandwidth / 1e9:.0f} GB/s, matrix products in GFLOP/s: {peaks}.",
+        ]
         if roofline(folder).exists():
-            link = roofline(folder).relative_to(HERE)
-            parts.append(f"![Roofline with the layers of {PICTURED}]({link})")
-        for run in made:
-            suites = ", ".join(dict.fromkeys(suite for row in run.rows for suite in row.suites))
-            parts.append(f"<details><summary>{suites}: {len(run.rows)} rows</summary>")
-            parts += [report.table(run).markdown(), "\n".join(f"- {line}" for line in report.refusals(run.rows))]
-            parts.append("</details>")
+            parts.append(f"![Roofline with the layers of {PICTURED}]({roofline(folder).relative_to(HERE)})")
+        only = results.Results(made[0].machine, made[0].limits, rows)
+        files = ", ".join(f"[{path.name}]({path.relative_to(HERE)})" for path in sorted(folder.glob("*.json")))
+        parts += [
+            f"<details><summary>The rows of {PICTURED}</summary>",
+            report.table(only).markdown(),
+            "</details>",
+            f"Every row of every suite, with all samples: {files}.",
+            "\n".join(f"- {line}" for line in report.refusals(all_rows(made))),
+        ]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -16,7 +16,7 @@ from gpuconv.choose import MODULES
 from gpuconv.geometry import DIRECTIONS
 
 KERNELS = {"direct": direct, "scatter": scatter, "scatter_plain": scatter_plain}
-DTYPES = ("float32", "float16", "complex128")
+DTYPES = ("float32", "complex64")
 
 
 def main():

@@ -8,6 +8,7 @@ import importlib.util
 import shlex
 import signal
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from gpuconv.geometry import DIRECTIONS
 
 SAVE_SECONDS = 10  # how often the JSON file is brought up to date
 DEFAULT_SUITE = "quick"
+WIDE = 400  # columns where there is no terminal: no line is broken
 
 
 def add_bench(commands: Any) -> None:
@@ -31,12 +33,17 @@ def add_bench(commands: Any) -> None:
     bench = commands.add_parser(
         "bench",
         help="verify and time real layers on this machine, beside what else computes them",
-        description="Runs real layers in every direction: verifies each result against a float64 reference, then times"
-        " it. 'gpuconv bench compare A.json B.json' compares two results.",
-        epilog="\n".join(f"{name}: {text}." for name, text in results.DEFINITIONS.items()),
+        description="Runs real layers in every direction: verifies each result against a float64 reference, then\n"
+        "times it. 'gpuconv bench compare A.json B.json' compares two results.",
+        epilog="\n".join(
+            textwrap.fill(f"{name}: {text}.", 100, subsequent_indent="    ")
+            for name, text in results.DEFINITIONS.items()
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    bench.add_argument("suite", nargs="*", help=f"suites of layers (default {DEFAULT_SUITE}); --list shows them")
+    bench.add_argument(
+        "suite", nargs="*", help=f"suites of layers, or all (default {DEFAULT_SUITE}); --list shows them"
+    )
     some = {"action": "append", "default": [], "type": _names}
     bench.add_argument(
         "--case", action="append", default=[], metavar="CASE",
@@ -181,16 +188,13 @@ def bench(options: argparse.Namespace, place: Backend) -> int:
     if options.csv:
         results.write_csv(options.csv, found)
     if options.markdown:
-        options.markdown.write_text(markdown(found))
+        options.markdown.write_text(report.markdown(found))
     if options.plot and any(row.timed for row in found.rows):
         plots.plot(found, options.plot)
     wrong = [row for row in found.rows if row.wrong]
     for row in wrong:
-        print(
-            f"gpuconv bench: wrong result: {row.case}, {row.direction}, {row.layout}: {row.of_bound:.3g}"
-            " times the bound",
-            file=sys.stderr,
-        )
+        what = row.failure or f"{row.of_bound:.3g} times the bound"
+        print(f"gpuconv bench: wrong result: {row.case}, {row.direction}, {row.layout}: {what}", file=sys.stderr)
     if interrupted:
         raise KeyboardInterrupt
     return 1 if wrong else 0
@@ -201,6 +205,7 @@ def _run(plan: run.Plan, cases: Sequence[layers.Case], options: argparse.Namespa
     facts = results.machine() | {f"peer {name}": peers.module(name).about() for name in plan.peers}
     found = results.Results(facts, command=shlex.join(["gpuconv", *sys.argv[1:]]), commit=results.commit())
     found.cold = plan.place.kind == "cupy" if plan.cold is None else plan.cold
+    print(f"{'commit':<10} {found.commit or 'of a wheel'}")
     for name in ("gpuconv", "CPU", "cores", "NumPy", "CuPy", "GPU", "nvidia-smi", *(f"peer {n}" for n in plan.peers)):
         if name in facts:
             print(f"{name:<10} {facts[name]}")
@@ -223,6 +228,10 @@ def _run(plan: run.Plan, cases: Sequence[layers.Case], options: argparse.Namespa
         found.complete = True
     except KeyboardInterrupt:
         pass
+    except Exception:
+        if options.json:
+            results.write_json(options.json, found)
+        raise
     done = len({(row.spec, row.dtype) for row in found.rows})
     left = Counter(f"{suite}, {dtype}" for case, _, dtype in jobs[done:] for suite in case.suites or ("given",))
     found.not_reached = [f"{name}: {number} layers" for name, number in left.items()]
@@ -278,38 +287,15 @@ def _print_results(found: results.Results) -> None:
     from rich.console import Console
 
     table = report.table(found)
-    console = Console(width=None if sys.stdout.isatty() else 220, soft_wrap=False)
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
     if table.lines:
-        console.print(table.rich())
+        console.print(table.rich(console.width))
     compared = compare.ratios(found.rows)
     if compared:
-        console.print(report.means(compared).rich())
-    for line in _notes(found, compared):
+        print("the peer's time over gpuconv's, geometric means (above 1 gpuconv is faster), and verdicts:")
+        console.print(report.means(compared).rich(console.width))
+    for line in report.notes(found, compared):
         print(line)
-
-
-def _notes(found: results.Results, compared: Sequence[compare.Ratio]) -> list[str]:
-    losses = report.losses(compared)
-    refused = report.refusals(found.rows)
-    spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in found.spent.items())
-    return [
-        *(["the rows that lose most:", *losses] if losses else []),
-        *refused,
-        f"spent: {spent}",
-        *([] if found.complete else ["interrupted: these are not all rows", *found.not_reached]),
-    ]
-
-
-def markdown(found: results.Results) -> str:
-    """The tables and notes in Markdown, with the machine."""
-    compared = compare.ratios(found.rows)
-    parts = [
-        f"{found.device}, gpuconv {found.machine['gpuconv']}, commit {found.commit}, {found.date}",
-        report.table(found).markdown(),
-        *([report.means(compared).markdown()] if compared else []),
-        "\n".join(f"- {line}" for line in _notes(found, compared)),
-    ]
-    return "\n\n".join(parts) + "\n"
 
 
 def _print_list() -> None:
@@ -335,7 +321,8 @@ def compare_command(options: argparse.Namespace) -> int:
     for line in compare.differences(before, after):
         print(f"differs: {line}")
     changes = compare.changes(before, after)
-    Console(width=None if sys.stdout.isatty() else 220).print(report.changed(changes).rich())
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
+    console.print(report.changed(changes).rich(console.width))
     counts = Counter(change.verdict for change in changes)
     print(", ".join(f"{number} {name}" for name, number in counts.items()) or "no rows")
     if options.fail_slower is None:

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy
 
-from gpuconv.benchmark.results import Results, Row
+from gpuconv.benchmark.results import OURS, Results, Row
 
 Verdict: TypeAlias = Literal["FAST", "SLOW", "SAME", "AMBIGUOUS"]
 
@@ -54,12 +54,12 @@ def ratios(rows: Sequence[Row]) -> list[Ratio]:
     """Each of gpuconv's timed rows against each peer that was timed beside it."""
     peers: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        if row.by != "gpuconv" and row.timed:
+        if row.by != OURS and row.timed:
             peers.setdefault((*row.contest, row.by), []).append(row)
     names = dict.fromkeys(key[-1] for key in peers)
     found = []
     for row in rows:
-        if row.by == "gpuconv" and row.timed:
+        if row.by == OURS and row.timed:
             for name in names:
                 if forms := peers.get((*row.contest, name)):
                     best = min(forms, key=lambda form: form.summary.median)

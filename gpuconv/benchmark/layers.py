@@ -214,12 +214,13 @@ def _network(name: str, lines: dict[str, str]) -> dict[str, Case]:
 
 
 def selected(names: Sequence[str], asked: Sequence[str]) -> list[Case]:
-    """The layers of these suites (all where none is named) that a word of ``asked`` is part of, and those it spells.
+    """The layers of these suites that a word of ``asked`` is part of, and those that it spells, with "=" in it.
 
-    A word with "=" in it spells a layer. Each layer comes once, with the suites that were asked for and have it.
-    Raises ValueError with the nearest valid names.
+    "all" stands for every suite, and so do no names beside words. Each layer comes once, with the suites that were
+    asked for and have it. Raises ValueError with the nearest valid names.
     """
     known = suites()
+    names = list(known) if "all" in names else names
     for name in names:
         if name not in known:
             raise ValueError(f"there is no suite {name!r} ({nearest(name, known)}); gpuconv bench --list shows all")

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpuconv.benchmark.report import OURS
-from gpuconv.benchmark.results import Results, Row
+from gpuconv.benchmark.results import OURS, Results, Row
 from gpuconv.geometry import DIRECTIONS
 
 

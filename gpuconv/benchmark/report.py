@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gpuconv.benchmark.compare import Change, Ratio, geometric_mean, ratios
-from gpuconv.benchmark.results import UNSTEADY, Results, Row
+from gpuconv.benchmark.results import OURS, UNSTEADY, Results, Row
 from gpuconv.geometry import DIRECTIONS
 
 WORST = 5
-OURS = "gpuconv"
+SIDES: tuple[Any, Any] = ("left", "right")
+DISPENSABLE = ("GB/s", "noise", "error", "GFLOP/s", "N", "algorithm", "other")  # the first ones first
 
 
 class Table:
@@ -26,18 +27,27 @@ class Table:
         rule = ["---"] * self.words + ["--:"] * (len(self.titles) - self.words)
         return "\n".join("| " + " | ".join(line) + " |" for line in [self.titles, rule, *self.lines])
 
-    def rich(self) -> Any:
-        """The table for a terminal, with a rule between cases."""
+    def rich(self, width: int) -> Any:
+        """The table for a terminal, with a gap between cases; without some columns where it is too narrow for all."""
+        from rich import box
         from rich.table import Table as RichTable
 
-        made = RichTable()
-        for number, title in enumerate(self.titles):
-            made.add_column(title, justify="left" if number < self.words else "right", no_wrap=True)
+        widths = [max(map(len, column)) for column in zip(self.titles, *self.lines, strict=True)]
+        left_out: list[str] = []
+        for title in DISPENSABLE:
+            if sum(w + 2 for w, name in zip(widths, self.titles, strict=True) if name not in left_out) > width:
+                left_out += [title] * (title in self.titles)
+        shown = [number for number, title in enumerate(self.titles) if title not in left_out]
+        made = RichTable(box=box.SIMPLE, padding=(0, 1, 0, 0), caption_justify="left")
+        made.caption = f"too narrow for {', '.join(left_out)}" if left_out else None
+        for number in shown:
+            least = widths[number] if number else 12  # names may be broken
+            made.add_column(self.titles[number], justify=SIDES[number >= self.words], min_width=least, overflow="fold")
         before = ""
         for line in self.lines:
             if made.row_count and line[0] != before:
                 made.add_section()
-            made.add_row(*(["" if line[0] == before else line[0]] + line[1:]))
+            made.add_row(*(line[number] if number or line[0] != before else "" for number in shown))
             before = line[0]
         return made
 
@@ -69,7 +79,7 @@ def table(results: Results) -> Table:
 
 def _figures(row: Row, limit: float | None) -> list[str]:
     if not row.timed:
-        state = "refused" if row.refusal else "WRONG" if row.wrong else "not timed"
+        state = "FAILED" if row.failure else "refused" if row.refusal else "WRONG" if row.wrong else "not timed"
         return [state, "", "", "", "", "" if row.error is None else f"{row.error:.1e}"]
     median, noise = row.summary
     return [
@@ -100,14 +110,15 @@ def milliseconds(seconds: float) -> str:
 
 def means(found: Sequence[Ratio]) -> Table:
     """The geometric mean of the ratios for each suite, direction and kind of row, and how many are won and lost."""
-    titles = ["suite", "dtype", "layout", "algorithm", "peer", *(f"{d} ratio" for d in DIRECTIONS)]
+    titles = ["suite", "dtype", "layout", "algorithm", "peer", *DIRECTIONS]
     table = Table([*titles, "FAST", "SLOW", "other"], 5)
     groups: dict[tuple[str, ...], list[Ratio]] = {}
     for ratio in found:
-        for suite in ratio.row.suites or ("given",):
+        for suite in ratio.row.suites or (ratio.row.case,):
             row = ratio.row
             groups.setdefault((suite, row.dtype, row.layout, row.asked, ratio.peer.by), []).append(ratio)
-    for key, members in groups.items():
+    order = list(dict.fromkeys(suite for suite, *_ in groups))
+    for key, members in sorted(groups.items(), key=lambda group: (order.index(group[0][0]), *group[0][1:])):
         verdicts = Counter(ratio.verdict for ratio in members)
         values = [[ratio.value for ratio in members if ratio.row.direction == direction] for direction in DIRECTIONS]
         line = [f"{geometric_mean(of):.2f}" if of else "-" for of in values]
@@ -136,6 +147,30 @@ def refusals(rows: Iterable[Row]) -> list[str]:
         (row.by, row.layout if row.by != OURS else row.algorithm, row.refusal) for row in rows if row.refusal
     )
     return [f"{by} ({how}) refused {number}: {why}" for (by, how, why), number in counts.items()]
+
+
+def notes(found: Results, compared: Sequence[Ratio]) -> list[str]:
+    """What the tables do not say: losses, refusals, where the time went, what is missing."""
+    lost = losses(compared)
+    spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in found.spent.items())
+    return [
+        *(["the rows that lose most:", *lost] if lost else []),
+        *refusals(found.rows),
+        f"spent: {spent}",
+        *([] if found.complete else ["interrupted: these are not all rows", *found.not_reached]),
+    ]
+
+
+def markdown(found: Results) -> str:
+    """The tables and notes in Markdown, with the machine."""
+    compared = ratios(found.rows)
+    parts = [
+        f"{found.device}, gpuconv {found.machine['gpuconv']}, commit {found.commit}, {found.date}",
+        table(found).markdown(),
+        *([means(compared).markdown()] if compared else []),
+        "\n".join(f"- {line}" for line in notes(found, compared)),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def changed(found: Sequence[Change]) -> Table:

@@ -19,6 +19,7 @@ from gpuconv.benchmark.timing import Summary
 from gpuconv.geometry import Direction
 
 SCHEMA = 2
+OURS = "gpuconv"
 UNSTEADY = 0.1  # noise above which a row is marked
 
 DEFINITIONS = {
@@ -59,6 +60,7 @@ class Row:
     algorithm: str  # that was taken
     command: str  # gives this row alone
     refusal: str | None = None
+    failure: str | None = None  # an error where there should be none
     first_seconds: float | None = None
     host_seconds: float | None = None  # that a call keeps the host of a GPU
     error: float | None = None

@@ -16,7 +16,7 @@ from gpuconv.benchmark import peers, timing
 from gpuconv.benchmark.layers import Case
 from gpuconv.benchmark.peers.worker import Worker
 from gpuconv.benchmark.problem import Problem
-from gpuconv.benchmark.results import Row
+from gpuconv.benchmark.results import OURS, Row
 from gpuconv.benchmark.timing import GpuClock
 from gpuconv.choose import choose, consent
 from gpuconv.geometry import DIRECTIONS, Direction
@@ -24,7 +24,6 @@ from gpuconv.geometry import DIRECTIONS, Direction
 DTYPES = (*dtypes.NAMES, "tf32")
 TURNS = 4
 SPIN_SECONDS = 0.15  # OpenBLAS's idle threads wait for 2^28 cycles before they sleep
-OURS = "gpuconv"
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class Bench:
         geometry, place = problem.geometry, self.plan.place
         inner = problem.inner(direction)[0]
         side = Side({**known, "by": OURS, "layout": layout, "asked": algorithm, "algorithm": algorithm})
-        side.row["command"] = _command(known, layout, algorithm)
+        side.row["command"] = self._command(known, layout, algorithm)
         try:
             choice = choose(geometry, problem.dtype, inner, place, algorithm, consent(algorithm, None))
         except ValueError as error:
@@ -130,7 +129,11 @@ class Bench:
             return side
         side.row["algorithm"] = choice.algorithm
         side.call = problem.call(direction, layout, algorithm)
-        seconds, result = self.clock.first(side.call)
+        try:
+            seconds, result = self.clock.first(side.call)
+        except Exception as error:  # whatever it is, the rows before and after are worth having
+            side.row["failure"] = f"{type(error).__name__}: {error}"
+            return side
         self.spent["first calls"] += seconds
         self._verify(side, problem, result, direction, layout, seconds, loose=False)
         if isinstance(self.clock, GpuClock):
@@ -140,7 +143,8 @@ class Bench:
 
     def _peer(self, problem: Problem, direction: Direction, name: str, form: str, known: dict[str, object]) -> Side:
         start = time.perf_counter()
-        side = Side({**known, "by": name, "layout": form, "asked": "", "algorithm": "", "command": ""})
+        side = Side({**known, "by": name, "layout": form, "asked": "", "algorithm": ""})
+        side.row["command"] = f"{self._command(known, LAYOUTS[0], 'auto')} --peer {name}"
         try:
             if self.plan.place.kind == "numpy":
                 worker = self._worker(name)
@@ -172,10 +176,11 @@ class Bench:
         try:
             side.call = call = peer.call(problem, direction, form)
             seconds, result = self.clock.first(call)
+            found = peer.array(result, problem)
         except Exception as error:  # whatever another library says is its reason
-            raise ValueError(str(error).splitlines()[0][:200] if str(error) else type(error).__name__) from error
+            raise ValueError(peers.reason(error)) from error
         side.take = lambda number: self.clock.samples(call, number)
-        return seconds, peer.array(result, problem)
+        return seconds, found
 
     def _verify(
         self, side: Side, problem: Problem, result: Array, direction: Direction, layout: Layout, seconds: float,
@@ -214,7 +219,7 @@ class Bench:
             side.samples = []
         for _ in range(TURNS):
             for side, graph in zip(sides, graphs, strict=True):
-                side.samples += clock.replays(graph, timing.ENOUGH // TURNS)
+                side.samples += clock.replays(graph, -(-timing.ENOUGH // TURNS))
         return "graph"
 
     def _taken(self, side: Side, number: int) -> list[float]:
@@ -227,8 +232,7 @@ class Bench:
         self.spent["measuring" if side.row["by"] == OURS else "peers"] += time.perf_counter() - start
         return samples
 
-
-def _command(known: dict[str, object], layout: str, algorithm: str) -> str:
-    words = ["gpuconv", "bench", "--case", str(known["spec"]), "--direction", str(known["direction"])]
-    words += ["--dtype", str(known["dtype"]), "--layout", layout, "--algorithm", algorithm]
-    return shlex.join(words)
+    def _command(self, known: dict[str, object], layout: str, algorithm: str) -> str:
+        words = ["gpuconv", "bench", "--case", str(known["spec"]), "--direction", str(known["direction"])]
+        words += ["--dtype", str(known["dtype"]), "--layout", layout, "--algorithm", algorithm]
+        return shlex.join([*words, "--backend", self.plan.place.kind])

@@ -40,3 +40,8 @@ def checked(names: Sequence[str], place: Backend) -> list[str]:
         if importlib.util.find_spec(needed) is None:
             raise ValueError(f"the peer {name} needs {needed}: pip install {needed}")
     return list(dict.fromkeys(names))
+
+
+def reason(error: Exception) -> str:
+    """What a peer's error says, in one line."""
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

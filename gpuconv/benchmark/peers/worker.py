@@ -57,16 +57,20 @@ class Worker:
             pipe.close()
         self._folder.cleanup()
 
+    def _signal(self, name: str) -> None:
+        if hasattr(signal, name):  # Windows has neither
+            self._process.send_signal(getattr(signal, name))
+
     def _asked(self, **request: Any) -> dict[str, Any]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.send_signal(signal.SIGCONT)
+        self._signal("SIGCONT")
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"the process of the peer {self._name} ended with status {self._process.wait()}")
-        self._process.send_signal(signal.SIGSTOP)
+        self._signal("SIGSTOP")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -109,7 +113,7 @@ def _prepared(
         calls[form] = peer.call(problem, direction, form)
         seconds, result = clock.first(calls[form])
     except (RuntimeError, ValueError, TypeError, MemoryError, NotImplementedError) as error:
-        return {"refusal": str(error).splitlines()[0][:200] if str(error) else type(error).__name__}
+        return {"refusal": peers.reason(error)}
     found = peer.array(result, problem)
     numpy.save(request["result"], found.astype(numpy.float32) if found.dtype.itemsize == 2 else found)
     return {"seconds": seconds}
