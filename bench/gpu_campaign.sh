@@ -34,17 +34,19 @@ GPUCONV_CACHE_DIR=${GPUCONV_CACHE_DIR:-${TMPDIR:-/tmp}/gpuconv-campaign}
 GPUCONV_BACKEND=cupy
 export PYTHONPATH GPUCONV_CACHE_DIR GPUCONV_BACKEND PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
+# What runs in the background may have been told to ignore the interrupt that ends a stage.
+python() { env --default-signal=INT "$python" "$@"; }
 
 if [[ -n ${DRY_RUN:-} ]]; then
     device=dry-run
     unset GPUCONV_BACKEND
-    run() { "$python" -m tests.dry_run "$@"; }
+    run() { python -m tests.dry_run "$@"; }
 else
     device=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr -c 'A-Za-z0-9\n' -)
     run() {
         case $1 in
-            gpuconv) "$python" -m "$@" ;;
-            *) "$python" "$@" ;;
+            gpuconv) python -m "$@" ;;
+            *) python "$@" ;;
         esac
     }
 fi
@@ -67,7 +69,7 @@ compile() { run bench/compile_kernels.py; }
 tests() {
     local parallel=()
     "$python" -c 'import xdist' 2> /dev/null && parallel=(-n 6)
-    "$python" -m pytest -m gpu -p no:cacheprovider -q --maxfail=200 --junitxml="$folder/tests.xml" "${parallel[@]}"
+    python -m pytest -m gpu -p no:cacheprovider -q --maxfail=200 --junitxml="$folder/tests.xml" "${parallel[@]}"
 }
 
 golden() { run tests/golden/make_golden.py "$folder"; }

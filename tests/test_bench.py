@@ -328,19 +328,23 @@ def test_a_row_s_command_gives_that_row_alone(bench):
     )
 
 
-def test_what_was_measured_before_an_interruption_is_kept(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_what_was_measured_before_an_interruption_is_kept(how, tmp_path):
     path = tmp_path / "b.json"
     code = f"""
+import signal
 from gpuconv import cli
-from gpuconv.benchmark import command
+from gpuconv.benchmark import command, limits
 command.SAVE_SECONDS = 0
+limits.EXTENT["numpy"], limits.COPY_BYTES["numpy"] = 64, 2**20
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored
 exit(cli.main(["bench", "resnet50", "--seconds", "0.05", "--json", {str(path)!r}]))
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     end = time.monotonic() + 60
     while time.monotonic() < end and not path.exists():
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted: these are not all rows" in printed
@@ -379,26 +383,40 @@ def test_the_loops_of_books_and_scipy_agree_and_refuse_with_a_reason(bench, caps
 
 
 @pytest.mark.skipif(not HAS_TORCH, reason="PyTorch is not installed")
-@pytest.mark.parametrize(
-    "text, dtype",
-    [
+def test_pytorch_computes_the_same():
+    worker = Worker("torch")
+    for text, dtype in (
         (SMALL, "float32"),
         ("n=2 c=4 h=9 w=8 k=6 r=3 s=3 pad=1 stride=2 dilation=2 groups=2", "float64"),
         ("n=2 c=4 w=20 k=4 s=3 pad=causal groups=4", "float32"),
         ("n=2 c=4 h=6 w=5 k=6 r=4 s=3 stride=2 pad=1 transposed=1 output_padding=1", "float32"),
+        ("n=2 c=4 h=6 w=5 k=6 r=4 s=3 stride=2 pad=1 transposed=1 output_padding=1", "complex64"),
         ("n=1 c=2 d=5 h=5 w=5 k=2 t=2 r=3 s=3", "complex64"),
         (SMALL, "bfloat16"),
-    ],
-)
-def test_pytorch_computes_the_same(text, dtype, bench):
-    found, status = bench("--case", text, "--dtype", dtype, "--peer", "torch")
+    ):
+        problem = Problem.of(layers.parsed(text), layers.parsed(text).batches[0], dtypes.named(dtype))
+        for direction in DIRECTIONS:
+            _, result = worker.first(text, dtype, direction, "channels_first")
+            assert problem.verdict(result, direction, loose=True).right, (text, direction)
+            if problem.geometry.rank == 1:
+                with pytest.raises(ValueError, match="no channels_last for one spatial axis"):
+                    worker.first(text, dtype, direction, "channels_last")
+            else:
+                _, result = worker.first(text, dtype, direction, "channels_last")
+                assert problem.verdict(result, direction, loose=True).right, (text, direction)
+    worker.close()
+
+
+@pytest.mark.skipif(not HAS_TORCH, reason="PyTorch is not installed")
+def test_pytorch_is_measured_in_both_formats(bench):
+    found, status = bench("--case", SMALL, "--peer", "torch", "--direction", "forward")
     assert status == 0
-    for row in found.rows:
-        if row.by == "torch" and row.layout == "channels_last" and " r=" not in text:
-            assert "one spatial axis" in row.refusal
-        else:
-            assert row.refusal is None
-            assert row.timed
+    assert [(row.by, row.layout, row.timed) for row in found.rows] == [
+        ("gpuconv", "channels_first", True),
+        ("gpuconv", "channels_last", True),
+        ("torch", "channels_first", True),
+        ("torch", "channels_last", True),
+    ]
 
 
 def test_a_peer_that_is_off_is_refused_and_not_timed(bench, monkeypatch, capsys):

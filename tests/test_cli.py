@@ -13,6 +13,7 @@ import pytest
 
 import gpuconv
 from gpuconv.algorithms import scatter
+from gpuconv.benchmark import limits
 from gpuconv.cli import main
 from gpuconv.cuda import kernels_folder
 from gpuconv.geometry import DIRECTIONS
@@ -25,6 +26,8 @@ QUICK = ["bench", "--case", "n=1 c=4 h=9 w=9 k=4 r=3 s=3", "--seconds", "0"]
 @pytest.fixture(autouse=True)
 def _on_the_cpu(monkeypatch):
     monkeypatch.setenv("GPUCONV_BACKEND", "numpy")
+    monkeypatch.setitem(limits.EXTENT, "numpy", 64)  # of a machine's limits, measured in no time
+    monkeypatch.setitem(limits.COPY_BYTES, "numpy", 2**20)
 
 
 def test_check_holds_every_algorithm_against_the_reference(capsys):
