@@ -69,7 +69,7 @@ compile() { run bench/compile_kernels.py; }
 tests() {
     local parallel=()
     "$python" -c 'import xdist' 2> /dev/null && parallel=(-n 6)
-    python -m pytest -m gpu -p no:cacheprovider -q --maxfail=200 --junitxml="$folder/tests.xml" "${parallel[@]}"
+    python -m pytest ${DRY_RUN:+tests/test_golden.py tests/test_kernels.py} -m gpu -p no:cacheprovider -q --maxfail=200 --junitxml="$folder/tests.xml" "${parallel[@]}"
 }
 
 golden() { run tests/golden/make_golden.py "$folder"; }

@@ -12,12 +12,14 @@ from hypothesis import settings
 
 import gpuconv
 import gpuconv.call
+from gpuconv import dtypes
 from gpuconv.backend import NUMPY, Backend, cupy_backend
 from gpuconv.choose import MODULES
 from gpuconv.cuda import arguments, kernels_folder
+from gpuconv.cuda import report as compile_report
 from gpuconv.geometry import Geometry
 from tests import standin
-from tests.cases import named_dtype
+from tests.cases import CASES, named_dtype
 from tests.emulation import launcher, loader
 from tests.golden import vectors
 
@@ -212,6 +214,22 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=needless)
         dropped = set(needless)
         items[:] = [item for item in items if item not in dropped]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _libraries_built_ahead(request):
+    """Of a long run: a second core compiles the kernels of the cases while the first tests run."""
+    emulated = sum(item.get_closest_marker("emulated") is not None for item in request.session.items)
+    if NO_EMULATION or emulated < 1000 or launcher.options.mode != "fast":
+        yield
+        return
+    geometries = [Geometry.infer(case.x, case.w, **case.settings) for case in CASES]
+    modules = compile_report.launched(
+        (geometry, dtype) for geometry in geometries if not arguments.why_not(geometry) for dtype in dtypes.available()
+    )
+    stop = loader.build_ahead([module._replace(wide=wide) for module in modules for wide in (False, True)])
+    yield
+    stop()
 
 
 def pytest_report_header():

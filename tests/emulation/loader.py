@@ -4,6 +4,7 @@ Fast mode compiles for speed; what it finds, guard pages and unset memory find. 
 the hooks of checks.cpp at every load and store.
 """
 
+import collections
 import ctypes
 import functools
 import hashlib
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from gpuconv import settings
@@ -94,12 +96,20 @@ def _run(*command):
     return done.stdout
 
 
+_building = collections.defaultdict(threading.Lock)
+
+
 def _built(parts, build):
-    """The library with this key, built now if it is not there: written under another name, and renamed."""
+    """The library with this key, built now if it is not there: written under another name, and renamed.
+
+    Where another thread is building it, this waits for that.
+    """
     key = hashlib.sha256("\0".join((*parts, *_machine_flags(), _compiler())).encode()).hexdigest()[:24]
     folder = settings.cache_folder() / "emulation"
     path = folder / f"{key}.so"
-    if not path.exists():
+    with _building[key]:
+        if path.exists():
+            return path
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             build(Path(scratch))
@@ -126,27 +136,32 @@ def runtime():
     return library
 
 
+def library_file(text, mode):
+    """The library of the kernels of one source text, compiled in one mode."""
+    entries = "".join(f"EMULATED_ENTRY({name})\n" for name in kernel_names(text))
+    content = f'{text}\n#line 1 "entries"\n{entries}'
+    flags = (*KERNEL, *MODES[mode])
+    runtime_path = Path(runtime()._name)
+
+    def build(folder):
+        (folder / "kernels.cpp").write_text(content)
+        include = ("-include", FOLDER / "cuda.hpp")
+        where = f"-ffile-prefix-map={folder}=."
+        command = ("g++", *flags, where, *_machine_flags(), *include, "-c", folder / "kernels.cpp")
+        _run(*command, "-o", folder / "kernels.o")
+        link = ("-shared", "-o", folder / "library.so", folder / "kernels.o", runtime_path)
+        _run("g++", *link, f"-Wl,-rpath,{runtime_path.parent}")
+
+    return _built((content, *flags, runtime_path.name), build)
+
+
 class Library:
     """The kernels of one source text, compiled in one mode."""
 
     def __init__(self, text, mode):
         self.mode = mode
         self.names = kernel_names(text)
-        entries = "".join(f"EMULATED_ENTRY({name})\n" for name in self.names)
-        content = f'{text}\n#line 1 "entries"\n{entries}'
-        flags = (*KERNEL, *MODES[mode])
-        runtime_path = Path(runtime()._name)
-
-        def build(folder):
-            (folder / "kernels.cpp").write_text(content)
-            include = ("-include", FOLDER / "cuda.hpp")
-            where = f"-ffile-prefix-map={folder}=."
-            command = ("g++", *flags, where, *_machine_flags(), *include, "-c", folder / "kernels.cpp")
-            _run(*command, "-o", folder / "kernels.o")
-            link = ("-shared", "-o", folder / "library.so", folder / "kernels.o", runtime_path)
-            _run("g++", *link, f"-Wl,-rpath,{runtime_path.parent}")
-
-        self.path = _built((content, *flags, runtime_path.name), build)
+        self.path = library_file(text, mode)
         self._library = ctypes.CDLL(self.path)
         self.handle = self._register()
 
@@ -229,4 +244,31 @@ def kernel_names(text):
 @functools.cache
 def library_for(module, mode):
     """The library of a module of the package."""
-    return Library(source(module, (FOLDER / "primitives.hpp").read_text()), mode)
+    return Library(emulated_source(module), mode)
+
+
+def emulated_source(module):
+    """The text of a module with the CPU's primitives in it."""
+    return source(module, (FOLDER / "primitives.hpp").read_text())
+
+
+def build_ahead(modules):
+    """Builds the libraries of these modules while this thread goes on; what it returns stops that."""
+    runtime()
+    texts = [emulated_source(module) for module in modules]
+    stopped = threading.Event()
+
+    def build():
+        for text in texts:
+            if stopped.is_set():
+                return
+            library_file(text, "fast")
+
+    thread = threading.Thread(target=build, daemon=True)
+    thread.start()
+
+    def stop():
+        stopped.set()
+        thread.join()
+
+    return stop
