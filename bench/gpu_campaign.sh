@@ -35,7 +35,9 @@ GPUCONV_BACKEND=cupy
 export PYTHONPATH GPUCONV_CACHE_DIR GPUCONV_BACKEND PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 # What runs in the background may have been told to ignore the interrupt that ends a stage.
-python() { env --default-signal=INT "$python" "$@"; }
+heeding=(env --default-signal=INT)
+"${heeding[@]}" true 2> /dev/null || heeding=()  # an older env
+python() { "${heeding[@]}" "$python" "$@"; }
 
 if [[ -n ${DRY_RUN:-} ]]; then
     device=dry-run
