@@ -238,6 +238,12 @@ def test_an_error_in_one_row_leaves_the_others(bench, monkeypatch, capsys):
     assert f"wrong result: {DEPTHWISE}, data_grad, channels_first: MemoryError: no room" in answer.err
 
 
+@pytest.mark.usefixtures("_quick_limits")
+def test_arrays_that_no_machine_has_room_for_are_an_error_with_the_layer_s_name(capsys):
+    assert main(["bench", "--case", "n=1000000 c=1000000 w=900000 k=4 s=3"]) == 2
+    assert "the arrays of n=1000000 c=1000000 w=900000 k=4 s=3 at N=1000000 cannot be made" in capsys.readouterr().err
+
+
 # Timing
 
 
@@ -555,6 +561,12 @@ def test_compare_says_what_changed_and_fails_when_asked_to(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "1 SLOW, 1 SAME, 1 ONLY BEFORE" in printed
     assert "differs: CPU: one before, two now" in printed
+    peers_slower = replace(before, rows=[row_of(by="torch", asked="", samples=(2e-3,) * 9)])
+    peers = replace(before, rows=[row_of(by="torch", asked="")])
+    for name, found in (("d", peers), ("e", peers_slower)):
+        results.write_json(tmp_path / f"{name}.json", found)
+    assert main(["bench", "compare", *(str(tmp_path / f"{name}.json") for name in "de"), "--fail-slower", "5%"]) == 0
+    assert "1 SLOW" in capsys.readouterr().out
     assert main(["bench", "compare", a, b, "--fail-slower", "5%"]) == 0
     assert main(["bench", "compare", a, b, "--fail-slower", "3%"]) == 1
     assert "4% slower: c, forward" in capsys.readouterr().err

@@ -92,7 +92,10 @@ def add_compare(commands: Any) -> None:
     parser.add_argument("before", type=Path, metavar="A.json")
     parser.add_argument("after", type=Path, metavar="B.json")
     parser.add_argument(
-        "--fail-slower", type=_percent, metavar="5%", help="status 1 where a row is SLOW by more than this, or wrong"
+        "--fail-slower",
+        type=_percent,
+        metavar="5%",
+        help="status 1 where gpuconv is SLOW by more than this, or wrong",
     )
     parser.set_defaults(run=compare_command)
 
@@ -135,7 +138,7 @@ def _batches(given: Sequence[Sequence[str]]) -> list[int]:
     for text in texts:
         if not text.isdecimal() or int(text) < 1:
             raise ValueError(f"--batch must be an int of at least 1, got {text!r}")
-    return list(map(int, texts))
+    return list(dict.fromkeys(map(int, texts)))
 
 
 def place() -> Backend:
@@ -176,8 +179,11 @@ def bench(options: argparse.Namespace, place: Backend) -> int:
         options.cold,
     )
     drawn = plots.paths(options.plot) if options.plot else ()
-    for path in (options.json, options.csv, options.markdown, *drawn):
+    files = [path for path in (options.json, options.csv, options.markdown, *drawn) if path]
+    for path in files:
         check_writable(path)
+    if len({path.resolve() for path in files}) < len(files):
+        raise ValueError(f"each file is written by one option: {', '.join(map(str, files))}")
     if options.plot:
         plots.check_format(options.plot)
     with _terminated_is_interrupted():
@@ -327,9 +333,9 @@ def compare_command(options: argparse.Namespace) -> int:
     print(", ".join(f"{number} {name}" for name, number in counts.items()) or "no rows")
     if options.fail_slower is None:
         return 0
-    failed = [
-        c for c in changes if c.verdict == "WRONG" or (c.verdict == "SLOW" and c.slowdown > 1 + options.fail_slower)
-    ]
+    most = 1 + options.fail_slower
+    slower = [change for change in changes if change.ours and change.verdict == "SLOW" and change.slowdown > most]
+    failed = [change for change in changes if change.verdict == "WRONG"] + slower
     for change in failed:
         row = change.after
         assert row is not None
@@ -343,6 +349,8 @@ def check_writable(path: Path | None) -> None:
     if path is None:
         return
     existed = path.exists()
+    if existed and not path.is_file():
+        raise ValueError(f"cannot write {path}: it is no regular file")
     try:
         with path.open("a"):
             pass

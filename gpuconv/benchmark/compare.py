@@ -82,6 +82,11 @@ class Change(NamedTuple):
     verdict: str  # that of now against then, or what is missing or WRONG
     slowdown: float  # now over then, NaN where one is missing
 
+    @property
+    def ours(self) -> bool:
+        row = self.after or self.before
+        return row is not None and row.by == OURS
+
 
 def changes(before: Results, after: Results) -> list[Change]:
     """Every row of either result, in the order of the first."""
@@ -104,6 +109,6 @@ def changes(before: Results, after: Results) -> list[Change]:
 def differences(before: Results, after: Results) -> list[str]:
     """What else changed between two results and may explain a row: machine, versions, method."""
     facts = {name: (before.machine.get(name), after.machine.get(name)) for name in before.machine | after.machine}
-    facts |= {"cold caches": (before.cold, after.cold)}
+    facts |= {"cold caches": (before.cold, after.cold), "complete": (before.complete, after.complete)}
     facts.pop("nvidia-smi", None)  # clocks and temperature always differ
     return [f"{name}: {old} before, {new} now" for name, (old, new) in facts.items() if old != new]

@@ -142,7 +142,9 @@ def parsed(text: str, name: str = "") -> Case:
             raise ValueError(f"{key} must be an int of at least {minimum}, got {value!r}, in {text!r}")
         return int(value)
 
-    transposed = bool(number("transposed", 0, 0))
+    transposed = number("transposed", 0, 0) == 1
+    if words.get("transposed", "0") not in ("0", "1"):
+        raise ValueError(f"transposed must be 0 or 1, got {words['transposed']!r}, in {text!r}")
     if "output_padding" in words and not transposed:
         raise ValueError(f"output_padding is for transposed=1, in {text!r}")
     case = Case(
@@ -219,6 +221,8 @@ def selected(names: Sequence[str], asked: Sequence[str]) -> list[Case]:
     "all" stands for every suite, and so do no names beside words. Each layer comes once, with the suites that were
     asked for and have it. Raises ValueError with the nearest valid names.
     """
+    if "" in asked:
+        raise ValueError("a case has words of a layer's name, or spells one; got ''")
     known = suites()
     names = list(known) if "all" in names else names
     for name in names:

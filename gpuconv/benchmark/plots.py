@@ -51,10 +51,13 @@ def _times(results: Results, pyplot: Any) -> Any:
     layers = sorted({(row.flops, row.case, row.spec, row.dtype) for row in rows})
     place = {layer[2:]: number for number, layer in enumerate(layers)}
     width = max(7.0, 2 + 0.28 * len(layers))
-    figure, panels = pyplot.subplots(3, 1, figsize=(width, 11), sharex=True, layout="constrained")
+    directions = [direction for direction in DIRECTIONS if any(row.direction == direction for row in rows)]
+    size = (width, 3 + 2.7 * len(directions))
+    figure, panels = pyplot.subplots(len(directions), 1, figsize=size, sharex=True, squeeze=False, layout="constrained")
+    panels = panels[:, 0]
     peers = sorted({row.by for row in rows} - {OURS})
     lines = list(dict.fromkeys((row.by, row.layout) for row in rows))
-    for direction, axes in zip(DIRECTIONS, panels, strict=True):
+    for direction, axes in zip(directions, panels, strict=True):
         for by, layout in lines:
             members = [row for row in rows if (row.by, row.layout, row.direction) == (by, layout, direction)]
             members.sort(key=lambda row: place[row.spec, row.dtype])
@@ -115,7 +118,7 @@ def _roofline(results: Results, pyplot: Any) -> Any:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("")
-    figure.suptitle(_title(results, shown), fontsize=11)
+    figure.suptitle(f"gpuconv, the faster of its layouts\n{_title(results, shown)}", fontsize=11)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 

@@ -27,6 +27,7 @@ DEFINITIONS = {
     "method": "wall clock on a CPU; on a GPU events around a call while the host is ahead, or, where one side is"
     " shorter than 20 us, a CUDA graph of 20 calls (warm then)",
     "cold": "whether caches were emptied before each sample",
+    "dtype": "tf32 is float32 with leave to round products to TensorFloat-32, which a CPU does not use",
     "noise": "interquartile range over median; a row above 10 % is unsteady (~)",
     "flops": "real operations of the direct algorithm: 2 for each product, 8 for complex ones, in every direction",
     "bytes": "x, w and y, each once",

@@ -85,7 +85,10 @@ class Bench:
     def _layer(self, case: Case, batch: int, dtype: str) -> Iterator[list[Row]]:
         place = self.plan.place
         kind, precision = ("float32", "tf32") if dtype == "tf32" else (dtype, "ieee")
-        problem = Problem.of(case, batch, dtypes.named(kind), place.xp, precision)
+        try:
+            problem = Problem.of(case, batch, dtypes.named(kind), place.xp, precision)
+        except (MemoryError, ValueError) as error:
+            raise ValueError(f"the arrays of {case.name} at N={batch} cannot be made: {error}") from None
         for direction in self.plan.directions:
             known = {
                 "case": case.name,

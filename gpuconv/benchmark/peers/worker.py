@@ -8,6 +8,7 @@ be verified.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import signal
 import subprocess
@@ -24,6 +25,8 @@ from gpuconv.benchmark.layers import parsed
 from gpuconv.benchmark.problem import Problem
 from gpuconv.benchmark.timing import Call, Clock
 from gpuconv.geometry import Direction
+
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class Worker:
@@ -78,6 +81,8 @@ class Worker:
 def work(name: str, *, cold: bool) -> None:
     """Answers requests until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process when it is interrupted
+    if sys.platform == "linux":  # and where the parent is killed, the system does, which wakes a stopped process too
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     peer, clock = peers.module(name), Clock(cold=cold)
     problem, of = None, None
     calls: dict[str, Call] = {}
