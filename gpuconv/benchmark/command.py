@@ -187,7 +187,7 @@ def bench(options: argparse.Namespace, place: Backend) -> int:
     if options.plot:
         plots.check_format(options.plot)
     with _terminated_is_interrupted():
-        found, interrupted = _run(plan, cases, options)
+        found = _run(plan, cases, options)
     _print_results(found)
     if options.json:
         results.write_json(options.json, found)
@@ -201,13 +201,13 @@ def bench(options: argparse.Namespace, place: Backend) -> int:
     for row in wrong:
         what = row.failure or f"{row.of_bound:.3g} times the bound"
         print(f"gpuconv bench: wrong result: {row.case}, {row.direction}, {row.layout}: {what}", file=sys.stderr)
-    if interrupted:
+    if not found.complete:
         raise KeyboardInterrupt
     return 1 if wrong else 0
 
 
-def _run(plan: run.Plan, cases: Sequence[layers.Case], options: argparse.Namespace) -> tuple[results.Results, bool]:
-    """The results, and whether they were interrupted."""
+def _run(plan: run.Plan, cases: Sequence[layers.Case], options: argparse.Namespace) -> results.Results:
+    """The results, those till then where the run was interrupted."""
     facts = results.machine() | {f"peer {name}": peers.module(name).about() for name in plan.peers}
     found = results.Results(facts, command=shlex.join(["gpuconv", *sys.argv[1:]]), commit=results.commit())
     found.cold = plan.place.kind == "cupy" if plan.cold is None else plan.cold
@@ -243,7 +243,7 @@ def _run(plan: run.Plan, cases: Sequence[layers.Case], options: argparse.Namespa
     found.not_reached = [f"{name}: {number} layers" for name, number in left.items()]
     found.spent = {name: round(seconds, 3) for name, seconds in bench.spent.items()}
     found.spent["all"] = round(time.perf_counter() - started, 3)
-    return found, not found.complete
+    return found
 
 
 @contextlib.contextmanager

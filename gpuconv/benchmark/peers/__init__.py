@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from gpuconv.backend import Backend
-from gpuconv.benchmark.layers import nearest
 
 # name: what it needs, and where it computes
 PEERS = {
@@ -30,16 +29,14 @@ def module(name: str) -> ModuleType:
 
 
 def checked(names: Sequence[str], place: Backend) -> list[str]:
-    """These peers; ValueError where one is unknown, not installed or elsewhere than on this backend."""
+    """These peers; ValueError where one is not installed or computes elsewhere than on this backend."""
     for name in names:
-        if name not in PEERS:
-            raise ValueError(f"there is no peer {name!r} ({nearest(name, PEERS)})")
         needed, kinds = PEERS[name]
         if place.kind not in kinds:
             raise ValueError(f"the peer {name} computes on {kinds} alone, not on {place.name}")
         if importlib.util.find_spec(needed) is None:
             raise ValueError(f"the peer {name} needs {needed}: pip install {needed}")
-    return list(dict.fromkeys(names))
+    return list(names)
 
 
 def reason(error: Exception) -> str:
