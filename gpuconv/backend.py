@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy
 
 from gpuconv import settings
+from gpuconv.cuda import device
 
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray
 Kind: TypeAlias = Literal["numpy", "cupy"]
@@ -34,11 +35,12 @@ class BackendError(RuntimeError):
 
 
 class Backend(NamedTuple):
-    """An array module, and what launches CUDA kernels on its arrays (None where nothing does)."""
+    """An array module, what launches CUDA kernels on its arrays (None where nothing does), and on which device."""
 
     name: str
     xp: Any
     launch: Callable[..., None] | None
+    device: Callable[[], device.Device] = lambda: device.MODEL
 
     @property
     def kind(self) -> Kind:
@@ -163,7 +165,7 @@ def cupy_backend() -> Backend:
 def _cupy(cupy: Any) -> Backend:
     from gpuconv.cuda.launch import launch_cuda
 
-    return Backend("cupy", cupy, launch_cuda)
+    return Backend("cupy", cupy, launch_cuda, device.current)
 
 
 def driver_devices() -> int:

@@ -118,7 +118,7 @@ class Call:
             result = Result(canonical(target, role, geometry), bias, activation)
             sources = (first, second)
             operands = [source.operand(geometry, backend, self.dtype) for source in sources]
-            run = workspace.Run(backend, sums, self.limit)
+            run = workspace.Run(backend, sums, self.limit, self.precision)
             if all(operand.view.size for operand in operands) and result.view.size:
                 self._run_by_groups(getattr(MODULES[algorithm], direction), operands, sources, result, role, run)
             else:

@@ -15,11 +15,16 @@ from typing import Any, get_args
 import numpy
 
 from gpuconv import dtypes, settings
-from gpuconv.algorithms import direct, im2col, scatter
+from gpuconv.algorithms import direct, im2col, implicit_gemm, scatter
 from gpuconv.backend import NUMPY, Backend, array_module, cupy_backend, get_backend
 from gpuconv.geometry import DIRECTIONS, Direction, Geometry
 
-MODULES: dict[str, ModuleType] = {"im2col": im2col, "scatter": scatter, "direct": direct}
+MODULES: dict[str, ModuleType] = {
+    "im2col": im2col,
+    "implicit_gemm": implicit_gemm,
+    "scatter": scatter,
+    "direct": direct,
+}
 ALGORITHMS: tuple[str, ...] = tuple(MODULES)
 
 

@@ -24,11 +24,12 @@ _generation = 0  # clear_cache() cannot reach the buffers of other threads, so i
 
 @dataclass(frozen=True)
 class Run:
-    """What an algorithm works with: where it computes, the dtype of its sums, and how much memory it may take."""
+    """What an algorithm works with: where it computes, how exactly, and how much memory it may take."""
 
     backend: Backend
-    dtype: numpy.dtype
+    dtype: numpy.dtype  # of sums
     limit: int  # bytes
+    precision: str = "ieee"  # of float32 products
 
     @property
     def budget(self) -> int:

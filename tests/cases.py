@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gpuconv.geometry import Geometry
+
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 LAYOUTS = ("channels_first", "channels_last", "channels_last_memory")
 NUMPY_ALGORITHMS = ("im2col", "scatter")
@@ -31,6 +33,13 @@ class Case(NamedTuple):
             "groups": self.groups,
             "flip": self.flip,
         }
+
+    def geometry(self, layout="channels_first"):
+        """What gpuconv makes of it."""
+        x, w = self.x, self.w
+        if layout == "channels_last":
+            x, w = (x[0], *x[2:], x[1]), (*w[2:], w[1], w[0])
+        return Geometry.infer(x, w, **self.settings, layout=layout)
 
 
 def case(name, x, w, stride=1, padding=0, dilation=1, groups=1, flip=False):
@@ -106,6 +115,11 @@ CASES = (
     ),
     case("4-D", (1, 2, 3, 3, 4, 3), (2, 2, 2, 2, 2, 2), padding=((0, 1),) * 4),
 )
+
+
+def in_turn(case, layout, dtype="float64"):
+    """Whether it is this layout's turn: each case and dtype has one."""
+    return (CASES.index(case) + LAYOUTS.index(layout) + DTYPES.index(dtype)) % len(LAYOUTS) == 0
 
 
 def named_dtype(name):

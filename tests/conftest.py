@@ -13,13 +13,15 @@ from hypothesis import settings
 import gpuconv
 import gpuconv.call
 from gpuconv import dtypes
+from gpuconv.algorithms import direct, implicit_gemm, scatter, scatter_plain
 from gpuconv.backend import NUMPY, Backend, cupy_backend
 from gpuconv.choose import MODULES
 from gpuconv.cuda import arguments, kernels_folder
 from gpuconv.cuda import report as compile_report
+from gpuconv.cuda.device import MODEL
 from gpuconv.geometry import Geometry
 from tests import standin
-from tests.cases import CASES, named_dtype
+from tests.cases import CASES, in_turn, named_dtype
 from tests.emulation import launcher, loader
 from tests.golden import vectors
 
@@ -63,7 +65,7 @@ class NumpyArrays:
         if reason:
             pytest.skip(reason)
 
-    def varied(self):
+    def varied(self, wide=True):
         """A context in which what may differ from call to call does."""
         return contextlib.nullcontext()
 
@@ -75,10 +77,10 @@ class EmulatedArrays(NumpyArrays):
     backend = launcher.EMULATED
 
     @contextlib.contextmanager
-    def varied(self):
+    def varied(self, wide=True):
         """Other orders of threads and blocks than the natural one, early copies, and 64-bit offsets."""
         order = ("reverse", "random")[next(launcher.options.seed) % 2]
-        with launcher.using(order=order, late_copies=False), mock.patch.object(arguments, "is_wide", return_value=True):
+        with launcher.using(order=order, late_copies=False), _wide(wide):
             yield
 
 
@@ -115,9 +117,13 @@ class CupyArrays(NumpyArrays):
         assert isinstance(array, self.xp.ndarray)
         return array.get()
 
-    def varied(self):
+    def varied(self, wide=True):
         """64-bit offsets."""
-        return mock.patch.object(arguments, "is_wide", return_value=True)
+        return _wide(wide)
+
+
+def _wide(wide):
+    return mock.patch.object(arguments, "is_wide", return_value=True) if wide else contextlib.nullcontext()
 
 
 def launch_on_standin(kernel, grid, block, given, shared_memory=0):
@@ -141,6 +147,7 @@ def arrays_of(backend):
         with (
             standin.installed() as module,
             mock.patch("gpuconv.cuda.launch.launch_cuda", launch_on_standin),
+            mock.patch("gpuconv.cuda.device.current", return_value=MODEL),
             launcher.using(order="natural"),
         ):
             yield StandinArrays(module)
@@ -192,7 +199,8 @@ def pytest_configure(config):
 
 
 KERNELS = tuple(name for name in gpuconv.ALGORITHMS if (kernels_folder() / f"{name}.cu").exists())
-KERNELS_ONLY = ("direct",)  # algorithms that NumPy does not have
+KERNELS_ONLY = ("direct", "implicit_gemm")  # algorithms that NumPy does not have
+IN_TURNS = "implicit_gemm"  # has kernels for every layout, which take long to compile: each case takes one in its turn
 
 
 def pytest_collection_modifyitems(config, items):
@@ -205,6 +213,8 @@ def pytest_collection_modifyitems(config, items):
                 backend = {"gpu": "cupy"}.get(marker, marker)
         if backend == "numpy" and params.get("algorithm") in KERNELS_ONLY:
             needless.append(item)
+        if backend in ("emulated", "stand-in") and not _in_turn(params):
+            needless.append(item)
         item.user_properties.append(("backend", backend))
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason=NO_GPU))
@@ -216,6 +226,16 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in dropped]
 
 
+def _in_turn(params):
+    if params.get("algorithm") != IN_TURNS or not {"case", "layout"} <= set(params):
+        return True
+    return in_turn(params["case"], params["layout"], params.get("dtype", "float64"))
+
+
+def possible(convolutions):
+    return ((geometry, dtype) for geometry, dtype in convolutions if not arguments.why_not(geometry))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _libraries_built_ahead(request):
     """Of a long run: a second core compiles the kernels of the cases while the first tests run."""
@@ -223,11 +243,18 @@ def _libraries_built_ahead(request):
     if NO_EMULATION or emulated < 1000 or launcher.options.mode != "fast":
         yield
         return
-    geometries = [Geometry.infer(case.x, case.w, **case.settings) for case in CASES]
-    modules = compile_report.launched(
-        (geometry, dtype) for geometry in geometries if not arguments.why_not(geometry) for dtype in dtypes.available()
-    )
-    stop = loader.build_ahead([module._replace(wide=wide) for module in modules for wide in (False, True)])
+    first = [(Geometry.infer(case.x, case.w, **case.settings), dtype) for case in CASES for dtype in dtypes.available()]
+    in_turns = [
+        (case.geometry(layout), dtype)
+        for case in CASES
+        for dtype in dtypes.available()
+        for layout in ("channels_first", "channels_last")
+        if in_turn(case, layout, dtype.name)
+    ]
+    every = compile_report.launched(possible(first), [direct, scatter, scatter_plain])
+    some = compile_report.launched(possible(in_turns), [implicit_gemm])
+    both_widths = [module._replace(wide=wide) for module in every for wide in (False, True)]
+    stop = loader.build_ahead([*both_widths, *some])
     yield
     stop()
 

@@ -117,13 +117,20 @@ def _reach(shape: Shape, view: Array) -> int:
 
 
 def module(
-    stem: str, first: Array, second: Array, result: Array, sums: numpy.dtype, wide: bool, **constants: int
+    stem: str,
+    first: Array,
+    second: Array,
+    result: Array,
+    sums: numpy.dtype,
+    wide: bool,
+    element: numpy.dtype | None = None,
+    **constants: int,
 ) -> Module:
-    """The module for arrays of these dtypes."""
-    return _module(stem, first.dtype, second.dtype, result.dtype, sums, wide, tuple(constants.items()))
+    """The module for arrays of these dtypes; ``element`` is that of tiles, where a kernel has them."""
+    return _module(stem, first.dtype, second.dtype, result.dtype, sums, wide, element, tuple(constants.items()))
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def _module(
     stem: str,
     first: numpy.dtype,
@@ -131,9 +138,11 @@ def _module(
     result: numpy.dtype,
     sums: numpy.dtype,
     wide: bool,
+    element: numpy.dtype | None,
     constants: tuple[tuple[str, int], ...],
 ) -> Module:
-    types = (("First", first.name), ("Second", second.name), ("Result", result.name), ("Sum", sums.name))
+    dtypes = {"First": first, "Second": second, "Result": result, "Sum": sums, "Element": element}
+    types = tuple((alias, dtype.name) for alias, dtype in dtypes.items() if dtype is not None)
     return Module(stem, types, wide, constants)
 
 

@@ -1,6 +1,7 @@
 """A kernel: which file and function, and the constants that it is compiled with. Its source, and what it may be given.
 
-The source is one text without an ``#include``: primitives.cuh, the constants and structs, common.cuh and the file.
+The source is one text without an ``#include``: primitives.cuh, the constants and structs, common.cuh, what else the
+file needs, and the file.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ CUDA_TYPES = {
     "complex64": "Complex<float>",
     "complex128": "Complex<double>",
 }
+
+# What some files need beside common.cuh.
+HEADERS = {"implicit_gemm": ("tiles.cuh", "products.cuh")}
 
 
 class Module(NamedTuple):
@@ -72,8 +76,7 @@ def source(module: Module, primitives: str | None = None) -> str:
     parts = {
         "primitives.cuh": _read("primitives.cuh") if primitives is None else primitives,
         "constants": "\n".join(constants) + "\n",
-        "common.cuh": _read("common.cuh"),
-        f"{module.stem}.cu": _read(f"{module.stem}.cu"),
+        **{name: _read(name) for name in ("common.cuh", *HEADERS.get(module.stem, ()), f"{module.stem}.cu")},
     }
     return "".join(f'#line 1 "{name}"\n{part}' for name, part in parts.items())
 

@@ -11,6 +11,7 @@ from gpuconv.cuda.cache import cubin_path
 from gpuconv.cuda.kernel import Kernel, Module, check_arguments, dump
 
 MOST_BLOCKS = 2**31 - 1  # of a grid's first axis, the only one that is used
+_GRANTED = 40 << 10  # bytes: static and dynamic memory beyond 48 KiB must be asked for, and tables are static
 
 
 def launch_cuda(kernel: Kernel, grid: int, block: int, arguments: Sequence[Any], shared_memory: int = 0) -> None:
@@ -20,7 +21,10 @@ def launch_cuda(kernel: Kernel, grid: int, block: int, arguments: Sequence[Any],
     """
     prepare(kernel, grid, arguments)
     if grid:
-        _function(kernel, _device())((grid,), (block,), tuple(arguments), shared_mem=shared_memory)
+        function = _function(kernel, _device())
+        if shared_memory > _GRANTED and function.max_dynamic_shared_size_bytes < shared_memory:
+            function.max_dynamic_shared_size_bytes = shared_memory
+        function((grid,), (block,), tuple(arguments), shared_mem=shared_memory)
 
 
 def prepare(kernel: Kernel, grid: int, arguments: Sequence[Any]) -> None:

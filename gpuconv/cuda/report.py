@@ -14,17 +14,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy
 
 from gpuconv import dtypes, settings
-from gpuconv.algorithms import direct, scatter, scatter_plain
+from gpuconv.algorithms import direct, implicit_gemm, scatter, scatter_plain
 from gpuconv.arguments import Shape
 from gpuconv.backend import Backend
 from gpuconv.cuda import compiler, occupancy
 from gpuconv.cuda.kernel import Kernel, Module
-from gpuconv.geometry import Geometry
+from gpuconv.geometry import DIRECTIONS, Direction, Geometry
 from gpuconv.operands import Operand, Result, canonical
 from gpuconv.workspace import Run
 
@@ -44,15 +45,14 @@ CONVOLUTIONS: tuple[tuple[Shape, Shape, dict[str, Any]], ...] = (
 )
 FAR = 2**30  # padding on one side, cropped on the other, makes positions too large for 32 bits
 
-_DIRECTIONS = (
-    (direct.forward, "forward"),
-    (direct.data_grad, "data_grad"),
-    (direct.weight_grad, "weight_grad"),
-    (scatter.data_grad, "data_grad"),
-    (scatter.weight_grad, "weight_grad"),
-    (scatter_plain.data_grad, "data_grad"),
-    (scatter_plain.weight_grad, "weight_grad"),
-)
+_GRADIENTS: tuple[Direction, ...] = ("data_grad", "weight_grad")
+# The algorithms that have kernels, and for which directions.
+_KERNELS: dict[ModuleType, tuple[Direction, ...]] = {
+    direct: DIRECTIONS,
+    scatter: _GRADIENTS,
+    scatter_plain: _GRADIENTS,
+    implicit_gemm: DIRECTIONS,
+}
 
 
 class Row(NamedTuple):
@@ -92,7 +92,9 @@ def modules() -> dict[Module, dict[str, int]]:
     return launched(convolutions)
 
 
-def launched(convolutions: Iterable[tuple[Geometry, numpy.dtype]]) -> dict[Module, dict[str, int]]:
+def launched(
+    convolutions: Iterable[tuple[Geometry, numpy.dtype]], algorithms: Iterable[ModuleType] = tuple(_KERNELS)
+) -> dict[Module, dict[str, int]]:
     """The modules that the algorithms launch for these; the most dynamic shared memory of their kernels, in bytes."""
     found: dict[Module, dict[str, int]] = {}
 
@@ -102,19 +104,20 @@ def launched(convolutions: Iterable[tuple[Geometry, numpy.dtype]]) -> dict[Modul
 
     backend = Backend("recorded", numpy, remember)
     for geometry, dtype in convolutions:
-        _launch_all(geometry, dtype, backend)
+        for algorithm in algorithms:
+            _launch(algorithm, geometry, dtype, backend)
     return found
 
 
-def _launch_all(geometry: Geometry, dtype: numpy.dtype, backend: Backend) -> None:
+def _launch(algorithm: ModuleType, geometry: Geometry, dtype: numpy.dtype, backend: Backend) -> None:
     x = canonical(numpy.zeros(geometry.x_shape, dtype), "x", geometry)
     w = canonical(numpy.zeros(geometry.w_shape, dtype), "w", geometry)
     y = canonical(numpy.zeros(geometry.y_shape, dtype), "y", geometry)
     run = Run(backend, dtypes.accumulator(dtype), settings.workspace_limit())
     operands = {"forward": (x, w, y), "data_grad": (y, w, x), "weight_grad": (y, x, w)}
-    for function, direction in _DIRECTIONS:
+    for direction in _KERNELS[algorithm]:
         first, second, result = operands[direction]
-        function(Operand(first), Operand(second), Result(result), geometry, run)
+        getattr(algorithm, direction)(Operand(first), Operand(second), Result(result), geometry, run)
 
 
 def known(asked: Sequence[str] | None) -> list[str]:

@@ -1,5 +1,6 @@
 // The CPU's side of kernels/primitives.cuh: the same types and functions, in the place of its PTX.
 
+#define __CUDA_ARCH__ 900  // which is emulated
 #define DEVICE EMULATED_IN_PLACE
 #define DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(emulated::emulated_dynamic_shared())
 

@@ -1,0 +1,300 @@
+"""implicit_gemm: tiles of a matrix product, gathered as they are needed (kernels/implicit_gemm.cu).
+
+Nothing is laid out in memory but the sums of weight_grad's slices of the outputs, which a second kernel adds up in
+their order. So all directions give the same bits at every call, and forward and data_grad those of an image alone.
+Half precision, float64, and float32 where TF32 is permitted, are multiplied on tensor cores.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy
+
+from gpuconv import dtypes
+from gpuconv.activations import Activation
+from gpuconv.algorithms import gemm_tiles
+from gpuconv.algorithms.blocks import largest, pieces
+from gpuconv.algorithms.gemm_tiles import Choice, Problem, Products, Tile, Work
+from gpuconv.algorithms.matrices import Matrices, View, matrices_of
+from gpuconv.backend import Array, Backend
+from gpuconv.cuda import arguments, structs
+from gpuconv.cuda.device import Device
+from gpuconv.cuda.kernel import Kernel, Module
+from gpuconv.cuda.launch import blocks
+from gpuconv.geometry import DIRECTIONS, Direction, Geometry
+from gpuconv.operands import Operand, Result
+from gpuconv.workspace import Run
+
+FEWEST_TURNS = 4  # of a slice: as many tiles as it is worth to begin for
+
+
+def why_not(
+    geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, deterministic: bool
+) -> str | None:
+    """A reason on NumPy, and for more than three spatial axes."""
+    if backend.launch is None:
+        return "it is a CUDA kernel, and NumPy's arrays are computed on the CPU"
+    return arguments.why_not(geometry)
+
+
+def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
+    """y = x w, a row for each output and a step for each tap and channel."""
+    for (images,), (target,) in arguments.image_pieces([x], [y.view], geometry, run):
+        _gather("forward", images, w, target, y, (target, images.view, w.view), geometry, run)
+
+
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
+    """dx = dy w', residue by residue of the stride: a row for each input, a step for each tap that reaches it."""
+    for (gradients,), (target,) in arguments.image_pieces([dy], [dx.view], geometry, run):
+        _gather("data_grad", gradients, w, target, dx, (gradients.view, target, w.view), geometry, run)
+
+
+def _gather(
+    direction: Direction,
+    images: Operand,
+    w: Operand,
+    target: Array,
+    result: Result,
+    y_x_w: tuple[Array, Array, Array],
+    geometry: Geometry,
+    run: Run,
+) -> None:
+    """One block for each tile of the target."""
+    wide = arguments.is_wide(geometry, *y_x_w)
+    of_target = View.of(target)
+    plan = _plan(direction, geometry, Source.of(images), Source.of(w), of_target, *_where(run), wide)
+    row_tiles = (structs.index_dtype(wide).type(plan.row_tiles),) if direction == "data_grad" else ()
+    options = arguments.options(images, w, False, bias=result.bias, activation=result.activation)
+    run.launch(
+        Kernel(plan.module, f"implicit_gemm_{direction}"),
+        plan.blocks,
+        plan.choice.tile.threads,
+        (
+            *(images.view, images.y, w.view, result.bias, target),
+            *arguments.described(geometry, *y_x_w, wide),
+            *row_tiles,
+            options.struct(wide),
+        ),
+        plan.shared_bytes,
+    )
+
+
+def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
+    """dw = x' dy, slice by slice of the outputs: a row for each tap and channel, a step for each output."""
+    filters = dw.view.shape[-1]
+    for part in pieces(filters, largest(filters, run.budget // 2, dw.view.size // filters)):
+        weights = dw.view[..., part]
+        with run.workspace(weights.size) as (total,):
+            carried = False  # what total holds, to the sums of the next images
+            for (gradients, images), _ in arguments.image_pieces([dy.of_channels(part), x], [], geometry, run):
+                _add_slices(gradients, images, total, weights, carried, geometry, run)
+                carried = True
+
+
+def _add_slices(
+    gradients: Operand, images: Operand, total: Array, weights: Array, carried: bool, geometry: Geometry, run: Run
+) -> None:
+    """Two launches: the sums of the slices, and what they add up to."""
+    y_x_w = gradients.view, images.view, weights
+    wide = arguments.is_wide(geometry, *y_x_w)
+    of_weights, room = View.of(weights), run.budget // weights.size - 1  # beside the totals
+    plan = _plan(
+        "weight_grad", geometry, Source.of(gradients), Source.of(images), of_weights, *_where(run), wide, room
+    )  # fmt: skip
+    convolution, dy_at, x_at, dw_at = arguments.described(geometry, *y_x_w, wide)
+    index = structs.index_dtype(wide).type
+    slices, length, threads = index(plan.choice.slices), index(plan.length), plan.choice.tile.threads
+    options = arguments.options(gradients, images, False).struct(wide)
+    with run.workspace(plan.choice.slices * weights.size) as (partial,):
+        run.launch(
+            Kernel(plan.module, "implicit_gemm_weight_grad"),
+            plan.blocks,
+            threads,
+            (
+                *(gradients.view, gradients.y, images.view, images.y, partial),
+                *(convolution, dy_at, x_at, slices, length, options),
+            ),
+            plan.shared_bytes,
+        )
+        run.launch(
+            Kernel(plan.module, "implicit_gemm_weight_grad_sum"),
+            blocks(weights.size, threads),
+            threads,
+            (partial, total, weights, convolution, dw_at, slices, index(carried)),
+        )
+
+
+def candidates(
+    geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, precision: str, limit: int
+) -> list[Choice]:
+    """The tiles for contiguous arrays, the one that is taken first, then from the fastest on by the model."""
+    views = {role: View.contiguous(role, dtype, geometry) for role in ("x", "w", "y")}
+    first, second, result = (
+        views[role] for role in {"forward": "xwy", "data_grad": "ywx", "weight_grad": "yxw"}[direction]
+    )
+    sums = dtypes.accumulator(dtype)
+    room = limit // (sums.itemsize * math.prod(result.shape)) - 1
+    problem = _problem(
+        direction, geometry, Source(first), Source(second), result, sums, precision, backend.device(), room
+    )  # fmt: skip
+    return gemm_tiles.ranked(problem)
+
+
+# ------------------------------------------------------------------------------------------------- plans
+
+
+class Source(NamedTuple):
+    """An operand without its array."""
+
+    view: View
+    conjugate: bool = False
+    activation: Activation | None = None
+
+    @classmethod
+    def of(cls, operand: Operand) -> Source:
+        """That of an operand."""
+        return cls(View.of(operand.view), operand.conjugate, operand.activation)
+
+    def is_plain(self, dtype: numpy.dtype) -> bool:
+        """Whether tiles of this dtype hold its elements as they are."""
+        return self.view.dtype == dtype and not self.conjugate and self.activation is None
+
+
+class Plan(NamedTuple):
+    """What the shapes of a convolution decide, and how its arrays lie in memory."""
+
+    module: Module
+    choice: Choice
+    blocks: int
+    shared_bytes: int
+    row_tiles: int
+    length: int  # of a slice of weight_grad
+
+
+def _where(run: Run) -> tuple[numpy.dtype, str, Device]:
+    return run.dtype, run.precision, run.backend.device()
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    direction: Direction,
+    geometry: Geometry,
+    first: Source,
+    second: Source,
+    result: View,
+    sums: numpy.dtype,
+    precision: str,
+    device: Device,
+    wide: bool,
+    room: int = 1,  # for the sums of so many slices
+) -> Plan:
+    problem = _problem(direction, geometry, first, second, result, sums, precision, device, room)
+    work, matrices, products, *_ = problem
+    choice = gemm_tiles.chosen(problem)
+    row_tiles, length = blocks(work.rows, choice.tile.rows), 0
+    if direction == "weight_grad":
+        length = blocks(work.depth, choice.slices * products.depth) * products.depth
+        choice = choice._replace(slices=blocks(work.depth, length))
+    tiles = row_tiles * blocks(work.columns, choice.tile.columns)
+    return Plan(
+        _module(direction, first, second, result, sums, wide, matrices, products, choice.tile),
+        choice,
+        tiles * work.groups * work.residues * choice.slices,
+        gemm_tiles.shared_bytes(matrices, products, choice.tile),
+        row_tiles,
+        length,
+    )
+
+
+def _problem(
+    direction: Direction,
+    geometry: Geometry,
+    first: Source,
+    second: Source,
+    result: View,
+    sums: numpy.dtype,
+    precision: str,
+    device: Device,
+    room: int,
+) -> Problem:
+    if direction == "weight_grad":
+        left, right, result = second, first, result._replace(dtype=sums)  # of its slices
+    else:
+        left, right = first, second
+    work = _work(direction, geometry, first.view.shape[0], result)
+    products = _products(left, right, work.depth * work.residues, sums, precision, device)
+    matrices = matrices_of(direction, geometry, first.view, second.view, result)
+    if not left.is_plain(products.element):
+        matrices = matrices._replace(left=matrices.left._replace(vector=0))
+    if not right.is_plain(products.element):
+        matrices = matrices._replace(right=matrices.right._replace(vector=0))
+    most_slices = min(room, work.depth // (FEWEST_TURNS * products.depth)) if direction == "weight_grad" else 1
+    return Problem(work, matrices, products, device, max(1, most_slices))
+
+
+def _work(direction: Direction, geometry: Geometry, images: int, result: View) -> Work:
+    if direction == "weight_grad":
+        *kernel, groups, channels, filters = result.shape
+        return Work(math.prod(kernel) * channels, filters, groups, images * math.prod(geometry.output))
+    groups, columns = result.shape[-2:]
+    depth = geometry.reduction_length(direction)
+    if direction == "forward":
+        return Work(images * math.prod(geometry.output), columns, groups, depth)
+    longest = math.prod(blocks(n, s) for n, s in zip(geometry.input, geometry.stride, strict=True))
+    residues = math.prod(map(min, geometry.input, geometry.stride))
+    return Work(images * longest, columns, groups, blocks(depth, residues), residues)
+
+
+def _products(first: Source, second: Source, depth: int, sums: numpy.dtype, precision: str, device: Device) -> Products:
+    """Tensor cores where they lose nothing, or nothing but what the precision permits."""
+    tensor_products, element = 0, sums
+    if device.capability >= 80:
+        halves = first.view.dtype == second.view.dtype != dtypes.accumulator(first.view.dtype)
+        # The derivative of ReLU is 0 or 1; a product with another one would have to be rounded to half precision.
+        exact = {first.activation, second.activation} <= {None, "relu"}
+        if halves and exact:
+            tensor_products, element = 1, first.view.dtype
+        elif sums == numpy.float32 and precision != "ieee":
+            tensor_products = 3 if precision == "tf32x3" else 1
+        elif sums == numpy.float64:
+            tensor_products = 1
+    if tensor_products and element.itemsize < 8:
+        return Products(element, tensor_products, gemm_tiles.TENSOR_TERMS * (depth > gemm_tiles.TENSOR_TERMS))
+    return Products(element, tensor_products, gemm_tiles.PLAIN_TERMS)
+
+
+def _module(
+    direction: Direction,
+    first: Source,
+    second: Source,
+    result: View,
+    sums: numpy.dtype,
+    wide: bool,
+    matrices: Matrices,
+    products: Products,
+    tile: Tile,
+) -> Module:
+    constants = {
+        "DIRECTION": DIRECTIONS.index(direction),
+        "THREADS": tile.threads,
+        "TILE_ROWS": tile.rows,
+        "TILE_COLUMNS": tile.columns,
+        "WARP_ROWS": tile.warp_rows,
+        "WARP_COLUMNS": tile.warp_columns,
+        "DEPTH": products.depth,
+        "STAGES": gemm_tiles.stages(matrices, products),
+        "TERMS": products.terms,
+        "TENSOR_PRODUCTS": products.tensor_products,
+        "LEFT_ALONG_DEPTH": int(matrices.left.along_depth),
+        "LEFT_VECTOR": matrices.left.vector,
+        "RIGHT_ALONG_DEPTH": int(matrices.right.along_depth),
+        "RIGHT_VECTOR": matrices.right.vector,
+        "RESULT_ALONG_ROWS": int(matrices.result_along_rows),
+        "RESULT_VECTOR": matrices.result_vector,
+        "AXES": matrices.axes,
+        "TAPS_INNERMOST": int(matrices.taps_innermost),
+    }
+    return arguments.module("implicit_gemm", first.view, second.view, result, sums, wide, products.element, **constants)

@@ -1,0 +1,485 @@
+// Implicit GEMM: a convolution as a product of two matrices, whose tiles are gathered as they are needed.
+//
+//                  rows                       depth, summed over          columns       left     right
+//   forward        outputs (n, o)             taps and channels (t, c)    filters f     x        w
+//   data_grad      inputs (n, i)              taps and filters (t, f)     channels c    dy       w
+//   weight_grad    taps and channels (t, c)   outputs (n, o)              filters f     x        dy
+//
+// A block owns a tile of the result, of one group. DEPTH steps of the depth at a time, it copies a tile of each matrix to
+// shared memory (tiles.cuh), while its warps multiply those that came before (products.cuh):
+//
+//     left    rows x DEPTH       right   DEPTH x columns       sums   rows x columns
+//         . . .                      . . . . . .                   . . . . . .
+//         . . .                      . . . . . .           +=      . . . . . .
+//         . . .                                                    . . . . . .
+//
+// The left matrix is seen through windows: rows and steps have positions, whose sum says which element of the image
+// they share, or that it is in the padding. Inputs that lie apart by multiples of the stride are reached by the same
+// taps: such a residue is a convolution of stride 1, backwards. So data_grad goes residue by residue, multiplies no zeros
+// between outputs and writes every input once; weight_grad adds up a slice of the outputs at a time, and a second pass
+// adds up the slices. The order of all additions is fixed by the shapes, in forward and data_grad by those of one image.
+//
+// Constants, beside those of tiles.cuh and products.cuh:
+//   DIRECTION                   of the one kernel that is wanted: 0 forward, 1 data_grad, 2 weight_grad
+//   STAGES                      tiles of each matrix in shared memory
+//   LEFT_VECTOR, RIGHT_VECTOR   elements that are copied at once, see Mover
+//   RESULT_VECTOR               elements of the result that are stored at once
+//   AXES                        on which windows may reach over the image: the last ones
+//   TAPS_INNERMOST              whether steps count taps before channels (or filters)
+
+constexpr int FORWARD = 0, DATA_GRAD = 1, WEIGHT_GRAD = 2;
+static_assert(DEPTH <= THREADS && (TERMS == 0 || TERMS % DEPTH == 0), "a thread for each step, and whole tiles in a sum");
+
+constexpr int TERM_TURNS = TERMS > 0 ? TERMS / DEPTH : 1;
+
+template <class T> using LeftMover = Mover<T, LEFT_VECTOR, AXES, LeftTile, LEFT_LINES, LEFT_LENGTH>;
+template <class T> using RightMover = Mover<T, RIGHT_VECTOR, 0, RightTile, RIGHT_LINES, RIGHT_LENGTH>;
+
+// What the threads of a block share. The tables of steps are of two tiles: that being fetched, and the next.
+struct Tables {
+    Spot<AXES> row[TILE_ROWS], left_step[2][DEPTH];
+    Spot<0> column[TILE_COLUMNS], right_step[2][DEPTH];
+    Index result_row[TILE_ROWS];  // offsets in the result
+};
+struct Stage {
+    LeftTile left;
+    RightTile right;
+};
+union Shared {
+    Stage stages[STAGES];
+    Sum slabs[THREADS / 32][SLAB_LINES * SLAB_PITCH];
+};
+
+DEVICE Shared& shared_tiles() {
+    DYNAMIC_SHARED(Shared, shared);
+    return *shared;
+}
+
+// A number of four digits with these extents, the first of which counts fastest, that goes on by DEPTH at a time.
+struct Counter {
+    Index digit[4], leap[4], extent[4];
+
+    DEVICE Counter(Index start, Index a, Index b, Index c, Index d) : extent{a, b, c, d} {
+        spell(digit, start);
+        spell(leap, DEPTH);
+    }
+    DEVICE void advance() {
+        Index carry = 0;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            digit[i] += leap[i] + carry;
+            carry = i < 3 && digit[i] >= extent[i];
+            if (carry) digit[i] -= extent[i];
+        }
+    }
+    DEVICE void spell(Index (&digits)[4], Index number) const {
+#pragma unroll
+        for (int i = 0; i < 3; ++i) {
+            digits[i] = number % extent[i];
+            number /= extent[i];
+        }
+        digits[3] = number;
+    }
+};
+
+template <class T> DEVICE bool is_number(T v) { return v == v; }
+template <class T> DEVICE bool is_number(Complex<T> v) { return is_number(v.real) && is_number(v.imag); }
+template <class T> DEVICE bool is_finite(T v) { return v - v == 0; }
+template <class T> DEVICE bool is_finite(Complex<T> v) { return is_finite(v.real) && is_finite(v.imag); }
+
+// The sums of left and right over `depth` steps, of which steps.set() sets up DEPTH more each time.
+template <class T, class U, class Steps>
+DEVICE void multiply(Products& products, Stage* stages, Tables& tables, const Operand<T>& left, const Operand<U>& right,
+                     Steps& steps, Index depth, int rows, int columns, const Index (&extent)[3]) {
+    LeftMover<T> left_mover = {};
+    RightMover<U> right_mover = {};
+    steps.set(tables.left_step[0], tables.right_step[0]);
+    __syncthreads();  // the tables are set
+    if (!LEFT_ALONG_DEPTH) left_mover.face(tables.row, rows);
+    if (!RIGHT_ALONG_DEPTH) right_mover.face(tables.column, columns);
+
+    // Tiles are fetched STAGES - 1 turns before they are multiplied.
+    const Index turns = ceil_div(depth, DEPTH);
+    for (Index turn = 1 - STAGES; turn < turns; ++turn) {
+        copy_async_wait<STAGES - 2>();
+        __syncthreads();  // this turn's tiles and the next one's tables are there; those of the last turn have been read
+        const Index next = turn + STAGES - 1;
+        Stage& coming = stages[next % STAGES];
+        if (next < turns) {
+            const int now = next % 2, count = depth - next * DEPTH < DEPTH ? int(depth - next * DEPTH) : DEPTH;
+            if (LEFT_ALONG_DEPTH) left_mover.face(tables.left_step[now], count);
+            if (RIGHT_ALONG_DEPTH) right_mover.face(tables.right_step[now], count);
+            left_mover.fetch(coming.left, left, LEFT_ALONG_DEPTH ? tables.row : tables.left_step[now],
+                             LEFT_ALONG_DEPTH ? rows : count, extent);
+            right_mover.fetch(coming.right, right, RIGHT_ALONG_DEPTH ? tables.column : tables.right_step[now],
+                              RIGHT_ALONG_DEPTH ? columns : count, extent);
+            steps.set(tables.left_step[1 - now], tables.right_step[1 - now]);
+        }
+        if (turn >= 0) {
+            products.add(stages[turn % STAGES].left, stages[turn % STAGES].right);
+            if (TERMS > 0 && (turn + 1) % TERM_TURNS == 0) products.settle();
+        }
+        if (next < turns) {
+            left_mover.deposit(coming.left);
+            right_mover.deposit(coming.right);
+        }
+        copy_async_commit();
+    }
+    products.settle();
+    __syncthreads();  // all tiles have been read
+}
+
+// Stores VECTOR sums at a time of the tile's rows and columns that there are. Whether all that this thread stored are
+// numbers.
+template <int VECTOR, class To>
+DEVICE bool store(const Products& products, Shared& shared, const Tables& tables, int rows, int columns, To* result,
+                  Index column_step, const Sum* bias, const Options& options) {
+    bool numbers = true;
+    store_sums<VECTOR>(products, shared.slabs[threadIdx.x / 32], [&](int row, int column, const Numbers<Sum, VECTOR>& sums) {
+        if (row >= rows || column >= columns) return;
+        Numbers<To, VECTOR> finished;
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) {
+            Sum sum = sums.v[i];
+            numbers = numbers && is_number(sum);
+            if (options.has_bias) add(sum, bias[RESULT_ALONG_ROWS ? column : column + i]);
+            finished.v[i] = Converted<To>::from(activated(sum, options.activation));
+        }
+        *reinterpret_cast<Numbers<To, VECTOR>*>(result + (tables.result_row[row] + column * column_step)) = finished;
+    });
+    return numbers;
+}
+
+// ---------------------------------------------------------------------------------------------- forward, data_grad
+
+// Windows over images: the one of row u begins at origin + u * step, and its taps lie at multiples of jump from there.
+struct Sweep {
+    Index rows[3], origin[3], step[3], jump[3], taps[3];
+    Index first_tap[3], tap_step[3];  // of w
+    Index start[3], spread[3];        // the result of row u is at start + u * spread
+};
+
+DEVICE Sweep sweep_of_outputs(const Convolution& conv) {
+    Sweep sweep;
+    for (int axis = 0; axis < 3; ++axis) {
+        sweep.rows[axis] = conv.output[axis];
+        sweep.origin[axis] = -conv.low[axis];
+        sweep.step[axis] = conv.stride[axis];
+        sweep.jump[axis] = conv.dilation[axis];
+        sweep.taps[axis] = conv.kernel[axis];
+        sweep.first_tap[axis] = sweep.start[axis] = 0;
+        sweep.tap_step[axis] = sweep.spread[axis] = 1;
+    }
+    return sweep;
+}
+
+DEVICE Index common_divisor(Index a, Index b) {
+    while (b != 0) {
+        const Index rest = a % b;
+        a = b;
+        b = rest;
+    }
+    return a;
+}
+
+// The inputs start, start + stride, ... of every axis. Tap t brings input i to output (i + low - t * dilation) / stride
+// where that is whole: for one of the first `apart` taps at most, and every `apart`-th from there.
+DEVICE Sweep sweep_of_residue(const Convolution& conv, const Index (&start)[3]) {
+    Sweep sweep;
+    for (int axis = 0; axis < 3; ++axis) {
+        const Index stride = conv.stride[axis], dilation = conv.dilation[axis], kernel = conv.kernel[axis];
+        const Index common = common_divisor(stride, dilation), apart = stride / common;
+        const Index shifted = start[axis] + conv.low[axis], last = apart < kernel ? apart : kernel;
+        Index first = 0;
+        while (first < last && (shifted - first * dilation) % stride != 0) ++first;
+        sweep.rows[axis] = ceil_div(conv.input[axis] - start[axis], stride);
+        sweep.taps[axis] = first < last ? ceil_div(kernel - first, apart) : 0;
+        sweep.origin[axis] = (shifted - first * dilation) / stride;
+        sweep.step[axis] = 1;
+        sweep.jump[axis] = -(dilation / common);
+        sweep.first_tap[axis] = first;
+        sweep.tap_step[axis] = apart;
+        sweep.start[axis] = start[axis];
+        sweep.spread[axis] = stride;
+    }
+    return sweep;
+}
+
+// Sets up the steps of a sweep: taps, and channels of the images.
+struct SweepSteps {
+    Counter counter;
+    Index left_offset[4], right_offset[4], jump[3];  // of each digit
+    Index remaining;
+
+    static constexpr int CHANNEL = TAPS_INNERMOST ? 3 : 0, FIRST_TAP = TAPS_INNERMOST ? 0 : 1;
+
+    DEVICE SweepSteps(const Sweep& sweep, Index channels, const Images& images_at, const Weights& w_at, Index w_channel)
+        : counter(threadIdx.x, TAPS_INNERMOST ? sweep.taps[2] : channels, sweep.taps[TAPS_INNERMOST ? 1 : 2],
+                  sweep.taps[TAPS_INNERMOST ? 0 : 1], TAPS_INNERMOST ? channels : sweep.taps[0]),
+          remaining(sweep.taps[0] * sweep.taps[1] * sweep.taps[2] * channels - threadIdx.x) {
+        left_offset[CHANNEL] = images_at.channel;
+        right_offset[CHANNEL] = w_channel;
+#pragma unroll
+        for (int axis = 0; axis < 3; ++axis) {
+            jump[axis] = sweep.jump[axis];
+            left_offset[FIRST_TAP + 2 - axis] = sweep.jump[axis] * images_at.axis[axis];
+            right_offset[FIRST_TAP + 2 - axis] = sweep.tap_step[axis] * w_at.axis[axis];
+        }
+    }
+    DEVICE void set(Spot<AXES>* left, Spot<0>* right) {
+        if (threadIdx.x < DEPTH && remaining > 0) {
+            Index left_at = 0, right_at = 0;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                left_at += counter.digit[i] * left_offset[i];
+                right_at += counter.digit[i] * right_offset[i];
+            }
+            left[threadIdx.x].offset = left_at;
+            right[threadIdx.x].offset = right_at;
+            left[threadIdx.x].stand({counter.digit[FIRST_TAP + 2] * jump[0], counter.digit[FIRST_TAP + 1] * jump[1],
+                                     counter.digit[FIRST_TAP] * jump[2]});
+            counter.advance();
+            remaining -= DEPTH;
+        }
+    }
+};
+
+// One tile of result[row, column] = sum over taps and channels of images[row, tap, channel] w[tap, channel, column].
+struct Gather {
+    const Operand<First> images;
+    const Operand<Second> w;
+    const Sum* bias;
+    Result* result;
+    const Sweep sweep;
+    const Index channels, columns, N;
+    const Index (&extent)[3];  // of the images
+    const Images &images_at, &result_at;
+    const Weights& w_at;
+    const Index w_channel, w_column;
+    const Options& options;
+
+    DEVICE void tile(Index g, Index row0, Index column0) const {
+        Shared& shared = shared_tiles();
+        __shared__ Tables tables;
+        const Index all_rows = N * sweep.rows[0] * sweep.rows[1] * sweep.rows[2];
+        if (row0 >= all_rows) return;  // the same in all threads: this residue has fewer rows than others
+        const int rows = all_rows - row0 < TILE_ROWS ? int(all_rows - row0) : TILE_ROWS;
+        const int columns_here = columns - column0 < TILE_COLUMNS ? int(columns - column0) : TILE_COLUMNS;
+        set(tables, g, row0, rows, column0, columns_here);
+
+        Products products = {};
+        if (depth() > 0) {
+            SweepSteps steps(sweep, channels, images_at, w_at, w_channel);
+            multiply(products, shared.stages, tables, images, w, steps, depth(), rows, columns_here, extent);
+        } else {
+            __syncthreads();  // the tables are set
+        }
+        const Sum* const bias_here = options.has_bias ? bias + (g * columns + column0) : nullptr;
+        const bool numbers = store<RESULT_VECTOR>(products, shared, tables, rows, columns_here, result, result_at.channel,
+                                                  bias_here, options);
+        if constexpr (DIRECTION == DATA_GRAD && AXES > 0)
+            if (__syncthreads_or(!numbers) && __syncthreads_or(!weights_are_finite(tables, columns_here)))
+                mend(tables, rows, columns_here, bias_here);
+    }
+
+    DEVICE Index depth() const { return sweep.taps[0] * sweep.taps[1] * sweep.taps[2] * channels; }
+
+    DEVICE void set(Tables& tables, Index g, Index row0, int rows, Index column0, int columns_here) const {
+        for (int r = threadIdx.x; r < rows; r += THREADS) {
+            Place from = place_of(row0 + r, sweep.rows, 1, 1, false), to = from;
+            from.g = to.g = g;
+            for (int axis = 0; axis < 3; ++axis) {
+                to.at[axis] = sweep.start[axis] + from.at[axis] * sweep.spread[axis];
+                from.at[axis] = sweep.origin[axis] + from.at[axis] * sweep.step[axis];
+            }
+            tables.row[r].offset = from.offset(images_at);
+            tables.row[r].stand(from.at);
+            tables.result_row[r] = to.offset(result_at) + column0 * result_at.channel;
+        }
+        const WeightPlace first = {g, 0, 0, {sweep.first_tap[0], sweep.first_tap[1], sweep.first_tap[2]}};
+        for (int c = threadIdx.x; c < columns_here; c += THREADS)
+            tables.column[c].offset = first.offset(w_at) + (column0 + c) * w_column;
+    }
+
+    // Beyond the outputs dy was taken for zero; but zero times infinity is no number, and a convolution has no such
+    // product. So where a sum is none and weights are infinite, it is formed again of the products that there are.
+
+    DEVICE bool weights_are_finite(const Tables& tables, int columns_here) const {
+        for (Index step = threadIdx.x; step < depth(); step += THREADS) {
+            const Place at = tap_and_channel(step);
+            for (int c = 0; c < columns_here; ++c)
+                if (!is_finite(w[tables.column[c].offset + offset_in_w(at)])) return false;
+        }
+        return true;
+    }
+
+    DEVICE void mend(const Tables& tables, int rows, int columns_here, const Sum* bias_here) const {
+        for (int e = threadIdx.x; e < rows * columns_here; e += THREADS) {
+            const int r = e / columns_here, c = e % columns_here;
+            Result& to = result[tables.result_row[r] + c * result_at.channel];
+            if (is_number(Converted<Sum>::from(to))) continue;
+            Sum sum = {};
+            for (Index step = 0; step < depth(); ++step) {
+                const Place at = tap_and_channel(step);
+                Place shift = at;
+                for (int axis = 0; axis < 3; ++axis) shift.at[axis] *= sweep.jump[axis];
+                Spot<AXES> spot = {shift.offset(images_at)};
+                spot.stand(shift.at);
+                if (tables.row[r].meets(spot, extent))
+                    add_product(sum, images[tables.row[r].offset + spot.offset],
+                                w[tables.column[c].offset + offset_in_w(at)]);
+            }
+            finish(&to, 0, sum, bias_here, c, options);
+        }
+    }
+
+    DEVICE Place tap_and_channel(Index step) const { return place_of(step, sweep.taps, 1, channels, true); }
+
+    DEVICE Index offset_in_w(const Place& at) const {
+        Index offset = at.channel * w_channel;
+        for (int axis = 0; axis < 3; ++axis) offset += at.at[axis] * sweep.tap_step[axis] * w_at.axis[axis];
+        return offset;
+    }
+};
+
+// Blocks: columns of a tile first, then groups, then rows.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+implicit_gemm_forward(const First* x_values, const First* x_y, const Second* w_values, const Sum* bias, Result* y,
+                      Convolution conv, Images y_at, Images x_at, Weights w_at, Options options) {
+    if constexpr (DIRECTION == FORWARD) {
+        const Operand<First> x = {x_values, x_y, options.first_conjugated, options.first_derivative};
+        const Operand<Second> w = {w_values, nullptr, options.second_conjugated, IDENTITY};
+        Index block = blockIdx.x;
+        const Index column_tiles = ceil_div(conv.F, TILE_COLUMNS);
+        const Index column0 = block % column_tiles * TILE_COLUMNS;
+        block /= column_tiles;
+        const Gather gather = {x, w, bias, y, sweep_of_outputs(conv), conv.C, conv.F, conv.N, conv.input, x_at, y_at,
+                               w_at, w_at.channel, w_at.filter, options};
+        gather.tile(block % conv.G, block / conv.G * TILE_ROWS, column0);
+    }
+}
+
+// Blocks: columns of a tile first, then groups, then rows, then residues; `row_tiles` are those of the longest residue.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+implicit_gemm_data_grad(const First* dy_values, const First* dy_y, const Second* w_values, const Sum* bias, Result* dx,
+                        Convolution conv, Images dy_at, Images dx_at, Weights w_at, Index row_tiles, Options options) {
+    if constexpr (DIRECTION == DATA_GRAD) {
+        const Operand<First> dy = {dy_values, dy_y, options.first_conjugated, options.first_derivative};
+        const Operand<Second> w = {w_values, nullptr, options.second_conjugated, IDENTITY};
+        Index block = blockIdx.x;
+        const Index column_tiles = ceil_div(conv.C, TILE_COLUMNS);
+        const Index column0 = block % column_tiles * TILE_COLUMNS;
+        block /= column_tiles;
+        const Index g = block % conv.G;
+        block /= conv.G;
+        const Index row0 = block % row_tiles * TILE_ROWS;
+        block /= row_tiles;
+        Index start[3];
+        for (int axis = 2; axis >= 0; --axis) {
+            const Index residues = conv.stride[axis] < conv.input[axis] ? conv.stride[axis] : conv.input[axis];
+            start[axis] = block % residues;
+            block /= residues;
+        }
+        const Gather gather = {dy, w, bias, dx, sweep_of_residue(conv, start), conv.F, conv.C, conv.N, conv.output, dy_at,
+                               dx_at, w_at, w_at.filter, w_at.channel, options};
+        gather.tile(g, row0, column0);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- weight_grad
+
+// Sets up the steps of a slice: outputs, from `first` on.
+struct OutputSteps {
+    Counter counter;
+    Index left_offset[4], right_offset[4], left_first, stride[3], low[3];
+    Index remaining;
+
+    DEVICE OutputSteps(const Convolution& conv, Index first, Index outputs, const Images& x_at, const Images& dy_at)
+        : counter(first + threadIdx.x, conv.output[2], conv.output[1], conv.output[0], conv.N), left_first(0),
+          remaining(outputs - threadIdx.x) {
+        left_offset[3] = x_at.batch;
+        right_offset[3] = dy_at.batch;
+#pragma unroll
+        for (int axis = 0; axis < 3; ++axis) {
+            stride[axis] = conv.stride[axis];
+            low[axis] = conv.low[axis];
+            left_offset[2 - axis] = stride[axis] * x_at.axis[axis];
+            right_offset[2 - axis] = dy_at.axis[axis];
+            left_first -= low[axis] * x_at.axis[axis];
+        }
+    }
+    DEVICE void set(Spot<AXES>* left, Spot<0>* right) {
+        if (threadIdx.x < DEPTH && remaining > 0) {
+            Index left_at = left_first, right_at = 0;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                left_at += counter.digit[i] * left_offset[i];
+                right_at += counter.digit[i] * right_offset[i];
+            }
+            left[threadIdx.x].offset = left_at;
+            right[threadIdx.x].offset = right_at;
+            left[threadIdx.x].stand({counter.digit[2] * stride[0] - low[0], counter.digit[1] * stride[1] - low[1],
+                                     counter.digit[0] * stride[2] - low[2]});
+            counter.advance();
+            remaining -= DEPTH;
+        }
+    }
+};
+
+// partial[slice][g][tap][c][f] = sum over outputs [slice * length, (slice + 1) * length) of all N M P Q.
+// Blocks: columns of a tile first, then rows, then groups, then slices.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+implicit_gemm_weight_grad(const First* dy_values, const First* dy_y, const Second* x_values, const Second* x_y,
+                          Sum* partial, Convolution conv, Images dy_at, Images x_at, Index slices, Index length,
+                          Options options) {
+    if constexpr (DIRECTION == WEIGHT_GRAD) {
+        Shared& shared = shared_tiles();
+        __shared__ Tables tables;
+        const Operand<First> dy = {dy_values, dy_y, options.first_conjugated, options.first_derivative};
+        const Operand<Second> x = {x_values, x_y, options.second_conjugated, options.second_derivative};
+
+        const Index all_rows = conv.kernel[0] * conv.kernel[1] * conv.kernel[2] * conv.C;
+        const Index column_tiles = ceil_div(conv.F, TILE_COLUMNS), row_tiles = ceil_div(all_rows, TILE_ROWS);
+        Index block = blockIdx.x;
+        const Index column0 = block % column_tiles * TILE_COLUMNS;
+        block /= column_tiles;
+        const Index row0 = block % row_tiles * TILE_ROWS;
+        block /= row_tiles;
+        const Index g = block % conv.G, slice = block / conv.G;
+        const int rows = all_rows - row0 < TILE_ROWS ? int(all_rows - row0) : TILE_ROWS;
+        const int columns = conv.F - column0 < TILE_COLUMNS ? int(conv.F - column0) : TILE_COLUMNS;
+        const Index outputs = conv.N * conv.output[0] * conv.output[1] * conv.output[2];
+        const Index first = slice * length, last = slice == slices - 1 ? outputs : first + length;
+
+        for (int r = threadIdx.x; r < rows; r += THREADS) {
+            const WeightPlace at = weight_place_of((row0 + r) * conv.F, conv);
+            Place shift = {0, g, at.c, {}};
+            for (int axis = 0; axis < 3; ++axis) shift.at[axis] = at.tap[axis] * conv.dilation[axis];
+            tables.row[r].offset = shift.offset(x_at);
+            tables.row[r].stand(shift.at);
+            tables.result_row[r] = ((slice * conv.G + g) * all_rows + row0 + r) * conv.F + column0;
+        }
+        for (int c = threadIdx.x; c < columns; c += THREADS)
+            tables.column[c].offset = g * dy_at.group + (column0 + c) * dy_at.channel;
+
+        Products products = {};
+        OutputSteps steps(conv, first, last - first, x_at, dy_at);
+        multiply(products, shared.stages, tables, x, dy, steps, last - first, rows, columns, conv.input);
+        store<RESULT_VECTOR>(products, shared, tables, rows, columns, partial, 1, nullptr, options);
+    }
+}
+
+// dw = total = the sum of the slices, in their order, and before them the total of earlier images where it is `carried`.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+implicit_gemm_weight_grad_sum(const Sum* partial, Sum* total, Result* dw, Convolution conv, Weights dw_at, Index slices,
+                              Index carried) {
+    if constexpr (DIRECTION == WEIGHT_GRAD) {
+        const Index weights = conv.G * conv.kernel[0] * conv.kernel[1] * conv.kernel[2] * conv.C * conv.F;
+        const Index i = Index(blockIdx.x) * THREADS + threadIdx.x;
+        if (i >= weights) return;
+        Sum sum = carried ? total[i] : Sum{};
+        for (Index slice = 0; slice < slices; ++slice) add(sum, partial[slice * weights + i]);
+        total[i] = sum;
+        dw[weight_place_of(i, conv).offset(dw_at)] = Converted<Result>::from(sum);
+    }
+}

@@ -1,0 +1,323 @@
+// Products of two tiles, rows x depth by depth x columns, added up in registers.
+//
+// The warps of a block share its tile: each has WARP_ROWS x WARP_COLUMNS of the sums. Long sums drift; so after TERMS
+// terms (if that is not 0) they are added to totals, and begin anew. A warp leaves its sums in slabs, a few rows or
+// columns at a time, which it lays out in shared memory as they lie in the result.
+//
+// The loader puts in front of this file, beside what tiles.cuh is given:
+//   TILE_ROWS, TILE_COLUMNS, WARP_ROWS, WARP_COLUMNS, DEPTH (of a tile), TERMS
+//   LEFT_ALONG_DEPTH, RIGHT_ALONG_DEPTH   which way the lines of a tile go
+//   RESULT_ALONG_ROWS                     which way neighbours lie in the result
+//   TENSOR_PRODUCTS                       on tensor cores, how many make one product: 3 for tf32x3, else 1; 0 without
+
+constexpr int WARP_TILES_ACROSS = TILE_COLUMNS / WARP_COLUMNS;
+static_assert(TILE_ROWS / WARP_ROWS * WARP_TILES_ACROSS * 32 == THREADS, "warps share the tile evenly");
+
+// Single elements are read of tiles along rows or columns where ldmatrix cannot transpose, and of all tiles of float64.
+constexpr bool SINGLE = TENSOR_PRODUCTS > 0 && sizeof(Element) > 2;
+constexpr int LEFT_TURN = SINGLE && (!LEFT_ALONG_DEPTH || sizeof(Element) == 8) ? 2 : 1;
+constexpr int RIGHT_TURN = SINGLE && (!RIGHT_ALONG_DEPTH || sizeof(Element) == 8) ? 2 : 1;
+
+constexpr int LEFT_LINES = LEFT_ALONG_DEPTH ? TILE_ROWS : DEPTH, LEFT_LENGTH = LEFT_ALONG_DEPTH ? DEPTH : TILE_ROWS;
+constexpr int RIGHT_LINES = RIGHT_ALONG_DEPTH ? TILE_COLUMNS : DEPTH, RIGHT_LENGTH = RIGHT_ALONG_DEPTH ? DEPTH : TILE_COLUMNS;
+using LeftTile = Tile<LEFT_LINES, LEFT_LENGTH, LEFT_TURN>;
+using RightTile = Tile<RIGHT_LINES, RIGHT_LENGTH, RIGHT_TURN>;
+
+// Element (i, k) of a tile, i being a row or a column.
+template <bool ALONG_DEPTH, class Matrix> DEVICE const Element& element(const Matrix& tile, int i, int k) {
+    return ALONG_DEPTH ? tile.at(i, k) : tile.at(k, i);
+}
+
+DEVICE int warp_row() { return threadIdx.x / 32 / WARP_TILES_ACROSS * WARP_ROWS; }
+DEVICE int warp_column() { return threadIdx.x / 32 % WARP_TILES_ACROSS * WARP_COLUMNS; }
+
+// total += running, which begins anew.
+template <class T, int ROWS, int COLUMNS, int COUNT>
+DEVICE void settle(T (&total)[ROWS][COLUMNS][COUNT], T (&running)[ROWS][COLUMNS][COUNT]) {
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+        for (int j = 0; j < COLUMNS; ++j)
+#pragma unroll
+            for (int e = 0; e < COUNT; ++e) {
+                add(total[i][j][e], running[i][j][e]);
+                running[i][j][e] = T{};
+            }
+}
+
+// ---------------------------------------------------------------------------------------------- one product at a time
+//
+// The lanes of a warp form a grid of 4 x 8. A lane reads 16 bytes at once: of tiles along the depth a few steps of one
+// of its rows, of others a few of its rows of one step. So its rows lie apart in the first, and in chunks in the
+// second case; its columns likewise.
+
+template <bool ALONG_DEPTH, int LANES> DEVICE int index_of(int lane, int i) {
+    return ALONG_DEPTH ? lane + i * LANES : (i / CHUNK * LANES + lane) * CHUNK + i % CHUNK;
+}
+
+// part[k][i] = element (index_of(first + i), k0 + k)
+template <bool ALONG_DEPTH, int LANES, class T, int STEPS, int COUNT, class Matrix>
+DEVICE void read_part(T (&part)[STEPS][COUNT], const Matrix& tile, int origin, int lane, int first, int k0) {
+    using Chunk = Numbers<T, CHUNK>;
+    if constexpr (ALONG_DEPTH) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            const int line = origin + index_of<true, LANES>(lane, first + i);
+            const Chunk chunk = *reinterpret_cast<const Chunk*>(&tile.at(line, k0));
+#pragma unroll
+            for (int k = 0; k < STEPS; ++k) part[k][i] = chunk.v[k];
+        }
+    } else {
+#pragma unroll
+        for (int k = 0; k < STEPS; ++k)
+#pragma unroll
+            for (int i = 0; i < COUNT; i += CHUNK) {
+                const int at = origin + index_of<false, LANES>(lane, first + i);
+                const Chunk chunk = *reinterpret_cast<const Chunk*>(&tile.at(k0 + k, at));
+#pragma unroll
+                for (int j = 0; j < CHUNK; ++j) part[k][i + j] = chunk.v[j];
+            }
+    }
+}
+
+template <class T> struct PlainProducts {
+    static constexpr int LANE_ROWS = 4, LANE_COLUMNS = 8, FOUR = 4;
+    static constexpr int ROWS = WARP_ROWS / LANE_ROWS, COLUMNS = WARP_COLUMNS / LANE_COLUMNS;  // of a lane
+    static constexpr int STEPS = LEFT_ALONG_DEPTH || RIGHT_ALONG_DEPTH ? CHUNK : 1;
+    static constexpr int SLAB_ROWS = FOUR * LANE_ROWS, SLAB_COLUMNS = FOUR * LANE_COLUMNS;
+
+    T running[ROWS][COLUMNS][1], total[ROWS][COLUMNS][1];
+
+    DEVICE static int lane_row() { return threadIdx.x % 32 / LANE_COLUMNS; }
+    DEVICE static int lane_column() { return threadIdx.x % LANE_COLUMNS; }
+
+    DEVICE void add(const LeftTile& left, const RightTile& right) {
+#pragma unroll
+        for (int k = 0; k < DEPTH; k += STEPS) {
+            T b[STEPS][COLUMNS];
+            read_part<RIGHT_ALONG_DEPTH, LANE_COLUMNS>(b, right, warp_column(), lane_column(), 0, k);
+#pragma unroll
+            for (int i = 0; i < ROWS; i += FOUR) {
+                T a[STEPS][FOUR];
+                read_part<LEFT_ALONG_DEPTH, LANE_ROWS>(a, left, warp_row(), lane_row(), i, k);
+#pragma unroll
+                for (int step = 0; step < STEPS; ++step)
+#pragma unroll
+                    for (int u = 0; u < FOUR; ++u)
+#pragma unroll
+                        for (int j = 0; j < COLUMNS; ++j) add_product(running[i + u][j][0], a[step][u], b[step][j]);
+            }
+        }
+    }
+    DEVICE void settle() { ::settle(total, running); }
+
+    template <class Put> DEVICE void slab(int number, Put put) const {
+#pragma unroll
+        for (int i = 0; i < (RESULT_ALONG_ROWS ? ROWS : FOUR); ++i)
+#pragma unroll
+            for (int j = 0; j < (RESULT_ALONG_ROWS ? FOUR : COLUMNS); ++j) {
+                const int u = RESULT_ALONG_ROWS ? i : FOUR * number + i, v = RESULT_ALONG_ROWS ? FOUR * number + j : j;
+                put(index_of<LEFT_ALONG_DEPTH, LANE_ROWS>(lane_row(), u),
+                    index_of<RIGHT_ALONG_DEPTH, LANE_COLUMNS>(lane_column(), v), total[u][v][0]);
+            }
+    }
+};
+
+// ---------------------------------------------------------------------------------------------- tensor cores
+// See primitives.cuh for which lane has what of a fragment. g = lane / 4, t = lane % 4.
+
+#if __CUDA_ARCH__ >= 800
+DEVICE int lane() { return threadIdx.x % 32; }
+
+// Four 8x8 matrices of 16-bit elements (8x4 of 32 bits), of which two lie one after the other along i, and two along k.
+// They come in the order (i, k): (0, 0) (1, 0) (0, 1) (1, 1) if I_FIRST, else (0, 0) (0, 1) (1, 0) (1, 1).
+template <bool ALONG_DEPTH, bool I_FIRST, class Matrix>
+DEVICE void read_four(unsigned (&result)[4], const Matrix& tile, int i0, int k0) {
+    const int low = lane() / 8 % 2, high = lane() / 16, in_line = lane() % 8;
+    const int i = I_FIRST ? low : high, k = I_FIRST ? high : low;
+    if constexpr (ALONG_DEPTH)
+        load_matrices(result, &tile.at(i0 + 8 * i + in_line, k0 + CHUNK * k));
+    else
+        load_matrices_transposed(result, &tile.at(k0 + 8 * k + in_line, i0 + CHUNK * i));
+}
+
+// Fragments of 16 rows (left) or of two times 8 columns (right) by 32 bytes of the depth.
+template <class T> struct Fragments {  // half, bfloat16
+    static constexpr int STEPS = 16;
+
+    template <bool ALONG_DEPTH, bool LEFT, class Matrix>
+    DEVICE static void read(unsigned (&part)[4], const Matrix& tile, int i0, int k0) {
+        read_four<ALONG_DEPTH, LEFT>(part, tile, i0, k0);
+    }
+    DEVICE static void multiply(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+        multiply_16x8x16(d, a, b, T{});
+    }
+};
+template <> struct Fragments<float> {  // rounded to TF32
+    static constexpr int STEPS = 8;
+
+    template <bool ALONG_DEPTH, bool LEFT, class Matrix>
+    DEVICE static void read(unsigned (&part)[4], const Matrix& tile, int i0, int k0) {
+        if constexpr (ALONG_DEPTH) {
+            read_four<true, LEFT>(part, tile, i0, k0);
+        } else {
+            const int g = lane() / 4, t = lane() % 4;
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int i = LEFT ? e % 2 : e / 2, k = LEFT ? e / 2 : e % 2;
+                part[e] = __float_as_uint(tile.at(k0 + 4 * k + t, i0 + 8 * i + g));
+            }
+        }
+    }
+    // A float is the sum of two TF32 numbers, and of what is left of it, which is too small to matter.
+    template <int COUNT>
+    DEVICE static void split(unsigned (&large)[COUNT], unsigned (&small)[COUNT], const unsigned (&bits)[COUNT]) {
+#pragma unroll
+        for (int e = 0; e < COUNT; ++e) {
+            const float v = __uint_as_float(bits[e]);
+            large[e] = to_tf32(v);
+            small[e] = TENSOR_PRODUCTS == 3 ? to_tf32(v - __uint_as_float(large[e])) : 0;
+        }
+    }
+    DEVICE static void multiply(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+        unsigned large_a[4], small_a[4], large_b[2], small_b[2];
+        split(large_a, small_a, a);
+        split(large_b, small_b, b);
+        if constexpr (TENSOR_PRODUCTS == 3) {
+            multiply_16x8x8_tf32(d, small_a, large_b);
+            multiply_16x8x8_tf32(d, large_a, small_b);
+        }
+        multiply_16x8x8_tf32(d, large_a, large_b);
+    }
+};
+
+template <class T> struct TensorProducts {
+    using Fragment = Fragments<T>;
+    static constexpr int ROWS = WARP_ROWS / 16, COLUMNS = WARP_COLUMNS / 8;  // fragments of a warp
+    static constexpr int STEPS = Fragment::STEPS;
+    static constexpr int SLAB_ROWS = 16, SLAB_COLUMNS = 16;
+
+    float running[ROWS][COLUMNS][4], total[ROWS][COLUMNS][4];
+
+    // The fragments of the next steps are read while the products of these are formed.
+    DEVICE void add(const LeftTile& left, const RightTile& right) {
+        unsigned a[2][ROWS][4], b[2][COLUMNS / 2][4];
+        read(a[0], b[0], left, right, 0);
+#pragma unroll
+        for (int k = 0; k < DEPTH / STEPS; ++k) {
+            if (k + 1 < DEPTH / STEPS) read(a[(k + 1) % 2], b[(k + 1) % 2], left, right, (k + 1) * STEPS);
+#pragma unroll
+            for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+                for (int j = 0; j < COLUMNS; ++j) {
+                    const unsigned (&two)[4] = b[k % 2][j / 2];
+                    const unsigned one[2] = {two[j % 2 * 2], two[j % 2 * 2 + 1]};
+                    Fragment::multiply(running[i][j], a[k % 2][i], one);
+                }
+        }
+    }
+    DEVICE static void read(unsigned (&a)[ROWS][4], unsigned (&b)[COLUMNS / 2][4], const LeftTile& left,
+                            const RightTile& right, int k) {
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i)
+            Fragment::template read<LEFT_ALONG_DEPTH, true>(a[i], left, warp_row() + 16 * i, k);
+#pragma unroll
+        for (int j = 0; j < COLUMNS / 2; ++j)
+            Fragment::template read<RIGHT_ALONG_DEPTH, false>(b[j], right, warp_column() + 16 * j, k);
+    }
+    DEVICE void settle() {
+        if constexpr (TERMS > 0) ::settle(total, running);
+    }
+
+    template <class Put> DEVICE void slab(int number, Put put) const {
+        const float (&sums)[ROWS][COLUMNS][4] = TERMS > 0 ? total : running;
+#pragma unroll
+        for (int i = 0; i < (RESULT_ALONG_ROWS ? ROWS : 1); ++i)
+#pragma unroll
+            for (int j = 0; j < (RESULT_ALONG_ROWS ? 2 : COLUMNS); ++j)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const int u = RESULT_ALONG_ROWS ? i : number, v = RESULT_ALONG_ROWS ? 2 * number + j : j;
+                    put(16 * u + lane() / 4 + e / 2 * 8, 8 * v + lane() % 4 * 2 + e % 2, sums[u][v][e]);
+                }
+    }
+};
+
+template <class T> struct DoubleProducts {
+    static constexpr int ROWS = WARP_ROWS / 8, COLUMNS = WARP_COLUMNS / 8, STEPS = 4;
+    static constexpr int SLAB_ROWS = 16, SLAB_COLUMNS = 16;
+
+    T running[ROWS][COLUMNS][2], total[ROWS][COLUMNS][2];
+
+    DEVICE void add(const LeftTile& left, const RightTile& right) {
+#pragma unroll
+        for (int k = 0; k < DEPTH; k += STEPS) {
+            T a[ROWS], b[COLUMNS];
+#pragma unroll
+            for (int i = 0; i < ROWS; ++i)
+                a[i] = element<LEFT_ALONG_DEPTH>(left, warp_row() + 8 * i + lane() / 4, k + lane() % 4);
+#pragma unroll
+            for (int j = 0; j < COLUMNS; ++j)
+                b[j] = element<RIGHT_ALONG_DEPTH>(right, warp_column() + 8 * j + lane() / 4, k + lane() % 4);
+#pragma unroll
+            for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+                for (int j = 0; j < COLUMNS; ++j) multiply_8x8x4(running[i][j], a[i], b[j]);
+        }
+    }
+    DEVICE void settle() { ::settle(total, running); }
+
+    template <class Put> DEVICE void slab(int number, Put put) const {
+#pragma unroll
+        for (int i = 0; i < (RESULT_ALONG_ROWS ? ROWS : 2); ++i)
+#pragma unroll
+            for (int j = 0; j < (RESULT_ALONG_ROWS ? 2 : COLUMNS); ++j)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    const int u = RESULT_ALONG_ROWS ? i : 2 * number + i, v = RESULT_ALONG_ROWS ? 2 * number + j : j;
+                    put(8 * u + lane() / 4, 8 * v + lane() % 4 * 2 + e, total[u][v][e]);
+                }
+    }
+};
+#endif
+
+template <bool ON_TENSOR_CORES, class T> struct Chosen {
+    using Products = PlainProducts<T>;
+};
+#if __CUDA_ARCH__ >= 800
+template <class T> struct Chosen<true, T> {
+    using Products = TensorProducts<T>;
+};
+template <> struct Chosen<true, double> {
+    using Products = DoubleProducts<double>;
+};
+#endif
+using Products = Chosen<(TENSOR_PRODUCTS > 0), Element>::Products;
+
+// ---------------------------------------------------------------------------------------------- from a warp's sums to a result
+// A slab has lines of sums that belong side by side, and room between them so that a warp writes into different banks.
+
+constexpr int SLAB_LINES = RESULT_ALONG_ROWS ? Products::SLAB_COLUMNS : Products::SLAB_ROWS;
+constexpr int SLAB_LENGTH = RESULT_ALONG_ROWS ? WARP_ROWS : WARP_COLUMNS;
+constexpr int SLABS = RESULT_ALONG_ROWS ? WARP_COLUMNS / SLAB_LINES : WARP_ROWS / SLAB_LINES;
+constexpr int SLAB_PITCH = SLAB_LENGTH + (RESULT_ALONG_ROWS ? 4 : 8);
+
+// Gives store(row, column, sums) every VECTOR sums of the warp that belong side by side, from this row and column on.
+template <int VECTOR, class Store> DEVICE void store_sums(const Products& products, Sum* slab, Store store) {
+    constexpr int UNITS = SLAB_LENGTH / VECTOR;
+#pragma unroll
+    for (int number = 0; number < SLABS; ++number) {
+        products.slab(number, [&](int row, int column, Sum sum) {
+            const int line = (RESULT_ALONG_ROWS ? column : row) - number * SLAB_LINES;
+            slab[line * SLAB_PITCH + (RESULT_ALONG_ROWS ? row : column)] = sum;
+        });
+        __syncwarp();  // the slab is whole
+        for (int unit = threadIdx.x % 32; unit < SLAB_LINES * UNITS; unit += 32) {
+            const int line = number * SLAB_LINES + unit / UNITS, first = unit % UNITS * VECTOR;
+            const Sum* const sums = &slab[unit / UNITS * SLAB_PITCH + first];
+            store(warp_row() + (RESULT_ALONG_ROWS ? first : line), warp_column() + (RESULT_ALONG_ROWS ? line : first),
+                  *reinterpret_cast<const Numbers<Sum, VECTOR>*>(sums));
+        }
+        __syncwarp();  // the slab has been read
+    }
+}

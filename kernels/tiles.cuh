@@ -1,0 +1,141 @@
+// Tiles of a matrix in shared memory: where their elements lie, and how they come there from an operand.
+//
+// A tile has lines, of elements that lie side by side in the operand's memory where anything does: either along the
+// depth of the product, or along its rows (or columns). What a warp reads at once are elements of neighbouring lines;
+// so that these lie in different banks, every line keeps its chunks of 16 bytes in an order of its own:
+//
+//     line 0    0 1 2 3 4 5 6 7        chunk c of line l is kept at c ^ l
+//     line 1    1 0 3 2 5 4 7 6
+//     line 2    2 3 0 1 6 7 4 5
+//     ...
+//
+// The loader puts in front of this file, beside what common.cuh is given:
+//   Element   of both tiles
+//   THREADS   of a block
+
+constexpr int CHUNK = 16 / sizeof(Element);  // elements of 16 bytes
+
+// A line of fewer than eight chunks shares its 128 bytes, which are all banks, with others: they take the same order.
+// TURN is 2 where single elements of four lines and of two chunks are read at once, else 1.
+template <int LINES, int LENGTH, int TURN> struct __align__(16) Tile {
+    static constexpr int CHUNKS = LENGTH / CHUNK, TURNS = CHUNKS < 8 ? CHUNKS : 8;
+    static_assert(LENGTH % CHUNK == 0 && CHUNKS % TURNS == 0 && (TURNS & (TURNS - 1)) == 0, "a line is whole chunks");
+    Element elements[LINES * LENGTH];
+
+    DEVICE static int place(int line, int i) {
+        const int chunk = i / CHUNK ^ line / (8 / TURNS) * TURN % TURNS;
+        return (line * CHUNKS + chunk) * CHUNK + i % CHUNK;
+    }
+    DEVICE const Element& at(int line, int i) const { return elements[place(line, i)]; }
+    DEVICE Element* address(int line, int i) { return elements + place(line, i); }
+};
+
+// COUNT numbers that are read or written at once.
+template <class T, int COUNT> struct __align__(COUNT * sizeof(T) % 16 == 0 ? 16 : COUNT * sizeof(T)) Numbers {
+    T v[COUNT];
+};
+
+// Where a row, a column or a step of the depth lies in an operand: its offset in memory and, for an operand that is
+// seen through windows, its position on the last AXES axes. An element of the matrix lies where two of them meet: at
+// the sum of their offsets, and in the padding unless the sum of their positions is within the image.
+template <int AXES> struct __align__(AXES == 0 ? sizeof(Index) : AXES == 1 ? 2 * sizeof(Index) : 16) Spot {
+    Index offset, at[AXES];
+
+    DEVICE bool meets(const Spot& other, const Index (&extent)[3]) const {
+        bool within = true;
+#pragma unroll
+        for (int axis = 0; axis < AXES; ++axis)
+            within = within && inside(at[axis] + other.at[axis], extent[3 - AXES + axis]);
+        return within;
+    }
+    DEVICE void stand(const Index (&position)[3]) {
+#pragma unroll
+        for (int axis = 0; axis < AXES; ++axis) at[axis] = position[3 - AXES + axis];
+    }
+};
+template <> struct Spot<0> {
+    Index offset;
+
+    DEVICE bool meets(const Spot&, const Index (&)[3]) const { return true; }
+    DEVICE void stand(const Index (&)[3]) {}
+};
+
+#if __CUDA_ARCH__ >= 800
+constexpr bool COPIES_ASYNC = true;
+#else
+constexpr bool COPIES_ASYNC = false;
+template <int BYTES> DEVICE void copy_async(void*, const void*, int) {}
+DEVICE void copy_async_commit() {}
+template <int PENDING> DEVICE void copy_async_wait() {}
+#endif
+
+// Fills tiles with elements of an operand of type T: a unit of neighbouring elements of a line at a time, the same unit
+// of every PACE-th line by each thread.
+//
+// VECTOR elements side by side in the operand's memory, at a multiple of their size, are copied as they are while the
+// block goes on. Single elements of 16 bits, and what has to be converted (VECTOR is 0), come by way of registers:
+// fetch() starts the loads, and deposit() stores what they brought.
+template <class T, int VECTOR, int AXES, class Matrix, int LINES, int LENGTH> struct Mover {
+    static constexpr bool ASYNC = COPIES_ASYNC && VECTOR * sizeof(Element) >= 4;
+    static constexpr int UNIT = ASYNC ? VECTOR : sizeof(Element) < 4 ? 4 / sizeof(Element) : 1;
+    static constexpr int UNITS = LENGTH / UNIT, PACE = THREADS / UNITS, ROUNDS = (LINES + PACE - 1) / PACE;
+    static constexpr int SPOTS = ASYNC ? 1 : UNIT;  // of a unit that need a look
+    static_assert(UNITS * UNIT == LENGTH && PACE * UNITS == THREADS, "threads share the units of lines evenly");
+
+    Spot<AXES> mine[SPOTS];
+    bool exists[SPOTS];
+    Element held[ASYNC ? 1 : ROUNDS][UNIT];
+
+    DEVICE static int unit() { return threadIdx.x % UNITS * UNIT; }
+
+    // Takes the spots across the lines: of those there are, the ones of this thread's unit.
+    DEVICE void face(const Spot<AXES>* across, int count) {
+#pragma unroll
+        for (int i = 0; i < SPOTS; ++i) {
+            exists[i] = unit() + i < count;
+            if (exists[i]) mine[i] = across[unit() + i];
+        }
+    }
+
+    // Starts to bring a tile of `count` lines; the elements of the others, and those in the padding, are zeros.
+    DEVICE void fetch(Matrix& to, const Operand<T>& from, const Spot<AXES>* lines, int count, const Index (&extent)[3]) {
+#pragma unroll
+        for (int round = 0; round < ROUNDS; ++round) {
+            const int line = threadIdx.x / UNITS + round * PACE;
+            if (LINES % PACE != 0 && line >= LINES) continue;
+            if constexpr (ASYNC) {
+                const bool seen = exists[0] && line < count && mine[0].meets(lines[line], extent);
+                const T* const source = seen ? from.values + (mine[0].offset + lines[line].offset) : from.values;
+                copy_async<VECTOR * sizeof(Element)>(to.address(line, unit()), source, seen ? VECTOR * sizeof(Element) : 0);
+            } else {
+#pragma unroll
+                for (int i = 0; i < UNIT; ++i) {
+                    held[round][i] = Element{};
+                    if (exists[i] && line < count && mine[i].meets(lines[line], extent))
+                        held[round][i] = element(from, mine[i].offset + lines[line].offset);
+                }
+            }
+        }
+    }
+
+    DEVICE void deposit(Matrix& to) const {
+        if constexpr (!ASYNC) {
+#pragma unroll
+            for (int round = 0; round < ROUNDS; ++round) {
+                const int line = threadIdx.x / UNITS + round * PACE;
+                if (LINES % PACE != 0 && line >= LINES) continue;
+                Numbers<Element, UNIT> numbers;
+#pragma unroll
+                for (int i = 0; i < UNIT; ++i) numbers.v[i] = held[round][i];
+                *reinterpret_cast<Numbers<Element, UNIT>*>(to.address(line, unit())) = numbers;
+            }
+        }
+    }
+
+    DEVICE static Element element(const Operand<T>& from, Index at) {
+        if constexpr (VECTOR > 0)
+            return from.values[at];
+        else
+            return Converted<Element>::from(from[at]);
+    }
+};
