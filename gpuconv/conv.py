@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from gpuconv import geometry as geometry_module
 from gpuconv import workspace
 from gpuconv.activations import Activation
+from gpuconv.algorithms import implicit_gemm
 from gpuconv.backend import Array
 from gpuconv.call import (
     NEEDS,
@@ -305,5 +306,6 @@ def clear_cache() -> None:
     """
     geometry_module.clear_cache()
     choose.cache_clear()
+    implicit_gemm.planned.cache_clear()
     workspace.clear()
     launch.clear()

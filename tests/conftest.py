@@ -204,7 +204,7 @@ IN_TURNS = "implicit_gemm"  # has kernels for every layout, which take long to c
 
 
 def pytest_collection_modifyitems(config, items):
-    needless = []
+    needless, counts = [], collections.Counter()
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         backend = params.get("arrays", "numpy")
@@ -213,7 +213,7 @@ def pytest_collection_modifyitems(config, items):
                 backend = {"gpu": "cupy"}.get(marker, marker)
         if backend == "numpy" and params.get("algorithm") in KERNELS_ONLY:
             needless.append(item)
-        if backend in ("emulated", "stand-in") and not _in_turn(params):
+        if backend in ("emulated", "stand-in") and not (_in_turn(params) and _is_nth(item, counts)):
             needless.append(item)
         item.user_properties.append(("backend", backend))
         if item.get_closest_marker("gpu") and not HAS_GPU:
@@ -224,6 +224,15 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=needless)
         dropped = set(needless)
         items[:] = [item for item in items if item not in dropped]
+
+
+def _is_nth(item, counts):
+    """Whether it is one of every n of its test that run on the CPU."""
+    marker = item.get_closest_marker("every_nth")
+    if marker is None:
+        return True
+    counts[item.originalname] += 1
+    return counts[item.originalname] % marker.args[0] == 1
 
 
 def _in_turn(params):

@@ -61,7 +61,7 @@ def _gather(
     """One thread for each element of the target."""
     wide = arguments.is_wide(geometry, *y_x_w)
     options = arguments.options(images, w, channels_innermost(target), bias=result.bias, activation=result.activation)
-    module = arguments.module("direct", images.view, w.view, target, run.dtype, wide, THREADS=THREADS)
+    module = arguments.module("direct", images.view.dtype, w.view.dtype, target.dtype, run.dtype, wide, THREADS=THREADS)
     run.launch(
         Kernel(module, name),
         blocks(target.size, THREADS),
@@ -99,7 +99,9 @@ def _sum_slices(
     slices = partial.shape[0]
     length = blocks(gradients.view.shape[0] * math.prod(geometry.output), slices)
     options = arguments.options(gradients, images, channels_innermost=False)
-    module = arguments.module("direct", gradients.view, images.view, partial, run.dtype, wide, THREADS=THREADS)
+    module = arguments.module(
+        "direct", gradients.view.dtype, images.view.dtype, partial.dtype, run.dtype, wide, THREADS=THREADS
+    )
     run.launch(
         Kernel(module, "direct_weight_grad"),
         blocks(partial.size, THREADS),

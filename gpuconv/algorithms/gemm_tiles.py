@@ -129,22 +129,26 @@ def ranked(problem: Problem) -> list[Choice]:
     found = []
     most = problem.most_slices
     for tile in problem.products.tiles:
+        if _blocks_at_once(problem, tile) == 0:
+            continue
         options = {min(most, 1 << bits) for bits in range(most.bit_length() + 1)}
         microseconds, slices = min((_microseconds(problem, tile, slices), slices) for slices in options)
         found.append(Choice(tile, slices, microseconds))
     return sorted(found, key=lambda choice: choice.microseconds)
 
 
-def stages(matrices: Matrices, products: Products) -> int:
+def stages(problem: Problem) -> int:
     """Tiles in shared memory at a time: more where copies go on by themselves."""
+    _, matrices, products, device, _ = problem
     most = max(matrices.left.vector, matrices.right.vector) * products.element.itemsize
-    return ASYNCHRONOUS_STAGES if most >= 4 else STAGES
+    return ASYNCHRONOUS_STAGES if device.capability >= 80 and most >= 4 else STAGES
 
 
-def shared_bytes(matrices: Matrices, products: Products, tile: Tile) -> int:
+def shared_bytes(problem: Problem, tile: Tile) -> int:
     """Dynamic shared memory of a block: its tiles and, later in their place, the slabs in which sums leave."""
+    _, matrices, products, *_ = problem
     size = products.element.itemsize
-    tiles = stages(matrices, products) * products.depth * (tile.rows + tile.columns) * size
+    tiles = stages(problem) * products.depth * (tile.rows + tile.columns) * size
     if matrices.result_along_rows:
         lines, length = 16 if products.tensor_products else 32, tile.warp_rows + 4
     else:
@@ -179,7 +183,7 @@ def _microseconds(problem: Problem, tile: Tile, slices: int) -> float:
     turns = -(-work.depth // (slices * products.depth))
     tiles = -(-work.rows // tile.rows) * -(-work.columns // tile.columns)
     busiest = -(-tiles * work.groups * work.residues * slices // device.multiprocessors)
-    at_once = min(busiest, max(1, _blocks_at_once(problem, tile)))
+    at_once = min(busiest, _blocks_at_once(problem, tile))
     waiting = 1 + _BUSY_WARPS / (at_once * tile.threads / WARP)
     clocks = busiest * turns * _clocks_of_turn(problem, tile) * waiting
     clocks += -(-busiest // at_once) * (_START_AND_END + at_once * _clocks_of_end(tile, products))
@@ -225,10 +229,10 @@ def _rate(products: Products, device: Device) -> float:
 
 def _blocks_at_once(problem: Problem, tile: Tile) -> int:
     """Blocks that a multiprocessor has room for, by registers about as many as the compiler takes."""
-    _, matrices, products, device, _ = problem
+    _, _, products, device, _ = problem
     sums = tile.rows * tile.columns // tile.threads * max(1, products.element.itemsize // 4)
     registers = min(255, sums * (2 if products.terms else 1) + 90)
-    memory = shared_bytes(matrices, products, tile) + _TABLES
+    memory = shared_bytes(problem, tile) + _TABLES
     return occupancy.blocks(_architecture(device.capability), registers, tile.threads, memory)
 
 

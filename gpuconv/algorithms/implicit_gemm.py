@@ -18,7 +18,7 @@ from gpuconv.activations import Activation
 from gpuconv.algorithms import gemm_tiles
 from gpuconv.algorithms.blocks import largest, pieces
 from gpuconv.algorithms.gemm_tiles import Choice, Problem, Products, Tile, Work
-from gpuconv.algorithms.matrices import Matrices, View, matrices_of
+from gpuconv.algorithms.matrices import View, matrices_of
 from gpuconv.backend import Array, Backend
 from gpuconv.cuda import arguments, structs
 from gpuconv.cuda.device import Device
@@ -64,8 +64,8 @@ def _gather(
 ) -> None:
     """One block for each tile of the target."""
     wide = arguments.is_wide(geometry, *y_x_w)
-    of_target = View.of(target)
-    plan = _plan(direction, geometry, Source.of(images), Source.of(w), of_target, *_where(run), wide)
+    arrays = Arrays(direction, geometry, Source.of(images), Source.of(w), View.of(target), run.dtype)
+    plan = planned(arrays, run.precision, run.backend.device(), wide)
     row_tiles = (structs.index_dtype(wide).type(plan.row_tiles),) if direction == "data_grad" else ()
     options = arguments.options(images, w, False, bias=result.bias, activation=result.activation)
     run.launch(
@@ -100,10 +100,9 @@ def _add_slices(
     """Two launches: the sums of the slices, and what they add up to."""
     y_x_w = gradients.view, images.view, weights
     wide = arguments.is_wide(geometry, *y_x_w)
-    of_weights, room = View.of(weights), run.budget // weights.size - 1  # beside the totals
-    plan = _plan(
-        "weight_grad", geometry, Source.of(gradients), Source.of(images), of_weights, *_where(run), wide, room
-    )  # fmt: skip
+    arrays = Arrays("weight_grad", geometry, Source.of(gradients), Source.of(images), View.of(weights), run.dtype)
+    room = run.budget // weights.size - 1  # beside the totals
+    plan = planned(arrays, run.precision, run.backend.device(), wide, room)
     convolution, dy_at, x_at, dw_at = arguments.described(geometry, *y_x_w, wide)
     index = structs.index_dtype(wide).type
     slices, length, threads = index(plan.choice.slices), index(plan.length), plan.choice.tile.threads
@@ -127,20 +126,23 @@ def _add_slices(
         )
 
 
-def candidates(
-    geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, precision: str, limit: int
-) -> list[Choice]:
-    """The tiles for contiguous arrays, the one that is taken first, then from the fastest on by the model."""
-    views = {role: View.contiguous(role, dtype, geometry) for role in ("x", "w", "y")}
-    first, second, result = (
-        views[role] for role in {"forward": "xwy", "data_grad": "ywx", "weight_grad": "yxw"}[direction]
-    )
+def plans(
+    geometry: Geometry,
+    dtype: numpy.dtype,
+    direction: Direction,
+    device: Device,
+    precision: str = "ieee",
+    limit: int = 64 << 20,
+    wide: bool = False,
+) -> list[Plan]:
+    """What could be launched for contiguous arrays, a plan for each tile: first the one that is taken."""
+    x, w, y = (View.contiguous(role, dtype, geometry) for role in ("x", "w", "y"))
+    first, second, result = {"forward": (x, w, y), "data_grad": (y, w, x), "weight_grad": (y, x, w)}[direction]
     sums = dtypes.accumulator(dtype)
     room = limit // (sums.itemsize * math.prod(result.shape)) - 1
-    problem = _problem(
-        direction, geometry, Source(first), Source(second), result, sums, precision, backend.device(), room
-    )  # fmt: skip
-    return gemm_tiles.ranked(problem)
+    arrays = Arrays(direction, geometry, Source(first), Source(second), result, sums)
+    problem = _problem(arrays, precision, device, room)
+    return [_made(arrays, problem, choice, wide) for choice in gemm_tiles.ranked(problem)]
 
 
 # ------------------------------------------------------------------------------------------------- plans
@@ -163,8 +165,19 @@ class Source(NamedTuple):
         return self.view.dtype == dtype and not self.conjugate and self.activation is None
 
 
+class Arrays(NamedTuple):
+    """A direction of a convolution, and how its arrays lie in memory."""
+
+    direction: Direction
+    geometry: Geometry
+    first: Source
+    second: Source
+    result: View
+    sums: numpy.dtype
+
+
 class Plan(NamedTuple):
-    """What the shapes of a convolution decide, and how its arrays lie in memory."""
+    """What the shapes decide, and how arrays lie in memory."""
 
     module: Module
     choice: Choice
@@ -173,53 +186,42 @@ class Plan(NamedTuple):
     row_tiles: int
     length: int  # of a slice of weight_grad
 
-
-def _where(run: Run) -> tuple[numpy.dtype, str, Device]:
-    return run.dtype, run.precision, run.backend.device()
+    @property
+    def kernels(self) -> dict[str, int]:
+        """The kernels that are launched, and their dynamic shared memory."""
+        direction = DIRECTIONS[dict(self.module.constants)["DIRECTION"]]
+        found = {f"implicit_gemm_{direction}": self.shared_bytes}
+        if direction == "weight_grad":
+            found["implicit_gemm_weight_grad_sum"] = 0
+        return found
 
 
 @lru_cache(maxsize=4096)
-def _plan(
-    direction: Direction,
-    geometry: Geometry,
-    first: Source,
-    second: Source,
-    result: View,
-    sums: numpy.dtype,
-    precision: str,
-    device: Device,
-    wide: bool,
-    room: int = 1,  # for the sums of so many slices
-) -> Plan:
-    problem = _problem(direction, geometry, first, second, result, sums, precision, device, room)
-    work, matrices, products, *_ = problem
-    choice = gemm_tiles.chosen(problem)
+def planned(arrays: Arrays, precision: str, device: Device, wide: bool, room: int = 0) -> Plan:
+    """The plan that is taken; ``room`` is for the sums of so many slices."""
+    problem = _problem(arrays, precision, device, room)
+    return _made(arrays, problem, gemm_tiles.chosen(problem), wide)
+
+
+def _made(arrays: Arrays, problem: Problem, choice: Choice, wide: bool) -> Plan:
+    work, _, products, *_ = problem
     row_tiles, length = blocks(work.rows, choice.tile.rows), 0
-    if direction == "weight_grad":
+    if arrays.direction == "weight_grad":
         length = blocks(work.depth, choice.slices * products.depth) * products.depth
         choice = choice._replace(slices=blocks(work.depth, length))
     tiles = row_tiles * blocks(work.columns, choice.tile.columns)
     return Plan(
-        _module(direction, first, second, result, sums, wide, matrices, products, choice.tile),
+        _module(arrays, problem, choice.tile, wide),
         choice,
         tiles * work.groups * work.residues * choice.slices,
-        gemm_tiles.shared_bytes(matrices, products, choice.tile),
+        gemm_tiles.shared_bytes(problem, choice.tile),
         row_tiles,
         length,
     )
 
 
-def _problem(
-    direction: Direction,
-    geometry: Geometry,
-    first: Source,
-    second: Source,
-    result: View,
-    sums: numpy.dtype,
-    precision: str,
-    device: Device,
-    room: int,
-) -> Problem:
+def _problem(arrays: Arrays, precision: str, device: Device, room: int) -> Problem:
+    direction, geometry, first, second, result, sums = arrays
     if direction == "weight_grad":
         left, right, result = second, first, result._replace(dtype=sums)  # of its slices
     else:
@@ -266,26 +268,17 @@ def _products(first: Source, second: Source, depth: int, sums: numpy.dtype, prec
     return Products(element, tensor_products, gemm_tiles.PLAIN_TERMS)
 
 
-def _module(
-    direction: Direction,
-    first: Source,
-    second: Source,
-    result: View,
-    sums: numpy.dtype,
-    wide: bool,
-    matrices: Matrices,
-    products: Products,
-    tile: Tile,
-) -> Module:
+def _module(arrays: Arrays, problem: Problem, tile: Tile, wide: bool) -> Module:
+    _, matrices, products, *_ = problem
     constants = {
-        "DIRECTION": DIRECTIONS.index(direction),
+        "DIRECTION": DIRECTIONS.index(arrays.direction),
         "THREADS": tile.threads,
         "TILE_ROWS": tile.rows,
         "TILE_COLUMNS": tile.columns,
         "WARP_ROWS": tile.warp_rows,
         "WARP_COLUMNS": tile.warp_columns,
         "DEPTH": products.depth,
-        "STAGES": gemm_tiles.stages(matrices, products),
+        "STAGES": gemm_tiles.stages(problem),
         "TERMS": products.terms,
         "TENSOR_PRODUCTS": products.tensor_products,
         "LEFT_ALONG_DEPTH": int(matrices.left.along_depth),
@@ -297,4 +290,7 @@ def _module(
         "AXES": matrices.axes,
         "TAPS_INNERMOST": int(matrices.taps_innermost),
     }
-    return arguments.module("implicit_gemm", first.view, second.view, result, sums, wide, products.element, **constants)
+    first, second, result, sums = arrays.first.view, arrays.second.view, arrays.result, arrays.sums
+    return arguments.module(
+        "implicit_gemm", first.dtype, second.dtype, result.dtype, sums, wide, products.element, **constants
+    )

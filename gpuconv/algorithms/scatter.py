@@ -160,7 +160,7 @@ def _launch_data_grad(dy: Operand, w: Operand, sums: Array, geometry: Geometry, 
     for extents, sizes in ((geometry.output, box.outputs), (geometry.kernel, box.taps)):
         tiles *= math.prod(map(blocks, arguments.lift(extents, 1), sizes))
     options = arguments.options(dy, w, channels_innermost(dy.view), fours=_in_fours(sums, channels))
-    module = arguments.module("scatter", dy.view, w.view, sums, run.dtype, wide, **tile._asdict())
+    module = arguments.module("scatter", dy.view.dtype, w.view.dtype, sums.dtype, run.dtype, wide, **tile._asdict())
     run.launch(
         Kernel(module, "scatter_data_grad"),
         images * groups * tiles,
@@ -187,7 +187,7 @@ def _launch_weight_grad(dy: Operand, x: Operand, sums: Array, geometry: Geometry
     slices = blocks(outputs, length)
     index = structs.index_dtype(wide).type
     options = arguments.options(dy, x, channels_innermost(x.view), fours=_in_fours(sums, filters))
-    module = arguments.module("scatter", dy.view, x.view, sums, run.dtype, wide, **tile._asdict())
+    module = arguments.module("scatter", dy.view.dtype, x.view.dtype, sums.dtype, run.dtype, wide, **tile._asdict())
     run.launch(
         Kernel(module, "scatter_weight_grad"),
         tiles * slices,

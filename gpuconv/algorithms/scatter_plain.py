@@ -59,7 +59,9 @@ def _launch(
     """One thread for each element of dy."""
     wide = arguments.is_wide(geometry, *y_x_w)
     options = arguments.options(dy, second, channels_innermost(dy.view))
-    module = arguments.module("scatter", dy.view, second.view, sums, run.dtype, wide, **scatter.ONE._asdict())
+    module = arguments.module(
+        "scatter", dy.view.dtype, second.view.dtype, sums.dtype, run.dtype, wide, **scatter.ONE._asdict()
+    )
     run.launch(
         Kernel(module, name),
         blocks(dy.view.size, THREADS),

@@ -116,34 +116,21 @@ def _reach(shape: Shape, view: Array) -> int:
     return sum(n * abs(step) for n, step in zip(shape, _steps(view), strict=True))
 
 
-def module(
-    stem: str,
-    first: Array,
-    second: Array,
-    result: Array,
-    sums: numpy.dtype,
-    wide: bool,
-    element: numpy.dtype | None = None,
-    **constants: int,
-) -> Module:
-    """The module for arrays of these dtypes; ``element`` is that of tiles, where a kernel has them."""
-    return _module(stem, first.dtype, second.dtype, result.dtype, sums, wide, element, tuple(constants.items()))
-
-
 @lru_cache(maxsize=4096)
-def _module(
+def module(
     stem: str,
     first: numpy.dtype,
     second: numpy.dtype,
     result: numpy.dtype,
     sums: numpy.dtype,
     wide: bool,
-    element: numpy.dtype | None,
-    constants: tuple[tuple[str, int], ...],
+    element: numpy.dtype | None = None,
+    **constants: int,
 ) -> Module:
+    """The module for arrays of these dtypes; ``element`` is that of tiles, where a kernel has them."""
     dtypes = {"First": first, "Second": second, "Result": result, "Sum": sums, "Element": element}
     types = tuple((alias, dtype.name) for alias, dtype in dtypes.items() if dtype is not None)
-    return Module(stem, types, wide, constants)
+    return Module(stem, types, wide, tuple(constants.items()))
 
 
 def _steps(view: Array) -> Shape:

@@ -13,9 +13,10 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import product
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy
 
@@ -24,8 +25,9 @@ from gpuconv.algorithms import direct, implicit_gemm, scatter, scatter_plain
 from gpuconv.arguments import Shape
 from gpuconv.backend import Backend
 from gpuconv.cuda import compiler, occupancy
+from gpuconv.cuda.device import MODEL, Device
 from gpuconv.cuda.kernel import Kernel, Module
-from gpuconv.geometry import DIRECTIONS, Direction, Geometry
+from gpuconv.geometry import DIRECTIONS, Direction, Geometry, Layout
 from gpuconv.operands import Operand, Result, canonical
 from gpuconv.workspace import Run
 
@@ -46,13 +48,14 @@ CONVOLUTIONS: tuple[tuple[Shape, Shape, dict[str, Any]], ...] = (
 FAR = 2**30  # padding on one side, cropped on the other, makes positions too large for 32 bits
 
 _GRADIENTS: tuple[Direction, ...] = ("data_grad", "weight_grad")
-# The algorithms that have kernels, and for which directions.
-_KERNELS: dict[ModuleType, tuple[Direction, ...]] = {
+# The algorithms whose kernels are found by launching them, and for which directions they have one.
+_LAUNCHED: dict[ModuleType, tuple[Direction, ...]] = {
     direct: DIRECTIONS,
     scatter: _GRADIENTS,
     scatter_plain: _GRADIENTS,
     implicit_gemm: DIRECTIONS,
 }
+_TURING = Device(75, 72)  # which multiplies half precision and float64 without tensor cores
 
 
 class Row(NamedTuple):
@@ -82,18 +85,56 @@ class Row(NamedTuple):
 
 @cache
 def modules() -> dict[Module, dict[str, int]]:
-    """The modules that the algorithms launch for CONVOLUTIONS with every dtype, as :func:`launched` gives them."""
+    """The modules that are compiled, as :func:`launched` gives them: all that CONVOLUTIONS take of every dtype.
+
+    Of implicit_gemm, whose modules are many, every tile, and every way to read, multiply and store.
+    """
     convolutions = []
     for dtype in dtypes.available():
         for x, w, options in CONVOLUTIONS:
             near = Geometry.infer(x, w, **options)
             far = tuple((low + FAR, high - FAR) for low, high in near.padding)
             convolutions += [(near, dtype), (Geometry.infer(x, w, **{**options, "padding": far}), dtype)]
-    return launched(convolutions)
+    found = launched(convolutions, (direct, scatter, scatter_plain))
+    for plan in _gemm_plans():
+        found[plan.module] = plan.kernels
+    return found
+
+
+def _gemm_plans() -> Iterator[implicit_gemm.Plan]:
+    available = {dtype.name: dtype for dtype in dtypes.available()}
+    layer, deep, stem = (
+        {layout: Geometry.infer(*_laid_out(x, w, layout), **options, layout=layout) for layout in get_args(Layout)}
+        for x, w, options in (CONVOLUTIONS[1], CONVOLUTIONS[3], CONVOLUTIONS[0])
+    )
+    for name, dtype in available.items():
+        precisions = settings.PRECISIONS if name == "float32" else ("ieee",)
+        devices = (MODEL, _TURING) if name in ("float16", "float64") else (MODEL,)
+        for precision, device in product(precisions, devices):
+
+            def best(geometry: Geometry, direction: Direction, wide: bool = False) -> implicit_gemm.Plan:
+                return implicit_gemm.plans(geometry, dtype, direction, device, precision, wide=wide)[0]  # noqa: B023
+
+            if name in ("float16", "float32") and precision == "ieee" and device == MODEL:
+                yield from implicit_gemm.plans(layer["channels_last"], dtype, "forward", device)
+                yield from (best(layer["channels_first"], direction, wide=True) for direction in DIRECTIONS)
+                yield best(stem["channels_last"], "forward")
+                yield best(stem["channels_first"], "weight_grad")
+            yield from (best(geometry, "forward") for geometry in layer.values())
+            if name != "bfloat16" and precision != "tf32x3":
+                yield best(layer["channels_first"], "data_grad")
+                yield best(layer["channels_last"], "weight_grad")
+                yield best(deep["channels_last"], "forward")
+
+
+def _laid_out(x: Shape, w: Shape, layout: Layout) -> tuple[Shape, Shape]:
+    if layout == "channels_first":
+        return x, w
+    return (x[0], *x[2:], x[1]), (*w[2:], w[1], w[0])
 
 
 def launched(
-    convolutions: Iterable[tuple[Geometry, numpy.dtype]], algorithms: Iterable[ModuleType] = tuple(_KERNELS)
+    convolutions: Iterable[tuple[Geometry, numpy.dtype]], algorithms: Iterable[ModuleType] = tuple(_LAUNCHED)
 ) -> dict[Module, dict[str, int]]:
     """The modules that the algorithms launch for these; the most dynamic shared memory of their kernels, in bytes."""
     found: dict[Module, dict[str, int]] = {}
@@ -115,7 +156,7 @@ def _launch(algorithm: ModuleType, geometry: Geometry, dtype: numpy.dtype, backe
     y = canonical(numpy.zeros(geometry.y_shape, dtype), "y", geometry)
     run = Run(backend, dtypes.accumulator(dtype), settings.workspace_limit())
     operands = {"forward": (x, w, y), "data_grad": (y, w, x), "weight_grad": (y, x, w)}
-    for direction in _KERNELS[algorithm]:
+    for direction in _LAUNCHED[algorithm]:
         first, second, result = operands[direction]
         getattr(algorithm, direction)(Operand(first), Operand(second), Result(result), geometry, run)
 
@@ -133,10 +174,15 @@ def known(asked: Sequence[str] | None) -> list[str]:
 def rows(architecture: str, chosen: Iterable[Module] | None = None) -> Iterator[Row | compiler.CompileError]:
     """A row for each kernel of each module, or the error of a module that does not compile."""
     every = modules()
-    chosen = list(every) if chosen is None else chosen
+    chosen = [module for module in (every if chosen is None else chosen) if is_meant_for(module, architecture)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for found in pool.map(lambda module: _rows_of(module, architecture, every[module]), chosen):
             yield from found
+
+
+def is_meant_for(module: Module, architecture: str) -> bool:
+    """Whether an architecture has the instructions of a module; calls take another one where it has not."""
+    return architecture != "sm_75" or not dict(module.constants).get("TENSOR_PRODUCTS")
 
 
 def _rows_of(module: Module, architecture: str, dynamic: dict[str, int]) -> list[Row] | list[compiler.CompileError]:

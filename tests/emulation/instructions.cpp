@@ -92,10 +92,17 @@ static float half_value(unsigned bits) { return float(emulated_bits<_Float16>(ui
 static float bfloat16_value(unsigned bits) { return emulated_bits<float>(bits << 16); }
 static float tf32_value(unsigned bits) { return emulated_bits<float>(bits & 0xffffe000u); }  // the hardware drops the rest
 
+// Sums are cut off, not rounded, where they leave the tensor cores' exact sum of products.
+static float cut_off(double sum) {
+    const float nearest = float(sum);
+    return std::fabs(double(nearest)) > std::fabs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
 // PACKED elements share a register; a row of a holds K, in halves of PACKED * 4 columns.
 template <int K, int PACKED, float (*value)(unsigned)> void multiply_16x8(Lanes& lanes) {
     constexpr int HALF = 4 * PACKED, HALVES = K / HALF;
-    float a[16][K], b[K][8], d[16][8];
+    float a[16][K], b[K][8];
+    double d[16][8];
     for (int lane = 0; lane < 32; ++lane) {
         const auto& r = *static_cast<ProductRecord*>(lanes.record[lane]);
         const int row = lane / 4, t = lane % 4;
@@ -111,10 +118,10 @@ template <int K, int PACKED, float (*value)(unsigned)> void multiply_16x8(Lanes&
     }
     for (int i = 0; i < 16; ++i)
         for (int k = 0; k < K; ++k)
-            for (int j = 0; j < 8; ++j) d[i][j] += a[i][k] * b[k][j];
+            for (int j = 0; j < 8; ++j) d[i][j] += double(a[i][k]) * double(b[k][j]);
     for (int lane = 0; lane < 32; ++lane) {
         const auto& r = *static_cast<ProductRecord*>(lanes.record[lane]);
-        for (int e = 0; e < 4; ++e) r.d[e] = d[lane / 4 + e / 2 * 8][2 * (lane % 4) + e % 2];
+        for (int e = 0; e < 4; ++e) r.d[e] = cut_off(d[lane / 4 + e / 2 * 8][2 * (lane % 4) + e % 2]);
     }
 }
 

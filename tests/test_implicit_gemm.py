@@ -1,0 +1,514 @@
+"""What implicit_gemm promises beside the numbers of the matrix: every tile, its sums, its launches, its choice."""
+
+import contextlib
+from unittest import mock
+
+import numpy as np
+import pytest
+
+import gpuconv
+from gpuconv import dtypes
+from gpuconv.algorithms import gemm_tiles, implicit_gemm
+from gpuconv.algorithms.gemm_tiles import Choice
+from gpuconv.algorithms.matrices import Lines, View, matrices_of
+from gpuconv.cuda.device import MODEL, Device
+from gpuconv.geometry import Geometry
+from tests import reference
+from tests.cases import DIRECTIONS, channels_first, draw, laid_out, named_dtype
+from tests.conftest import BACKENDS
+from tests.emulation import launcher
+from tests.tolerances import assert_within, direct_bound
+
+ON_KERNELS = pytest.mark.parametrize("arrays", [BACKENDS[1], BACKENDS[3]], indirect=True)
+EMULATED = pytest.mark.parametrize("arrays", [BACKENDS[1]], indirect=True)
+BOTH_LAYOUTS = pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+
+# The ways to multiply: dtype and precision.
+KINDS = {
+    "float16": ("float16", "ieee"),
+    "bfloat16": ("bfloat16", "ieee"),
+    "float32": ("float32", "ieee"),
+    "tf32": ("float32", "tf32"),
+    "tf32x3": ("float32", "tf32x3"),
+    "float64": ("float64", "ieee"),
+    "complex64": ("complex64", "ieee"),
+    "complex128": ("complex128", "ieee"),
+}
+TILES = [
+    (kind, tile)
+    for kind, (name, precision) in KINDS.items()
+    for tile in implicit_gemm._products(
+        *[implicit_gemm.Source(View((), (), named_dtype(name), 0))] * 2,
+        *(1, dtypes.accumulator(named_dtype(name)), precision, MODEL),
+    ).tiles
+]
+TURING = Device(75, 72)
+
+
+class Problem:
+    """A convolution with its data and exact results, in channels_first terms."""
+
+    def __init__(self, x, w, dtype, integers=True, seed=0, positive=False, **settings):
+        rng = np.random.default_rng(seed)
+        rank = len(x) - 2
+        self.settings = {
+            "stride": (settings.get("stride", 1),) * rank,
+            "padding": ((settings.get("padding", 0),) * 2,) * rank,
+            "dilation": (settings.get("dilation", 1),) * rank,
+            "groups": settings.get("groups", 1),
+        }
+        self.dtype = dtype
+        self.geometry = Geometry.infer(x, w, **self.settings)
+        self.x, self.w = (draw(rng, shape, dtype, integers) for shape in (x, w))
+        self.dy = draw(rng, self.geometry.y_shape, dtype, integers)
+        if positive:
+            self.x, self.w, self.dy = (abs(a).astype(a.dtype) for a in (self.x, self.w, self.dy))
+
+    def exact(self, direction, magnitudes=False):
+        x, w, dy = (abs(a) if magnitudes else a for a in (self.x, self.w, self.dy))
+        if direction == "forward":
+            return reference.forward(x, w, **self.settings)
+        if direction == "data_grad":
+            return reference.data_grad(dy, w, self.x.shape, **self.settings)
+        return reference.weight_grad(dy, x, self.w.shape, **self.settings)
+
+    def computed(self, arrays, direction, layout="channels_first", **options):
+        dtype = named_dtype(self.dtype)
+        x, w, dy = (
+            arrays.asarray(laid_out(a.astype(dtype), layout, role))
+            for a, role in ((self.x, "x"), (self.w, "w"), (self.dy, "x"))
+        )
+        options = {**self.settings, "layout": layout, "algorithm": "implicit_gemm", **options}
+        if direction == "forward":
+            result = gpuconv.conv(x, w, **options)
+        elif direction == "data_grad":
+            result = gpuconv.conv_data_grad(dy, w, x.shape, **options)
+        else:
+            result = gpuconv.conv_weight_grad(dy, x, w.shape, **options)
+        return channels_first(arrays.asnumpy(result), layout, "w" if direction == "weight_grad" else "x")
+
+    def bound(self, direction):
+        terms = self.geometry.reduction_length(direction)
+        return direct_bound(self.exact(direction), self.exact(direction, True), terms, self.dtype)
+
+
+@contextlib.contextmanager
+def forced(tile, slices=1):
+    """A tile by name, in the place of the one that would be chosen."""
+
+    def chosen(problem):
+        return Choice(tile, min(slices, problem.most_slices), 0.0)
+
+    implicit_gemm.planned.cache_clear()
+    with mock.patch.object(gemm_tiles, "chosen", chosen):
+        yield
+    implicit_gemm.planned.cache_clear()
+
+
+@contextlib.contextmanager
+def planned():
+    """The constants of the kernels that are launched meanwhile."""
+    found = []
+    original = implicit_gemm.planned
+
+    def plan(*arguments):
+        made = original(*arguments)
+        found.append(dict(made.module.constants))
+        return made
+
+    with mock.patch.object(implicit_gemm, "planned", plan):
+        yield found
+
+
+# ------------------------------------------------------------------------------------------------- results
+
+
+def named(value):
+    return value if isinstance(value, str) else "x".join(map(str, value))
+
+
+# Channels, filters and extents: copied 16 bytes at a time, and one element at a time. Larger than the largest tile.
+SIZES = {"in chunks": (16, 136, (12, 10)), "one by one": (7, 131, (13, 11))}
+
+
+# Every n-th of the tests, n being no divisor of what is combined, so that all combinations come about.
+@pytest.mark.every_nth(7)
+@ON_KERNELS
+@BOTH_LAYOUTS
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(
+    "kind, tile", TILES, ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value))
+)
+def test_every_tile_is_exact(kind, tile, direction, sizes, layout, arrays):
+    """With rows and columns that do not fill the last tile, and a depth that does not fill the last turn."""
+    dtype, precision = KINDS[kind]
+    few, many, extent = SIZES[sizes]
+    channels, filters = (many, few) if direction == "data_grad" else (few, many)
+    problem = Problem((2, channels, *extent), (filters, channels, 3, 3), dtype, padding=1)
+    with forced(tile, slices=3), planned() as constants:
+        result = problem.computed(arrays, direction, layout, precision=precision)
+    np.testing.assert_array_equal(result, problem.exact(direction).astype(result.dtype))
+    (found,) = constants
+    assert (found["TILE_ROWS"], found["WARP_COLUMNS"]) == (tile.rows, tile.warp_columns)
+    chunk = 16 // np.dtype(result.dtype).itemsize
+    vectors = {found["LEFT_VECTOR"], found["RIGHT_VECTOR"], found["RESULT_VECTOR"]}
+    assert (chunk in vectors) == (sizes == "in chunks" or chunk == 1)
+
+
+@pytest.mark.every_nth(7)
+@ON_KERNELS
+@BOTH_LAYOUTS
+@pytest.mark.parametrize("groups, stride", [(1, 1), (3, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_numbers_stay_within_their_bound(kind, direction, rank, groups, stride, layout, arrays):
+    dtype, precision = KINDS[kind]
+    problem = Problem(
+        *((2, 8 * groups, *(7, 9, 8)[:rank]), (16 * groups, 8, *(3, 2, 3)[:rank]), dtype, False),
+        padding=1,
+        groups=groups,
+        stride=stride,
+    )
+    result = problem.computed(arrays, direction, layout, precision=precision)
+    bound = problem.bound(direction)
+    if kind == "tf32":
+        bound = bound + 2.0**-10 * problem.exact(direction, magnitudes=True)
+    assert_within(result, problem.exact(direction), (2 if kind == "tf32x3" else 1) * bound)
+
+
+@ON_KERNELS
+@BOTH_LAYOUTS
+def test_tf32_rounds_to_the_nearest(layout, arrays):
+    """Positive numbers: rounding is off by 1e-4 at most, cutting off would be by 6e-4."""
+    problem = Problem((1, 16, 12, 12), (16, 16, 3, 3), "float32", False, positive=True, padding=1)
+    exact = problem.exact("forward")
+    for precision, most in (("tf32", 2e-4), ("tf32x3", 4e-6), ("ieee", 1e-6)):
+        error = abs(problem.computed(arrays, "forward", layout, precision=precision) - exact) / exact
+        assert (error <= most).all()
+        assert precision != "tf32" or error.max() > 1e-5, "TF32 was not used"
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32", "tf32", "tf32x3", "complex64"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_sums_of_100_000_positive_terms_stay_within_the_bound(direction, kind, arrays):
+    """Tensor cores cut off what does not fit a sum, always downwards: so no sum of theirs may grow too long."""
+    dtype, precision = KINDS[kind]
+    terms = 100_000
+    if direction == "weight_grad":
+        problem = Problem((1, 2, terms), (3, 2, 1), dtype, False, positive=True)
+    else:
+        channels = (3, terms) if direction == "data_grad" else (terms, 3)
+        problem = Problem((1, channels[0], 4), (channels[1], channels[0], 1), dtype, False, positive=True)
+    if dtype in ("float16", "bfloat16"):  # a sum of 100,000 must not overflow, and its own rounding not hide the error
+        problem.x, problem.w, problem.dy = (
+            (a / 2**7).astype(named_dtype(dtype)).astype(float) for a in (problem.x, problem.w, problem.dy)
+        )
+    result = problem.computed(arrays, direction, precision=precision)
+    bound = problem.bound(direction)
+    if kind == "tf32":
+        bound = bound + 2.0**-10 * problem.exact(direction, magnitudes=True)
+    assert_within(result, problem.exact(direction), bound * (2 if kind == "tf32x3" else 1))
+
+
+def test_long_sums_on_tensor_cores_are_cut_into_pieces():
+    """Of 4,096 terms; up to that the registers of totals are saved."""
+    half = named_dtype("float16")
+    for channels, terms in ((4096, 0), (4104, 4096)):
+        geometry = Geometry.infer((1, channels, 4), (8, channels, 1))
+        (plan, *_) = implicit_gemm.plans(geometry, half, "forward", MODEL)
+        assert dict(plan.module.constants)["TERMS"] == terms
+
+
+@ON_KERNELS
+def test_equal_terms_stay_within_the_bound(arrays):
+    """Their roundings all go one way."""
+    x, w = np.full((1, 4096, 4), 0.1, np.float32), np.full((2, 4096, 1), 0.7, np.float32)
+    exact = reference.forward(x.astype(float), w.astype(float), (1,), ((0, 0),), (1,))
+    result = arrays.asnumpy(gpuconv.conv(arrays.asarray(x), arrays.asarray(w), algorithm="implicit_gemm"))
+    assert_within(result, exact, direct_bound(exact, exact, 4096, "float32"))
+
+
+@ON_KERNELS
+@BOTH_LAYOUTS
+@pytest.mark.parametrize("kind", ["float16", "float32", "tf32"])
+@pytest.mark.parametrize("direction", ["forward", "data_grad"])
+def test_a_sample_alone_gives_the_same_bits_as_in_a_batch(direction, kind, layout, arrays):
+    """Other batches take other tiles, but add up in the same order."""
+    dtype, precision = KINDS[kind]
+    problem = Problem((32, 24, 9, 8), (40, 24, 3, 3), dtype, False, padding=1, stride=2)
+    whole = problem.computed(arrays, direction, layout, precision=precision)
+    x, dy = problem.x, problem.dy
+    for size in (1, 2, 7):
+        problem.x, problem.dy = x[:size], dy[:size]
+        part = problem.computed(arrays, direction, layout, precision=precision)
+        np.testing.assert_array_equal(part, whole[:size])
+    for tile in [tile for name, tile in TILES if name == kind]:
+        with forced(tile):
+            np.testing.assert_array_equal(problem.computed(arrays, direction, layout, precision=precision), whole[:7])
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("dtype", ["float16", "float32", "complex64"])
+def test_infinite_weights_meet_no_zeros_beyond_dy(dtype, arrays):
+    """A tile with a NaN is formed again where weights are infinite, and only there."""
+    for stride in (1, 2):
+        problem = Problem((2, 40, 9, 8), (24, 40, 3, 3), dtype, padding=1, stride=stride)
+        problem.w[5, 7, 0, 2] = np.inf
+        problem.dy[1, 3, 1, 1] = np.nan
+        with np.errstate(invalid="ignore"):
+            expected = problem.exact("data_grad").astype(named_dtype(dtype))
+            for layout in ("channels_first", "channels_last"):
+                result = problem.computed(arrays, "data_grad", layout)
+                np.testing.assert_array_equal(np.isnan(result), np.isnan(expected))
+                np.testing.assert_array_equal(result[~np.isnan(expected)], expected[~np.isnan(expected)])
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "sigmoid", "tanh"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_derivatives_are_multiplied_in_as_operands_are_read(dtype, activation, arrays):
+    """Those of half precision on tensor cores only where the product needs no rounding."""
+    problem = Problem((2, 8, 7, 6), (16, 8, 3, 3), dtype, False, padding=1)
+    x, w = (a.astype(dtype) for a in (problem.x, problem.w))
+    y = gpuconv.conv(x, w, padding=1, activation=activation, algorithm="im2col")
+    dy = draw(np.random.default_rng(1), y.shape, dtype, False).astype(dtype)
+    expected = gpuconv.conv_backward(
+        *(a.astype(float) for a in (dy, x, w)), padding=1, activation=activation, y=y.astype(float), algorithm="im2col"
+    )
+    with planned() as constants:
+        found = gpuconv.conv_backward(
+            *map(arrays.asarray, (dy, x, w)),
+            padding=1,
+            activation=activation,
+            y=arrays.asarray(y),
+            algorithm="implicit_gemm",
+        )
+    on_tensor_cores = dtype == "float16" and activation == "relu"
+    assert {c["TENSOR_PRODUCTS"] for c in constants} == {int(on_tensor_cores)}
+    problem.dy = dy.astype(float)
+    for name, direction in (("dx", "data_grad"), ("dw", "weight_grad")):
+        exact, terms = getattr(expected, name), problem.geometry.reduction_length(direction)
+        bound = direct_bound(exact, problem.exact(direction, magnitudes=True), terms, dtype)
+        assert_within(arrays.asnumpy(getattr(found, name)), exact, bound)  # no derivative here is beyond 1
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("shape", [(2, 8, 16), (2, 8, 5, 6), (1, 8, 4, 5, 3)])
+def test_transposed_convolution_adds_bias_and_activates(shape, arrays):
+    """Where no tap reaches, the result is the bias."""
+    rank = len(shape) - 2
+    rng = np.random.default_rng(3)
+    x, w, b = (draw(rng, s, "float32", True).astype(np.float32) for s in (shape, (8, 12, *(2,) * rank), (12,)))
+    settings = {"stride": 3, "padding": 1, "output_padding": 1, "activation": "leaky_relu"}
+    expected = gpuconv.conv_transpose(x, w, b, **settings, algorithm="im2col")
+    result = gpuconv.conv_transpose(*map(arrays.asarray, (x, w, b)), **settings, algorithm="implicit_gemm")
+    np.testing.assert_array_equal(arrays.asnumpy(result), expected)
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_any_strides_and_alignment_are_read_and_written_as_they_lie(dtype, arrays):
+    """Inside larger arrays, reversed, spread and repeated: in chunks only where all begin at multiples."""
+    problem = Problem((2, 16, 8, 8), (16, 16, 3, 3), dtype, padding=1)
+    x, w = (arrays.asarray(a.astype(dtype)) for a in (problem.x, problem.w))
+    expected = problem.exact("forward").astype(dtype)
+    xp = arrays.xp
+
+    def inside(a, room):
+        larger = xp.zeros((*a.shape[:-1], a.shape[-1] + room), dtype)
+        view = larger[..., 1 : 1 + a.shape[-1]]
+        view[...] = a
+        return view
+
+    last = laid_out(problem.x.astype(dtype), "channels_last"), laid_out(problem.w.astype(dtype), "channels_last", "w")
+    last = tuple(map(arrays.asarray, last))
+    for layout, views in {
+        "channels_first": (inside(x, 7), inside(w, 1), x[:, :, ::-1][:, :, ::-1], xp.repeat(x, 2, 3)[..., ::2]),
+        "channels_last": (inside(last[0], 7), inside(last[1], 8), inside(last[0], 8), last[0]),
+    }.items():
+        for view in views:
+            is_w = (
+                view.shape == (w.shape if layout == "channels_first" else last[1].shape)
+                and view.ndim == 4
+                and view.shape[0] != 2
+            )
+            pair = (x, w) if layout == "channels_first" else last
+            given = (pair[0], view) if is_w else (view, pair[1])
+            result = gpuconv.conv(*given, padding=1, layout=layout, algorithm="implicit_gemm")
+            np.testing.assert_array_equal(channels_first(arrays.asnumpy(result), layout), expected)
+            out = inside(result, 3)
+            out[...] = 0
+            gpuconv.conv(*given, padding=1, layout=layout, algorithm="implicit_gemm", out=out)
+            np.testing.assert_array_equal(channels_first(arrays.asnumpy(out), layout), expected)
+
+
+@ON_KERNELS
+def test_unmerged_batch_axes_add_up_in_the_weights(arrays):
+    """Batch axes that lie in memory in no one order are taken one by one, and their sums carried on."""
+    rng = np.random.default_rng(5)
+    x, dy = (draw(rng, shape, "float32", True).astype(np.float32) for shape in ((2, 3, 2, 4, 9), (2, 3, 2, 5, 7)))
+    w_shape = (5, 4, 3)
+    expected = gpuconv.conv_weight_grad(dy, x, w_shape, algorithm="im2col")
+    swapped = [arrays.asarray(np.ascontiguousarray(a.swapaxes(0, 2))).swapaxes(0, 2) for a in (dy, x)]
+    with planned() as constants:
+        result = gpuconv.conv_weight_grad(*swapped, w_shape, algorithm="implicit_gemm")
+    assert len(constants) > 1
+    np.testing.assert_array_equal(arrays.asnumpy(result), expected)
+
+
+# ------------------------------------------------------------------------------------------------- launches
+
+
+@EMULATED
+@pytest.mark.parametrize("groups, stride, extent", [(1, 1, (9,)), (4, 2, (9, 8)), (8, 3, (7, 6, 5))])
+def test_groups_residues_and_ranks_take_one_launch(groups, stride, extent, arrays):
+    """Two for weight_grad: its slices, and their sum."""
+    rank = len(extent)
+    problem = Problem((2, 8, *extent), (16, 8 // groups, *(3,) * rank), "float32", stride=stride, groups=groups)
+    for direction in DIRECTIONS:
+        with launcher.using() as launches:
+            problem.computed(arrays, direction)
+        names = [f"implicit_gemm_{direction}"]
+        assert [launch.name for launch in launches] == names + (direction == "weight_grad") * [f"{names[0]}_sum"]
+
+
+@EMULATED
+@pytest.mark.parametrize("limit", ["1", "100KiB", "1MiB", "64MiB"])
+def test_the_sums_of_slices_stay_within_the_workspace(limit, arrays, monkeypatch):
+    """With filters in pieces where even one slice and the totals are too many; all but the smallest piece fits."""
+    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", limit)
+    problem = Problem((4, 24, 20, 20), (40, 24, 3, 3), "float32", padding=1)
+    taken = []
+    original = gpuconv.workspace.Run.workspace
+
+    @contextlib.contextmanager
+    def watched(self, *sizes):
+        taken.append(sum(sizes) * self.dtype.itemsize)
+        with original(self, *sizes) as spaces:
+            yield spaces
+        held.append(taken.pop())
+
+    held = []
+    with mock.patch.object(gpuconv.workspace.Run, "workspace", watched), planned() as constants:
+        result = problem.computed(arrays, "weight_grad")
+    np.testing.assert_array_equal(result, problem.exact("weight_grad").astype(np.float32))
+    per_filter = 24 * 9 * 4
+    assert max(held) <= max(gpuconv.settings.workspace_limit(), 2 * per_filter)
+    assert len(constants) == {"1": 40, "100KiB": 1, "1MiB": 1, "64MiB": 1}[limit]
+
+
+# ------------------------------------------------------------------------------------------------- choice
+
+
+def test_matrices_lie_as_their_arrays_do():
+    """16 bytes move at once along what lies side by side and begins at multiples of 16 bytes."""
+    half, eight = np.float16, 8
+    cases = {
+        # direction, layout, channels, filters, kernel, extent: left, right, (along rows, vector)
+        ("forward", "channels_last", 16, 24, 3, 8): ((True, 8), (False, 8), (False, 8)),
+        ("forward", "channels_last", 12, 20, 3, 8): ((True, 1), (False, 1), (False, 1)),
+        ("forward", "channels_first", 16, 24, 3, 8): ((False, 1), (True, 8), (True, 8)),
+        ("forward", "channels_first", 16, 24, 1, 8): ((False, 8), (True, 8), (True, 8)),
+        ("forward", "channels_first", 16, 24, 1, 7): ((False, 1), (True, 8), (True, 1)),
+        ("data_grad", "channels_last", 16, 24, 3, 8): ((True, 8), (True, 8), (False, 8)),
+        ("data_grad", "channels_first", 16, 24, 3, 8): ((False, 1), (True, 1), (True, 8)),
+        ("data_grad", "channels_first", 16, 24, 1, 8): ((False, 8), (False, 8), (True, 8)),
+        ("weight_grad", "channels_last", 16, 24, 3, 8): ((False, 8), (False, 8), (False, 8)),
+        ("weight_grad", "channels_first", 16, 24, 3, 8): ((True, 1), (True, 8), (False, 8)),
+        ("weight_grad", "channels_first", 16, 24, 1, 8): ((True, 8), (True, 8), (False, 8)),
+    }
+    for (direction, layout, channels, filters, kernel, n), (left, right, result) in cases.items():
+        first = layout == "channels_first"
+        geometry = Geometry.infer(
+            (2, channels, n, n) if first else (2, n, n, channels),
+            (filters, channels, kernel, kernel) if first else (kernel, kernel, channels, filters),
+            padding=kernel // 2,
+            layout=layout,
+        )
+        x, w, y = (View.contiguous(role, np.dtype(half), geometry) for role in ("x", "w", "y"))
+        given = {"forward": (x, w, y), "data_grad": (y, w, x), "weight_grad": (y, x, w)}[direction]
+        found = matrices_of(direction, geometry, *given)
+        assert (found.left, found.right) == (Lines(*left), Lines(*right)), (direction, layout, kernel, n)
+        assert (found.result_along_rows, found.result_vector) == result
+        assert found.axes == (0 if kernel == 1 else 2)
+        shifted = given[0]._replace(beyond=eight)
+        moved = matrices_of(direction, geometry, shifted, *given[1:])
+        assert (moved.right if direction == "weight_grad" else moved.left).vector == 1
+
+
+def test_windows_that_stay_within_the_image_need_no_look():
+    for settings, axes in (({}, 0), ({"padding": 1}, 2), ({"padding": ((0, 0), (0, 1))}, 2), ({"padding": -1}, 0)):
+        geometry = Geometry.infer((1, 8, 9, 9), (8, 8, 3, 3), **settings)
+        views = [View.contiguous(role, np.dtype(np.float32), geometry) for role in ("x", "w", "y")]
+        assert matrices_of("forward", geometry, *views).axes == axes
+        assert matrices_of("data_grad", geometry, views[2], views[1], views[0]).axes == 2
+
+
+def chosen(x, w, dtype="float16", direction="forward", device=MODEL, **settings):
+    geometry = Geometry.infer(x, w, **settings)
+    return implicit_gemm.plans(geometry, named_dtype(dtype), direction, device)[0]
+
+
+def test_much_work_takes_large_tiles_and_little_work_small_ones():
+    """So that all multiprocessors have some, and weight_grad cuts its outputs into slices for them."""
+    layer = {"padding": 1, "layout": "channels_last"}
+    much = chosen((256, 56, 56, 256), (3, 3, 256, 256), **layer).choice.tile
+    assert (much.rows, much.columns) == (128, 128)
+    little = chosen((1, 7, 7, 64), (3, 3, 64, 64), **layer).choice.tile
+    assert (little.rows, little.columns) == (32, 32)
+    few_weights = chosen((32, 56, 56, 64), (3, 3, 64, 64), direction="weight_grad", **layer)
+    assert few_weights.choice.slices > 10
+    assert few_weights.blocks >= MODEL.multiprocessors
+    many_weights = chosen((1, 7, 7, 2048), (3, 3, 2048, 2048), direction="weight_grad", **layer)
+    assert many_weights.choice.slices == 1
+
+
+def test_blocks_cover_the_work_and_fit_the_device():
+    for device, most in ((TURING, 64 << 10), (Device(86, 84), 99 << 10), (MODEL, 227 << 10)):
+        for dtype in ("float16", "float32", "float64", "complex64", "complex128"):
+            for direction in DIRECTIONS:
+                geometry = Geometry.infer((8, 64, 28, 28), (96, 64, 3, 3), padding=1, stride=2)
+                plans = implicit_gemm.plans(geometry, named_dtype(dtype), direction, device)
+                assert plans == sorted(plans, key=lambda plan: plan.choice.microseconds)
+                for plan in plans:
+                    assert plan.shared_bytes + (5 << 10) <= most
+                    assert plan.choice.microseconds > 0
+                    constants = dict(plan.module.constants)
+                    assert device.capability >= 80 or constants["TENSOR_PRODUCTS"] == 0
+                    tile = plan.choice.tile
+                    rows = {"forward": 8 * 14 * 14, "data_grad": 8 * 28 * 28, "weight_grad": 64 * 9}[direction]
+                    columns = {"data_grad": 64}.get(direction, 96)
+                    slices = plan.choice.slices
+                    assert plan.blocks * tile.rows * tile.columns >= rows * columns * slices
+                    assert plan.length * slices >= 8 * 14 * 14 * (direction == "weight_grad")
+                    assert plan.length * (slices - 1) < 8 * 14 * 14
+
+
+@EMULATED
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_without_tensor_cores_halves_are_added_up_in_float32(direction, dtype, arrays):
+    """As on sm_75, which has none for all of them; and no copies that go on by themselves."""
+    problem = Problem((2, 16, 6, 6), (16, 16, 3, 3), dtype, False, padding=1)
+    turing = arrays.backend._replace(device=lambda: TURING)
+    with mock.patch.object(gpuconv.call, "backend_for", return_value=turing), planned() as constants:
+        result = problem.computed(arrays, direction)
+    assert [(c["TENSOR_PRODUCTS"], c["STAGES"]) for c in constants] == [(0, 2)]
+    assert_within(result, problem.exact(direction), problem.bound(direction))
+
+
+def test_a_plan_is_made_once_for_the_same_shapes(rng):
+    from tests.conftest import arrays_of
+
+    if launcher.loader.why_not():
+        pytest.skip(launcher.loader.why_not())
+    with arrays_of("emulated"):
+        implicit_gemm.planned.cache_clear()
+        for _ in range(3):
+            x, w = rng.standard_normal((1, 8, 5, 5)), rng.standard_normal((8, 8, 3, 3))
+            gpuconv.conv(x, w, algorithm="implicit_gemm")
+        info = implicit_gemm.planned.cache_info()
+        assert (info.misses, info.hits) == (1, 2)
