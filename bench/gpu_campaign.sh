@@ -6,16 +6,16 @@
 #
 # From a checkout, with CuPy for CUDA 12 or 13, PyTorch if there is one, and no network. Results go to
 # OUT/<device>-<date>-<commit>/, at most eight files: log.txt (with the machine's facts), tests.xml, the golden vectors,
-# sanitizer.txt, micro.json, first.json, rest.json and summary.md. A stage that fails or runs out of its time leaves what
+# micro.json, first.json, rest.json, tiles.json and summary.md. A stage that fails or runs out of its time leaves what
 # it had, and the next one begins. DRY_RUN=1 runs every stage without a GPU, with tiny layers.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 out=${1:?usage: bench/gpu_campaign.sh OUT [STAGE[=SECONDS]...]}
 shift
 
-stages=(facts compile tests golden sanitizer micro first rest summary)
+stages=(facts compile tests golden sanitizer micro first rest tiles summary)
 declare -A seconds=(
-    [facts]=10 [compile]=30 [tests]=105 [golden]=15 [sanitizer]=60 [micro]=50 [first]=200 [rest]=40 [summary]=10
+    [facts]=10 [compile]=30 [tests]=105 [golden]=15 [sanitizer]=60 [micro]=50 [first]=150 [rest]=30 [tiles]=60 [summary]=10
 )
 chosen=()
 for stage in "$@"; do
@@ -77,18 +77,19 @@ tests() {
 golden() { run tests/golden/make_golden.py "$folder"; }
 
 sanitizer() {
-    local tool status=0
-    : > "$folder/sanitizer.txt"
+    local tool status=0 found
+    found=$(mktemp)
     for tool in memcheck racecheck; do
-        echo "== $tool" >> "$folder/sanitizer.txt"
         if command -v compute-sanitizer > /dev/null; then
-            compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" bench/short_matrix.py \
-                >> "$folder/sanitizer.txt" 2>&1 || status=$?
+            compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" bench/short_matrix.py > "$found" 2>&1 || status=$?
         else
-            run bench/short_matrix.py >> "$folder/sanitizer.txt" 2>&1 || status=$?
+            run bench/short_matrix.py > "$found" 2>&1 || status=$?
         fi
+        echo "== $tool"
+        head -c 20000 "$found"
+        tail -n 3 "$found"
     done
-    tail -n 3 "$folder/sanitizer.txt"
+    rm -f "$found"
     return $status
 }
 
@@ -108,6 +109,8 @@ suites() {
 first() { suites first.json quick resnet50 mobilenet audio1d unet3d jsense; }
 
 rest() { suites rest.json vgg16 convnext replknet stems grouped dilated transposed patch deepbench; }
+
+tiles() { run bench/tune_tiles.py --json "$folder/tiles.json"; }
 
 summary() { "$python" bench/report.py --campaign "$folder"; }
 

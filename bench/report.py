@@ -171,11 +171,13 @@ def _tests(folder):
 
 
 def _sanitizer(folder):
-    path = folder / "sanitizer.txt"
-    if not path.exists():
+    path = folder / "log.txt"
+    log = path.read_text(errors="replace") if path.exists() else ""
+    found = re.search(r"=== sanitizer,.*?\n(.*?)(?:\n=== |\Z)", log, re.DOTALL)
+    if not found:
         return ["**compute-sanitizer was not reached.**"]
-    lines = [line for line in path.read_text().splitlines() if re.match(r"==|=* ERROR SUMMARY|\d+ results|wrong", line)]
-    return ["## compute-sanitizer", "\n".join(f"    {line}" for line in lines[:20])]
+    lines = [line for line in found[1].splitlines() if re.match(r"==|=* ERROR SUMMARY|\d+ results|wrong", line)]
+    return ["## compute-sanitizer", "\n".join(f"    {line}" for line in dict.fromkeys(lines[:20]))]
 
 
 def _golden(folder):

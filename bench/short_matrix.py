@@ -7,7 +7,7 @@ against the float64 reference. Needs a GPU.
 import sys
 
 from gpuconv import dtypes
-from gpuconv.algorithms import direct, scatter, scatter_plain
+from gpuconv.algorithms import direct, implicit_gemm, scatter, scatter_plain
 from gpuconv.backend import BackendError
 from gpuconv.benchmark import command
 from gpuconv.benchmark.check import GEOMETRIES
@@ -15,8 +15,8 @@ from gpuconv.benchmark.problem import Problem
 from gpuconv.choose import MODULES
 from gpuconv.geometry import DIRECTIONS
 
-KERNELS = {"direct": direct, "scatter": scatter, "scatter_plain": scatter_plain}
-DTYPES = ("float32", "complex64")
+KERNELS = {"implicit_gemm": implicit_gemm, "direct": direct, "scatter": scatter, "scatter_plain": scatter_plain}
+DTYPES = ("float16", "float32", "complex64")
 
 
 def main():

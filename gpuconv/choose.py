@@ -7,7 +7,7 @@ their reasons. ``algorithm="auto"`` follows the rules, a named algorithm is take
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, get_args
@@ -39,6 +39,7 @@ class Explanation:
     backend: str
     dtype: str
     geometry: Geometry
+    candidates: tuple[str, ...] = ()  # how the algorithm could do it, the way that is taken first
 
     def __str__(self) -> str:
         g = self.geometry
@@ -48,6 +49,7 @@ class Explanation:
             f"  stride {g.stride}, padding {g.padding}, dilation {g.dilation}, groups {g.groups}, {g.layout}",
             f"  {gflop:.3g} GFLOP in sums of {g.reduction_length(self.direction)} products",
             f"takes {self.algorithm}: {self.reason}",
+            *(f"  {'by' if number == 0 else 'or'} {candidate}" for number, candidate in enumerate(self.candidates)),
             *(f"not {name}: {reason}" for name, reason in self.refused),
         ]
         return "\n".join(lines)
@@ -67,18 +69,25 @@ def choose(
             raise ValueError(f"algorithm={algorithm!r} cannot compute this {direction}: {refusals[algorithm]}")
         name, reason = algorithm, "asked for by name"
     else:
-        name, reason = next((name, reason) for name, reason in _preferences(geometry, backend) if not refusals[name])
+        name, reason = next(
+            (name, reason) for name, reason in _preferences(geometry, direction, backend) if not refusals[name]
+        )
     refused = tuple(
         (other, refusals[other] or f"it can, but {name} goes first here") for other in ALGORITHMS if other != name
     )
     return Explanation(name, reason, refused, direction, backend.name, dtype.name, geometry)
 
 
-def _preferences(geometry: Geometry, backend: Backend) -> list[tuple[str, str]]:
+def _preferences(geometry: Geometry, direction: Direction, backend: Backend) -> list[tuple[str, str]]:
     """Algorithms from the most wanted on, each with the reason; the last one accepts everything."""
     wanted = []
-    if geometry.group_channels == geometry.group_filters == 1 and backend.launch is None:
-        wanted.append(("scatter", "with one filter per channel a matrix product has nothing to do"))
+    if backend.launch is None:
+        if geometry.group_channels == geometry.group_filters == 1:
+            wanted.append(("scatter", "with one filter per channel a matrix product has nothing to do"))
+    elif implicit_gemm.fills_a_tile(geometry, direction):
+        wanted.append(("implicit_gemm", "there is enough of each group to fill half a tile or more"))
+    elif geometry.groups > 1:
+        wanted.append(("direct", "groups of few channels leave most of a tile empty, and are too many for products"))
     wanted.append(("im2col", "one matrix product does all filters at once"))
     return wanted
 
@@ -127,12 +136,16 @@ def explain(
         x_name="x_shape", w_name="w_shape",
     )  # fmt: skip
     check_name(algorithm)
-    settings.precision(precision)
+    permitted = settings.precision(precision)
     name = backend or get_backend()
     if name == "auto":
         name = array_module().__name__
     place = NUMPY if name == "numpy" else cupy_backend()
-    return choose(geometry, kind, direction, place, algorithm, consent(algorithm, deterministic))
+    explanation = choose(geometry, kind, direction, place, algorithm, consent(algorithm, deterministic))
+    if explanation.algorithm != "implicit_gemm":
+        return explanation
+    plans = implicit_gemm.plans(geometry, kind, direction, place.device(), permitted, settings.workspace_limit())
+    return replace(explanation, candidates=tuple(str(plan.choice) for plan in plans))
 
 
 def consent(algorithm: str, deterministic: bool | None) -> bool:

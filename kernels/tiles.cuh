@@ -39,7 +39,8 @@ template <class T, int COUNT> struct __align__(COUNT * sizeof(T) % 16 == 0 ? 16 
 // seen through windows, its position on the last AXES axes. An element of the matrix lies where two of them meet: at
 // the sum of their offsets, and in the padding unless the sum of their positions is within the image.
 template <int AXES> struct __align__(AXES == 0 ? sizeof(Index) : AXES == 1 ? 2 * sizeof(Index) : 16) Spot {
-    Index offset, at[AXES];
+    static constexpr int ROOM = AXES == 2 ? 3 : AXES;  // spots of two axes, too, are read 16 bytes at once
+    Index offset, at[ROOM];
 
     DEVICE bool meets(const Spot& other, const Index (&extent)[3]) const {
         bool within = true;
@@ -50,7 +51,7 @@ template <int AXES> struct __align__(AXES == 0 ? sizeof(Index) : AXES == 1 ? 2 *
     }
     DEVICE void stand(const Index (&position)[3]) {
 #pragma unroll
-        for (int axis = 0; axis < AXES; ++axis) at[axis] = position[3 - AXES + axis];
+        for (int axis = 0; axis < ROOM; ++axis) at[axis] = axis < AXES ? position[3 - AXES + axis] : 0;
     }
 };
 template <> struct Spot<0> {

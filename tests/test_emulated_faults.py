@@ -163,9 +163,9 @@ WRONG = {
     ),
     "more shared memory than there is": (
         "float* y",
-        "__shared__ float tile[12288];\ntile[threadIdx.x] = 1;\ny[threadIdx.x] = tile[threadIdx.x];",
-        "planted takes more than the 49152 bytes of shared memory that a block has",
-        "planted takes more than the 49152 bytes of shared memory that a block has",
+        "__shared__ float tile[12289];\ntile[threadIdx.x] = 1;\ny[threadIdx.x] = tile[threadIdx.x];",
+        "planted takes more than the 49152 bytes of shared memory that a kernel declares",
+        "planted takes more than the 49152 bytes of shared memory that a kernel declares",
     ),
     "copy in flight": (
         "const float* x, float* y",

@@ -9,11 +9,13 @@ all tiles of a kind, so it ranks tiles, and is no promise of a speed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
 import numpy
 
+from gpuconv.algorithms import gemm_table
 from gpuconv.algorithms.matrices import BYTES, Matrices
 from gpuconv.cuda import occupancy
 from gpuconv.cuda.device import Device
@@ -107,16 +109,17 @@ class Problem(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A tile, in how many slices the depth is cut, and the microseconds that the model gives it."""
+    """A tile, in how many slices the depth is cut, and the microseconds that it takes, by the model or measured."""
 
     tile: Tile
     slices: int
     microseconds: float
+    source: str = "the model"  # or the result under bench/results that measured it
 
     def __str__(self) -> str:
         tile, cut = self.tile, f" in {self.slices} slices" if self.slices > 1 else ""
         warps = f"{tile.warp_rows}x{tile.warp_columns}"
-        return f"tiles of {tile.rows}x{tile.columns}, {warps} a warp{cut}: {self.microseconds:.3g} us by the model"
+        return f"tiles of {tile.rows}x{tile.columns}, {warps} a warp{cut}: {self.microseconds:.3g} us by {self.source}"
 
 
 def chosen(problem: Problem) -> Choice:
@@ -125,16 +128,23 @@ def chosen(problem: Problem) -> Choice:
 
 
 def ranked(problem: Problem) -> list[Choice]:
-    """Every tile with the best number of slices for it, the one that is taken first."""
+    """Every tile with the best number of slices for it: the measured one if there is one, then by the model."""
     found = []
+    measured = gemm_table.measured().get(gemm_table.key(problem))
+    if measured is not None:
+        slices = min(measured["slices"], problem.most_slices)
+        found.append(Choice(Tile(*measured["tile"]), slices, measured["microseconds"], measured["source"]))
+    return found + sorted(_modelled(problem), key=lambda choice: choice.microseconds)
+
+
+def _modelled(problem: Problem) -> Iterator[Choice]:
     most = problem.most_slices
     for tile in problem.products.tiles:
         if _blocks_at_once(problem, tile) == 0:
             continue
         options = {min(most, 1 << bits) for bits in range(most.bit_length() + 1)}
         microseconds, slices = min((_microseconds(problem, tile, slices), slices) for slices in options)
-        found.append(Choice(tile, slices, microseconds))
-    return sorted(found, key=lambda choice: choice.microseconds)
+        yield Choice(tile, slices, microseconds)
 
 
 def stages(problem: Problem) -> int:

@@ -28,6 +28,7 @@ from gpuconv.geometry import DIRECTIONS, Direction, Geometry
 from gpuconv.operands import Operand, Result
 from gpuconv.workspace import Run
 
+SMALLEST = 32  # rows and columns of the smallest tile
 FEWEST_TURNS = 4  # of a slice: as many tiles as it is worth to begin for
 
 
@@ -38,6 +39,17 @@ def why_not(
     if backend.launch is None:
         return "it is a CUDA kernel, and NumPy's arrays are computed on the CPU"
     return arguments.why_not(geometry)
+
+
+def fills_a_tile(geometry: Geometry, direction: Direction) -> bool:
+    """Whether half of the smallest tile or more would be used."""
+    rows, columns = geometry.group_channels, geometry.group_filters
+    if direction == "weight_grad":
+        rows *= geometry.taps
+    else:
+        extents = geometry.output if direction == "forward" else geometry.input
+        rows, columns = math.prod((*geometry.batch, *extents)), columns if direction == "forward" else rows
+    return 2 * min(rows, SMALLEST) * min(columns, SMALLEST) >= SMALLEST**2
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
@@ -179,8 +191,9 @@ class Arrays(NamedTuple):
 class Plan(NamedTuple):
     """What the shapes decide, and how arrays lie in memory."""
 
-    module: Module
+    problem: Problem
     choice: Choice
+    module: Module
     blocks: int
     shared_bytes: int
     row_tiles: int
@@ -211,8 +224,9 @@ def _made(arrays: Arrays, problem: Problem, choice: Choice, wide: bool) -> Plan:
         choice = choice._replace(slices=blocks(work.depth, length))
     tiles = row_tiles * blocks(work.columns, choice.tile.columns)
     return Plan(
-        _module(arrays, problem, choice.tile, wide),
+        problem,
         choice,
+        _module(arrays, problem, choice.tile, wide),
         tiles * work.groups * work.residues * choice.slices,
         gemm_tiles.shared_bytes(problem, choice.tile),
         row_tiles,
@@ -272,7 +286,6 @@ def _module(arrays: Arrays, problem: Problem, tile: Tile, wide: bool) -> Module:
     _, matrices, products, *_ = problem
     constants = {
         "DIRECTION": DIRECTIONS.index(arrays.direction),
-        "THREADS": tile.threads,
         "TILE_ROWS": tile.rows,
         "TILE_COLUMNS": tile.columns,
         "WARP_ROWS": tile.warp_rows,
@@ -289,6 +302,7 @@ def _module(arrays: Arrays, problem: Problem, tile: Tile, wide: bool) -> Module:
         "RESULT_VECTOR": matrices.result_vector,
         "AXES": matrices.axes,
         "TAPS_INNERMOST": int(matrices.taps_innermost),
+        "THREADS": tile.threads,
     }
     first, second, result, sums = arrays.first.view, arrays.second.view, arrays.result, arrays.sums
     return arguments.module(

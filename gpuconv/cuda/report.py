@@ -22,12 +22,13 @@ import numpy
 
 from gpuconv import dtypes, settings
 from gpuconv.algorithms import direct, implicit_gemm, scatter, scatter_plain
-from gpuconv.arguments import Shape
+from gpuconv.algorithms.gemm_tiles import STAGES
+from gpuconv.arguments import Layout, Shape
 from gpuconv.backend import Backend
 from gpuconv.cuda import compiler, occupancy
 from gpuconv.cuda.device import MODEL, Device
 from gpuconv.cuda.kernel import Kernel, Module
-from gpuconv.geometry import DIRECTIONS, Direction, Geometry, Layout
+from gpuconv.geometry import DIRECTIONS, Direction, Geometry
 from gpuconv.operands import Operand, Result, canonical
 from gpuconv.workspace import Run
 
@@ -109,7 +110,7 @@ def _gemm_plans() -> Iterator[implicit_gemm.Plan]:
     )
     for name, dtype in available.items():
         precisions = settings.PRECISIONS if name == "float32" else ("ieee",)
-        devices = (MODEL, _TURING) if name in ("float16", "float64") else (MODEL,)
+        devices = (MODEL, _TURING) if name in ("float16", "float32", "float64") else (MODEL,)
         for precision, device in product(precisions, devices):
 
             def best(geometry: Geometry, direction: Direction, wide: bool = False) -> implicit_gemm.Plan:
@@ -182,7 +183,8 @@ def rows(architecture: str, chosen: Iterable[Module] | None = None) -> Iterator[
 
 def is_meant_for(module: Module, architecture: str) -> bool:
     """Whether an architecture has the instructions of a module; calls take another one where it has not."""
-    return architecture != "sm_75" or not dict(module.constants).get("TENSOR_PRODUCTS")
+    constants = dict(module.constants)
+    return architecture != "sm_75" or not (constants.get("TENSOR_PRODUCTS") or constants.get("STAGES", 0) > STAGES)
 
 
 def _rows_of(module: Module, architecture: str, dynamic: dict[str, int]) -> list[Row] | list[compiler.CompileError]:

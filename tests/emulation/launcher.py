@@ -16,7 +16,8 @@ from tests.emulation import loader
 
 ORDERS = ("natural", "reverse", "random")
 SECONDS = 30.0  # that a launch may take
-SHARED_MEMORY = 227 << 10  # bytes that a block may ask for, on sm_90
+STATIC_MEMORY = 48 << 10  # bytes of shared memory that a kernel may declare
+SHARED_MEMORY = 227 << 10  # bytes that a block may ask for in all, on sm_90
 
 _one_at_a_time = threading.Lock()  # the runtime is one for all threads
 
@@ -124,10 +125,11 @@ def run(library, name, grid, block, arguments, shared_memory=0, names=None):
         assert len(value) == size, f"{name}: {label} has {size} bytes, and {len(value)} were given"
         kept.append(_aligned(value))
         slots[i] = ctypes.addressof(kept[-1])
-    if library.static_memory(name) + shared_memory > SHARED_MEMORY:
-        raise loader.EmulationError(
-            f"{name} takes more than the {SHARED_MEMORY} bytes of shared memory that a block has"
-        )
+    static = library.static_memory(name)
+    limits = (static, STATIC_MEMORY, "kernel declares"), (static + shared_memory, SHARED_MEMORY, "block has")
+    for taken, most, what in limits:
+        if taken > most:
+            raise loader.EmulationError(f"{name} takes more than the {most} bytes of shared memory that a {what}")
     number = next(options.seed)
     order = ORDERS.index(options.order) if options.order else number % len(ORDERS)
     how = _LaunchOptions(order, number, options.late_copies, options.profiled, options.seconds)

@@ -1,0 +1,60 @@
+"""The tiles of implicit GEMM that measurements on a GPU chose: gemm_table.json, written by bench/tune_tiles.py.
+
+An entry holds for one device and one problem exactly. All others are left to the model of gemm_tiles.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpuconv.algorithms.gemm_tiles import Problem
+
+FILE = Path(__file__).with_suffix(".json")
+
+
+def key(problem: Problem) -> Any:
+    """What an entry is found by: all of a problem but how much workspace it may take."""
+    work, matrices, products, device, _ = problem
+    return _tuples((device, work, matrices, (products.element.name, *products[1:])))
+
+
+def entry(key: Any, tile: Iterable[int], slices: int, microseconds: float, source: str) -> dict[str, Any]:
+    """What the file holds of a measurement; ``source`` names the result under bench/results."""
+    device, work, matrices, products = key
+    return {
+        "device": device,
+        "work": work,
+        "matrices": matrices,
+        "products": products,
+        "tile": list(tile),
+        "slices": slices,
+        "microseconds": round(microseconds, 2),
+        "source": source,
+    }
+
+
+@cache
+def measured() -> dict[Any, dict[str, Any]]:
+    """The entries of the file."""
+    return {_tuples([e[part] for part in ("device", "work", "matrices", "products")]): e for e in read()}
+
+
+def read() -> list[dict[str, Any]]:
+    """The file as it is."""
+    entries: list[dict[str, Any]] = json.loads(FILE.read_text())
+    return entries
+
+
+def write(entries: Iterable[dict[str, Any]]) -> None:
+    """Writes the file anew, one entry a line."""
+    FILE.write_text("[" + ",".join(f"\n{json.dumps(e)}" for e in entries) + "\n]\n")
+    measured.cache_clear()
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
