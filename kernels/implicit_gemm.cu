@@ -35,6 +35,12 @@ constexpr int TERM_TURNS = TERMS > 0 ? TERMS / DEPTH : 1;
 template <class T> using LeftMover = Mover<T, LEFT_VECTOR, AXES, LeftTile, LEFT_LINES, LEFT_LENGTH>;
 template <class T> using RightMover = Mover<T, RIGHT_VECTOR, 0, RightTile, RIGHT_LINES, RIGHT_LENGTH>;
 
+// Where the spots of rows, steps and columns are kept: those along the lines of a tile as Mover wants them.
+DEVICE int place_of_row(int i) { return LEFT_ALONG_DEPTH ? i : LeftMover<First>::shelf(i); }
+DEVICE int place_of_left_step(int i) { return LEFT_ALONG_DEPTH ? LeftMover<First>::shelf(i) : i; }
+DEVICE int place_of_column(int i) { return RIGHT_ALONG_DEPTH ? i : RightMover<First>::shelf(i); }
+DEVICE int place_of_right_step(int i) { return RIGHT_ALONG_DEPTH ? RightMover<First>::shelf(i) : i; }
+
 // What the threads of a block share. The tables of steps are of two tiles: that being fetched, and the next.
 struct Tables {
     Spot<AXES> row[TILE_ROWS], left_step[2][DEPTH];
@@ -227,20 +233,22 @@ struct SweepSteps {
         }
     }
     DEVICE void set(Spot<AXES>* left, Spot<0>* right) {
-        if (threadIdx.x < DEPTH && remaining > 0) {
-            Index left_at = 0, right_at = 0;
+        if (threadIdx.x >= DEPTH) return;
+        Spot<AXES> left_spot = {};
+        Spot<0> right_spot = {};
+        if (remaining > 0) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                left_at += counter.digit[i] * left_offset[i];
-                right_at += counter.digit[i] * right_offset[i];
+                left_spot.offset += counter.digit[i] * left_offset[i];
+                right_spot.offset += counter.digit[i] * right_offset[i];
             }
-            left[threadIdx.x].offset = left_at;
-            right[threadIdx.x].offset = right_at;
-            left[threadIdx.x].stand({counter.digit[FIRST_TAP + 2] * jump[0], counter.digit[FIRST_TAP + 1] * jump[1],
-                                     counter.digit[FIRST_TAP] * jump[2]});
+            left_spot.stand({counter.digit[FIRST_TAP + 2] * jump[0], counter.digit[FIRST_TAP + 1] * jump[1],
+                             counter.digit[FIRST_TAP] * jump[2]});
             counter.advance();
             remaining -= DEPTH;
         }
+        left[place_of_left_step(threadIdx.x)] = left_spot;
+        right[place_of_right_step(threadIdx.x)] = right_spot;
     }
 };
 
@@ -285,20 +293,24 @@ struct Gather {
     DEVICE Index depth() const { return sweep.taps[0] * sweep.taps[1] * sweep.taps[2] * channels; }
 
     DEVICE void set(Tables& tables, Index g, Index row0, int rows, Index column0, int columns_here) const {
-        for (int r = threadIdx.x; r < rows; r += THREADS) {
-            Place from = place_of(row0 + r, sweep.rows, 1, 1, false), to = from;
-            from.g = to.g = g;
-            for (int axis = 0; axis < 3; ++axis) {
-                to.at[axis] = sweep.start[axis] + from.at[axis] * sweep.spread[axis];
-                from.at[axis] = sweep.origin[axis] + from.at[axis] * sweep.step[axis];
+        for (int r = threadIdx.x; r < TILE_ROWS; r += THREADS) {
+            Spot<AXES> spot = {};
+            if (r < rows) {
+                Place from = place_of(row0 + r, sweep.rows, 1, 1, false), to = from;
+                from.g = to.g = g;
+                for (int axis = 0; axis < 3; ++axis) {
+                    to.at[axis] = sweep.start[axis] + from.at[axis] * sweep.spread[axis];
+                    from.at[axis] = sweep.origin[axis] + from.at[axis] * sweep.step[axis];
+                }
+                spot.offset = from.offset(images_at);
+                spot.stand(from.at);
+                tables.result_row[r] = to.offset(result_at) + column0 * result_at.channel;
             }
-            tables.row[r].offset = from.offset(images_at);
-            tables.row[r].stand(from.at);
-            tables.result_row[r] = to.offset(result_at) + column0 * result_at.channel;
+            tables.row[place_of_row(r)] = spot;
         }
         const WeightPlace first = {g, 0, 0, {sweep.first_tap[0], sweep.first_tap[1], sweep.first_tap[2]}};
-        for (int c = threadIdx.x; c < columns_here; c += THREADS)
-            tables.column[c].offset = first.offset(w_at) + (column0 + c) * w_column;
+        for (int c = threadIdx.x; c < TILE_COLUMNS; c += THREADS)
+            tables.column[place_of_column(c)].offset = c < columns_here ? first.offset(w_at) + (column0 + c) * w_column : 0;
     }
 
     // Beyond the outputs dy was taken for zero; but zero times infinity is no number, and a convolution has no such
@@ -308,7 +320,7 @@ struct Gather {
         for (Index step = threadIdx.x; step < depth(); step += THREADS) {
             const Place at = tap_and_channel(step);
             for (int c = 0; c < columns_here; ++c)
-                if (!is_finite(w[tables.column[c].offset + offset_in_w(at)])) return false;
+                if (!is_finite(w[tables.column[place_of_column(c)].offset + offset_in_w(at)])) return false;
         }
         return true;
     }
@@ -325,9 +337,10 @@ struct Gather {
                 for (int axis = 0; axis < 3; ++axis) shift.at[axis] *= sweep.jump[axis];
                 Spot<AXES> spot = {shift.offset(images_at)};
                 spot.stand(shift.at);
-                if (tables.row[r].meets(spot, extent))
-                    add_product(sum, images[tables.row[r].offset + spot.offset],
-                                w[tables.column[c].offset + offset_in_w(at)]);
+                const Spot<AXES>& row = tables.row[place_of_row(r)];
+                if (row.meets(spot, extent))
+                    add_product(sum, images[row.offset + spot.offset],
+                                w[tables.column[place_of_column(c)].offset + offset_in_w(at)]);
             }
             finish(&to, 0, sum, bias_here, c, options);
         }
@@ -409,20 +422,23 @@ struct OutputSteps {
         }
     }
     DEVICE void set(Spot<AXES>* left, Spot<0>* right) {
-        if (threadIdx.x < DEPTH && remaining > 0) {
-            Index left_at = left_first, right_at = 0;
+        if (threadIdx.x >= DEPTH) return;
+        Spot<AXES> left_spot = {};
+        Spot<0> right_spot = {};
+        if (remaining > 0) {
+            left_spot.offset = left_first;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                left_at += counter.digit[i] * left_offset[i];
-                right_at += counter.digit[i] * right_offset[i];
+                left_spot.offset += counter.digit[i] * left_offset[i];
+                right_spot.offset += counter.digit[i] * right_offset[i];
             }
-            left[threadIdx.x].offset = left_at;
-            right[threadIdx.x].offset = right_at;
-            left[threadIdx.x].stand({counter.digit[2] * stride[0] - low[0], counter.digit[1] * stride[1] - low[1],
-                                     counter.digit[0] * stride[2] - low[2]});
+            left_spot.stand({counter.digit[2] * stride[0] - low[0], counter.digit[1] * stride[1] - low[1],
+                             counter.digit[0] * stride[2] - low[2]});
             counter.advance();
             remaining -= DEPTH;
         }
+        left[place_of_left_step(threadIdx.x)] = left_spot;
+        right[place_of_right_step(threadIdx.x)] = right_spot;
     }
 };
 
@@ -451,16 +467,20 @@ implicit_gemm_weight_grad(const First* dy_values, const First* dy_y, const Secon
         const Index outputs = conv.N * conv.output[0] * conv.output[1] * conv.output[2];
         const Index first = slice * length, last = slice == slices - 1 ? outputs : first + length;
 
-        for (int r = threadIdx.x; r < rows; r += THREADS) {
-            const WeightPlace at = weight_place_of((row0 + r) * conv.F, conv);
-            Place shift = {0, g, at.c, {}};
-            for (int axis = 0; axis < 3; ++axis) shift.at[axis] = at.tap[axis] * conv.dilation[axis];
-            tables.row[r].offset = shift.offset(x_at);
-            tables.row[r].stand(shift.at);
-            tables.result_row[r] = ((slice * conv.G + g) * all_rows + row0 + r) * conv.F + column0;
+        for (int r = threadIdx.x; r < TILE_ROWS; r += THREADS) {
+            Spot<AXES> spot = {};
+            if (r < rows) {
+                const WeightPlace at = weight_place_of((row0 + r) * conv.F, conv);
+                Place shift = {0, g, at.c, {}};
+                for (int axis = 0; axis < 3; ++axis) shift.at[axis] = at.tap[axis] * conv.dilation[axis];
+                spot.offset = shift.offset(x_at);
+                spot.stand(shift.at);
+                tables.result_row[r] = ((slice * conv.G + g) * all_rows + row0 + r) * conv.F + column0;
+            }
+            tables.row[place_of_row(r)] = spot;
         }
-        for (int c = threadIdx.x; c < columns; c += THREADS)
-            tables.column[c].offset = g * dy_at.group + (column0 + c) * dy_at.channel;
+        for (int c = threadIdx.x; c < TILE_COLUMNS; c += THREADS)
+            tables.column[place_of_column(c)].offset = c < columns ? g * dy_at.group + (column0 + c) * dy_at.channel : 0;
 
         Products products = {};
         OutputSteps steps(conv, first, last - first, x_at, dy_at);

@@ -314,9 +314,9 @@ template <int VECTOR, class Store> DEVICE void store_sums(const Products& produc
         __syncwarp();  // the slab is whole
         for (int unit = threadIdx.x % 32; unit < SLAB_LINES * UNITS; unit += 32) {
             const int line = number * SLAB_LINES + unit / UNITS, first = unit % UNITS * VECTOR;
-            const Sum* const sums = &slab[unit / UNITS * SLAB_PITCH + first];
-            store(warp_row() + (RESULT_ALONG_ROWS ? first : line), warp_column() + (RESULT_ALONG_ROWS ? line : first),
-                  *reinterpret_cast<const Numbers<Sum, VECTOR>*>(sums));
+            const Numbers<Sum, VECTOR> sums =
+                *reinterpret_cast<const Numbers<Sum, VECTOR>*>(&slab[unit / UNITS * SLAB_PITCH + first]);
+            store(warp_row() + (RESULT_ALONG_ROWS ? first : line), warp_column() + (RESULT_ALONG_ROWS ? line : first), sums);
         }
         __syncwarp();  // the slab has been read
     }

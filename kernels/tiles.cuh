@@ -89,12 +89,15 @@ template <class T, int VECTOR, int AXES, class Matrix, int LINES, int LENGTH> st
 
     DEVICE static int unit() { return threadIdx.x % UNITS * UNIT; }
 
-    // Takes the spots across the lines: of those there are, the ones of this thread's unit.
-    DEVICE void face(const Spot<AXES>* across, int count) {
+    // Where the spot of a place along the lines is kept, so that what a warp reads at once lies side by side.
+    DEVICE static int shelf(int i) { return i % UNIT * UNITS + i / UNIT; }
+
+    // Takes the spots along the lines, `count` of which exist: those of this thread's unit.
+    DEVICE void face(const Spot<AXES>* along, int count) {
 #pragma unroll
         for (int i = 0; i < SPOTS; ++i) {
             exists[i] = unit() + i < count;
-            if (exists[i]) mine[i] = across[unit() + i];
+            mine[i] = along[shelf(unit() + i)];
         }
     }
 
@@ -104,16 +107,17 @@ template <class T, int VECTOR, int AXES, class Matrix, int LINES, int LENGTH> st
         for (int round = 0; round < ROUNDS; ++round) {
             const int line = threadIdx.x / UNITS + round * PACE;
             if (LINES % PACE != 0 && line >= LINES) continue;
+            const Spot<AXES> there = lines[line];
             if constexpr (ASYNC) {
-                const bool seen = exists[0] && line < count && mine[0].meets(lines[line], extent);
-                const T* const source = seen ? from.values + (mine[0].offset + lines[line].offset) : from.values;
+                const bool seen = exists[0] && line < count && mine[0].meets(there, extent);
+                const T* const source = seen ? from.values + (mine[0].offset + there.offset) : from.values;
                 copy_async<VECTOR * sizeof(Element)>(to.address(line, unit()), source, seen ? VECTOR * sizeof(Element) : 0);
             } else {
 #pragma unroll
                 for (int i = 0; i < UNIT; ++i) {
                     held[round][i] = Element{};
-                    if (exists[i] && line < count && mine[i].meets(lines[line], extent))
-                        held[round][i] = element(from, mine[i].offset + lines[line].offset);
+                    if (exists[i] && line < count && mine[i].meets(there, extent))
+                        held[round][i] = element(from, mine[i].offset + there.offset);
                 }
             }
         }

@@ -118,8 +118,11 @@ CASES = (
 
 
 def in_turn(case, layout, dtype="float64"):
-    """Whether it is this layout's turn: each case and dtype has one."""
-    return (CASES.index(case) + LAYOUTS.index(layout) + DTYPES.index(dtype)) % len(LAYOUTS) == 0
+    """Whether it is the turn of this layout: each case and dtype has one. Twins of other dtypes have fewer turns."""
+    number = CASES.index(case)
+    if dtype in ("bfloat16", "complex128") and number % 3:
+        return False
+    return (number + LAYOUTS.index(layout) + DTYPES.index(dtype)) % len(LAYOUTS) == 0
 
 
 def named_dtype(name):

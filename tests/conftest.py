@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import ctypes
+import os
 import sys
 from unittest import mock
 
@@ -12,16 +13,13 @@ from hypothesis import settings
 
 import gpuconv
 import gpuconv.call
-from gpuconv import dtypes
-from gpuconv.algorithms import direct, implicit_gemm, scatter, scatter_plain
 from gpuconv.backend import NUMPY, Backend, cupy_backend
 from gpuconv.choose import MODULES
 from gpuconv.cuda import arguments, kernels_folder
-from gpuconv.cuda import report as compile_report
 from gpuconv.cuda.device import MODEL
 from gpuconv.geometry import Geometry
 from tests import standin
-from tests.cases import CASES, in_turn, named_dtype
+from tests.cases import in_turn, named_dtype
 from tests.emulation import launcher, loader
 from tests.golden import vectors
 
@@ -42,6 +40,8 @@ def devices_by_driver():
 HAS_GPU = devices_by_driver() > 0
 NO_GPU = "the driver reports no CUDA device"
 NO_EMULATION = loader.why_not()
+MOST_PROCESSES = 8
+LEFT_OUT = pytest.StashKey()  # how many tests need a GPU that is not there
 
 
 class NumpyArrays:
@@ -204,7 +204,7 @@ IN_TURNS = "implicit_gemm"  # has kernels for every layout, which take long to c
 
 
 def pytest_collection_modifyitems(config, items):
-    needless, counts = [], collections.Counter()
+    needless, counts, left_out = [], collections.Counter(), 0
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         backend = params.get("arrays", "numpy")
@@ -217,9 +217,11 @@ def pytest_collection_modifyitems(config, items):
             needless.append(item)
         item.user_properties.append(("backend", backend))
         if item.get_closest_marker("gpu") and not HAS_GPU:
-            item.add_marker(pytest.mark.skip(reason=NO_GPU))
+            left_out += 1
+            needless.append(item)
         if NO_EMULATION and (item.get_closest_marker("emulated") or item.get_closest_marker("checked")):
             item.add_marker(pytest.mark.skip(reason=NO_EMULATION))
+    config.stash[LEFT_OUT] = left_out
     if needless:
         config.hook.pytest_deselected(items=needless)
         dropped = set(needless)
@@ -241,31 +243,29 @@ def _in_turn(params):
     return in_turn(params["case"], params["layout"], params.get("dtype", "float64"))
 
 
-def possible(convolutions):
-    return ((geometry, dtype) for geometry, dtype in convolutions if not arguments.why_not(geometry))
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Where no file is named, tests run in a process for each core, if pytest-xdist is installed.
 
-
-@pytest.fixture(scope="session", autouse=True)
-def _libraries_built_ahead(request):
-    """Of a long run: a second core compiles the kernels of the cases while the first tests run."""
-    emulated = sum(item.get_closest_marker("emulated") is not None for item in request.session.items)
-    if NO_EMULATION or emulated < 1000 or launcher.options.mode != "fast":
-        yield
+    A file's tests stay together, since they share data; those of the one file of checked tests need not.
+    """
+    option = config.option
+    is_worker = hasattr(config, "workerinput")
+    if is_worker or not config.pluginmanager.hasplugin("xdist") or option.numprocesses is not None or option.usepdb:
         return
-    first = [(Geometry.infer(case.x, case.w, **case.settings), dtype) for case in CASES for dtype in dtypes.available()]
-    in_turns = [
-        (case.geometry(layout), dtype)
-        for case in CASES
-        for dtype in dtypes.available()
-        for layout in ("channels_first", "channels_last")
-        if in_turn(case, layout, dtype.name)
-    ]
-    every = compile_report.launched(possible(first), [direct, scatter, scatter_plain])
-    some = compile_report.launched(possible(in_turns), [implicit_gemm])
-    both_widths = [module._replace(wide=wide) for module in every for wide in (False, True)]
-    stop = loader.build_ahead([*both_widths, *some])
-    yield
-    stop()
+    if config.args_source == config.ArgsSource.TESTPATHS:
+        option.numprocesses = min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
+        option.dist = "load" if option.markexpr == "checked" else "loadfile"
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
 
 
 def pytest_report_header():
@@ -275,7 +275,7 @@ def pytest_report_header():
     return f"gpuconv backends: numpy {np.__version__}, {kernels}, stand-in for cupy, {gpu}; {python}"
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_terminal_summary(terminalreporter, config):
     counts = collections.Counter()
     for outcome in ("passed", "failed", "skipped"):
         for report in terminalreporter.stats.get(outcome, []):
@@ -283,7 +283,8 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.section("tests per backend")
     for backend in ("numpy", "emulated", "checked", "stand-in", "cupy"):
         line = ", ".join(f"{counts[backend, outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
-        terminalreporter.write_line(f"{backend:<9} {line}")
+        left_out = config.stash.get(LEFT_OUT, 0) if backend == "cupy" else 0
+        terminalreporter.write_line(f"{backend:<9} {line}" + (f", {left_out} left out: {NO_GPU}" if left_out else ""))
     if missing := vectors.unconfirmed():
         terminalreporter.write_line(
             f"{len(missing)} of {len(vectors.declared())} device functions were never compared with a GPU"

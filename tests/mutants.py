@@ -7,8 +7,9 @@ from typing import NamedTuple
 from gpuconv.cuda import kernels_folder
 from tests.emulation import loader
 
-# primitives.cuh is not among them: the CPU runs other code in its place, and golden vectors are for that.
-FILES = ("common.cuh", *sorted(path.name for path in kernels_folder().glob("*.cu")))
+# primitives.cuh is not among them: the CPU runs other code in its place, and golden vectors are for that. Nor is
+# implicit GEMM yet.
+FILES = ("common.cuh", "direct.cu", "scatter.cu")
 
 # What a rule is called, and its edits: a pattern and what comes in its place.
 RULES = {

@@ -212,14 +212,31 @@ def test_a_dump_that_cannot_be_written_is_an_error(name, device, given, monkeypa
 @pytest.fixture
 def device(made, monkeypatch):
     """A CuPy that only remembers: what was loaded, and what was launched."""
-    seen = types.SimpleNamespace(loaded=[], launched=[], current=0)
+    seen = types.SimpleNamespace(loaded=[], launched=[], asked_for=[], current=0)
+
+    class Function:
+        def __init__(self, name):
+            self.name, self.most = name, 48 << 10
+
+        def __call__(self, grid, block, given, shared_mem):
+            assert shared_mem <= self.most
+            seen.launched.append((self.name, grid, block, given, shared_mem))
+
+        @property
+        def max_dynamic_shared_size_bytes(self):
+            return self.most
+
+        @max_dynamic_shared_size_bytes.setter
+        def max_dynamic_shared_size_bytes(self, size):
+            seen.asked_for.append(size)
+            self.most = size
 
     class RawModule:
         def __init__(self, path):
             seen.loaded.append((path, seen.current))
 
         def get_function(self, name):
-            return lambda grid, block, given, shared_mem: seen.launched.append((name, grid, block, given, shared_mem))
+            return Function(name)
 
     def new_device(number=None):
         return types.SimpleNamespace(id=seen.current if number is None else number, compute_capability="90")
@@ -255,6 +272,13 @@ def test_a_kernel_is_loaded_once_for_each_device(device, made, given):
     launch.launch_cuda(FORWARD, 5, 128, given)
     assert len(device.loaded) == 2
     assert len(made) == 1
+
+
+def test_more_shared_memory_is_asked_for_once(device, given):
+    for size in (64, 60_000, 60_000, 90_000, 60_000):
+        launch.launch_cuda(FORWARD, 5, 128, given, size)
+    assert [size for *_, size in device.launched] == [64, 60_000, 60_000, 90_000, 60_000]
+    assert device.asked_for == [60_000, 90_000]
 
 
 def test_a_grid_of_no_blocks_is_not_launched(device, given):

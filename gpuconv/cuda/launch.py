@@ -21,10 +21,10 @@ def launch_cuda(kernel: Kernel, grid: int, block: int, arguments: Sequence[Any],
     """
     prepare(kernel, grid, arguments)
     if grid:
-        function = _function(kernel, _device())
-        if shared_memory > _GRANTED and function.max_dynamic_shared_size_bytes < shared_memory:
-            function.max_dynamic_shared_size_bytes = shared_memory
-        function((grid,), (block,), tuple(arguments), shared_mem=shared_memory)
+        device = _device()
+        if shared_memory > _GRANTED:
+            _ask_for(shared_memory, kernel, device)
+        _function(kernel, device)((grid,), (block,), tuple(arguments), shared_mem=shared_memory)
 
 
 def prepare(kernel: Kernel, grid: int, arguments: Sequence[Any]) -> None:
@@ -52,6 +52,13 @@ def _function(kernel: Kernel, device: int) -> Any:
 
 
 @cache
+def _ask_for(shared_memory: int, kernel: Kernel, device: int) -> None:
+    function = _function(kernel, device)
+    if function.max_dynamic_shared_size_bytes < shared_memory:
+        function.max_dynamic_shared_size_bytes = shared_memory
+
+
+@cache
 def _module(module: Module, device: int) -> Any:
     import cupy
 
@@ -61,5 +68,6 @@ def _module(module: Module, device: int) -> Any:
 
 def clear() -> None:
     """Forgets the modules of this process; those on disk stay."""
+    _ask_for.cache_clear()
     _function.cache_clear()
     _module.cache_clear()
