@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import ctypes
-import os
 import sys
 from unittest import mock
 
@@ -13,13 +12,16 @@ from hypothesis import settings
 
 import gpuconv
 import gpuconv.call
+from gpuconv import dtypes
+from gpuconv.algorithms import direct, implicit_gemm, scatter, scatter_plain
 from gpuconv.backend import NUMPY, Backend, cupy_backend
 from gpuconv.choose import MODULES
 from gpuconv.cuda import arguments, kernels_folder
+from gpuconv.cuda import report as compile_report
 from gpuconv.cuda.device import MODEL
 from gpuconv.geometry import Geometry
 from tests import standin
-from tests.cases import in_turn, named_dtype
+from tests.cases import CASES, in_turn, named_dtype
 from tests.emulation import launcher, loader
 from tests.golden import vectors
 
@@ -40,7 +42,6 @@ def devices_by_driver():
 HAS_GPU = devices_by_driver() > 0
 NO_GPU = "the driver reports no CUDA device"
 NO_EMULATION = loader.why_not()
-MOST_PROCESSES = 8
 LEFT_OUT = pytest.StashKey()  # how many tests need a GPU that is not there
 
 
@@ -213,7 +214,7 @@ def pytest_collection_modifyitems(config, items):
                 backend = {"gpu": "cupy"}.get(marker, marker)
         if backend == "numpy" and params.get("algorithm") in KERNELS_ONLY:
             needless.append(item)
-        if backend in ("emulated", "stand-in") and not (_in_turn(params) and _is_nth(item, counts)):
+        if backend in ("emulated", "stand-in") and not _in_turn(item, backend, params, counts):
             needless.append(item)
         item.user_properties.append(("backend", backend))
         if item.get_closest_marker("gpu") and not HAS_GPU:
@@ -228,44 +229,42 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in dropped]
 
 
-def _is_nth(item, counts):
-    """Whether it is one of every n of its test that run on the CPU."""
+def _in_turn(item, backend, params, counts):
+    """Whether a test runs on the CPU: of those that would compile many kernels, some."""
     marker = item.get_closest_marker("every_nth")
-    if marker is None:
+    if marker is None and params.get("algorithm") != IN_TURNS:
         return True
-    counts[item.originalname] += 1
-    return counts[item.originalname] % marker.args[0] == 1
+    if "case" in params and "layout" in params:
+        few = backend == "stand-in" and CASES.index(params["case"]) % 5
+        return not few and in_turn(params["case"], params["layout"], params.get("dtype", "float64"))
+    counts[backend, item.originalname] += 1
+    return counts[backend, item.originalname] % (marker.args[0] if marker else 3) == 1
 
 
-def _in_turn(params):
-    if params.get("algorithm") != IN_TURNS or not {"case", "layout"} <= set(params):
-        return True
-    return in_turn(params["case"], params["layout"], params.get("dtype", "float64"))
+def _possible(convolutions):
+    return ((geometry, dtype) for geometry, dtype in convolutions if not arguments.why_not(geometry))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config):
-    """Where no file is named, tests run in a process for each core, if pytest-xdist is installed.
-
-    A file's tests stay together, since they share data; those of the one file of checked tests need not.
-    """
-    option = config.option
-    is_worker = hasattr(config, "workerinput")
-    if is_worker or not config.pluginmanager.hasplugin("xdist") or option.numprocesses is not None or option.usepdb:
+@pytest.fixture(scope="session", autouse=True)
+def _libraries_built_ahead(request):
+    """Of a long run: a second core compiles the kernels of the cases while the first tests run."""
+    emulated = sum(item.get_closest_marker("emulated") is not None for item in request.session.items)
+    if NO_EMULATION or emulated < 1000 or launcher.options.mode != "fast":
+        yield
         return
-    if config.args_source == config.ArgsSource.TESTPATHS:
-        option.numprocesses = min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
-        option.dist = "load" if option.markexpr == "checked" else "loadfile"
-
-
-def pytest_sessionfinish(session):
-    if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, 0)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node):
-    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+    every = [(case.geometry(), dtype) for case in CASES for dtype in dtypes.available()]
+    in_turns = [
+        (case.geometry(layout), dtype)
+        for case in CASES
+        for dtype in dtypes.available()
+        for layout in ("channels_first", "channels_last")
+        if in_turn(case, layout, dtype.name)
+    ]
+    narrow = compile_report.launched(_possible(every), [direct, scatter, scatter_plain])
+    both_widths = [module._replace(wide=wide) for module in narrow for wide in (False, True)]
+    stop = loader.build_ahead([*both_widths, *compile_report.launched(_possible(in_turns), [implicit_gemm])])
+    yield
+    stop()
 
 
 def pytest_report_header():

@@ -293,7 +293,7 @@ def test_a_library_is_built_once_for_all_processes(tmp_path, monkeypatch):
     built = first.path.stat().st_mtime_ns
     assert Library(text, "fast").path.stat().st_mtime_ns == built
     assert Library(text, "checked").path != first.path
-    assert sorted(path.suffix for path in (tmp_path / "emulation").iterdir()) == [".so", ".so"]
+    assert len(list((tmp_path / "emulation").glob("*.so"))) == 2
 
 
 def test_a_library_is_found_through_a_link(tmp_path, monkeypatch):

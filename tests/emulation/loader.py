@@ -137,11 +137,11 @@ def runtime():
 
 
 @functools.cache
-def _header(mode):
+def _header(mode, cache):
     """A copy of cuda.hpp, which every kernel includes, beside what g++ made of it beforehand: that saves a fifth."""
     flags, text = (*KERNEL, *MODES[mode]), (FOLDER / "cuda.hpp").read_text()
     key = hashlib.sha256("\0".join((text, *flags, *_machine_flags(), _compiler())).encode()).hexdigest()[:24]
-    folder = settings.cache_folder() / "emulation" / key
+    folder = cache / "emulation" / key
     if not (folder / "cuda.hpp.gch").exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -162,7 +162,7 @@ def library_file(text, mode):
 
     def build(folder):
         (folder / "kernels.cpp").write_text(content)
-        include = ("-include", _header(mode))
+        include = ("-include", _header(mode, settings.cache_folder()))
         where = f"-ffile-prefix-map={folder}=."
         command = ("g++", *flags, where, *_machine_flags(), *include, "-c", folder / "kernels.cpp")
         _run(*command, "-o", folder / "kernels.o")
@@ -267,3 +267,25 @@ def library_for(module, mode):
 def emulated_source(module):
     """The text of a module with the CPU's primitives in it."""
     return source(module, (FOLDER / "primitives.hpp").read_text())
+
+
+def build_ahead(modules):
+    """Builds the libraries of these modules while this thread goes on; what it returns stops that."""
+    runtime()
+    texts = [emulated_source(module) for module in modules]
+    stopped = threading.Event()
+
+    def build():
+        for text in texts:
+            if stopped.is_set():
+                return
+            library_file(text, "fast")
+
+    thread = threading.Thread(target=build, daemon=True)
+    thread.start()
+
+    def stop():
+        stopped.set()
+        thread.join()
+
+    return stop

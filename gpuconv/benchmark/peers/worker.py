@@ -8,6 +8,7 @@ be verified.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import signal
@@ -57,7 +58,8 @@ class Worker:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
-            pipe.close()
+            with contextlib.suppress(BrokenPipeError):  # of what a dead process did not read
+                pipe.close()
         self._folder.cleanup()
 
     def _signal(self, name: str) -> None:
