@@ -218,8 +218,11 @@ def pytest_collection_modifyitems(config, items):
             needless.append(item)
         item.user_properties.append(("backend", backend))
         if item.get_closest_marker("gpu") and not HAS_GPU:
-            left_out += 1
-            needless.append(item)
+            if "gpu" in config.option.markexpr:  # which asks for them
+                item.add_marker(pytest.mark.skip(reason=NO_GPU))
+            else:
+                left_out += 1
+                needless.append(item)
         if NO_EMULATION and (item.get_closest_marker("emulated") or item.get_closest_marker("checked")):
             item.add_marker(pytest.mark.skip(reason=NO_EMULATION))
     config.stash[LEFT_OUT] = left_out

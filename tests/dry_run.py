@@ -13,13 +13,14 @@ from unittest import mock
 
 from gpuconv import cli
 from gpuconv.benchmark import layers, limits
+from gpuconv.cuda import report
 from tests import pretend
 from tests.test_golden import BY_KERNEL, emulated
 
 LAYERS = 1  # of each suite
 SMALLER = {
     "bench/micro.py": {"ADDITIONS": 2**14, "EXTENT": 64, "BATCH": 1},
-    "bench/compile_kernels.py": {"architecture": lambda: "sm_90a"},
+    "bench/compile_kernels.py": {"architecture": lambda: "sm_90a", "modules": lambda: list(report.modules())[::8]},
     "tests/golden/make_golden.py": {
         "cupy_backend": lambda: pretend.Backend("cupy", None, None),
         "on_gpu": lambda cupy: (emulated("fast"), set(BY_KERNEL), {"device": "pretended GPU"}),
