@@ -1,4 +1,4 @@
-"""Compiles the kernels that the suites need, on all cores: python bench/compile_kernels.py [--arch sm_90a]
+"""Compiles the kernels that suites and tests need, on all cores: python bench/compile_kernels.py [--arch sm_90a]
 
 What is compiled goes to the cache (GPUCONV_CACHE_DIR), where calls find it. The architecture is the GPU's at hand.
 """
@@ -10,10 +10,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from gpuconv import dtypes
+from gpuconv.algorithms import implicit_gemm
 from gpuconv.backend import BackendError, cupy_backend
 from gpuconv.benchmark import layers
-from gpuconv.cuda import compiler, report
+from gpuconv.cuda import arguments, compiler, report
 from gpuconv.cuda.cache import cubin_path
+from gpuconv.cuda.device import MODEL
+from gpuconv.geometry import DIRECTIONS
+from tests.cases import CASES
+
+LAYOUTS = ("channels_first", "channels_last")
 
 
 def architecture():
@@ -22,10 +28,23 @@ def architecture():
 
 
 def modules():
-    """The modules that the kernels' algorithms launch for every layer and dtype, and for those of the report."""
+    """The modules of the report, of every layer of the suites at a GPU's batch size, and of the tests' cases."""
     cases = dict.fromkeys(case for cases in layers.suites().values() for case in cases)
-    wanted = [(case.geometry(1), dtype) for case in cases for dtype in dtypes.available()]
-    return list(dict.fromkeys([*report.modules(), *report.launched(wanted)]))
+    tested = [(case.geometry(layout), dtype) for case in CASES for layout in LAYOUTS for dtype in dtypes.available()]
+    tested = [(geometry, dtype) for geometry, dtype in tested if not arguments.why_not(geometry)]
+    of_layers = [
+        plan.module
+        for case in cases
+        for layout in LAYOUTS
+        for dtype in dtypes.available()
+        if dtype.name != "complex128"  # which the campaign does not time
+        for precision in (("ieee", "tf32") if dtype.name == "float32" else ("ieee",))
+        for direction in DIRECTIONS
+        for plan in implicit_gemm.plans(case.geometry(case.batches[1], layout), dtype, direction, MODEL, precision)[:1]
+    ]
+    narrow = report.launched(tested)
+    wide = [module._replace(wide=True) for module in narrow if dict(module.types)["First"] == "float32"]
+    return list(dict.fromkeys([*report.modules(), *of_layers, *narrow, *wide]))
 
 
 def main():

@@ -15,7 +15,7 @@ shift
 
 stages=(facts compile tests golden sanitizer micro first rest tiles summary)
 declare -A seconds=(
-    [facts]=10 [compile]=30 [tests]=105 [golden]=15 [sanitizer]=60 [micro]=50 [first]=140 [rest]=40 [tiles]=60 [summary]=10
+    [facts]=10 [compile]=60 [tests]=105 [golden]=15 [sanitizer]=60 [micro]=50 [first]=120 [rest]=40 [tiles]=50 [summary]=10
 )
 chosen=()
 for stage in "$@"; do
