@@ -107,12 +107,14 @@ def main():
         return
     if not options.json:
         parser.error("--json must name a file to write to")
+    command.check_writable(options.json)
     try:
         place = command.place()
     except BackendError as error:
         sys.exit(f"tune_tiles.py needs a GPU: {error}")
     clock, rows = timing.clock_for(place), []
-    facts = {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), **results.machine()}
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    facts = {"machine": results.machine(), "commit": results.commit(), "date": date}
 
     def save():
         options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")

@@ -19,6 +19,7 @@ from gpuconv.algorithms import gemm_table
 from gpuconv.algorithms.matrices import BYTES, Matrices
 from gpuconv.cuda import occupancy
 from gpuconv.cuda.device import Device
+from gpuconv.cuda.launch import blocks
 
 WARP = 32
 TENSOR_TERMS = 4096  # of a sum on tensor cores, which cut off what does not fit
@@ -190,13 +191,13 @@ _LAUNCH = 3.0  # microseconds
 
 def _microseconds(problem: Problem, tile: Tile, slices: int) -> float:
     work, _, products, device, _ = problem
-    turns = -(-work.depth // (slices * products.depth))
-    tiles = -(-work.rows // tile.rows) * -(-work.columns // tile.columns)
-    busiest = -(-tiles * work.groups * work.residues * slices // device.multiprocessors)
+    turns = blocks(work.depth, slices * products.depth)
+    tiles = blocks(work.rows, tile.rows) * blocks(work.columns, tile.columns)
+    busiest = blocks(tiles * work.groups * work.residues * slices, device.multiprocessors)
     at_once = min(busiest, _blocks_at_once(problem, tile))
     waiting = 1 + _BUSY_WARPS / (at_once * tile.threads / WARP)
     clocks = busiest * turns * _clocks_of_turn(problem, tile) * waiting
-    clocks += -(-busiest // at_once) * (_START_AND_END + at_once * _clocks_of_end(tile, products))
+    clocks += blocks(busiest, at_once) * (_START_AND_END + at_once * _clocks_of_end(tile, products))
     total = clocks / _CLOCKS
     if slices > 1:
         sums = work.rows * work.columns * work.groups * products.element.itemsize * 2

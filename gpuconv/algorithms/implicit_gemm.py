@@ -36,9 +36,7 @@ def why_not(
     geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, deterministic: bool
 ) -> str | None:
     """A reason on NumPy, and for more than three spatial axes."""
-    if backend.launch is None:
-        return "it is a CUDA kernel, and NumPy's arrays are computed on the CPU"
-    return arguments.why_not(geometry)
+    return arguments.why_not_here(geometry, backend)
 
 
 def fills_a_tile(geometry: Geometry, direction: Direction) -> bool:

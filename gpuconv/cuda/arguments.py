@@ -15,7 +15,7 @@ import numpy
 from gpuconv.activations import NAMES, Activation
 from gpuconv.algorithms.blocks import largest, merged, pieces
 from gpuconv.arguments import Shape
-from gpuconv.backend import Array
+from gpuconv.backend import Array, Backend
 from gpuconv.cuda import structs
 from gpuconv.cuda.kernel import Module
 from gpuconv.geometry import Geometry
@@ -31,6 +31,13 @@ def why_not(geometry: Geometry) -> str | None:
     if geometry.rank > structs.AXES:
         return f"kernels take 1 to {structs.AXES} spatial axes, and this has {geometry.rank}"
     return None
+
+
+def why_not_here(geometry: Geometry, backend: Backend) -> str | None:
+    """The reason why an algorithm that is nothing but kernels cannot do it on a backend."""
+    if backend.launch is None:
+        return "it is a CUDA kernel, and NumPy's arrays are computed on the CPU"
+    return why_not(geometry)
 
 
 def image_pieces(
