@@ -13,7 +13,7 @@ from hypothesis import settings
 import gpuconv
 import gpuconv.call
 from gpuconv import dtypes
-from gpuconv.algorithms import direct, implicit_gemm, scatter, scatter_plain
+from gpuconv.algorithms import direct, scatter, scatter_plain
 from gpuconv.backend import NUMPY, Backend, cupy_backend
 from gpuconv.choose import MODULES
 from gpuconv.cuda import arguments, kernels_folder
@@ -22,7 +22,7 @@ from gpuconv.cuda.device import MODEL
 from gpuconv.geometry import Geometry
 from tests import standin
 from tests.cases import CASES, in_turn, named_dtype
-from tests.emulation import launcher, loader
+from tests.emulation import ahead, launcher, loader
 from tests.golden import vectors
 
 settings.register_profile("gpuconv", deadline=None, derandomize=True)
@@ -204,6 +204,7 @@ KERNELS_ONLY = ("direct", "implicit_gemm")  # algorithms that NumPy does not hav
 IN_TURNS = "implicit_gemm"  # has kernels for every layout, which take long to compile: each case takes one in its turn
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
     needless, counts, left_out = [], collections.Counter(), 0
     for item in items:
@@ -230,44 +231,47 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=needless)
         dropped = set(needless)
         items[:] = [item for item in items if item not in dropped]
+    if _is_long(items):  # what needs no kernel comes first: the time to compile some
+        items.sort(key=lambda item: not hasattr(item, "callspec") or item.callspec.params.get("arrays") != "numpy")
 
 
 def _in_turn(item, backend, params, counts):
-    """Whether a test runs on the CPU: of those that would compile many kernels, some."""
-    marker = item.get_closest_marker("every_nth")
-    if marker is None and params.get("algorithm") != IN_TURNS:
-        return True
-    if "case" in params and "layout" in params:
-        few = backend == "stand-in" and CASES.index(params["case"]) % 5
+    """Whether a test runs on the CPU: of those that would compile many kernels, and of the stand-in's, some."""
+    marker, has_many_modules = item.get_closest_marker("every_nth"), params.get("algorithm") == IN_TURNS
+    if {"case", "layout"} <= set(params) and (has_many_modules or backend == "stand-in"):
+        few = backend == "stand-in" and has_many_modules and CASES.index(params["case"]) % 5
         return not few and in_turn(params["case"], params["layout"], params.get("dtype", "float64"))
+    if marker is None and not has_many_modules:
+        return True
     counts[backend, item.originalname] += 1
     return counts[backend, item.originalname] % (marker.args[0] if marker else 3) == 1
 
 
-def _possible(convolutions):
-    return ((geometry, dtype) for geometry, dtype in convolutions if not arguments.why_not(geometry))
+def _is_long(items):
+    return not NO_EMULATION and launcher.options.mode == "fast" and len(items) > 5000
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _libraries_built_ahead(request):
-    """Of a long run: a second core compiles the kernels of the cases while the first tests run."""
-    emulated = sum(item.get_closest_marker("emulated") is not None for item in request.session.items)
-    if NO_EMULATION or emulated < 1000 or launcher.options.mode != "fast":
+    """Of a long run: a second core compiles kernels that tests will launch while the first tests run."""
+    items = request.session.items
+    if not _is_long(items):
         yield
         return
-    every = [(case.geometry(), dtype) for case in CASES for dtype in dtypes.available()]
-    in_turns = [
-        (case.geometry(layout), dtype)
-        for case in CASES
-        for dtype in dtypes.available()
-        for layout in ("channels_first", "channels_last")
-        if in_turn(case, layout, dtype.name)
-    ]
-    narrow = compile_report.launched(_possible(every), [direct, scatter, scatter_plain])
-    both_widths = [module._replace(wide=wide) for module in narrow for wide in (False, True)]
-    stop = loader.build_ahead([*both_widths, *compile_report.launched(_possible(in_turns), [implicit_gemm])])
-    yield
-    stop()
+    with ahead.building() as build:
+        convolutions = [(case.geometry(), dtype) for case in CASES for dtype in dtypes.available()]
+        possible = [(geometry, dtype) for geometry, dtype in convolutions if not arguments.why_not(geometry)]
+        for module in compile_report.launched(possible, [direct, scatter, scatter_plain]):
+            build(module)
+            build(module._replace(wide=True))
+        tests = [item for item in items if item.get_closest_marker("emulated") and _has_many_modules(item)]
+        ahead.rehearse(tests, arrays_of, build)
+        yield
+
+
+def _has_many_modules(item):
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return params.get("arrays") == "emulated" and params.get("algorithm", IN_TURNS) == IN_TURNS
 
 
 def pytest_report_header():

@@ -13,7 +13,7 @@ class Shipped(NamedTuple):
     """A kernel of the package and a convolution that shows the bug."""
 
     file: str
-    kernel: str  # in whose source the line is
+    kernel: str  # (or function) in whose source the line is
     algorithm: str
     direction: str
     case: str
@@ -43,6 +43,7 @@ class Bug(NamedTuple):
 
 DATA_GRAD = Shipped("scatter.cu", "scatter_data_grad", "scatter", "data_grad", "many channels")
 WEIGHT_GRAD = Shipped("scatter.cu", "scatter_weight_grad", "scatter", "weight_grad", "3x3")
+PIPELINE = Shipped("implicit_gemm.cu", "multiply", "implicit_gemm", "forward", "many channels")
 FORWARD = Shipped("direct.cu", "direct_forward", "direct", "forward", "3x3")
 
 TWO_STAGES = """__shared__ float tile[2][32];
@@ -335,6 +336,54 @@ y[threadIdx.x] = __shfl_xor_sync(~0u, x[threadIdx.x], 1);""",
         "reported 5/5",
         "tile",
         ("copy_async<4>(&tile[k % 2][lane]", "sum += tile[k % 2][31 - lane];"),
+    ),
+    Bug(
+        "a pipeline without its barrier",
+        PIPELINE,
+        "__syncthreads();  // this turn's",
+        "// this turn's",
+        "reported 5/5",
+        "reported 5/5",
+        "race: ",
+        ("const Spot<AXES> there = lines[line];", "steps.set(tables.left_step[1 - now]"),
+    ),
+    Bug(
+        "the tile that is multiplied is filled again",
+        PIPELINE,
+        "Stage& coming = stages[next % STAGES];",
+        "Stage& coming = stages[(turn + STAGES) % STAGES];",
+        "wrong result 5/5",
+        "reported 5/5",
+        "while an asynchronous copy into it is under way",
+        ("const Chunk chunk =",),
+    ),
+    Bug(
+        "one table of steps in the place of two",
+        PIPELINE,
+        "steps.set(tables.left_step[1 - now], tables.right_step[1 - now]);",
+        "steps.set(tables.left_step[now], tables.right_step[now]);",
+        "reported 5/5",
+        "reported 5/5",
+        "race: read of shared tables",
+        ("const Spot<AXES> there = lines[line];", "mine[i] = along[shelf(unit() + i)];"),
+    ),
+    Bug(
+        "sums that leave before their slab is whole",
+        PIPELINE._replace(file="products.cuh", kernel="store_sums"),
+        "__syncwarp();  // the slab is whole",
+        "",
+        "wrong result 5/5",
+        "reported 5/5",
+        "race: ",
+        ("*reinterpret_cast<const Numbers<Sum, VECTOR>*>(&slab[", "slab[line * SLAB_PITCH + "),
+    ),
+    Bug(
+        "what lies in the padding, copied all the same",
+        PIPELINE._replace(file="tiles.cuh", kernel="fetch"),
+        "source, seen ? VECTOR * sizeof(Element) : 0);",
+        "source, VECTOR * sizeof(Element));",
+        "wrong result 5/5",
+        "wrong result 5/5",
     ),
     Bug(
         "a copy from outside the image, not zero-filled",

@@ -15,6 +15,7 @@ import pytest
 from gpuconv.algorithms import scatter_plain
 from gpuconv.choose import MODULES
 from gpuconv.cuda import kernels_folder
+from gpuconv.cuda.kernel import files_of
 from tests import planted_bugs
 from tests.conftest import arrays_of
 from tests.emulation import launcher
@@ -99,8 +100,11 @@ def test_checked_mode_names_the_defect_and_its_line(bug):
 
 def places_of(text, bug, source):
     """The lines with this text, as reports name them."""
-    file = bug.place.file if isinstance(bug.place, Shipped) else "planted.cu"
-    files = {file: source, "common.cuh": (kernels_folder() / "common.cuh").read_text()}
+    if isinstance(bug.place, Shipped):
+        stem = bug.place.algorithm.removesuffix("_plain")
+        files = {name: (kernels_folder() / name).read_text() for name in files_of(stem)} | {bug.place.file: source}
+    else:
+        files = {"planted.cu": source}
     places = [
         f"{name}:{number}"
         for name, content in files.items()

@@ -19,7 +19,7 @@ FILE = Path(__file__).with_suffix(".json")
 
 def key(problem: Problem) -> Any:
     """What an entry is found by: all of a problem but how much workspace it may take."""
-    work, matrices, products, device, _ = problem
+    work, matrices, products, device, *_ = problem
     return _tuples((device, work, matrices, (products.element.name, *products[1:])))
 
 

@@ -107,6 +107,7 @@ class Problem(NamedTuple):
     products: Products
     device: Device
     most_slices: int  # that the depth may be cut into
+    least_slices: int = 1
 
 
 class Choice(NamedTuple):
@@ -139,18 +140,19 @@ def ranked(problem: Problem) -> list[Choice]:
 
 
 def _modelled(problem: Problem) -> Iterator[Choice]:
-    most = problem.most_slices
+    least, most = problem.least_slices, problem.most_slices
     for tile in problem.products.tiles:
         if _blocks_at_once(problem, tile) == 0:
             continue
-        options = {min(most, 1 << bits) for bits in range(most.bit_length() + 1)}
+        steps = (n << bits for bits in range(most.bit_length() + 1) for n in (2, 3))
+        options = {least, *(max(least, min(most, slices)) for slices in steps)}
         microseconds, slices = min((_microseconds(problem, tile, slices), slices) for slices in options)
         yield Choice(tile, slices, microseconds)
 
 
 def stages(problem: Problem) -> int:
     """Tiles in shared memory at a time: more where copies go on by themselves."""
-    _, matrices, products, device, _ = problem
+    _, matrices, products, device, *_ = problem
     most = max(matrices.left.vector, matrices.right.vector) * products.element.itemsize
     return ASYNCHRONOUS_STAGES if device.capability >= 80 and most >= 4 else STAGES
 
@@ -190,7 +192,7 @@ _LAUNCH = 3.0  # microseconds
 
 
 def _microseconds(problem: Problem, tile: Tile, slices: int) -> float:
-    work, _, products, device, _ = problem
+    work, _, products, device, *_ = problem
     turns = blocks(work.depth, slices * products.depth)
     tiles = blocks(work.rows, tile.rows) * blocks(work.columns, tile.columns)
     busiest = blocks(tiles * work.groups * work.residues * slices, device.multiprocessors)
@@ -207,7 +209,7 @@ def _microseconds(problem: Problem, tile: Tile, slices: int) -> float:
 
 def _clocks_of_turn(problem: Problem, tile: Tile) -> float:
     """What the busiest unit needs for one tile of each matrix."""
-    _, matrices, products, device, _ = problem
+    _, matrices, products, device, *_ = problem
     size, depth = products.element.itemsize, products.depth
     multiplying = tile.rows * tile.columns * depth * max(1, products.tensor_products) / _rate(products, device)
     warps = tile.threads // WARP
@@ -240,7 +242,7 @@ def _rate(products: Products, device: Device) -> float:
 
 def _blocks_at_once(problem: Problem, tile: Tile) -> int:
     """Blocks that a multiprocessor has room for, by registers about as many as the compiler takes."""
-    _, _, products, device, _ = problem
+    _, _, products, device, *_ = problem
     sums = tile.rows * tile.columns // tile.threads * max(1, products.element.itemsize // 4)
     registers = min(255, sums * (2 if products.terms else 1) + 90)
     memory = shared_bytes(problem, tile) + _TABLES

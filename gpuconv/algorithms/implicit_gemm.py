@@ -245,8 +245,13 @@ def _problem(arrays: Arrays, precision: str, device: Device, room: int) -> Probl
         matrices = matrices._replace(left=matrices.left._replace(vector=0))
     if not right.is_plain(products.element):
         matrices = matrices._replace(right=matrices.right._replace(vector=0))
-    most_slices = min(room, work.depth // (FEWEST_TURNS * products.depth)) if direction == "weight_grad" else 1
-    return Problem(work, matrices, products, device, max(1, most_slices))
+    if direction != "weight_grad":
+        return Problem(work, matrices, products, device, most_slices=1)
+    most = max(1, min(room, work.depth // (FEWEST_TURNS * products.depth)))
+    enough = blocks(work.depth, gemm_tiles.TENSOR_TERMS)  # that no sum on tensor cores needs a total
+    if products.terms != gemm_tiles.TENSOR_TERMS or enough > most:
+        return Problem(work, matrices, products, device, most)
+    return Problem(work, matrices, products._replace(terms=0), device, most, enough)
 
 
 def _work(direction: Direction, geometry: Geometry, images: int, result: View) -> Work:

@@ -29,8 +29,7 @@ CUDA_TYPES = {
     "complex128": "Complex<double>",
 }
 
-# What some files need beside common.cuh.
-HEADERS = {"implicit_gemm": ("tiles.cuh", "products.cuh")}
+_HEADERS = {"implicit_gemm": ("tiles.cuh", "products.cuh")}  # what some files need beside common.cuh
 
 
 class Module(NamedTuple):
@@ -76,9 +75,14 @@ def source(module: Module, primitives: str | None = None) -> str:
     parts = {
         "primitives.cuh": _read("primitives.cuh") if primitives is None else primitives,
         "constants": "\n".join(constants) + "\n",
-        **{name: _read(name) for name in ("common.cuh", *HEADERS.get(module.stem, ()), f"{module.stem}.cu")},
+        **{name: _read(name) for name in files_of(module.stem)},
     }
     return "".join(f'#line 1 "{name}"\n{part}' for name, part in parts.items())
+
+
+def files_of(stem: str) -> tuple[str, ...]:
+    """What a file of kernels is compiled with, in order, behind the primitives and constants; itself is the last."""
+    return ("common.cuh", *_HEADERS.get(stem, ()), f"{stem}.cu")
 
 
 def dump(module: Module) -> None:

@@ -27,6 +27,7 @@ COMMON = (
     "-std=c++17",
     "-fPIC",
     "-g1",
+    "-fno-var-tracking",  # of which lines need nothing
     "-gdwarf-4",  # with version 5 addr2line may name the wrong file
     "-fno-gnu-unique",
     "-fno-strict-aliasing",
@@ -267,25 +268,3 @@ def library_for(module, mode):
 def emulated_source(module):
     """The text of a module with the CPU's primitives in it."""
     return source(module, (FOLDER / "primitives.hpp").read_text())
-
-
-def build_ahead(modules):
-    """Builds the libraries of these modules while this thread goes on; what it returns stops that."""
-    runtime()
-    texts = [emulated_source(module) for module in modules]
-    stopped = threading.Event()
-
-    def build():
-        for text in texts:
-            if stopped.is_set():
-                return
-            library_file(text, "fast")
-
-    thread = threading.Thread(target=build, daemon=True)
-    thread.start()
-
-    def stop():
-        stopped.set()
-        thread.join()
-
-    return stop
