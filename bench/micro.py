@@ -1,8 +1,8 @@
 """Micro-benchmarks of what the kernels are made of: python bench/micro.py --json FILE
 
-A copy and a matrix product of every dtype, the host's cost of a launch, atomic additions one by one and four at a time
-into cells that all differ or that few threads share, a transposition, and every algorithm on the layers of the suite
-quick. Each result is verified before it is timed. Needs a GPU.
+A copy and a matrix product of every dtype, the host's cost of a launch and of a repeated call, atomic additions one by
+one and four at a time into cells that all differ or that few threads share, a transposition, and every algorithm on the
+layers of the suite quick. Each result is verified before it is timed. Needs a GPU.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy
 
+import gpuconv
 from gpuconv.algorithms import scatter_plain
 from gpuconv.backend import BackendError
 from gpuconv.benchmark import command, layers, limits, results, run, timing
@@ -65,6 +66,26 @@ def launch_cost(place, clock):
     yield "launch, one of 100 in a row", min(clock.samples(lambda: [call() for _ in range(100)], 10)) / 100, "s"
 
 
+def repeated_calls(place, clock):
+    """Seconds that a call like an earlier one keeps the host, and beside it a launch by CuPy alone."""
+    if not isinstance(clock, timing.GpuClock):
+        return
+    x, dy = (place.xp.ones((8, 64, 14, 14), numpy.float16) for _ in range(2))
+    w = place.xp.ones((64, 64, 3, 3), numpy.float16)
+    calls = {
+        "forward": lambda: gpuconv.conv(x, w, padding=1),
+        "data_grad": lambda: gpuconv.conv_data_grad(dy, w, x.shape, padding=1),
+        "weight_grad": lambda: gpuconv.conv_weight_grad(dy, x, w.shape, padding=1),
+        "backward, without db": lambda: gpuconv.conv_backward(dy, x, w, padding=1, needs=("dx", "dw")),
+    }
+    if place.again is not None:
+        launch = place.again(kernel("nothing"), 1, THREADS, 0)
+        calls["launch by CuPy alone"] = lambda: launch([x])
+    for name, call in calls.items():
+        call()
+        yield f"repeated call, host, {name}", min(clock.host(call) for _ in range(20)), "s"
+
+
 def transposition(place, clock):
     """Bytes a second that a transposition reads and writes."""
     xp = place.xp
@@ -106,7 +127,7 @@ def algorithms(place, clock):
             yield f"{name}, scatter_plain / scatter", timed["scatter_plain"] / timed["scatter"], "times"
 
 
-PARTS = (launch_cost, ceilings, transposition, atomic_additions, algorithms)
+PARTS = (launch_cost, repeated_calls, ceilings, transposition, atomic_additions, algorithms)
 
 
 def main():

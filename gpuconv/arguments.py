@@ -6,6 +6,7 @@ Equal settings become equal tuples, so that a Geometry made of them can be looke
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
 Layout: TypeAlias = Literal["channels_first", "channels_last"]
@@ -20,6 +21,21 @@ MOST_AXES = 28
 LARGEST = 2**31 - 1
 
 PADDING_NAMES = ("valid", "same", "same_lower", "full", "causal")
+
+
+_PLAIN = frozenset((int, bool, str))
+
+
+def are_plain(values: Iterable[object]) -> bool:
+    """Whether they are of Python's own types, so that equal ones of the same types mean the same."""
+    for value in values:
+        if type(value) is tuple:
+            for item in value:
+                if type(item) is not int:
+                    return False
+        elif type(value) not in _PLAIN:
+            return False
+    return True
 
 
 def shape_of(value: object, name: str) -> Shape:

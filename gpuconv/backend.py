@@ -14,7 +14,7 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -35,12 +35,16 @@ class BackendError(RuntimeError):
 
 
 class Backend(NamedTuple):
-    """An array module, what launches CUDA kernels on its arrays (None where nothing does), and on which device."""
+    """An array module, what launches CUDA kernels on its arrays (None where nothing does), and on which device.
+
+    ``again`` gives a function of the arguments that makes a launch once more, where there is a faster way to do it.
+    """
 
     name: str
     xp: Any
     launch: Callable[..., None] | None
     device: Callable[[], device.Device] = lambda: device.MODEL
+    again: Callable[..., Callable[[Sequence[Any]], None]] | None = None
 
     @property
     def kind(self) -> Kind:
@@ -163,9 +167,9 @@ def cupy_backend() -> Backend:
 
 
 def _cupy(cupy: Any) -> Backend:
-    from gpuconv.cuda.launch import launch_cuda
+    from gpuconv.cuda import launch
 
-    return Backend("cupy", cupy, launch_cuda, device.current)
+    return Backend("cupy", cupy, launch.launch_cuda, device.current, launch.again)
 
 
 def driver_devices() -> int:
@@ -182,22 +186,23 @@ def driver_devices() -> int:
 
 def kind_of(**arrays: Array) -> Kind:
     """Whether these arguments are NumPy's or CuPy's arrays; TypeError or ValueError, by name, where they do not fit."""
+    if set(map(type, arrays.values())) == {numpy.ndarray}:
+        return "numpy"
     kinds = {name: _kind(name, array) for name, array in arrays.items()}
-    first = next(iter(kinds))
-    for name, kind in kinds.items():
-        if kind != kinds[first]:
+    (first, kind), *others = kinds.items()
+    for name, other in others:
+        if other != kind:
             raise TypeError(
-                f"arrays of a call must be of one kind,"
-                f" but {first} is a {kinds[first]}.ndarray and {name} a {kind}.ndarray"
+                f"arrays of a call must be of one kind, but {first} is a {kind}.ndarray and {name} a {other}.ndarray"
             )
-    if kinds[first] == "cupy":
-        devices = {name: array.device.id for name, array in arrays.items()}
-        for name, device in devices.items():
-            if device != devices[first]:
+    if kind == "cupy":
+        devices = [array.device.id for array in arrays.values()]
+        for name, device in zip(kinds, devices, strict=True):
+            if device != devices[0]:
                 raise ValueError(
-                    f"arrays of a call must be on one device, but {first} is on {devices[first]} and {name} on {device}"
+                    f"arrays of a call must be on one device, but {first} is on {devices[0]} and {name} on {device}"
                 )
-    return kinds[first]
+    return kind
 
 
 def _kind(name: str, array: Array) -> Kind:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy
 
-from gpuconv import activations, dtypes, settings, workspace
+from gpuconv import activations, dtypes, replay, settings, workspace
 from gpuconv.activations import Activation
 from gpuconv.algorithms.blocks import Space, boxes, fitting_box, group_parts
+from gpuconv.algorithms.matrices import BYTES
 from gpuconv.arguments import Shape
 from gpuconv.backend import (
     Array,
     Backend,
     Kind,
+    address,
     addressable,
     backend_for,
     device_of,
@@ -24,7 +27,7 @@ from gpuconv.backend import (
     module_of,
     moved,
 )
-from gpuconv.choose import MODULES, check_name, choose, consent
+from gpuconv.choose import LAUNCHES_ONLY, MODULES, check_name, choose, consent
 from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import Operand, Result, Role, canonical
 
@@ -76,6 +79,7 @@ class Call:
         self.precision = settings.precision(precision)
         self.limit = settings.workspace_limit()
         self.backend = backend_for(kind)
+        self.sums = dtypes.accumulator(dtype)
 
     def check_out(self, out: Array | None, shape: Shape, **inputs: Array) -> None:
         """TypeError or ValueError unless out can take a result of this shape."""
@@ -105,25 +109,61 @@ class Call:
         activation: Activation | None = None,
     ) -> Array:
         """Runs one direction. first and second are what the algorithms take: x and w, dy and w, or dy and x."""
-        geometry, backend, sums = self.geometry, self.backend, dtypes.accumulator(self.dtype)
+        backend = self.backend
+        with device_of(first.array):
+            if bias is not None:
+                bias = backend.xp.ascontiguousarray(moved(bias, backend.kind), self.sums)
+            key = None
+            if backend.launch is not None and backend.kind == self.kind:
+                key = self._key(direction, first, second, role, out, bias, activation)
+                if (known := replay.known(key)) is not None:
+                    return known.run(backend.xp, [first.array, first.y, second.array, second.y, bias, out])
+            return self._computed(direction, first, second, role, out, bias, activation, key)
+
+    def _key(self, direction: Direction, first: Source, second: Source, role: Role, *rest: Any) -> Hashable:
+        """All that decides which launches there are."""
+        out, bias, activation = rest
+        settings = self.algorithm, self.deterministic, self.precision, self.limit
+        how = direction, role, activation, first.conjugate, first.activation, second.conjugate, second.activation
+        arrays = first.array, first.y, second.array, second.y, bias, out
+        return (self.geometry, self.dtype, self.backend, settings, how, *map(_lying, arrays))
+
+    def _computed(
+        self,
+        direction: Direction,
+        first: Source,
+        second: Source,
+        role: Role,
+        out: Array | None,
+        bias: Array | None,
+        activation: Activation | None,
+        key: Hashable,
+    ) -> Array:
+        """The long way, which is remembered by the key where its launches are all there is to it."""
+        geometry, backend = self.geometry, self.backend
         algorithm = choose(geometry, self.dtype, direction, backend, self.algorithm, self.deterministic).algorithm
         shape = {"x": geometry.x_shape, "w": geometry.w_shape, "y": geometry.y_shape}[role]
-        with device_of(first.array), matrix_products(backend, self.precision):
-            channels_last = role != "w" and _has_channels_last_memory(first.array, geometry)
-            target = out
-            if out is None or backend.kind != self.kind or not (backend.launch is None or addressable(out)):
-                target = _empty(backend.xp, shape, self.dtype, channels_last, geometry)
-            if bias is not None:
-                bias = moved(bias, backend.kind).astype(sums).reshape(geometry.groups, -1)
-            result = Result(canonical(target, role, geometry), bias, activation)
-            sources = (first, second)
-            operands = [source.operand(geometry, backend, self.dtype) for source in sources]
-            run = workspace.Run(backend, sums, self.limit, self.precision)
-            if all(operand.view.size for operand in operands) and result.view.size:
-                self._run_by_groups(getattr(MODULES[algorithm], direction), operands, sources, result, role, run)
-            else:
-                result.fill(backend.xp)
+        channels_last = role != "w" and _has_channels_last_memory(first.array, geometry)
+        empty = partial(_empty, backend.xp, shape, self.dtype, channels_last, geometry)
+        target = out
+        if out is None or backend.kind != self.kind or not (backend.launch is None or addressable(out)):
+            target = empty()
+        by_groups = None if bias is None else bias.reshape(geometry.groups, -1)
+        result = Result(canonical(target, role, geometry), by_groups, activation)
+        sources = (first, second)
+        operands = [source.operand(geometry, backend, self.dtype) for source in sources]
+        if not (all(operand.view.size for operand in operands) and result.view.size):
+            result.fill(backend.xp)
             return self._returned(target, out, channels_last)
+        recorder = None
+        if key is not None and direction in LAUNCHES_ONLY.get(algorithm, ()) and (out is None or out is target):
+            recorder = replay.Recorder(backend, (first.array, first.y, second.array, second.y, bias, target))
+        run = workspace.Run(backend, self.sums, self.limit, self.precision, recorder)
+        with matrix_products(backend, self.precision):
+            self._run_by_groups(getattr(MODULES[algorithm], direction), operands, sources, result, role, run)
+        if recorder is not None:
+            recorder.remember(key, self.limit, self.sums, empty)
+        return self._returned(target, out, channels_last)
 
     def _run_by_groups(
         self,
@@ -155,7 +195,7 @@ class Call:
                 total = xp.sum(view, axis=positions, dtype=sums)
             else:
                 total = xp.zeros(view.shape[-2:], sums)
-                run = workspace.Run(self.backend, dtypes.accumulator(self.dtype), self.limit)
+                run = workspace.Run(self.backend, self.sums, self.limit)
                 channels = math.prod(view.shape[-2:])
                 read = Space(temporaries=operand.temporaries)
                 box, spaces = fitting_box(view.shape[:-2], run.budget, lambda box: [(channels * math.prod(box), read)])
@@ -263,6 +303,11 @@ def _empty(xp: Any, shape: Shape, dtype: numpy.dtype, channels_last: bool, geome
     channel = len(geometry.batch)
     memory = xp.empty((*shape[:channel], *shape[channel + 1 :], shape[channel]), dtype)
     return memory.transpose(*range(channel), len(shape) - 1, *range(channel, len(shape) - 1))
+
+
+def _lying(array: Array | None) -> Hashable:
+    """How an array lies in memory, as far as kernels are chosen by it."""
+    return None if array is None else (array.shape, array.strides, array.dtype, address(array) % BYTES)
 
 
 def _overlaps_itself(array: Array) -> bool:

@@ -27,6 +27,12 @@ MODULES: dict[str, ModuleType] = {
 }
 ALGORITHMS: tuple[str, ...] = tuple(MODULES)
 
+# Where an algorithm does nothing but launch kernels, so that a call can be made again from its launches.
+LAUNCHES_ONLY: dict[str, tuple[Direction, ...]] = {
+    "implicit_gemm": DIRECTIONS,
+    "direct": ("forward", "data_grad"),
+}
+
 
 @dataclass(frozen=True)
 class Explanation:

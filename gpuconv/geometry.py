@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from itertools import product
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
-from gpuconv.arguments import Layout, Pairs, Shape, geometry_settings, per_axis, shape_of
+from gpuconv.arguments import Layout, Pairs, Shape, are_plain, geometry_settings, per_axis, shape_of
 
 Direction: TypeAlias = Literal["forward", "data_grad", "weight_grad"]
 
@@ -78,13 +78,8 @@ class Geometry:
 
         Raises ValueError for shapes and values, TypeError for kinds.
         """
-        shapes = shape_of(x_shape, x_name), shape_of(w_shape, w_name)
-        return _infer(
-            *shapes,
-            *geometry_settings(shapes[1], w_name, stride, padding, dilation, groups, layout, flip),
-            x_name,
-            w_name,
-        )
+        given = (x_shape, w_shape, stride, padding, dilation, groups, layout, flip, x_name, w_name)
+        return (_of_arguments if are_plain(given) else _of_arguments.__wrapped__)(*given)
 
     @classmethod
     def infer_transposed(
@@ -105,10 +100,8 @@ class Geometry:
         >>> Geometry.infer_transposed((8, 16, 16, 16), (16, 3, 3, 3), stride=2, padding=1, output_padding=1).x_shape
         (8, 3, 32, 32)
         """
-        shapes = shape_of(x_shape, "x"), shape_of(w_shape, "w")
-        settings = geometry_settings(shapes[1], "w", stride, padding, dilation, groups, layout, flip)
-        extra = per_axis(output_padding, len(shapes[1]) - 2, "output_padding", minimum=0)
-        return _infer_transposed(*shapes, *settings, extra)
+        given = (x_shape, w_shape, stride, padding, dilation, groups, layout, flip, output_padding)
+        return (_of_transposed if are_plain(given) else _of_transposed.__wrapped__)(*given)
 
     def __hash__(self) -> int:
         return self._hash
@@ -280,6 +273,30 @@ def _check_kernel(kernel: Shape, w_shape: Shape, w_name: str) -> None:
         raise ValueError(f"{w_name} must have a kernel extent of at least 1 on every axis ({w_name} {w_shape})")
 
 
+# What callers write, as they write it: a repeated call finds its geometry in one step.
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _of_arguments(
+    x_shape: Any, w_shape: Any, stride: Any, padding: Any, dilation: Any, groups: Any, layout: Any, flip: Any,
+    x_name: str, w_name: str,
+) -> Geometry:  # fmt: skip
+    shapes = shape_of(x_shape, x_name), shape_of(w_shape, w_name)
+    settings = geometry_settings(shapes[1], w_name, stride, padding, dilation, groups, layout, flip)
+    return _infer(*shapes, *settings, x_name, w_name)
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _of_transposed(
+    x_shape: Any, w_shape: Any, stride: Any, padding: Any, dilation: Any, groups: Any, layout: Any, flip: Any,
+    output_padding: Any,
+) -> Geometry:  # fmt: skip
+    shapes = shape_of(x_shape, "x"), shape_of(w_shape, "w")
+    settings = geometry_settings(shapes[1], "w", stride, padding, dilation, groups, layout, flip)
+    extra = per_axis(output_padding, len(shapes[1]) - 2, "output_padding", minimum=0)
+    return _infer_transposed(*shapes, *settings, extra)
+
+
 @lru_cache(maxsize=4096)
 def _infer(
     x_shape: Shape,
@@ -409,5 +426,7 @@ def _infer_transposed(
 
 def clear_cache() -> None:
     """Forgets the geometries seen so far."""
+    _of_arguments.cache_clear()
+    _of_transposed.cache_clear()
     _infer.cache_clear()
     _infer_transposed.cache_clear()

@@ -32,7 +32,8 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "m
 
 def _read(variable: str) -> str | None:
     """The variable without case and surrounding space; None where it is unset or empty."""
-    return os.environ.get(variable, "").strip().lower() or None
+    value = os.environ.get(variable)
+    return value.strip().lower() or None if value else None
 
 
 def _choice(variable: str, choices: tuple[str, ...]) -> str | None:

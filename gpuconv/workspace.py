@@ -15,6 +15,7 @@ from gpuconv.backend import Array, Backend
 
 if TYPE_CHECKING:
     from gpuconv.cuda.kernel import Kernel
+    from gpuconv.replay import Recorder
 
 _ALIGNMENT = 64  # bytes: a cache line
 
@@ -30,6 +31,7 @@ class Run:
     dtype: numpy.dtype  # of sums
     limit: int  # bytes
     precision: str = "ieee"  # of float32 products
+    recorder: Recorder | None = None  # of what the algorithm does, for the next call of the kind
 
     @property
     def budget(self) -> int:
@@ -40,6 +42,8 @@ class Run:
         """Runs a kernel, on a backend that has them."""
         assert self.backend.launch is not None
         self.backend.launch(kernel, grid, block, arguments, shared_memory)
+        if self.recorder is not None:
+            self.recorder.launched(kernel, grid, block, arguments, shared_memory)
 
     @contextlib.contextmanager
     def workspace(self, *sizes: int) -> Iterator[list[Array]]:
@@ -53,6 +57,8 @@ class Run:
         for size, step in zip(sizes, steps, strict=True):
             arrays.append(buffer[start : start + size * item].view(self.dtype))
             start += step
+        if self.recorder is not None:
+            self.recorder.took(arrays)
         try:
             yield arrays
         finally:

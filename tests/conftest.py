@@ -12,7 +12,7 @@ from hypothesis import settings
 
 import gpuconv
 import gpuconv.call
-from gpuconv import dtypes
+from gpuconv import dtypes, replay
 from gpuconv.algorithms import direct, scatter, scatter_plain
 from gpuconv.backend import NUMPY, Backend, cupy_backend
 from gpuconv.choose import MODULES
@@ -123,14 +123,23 @@ class CupyArrays(NumpyArrays):
         return _wide(wide)
 
 
+@contextlib.contextmanager
 def _wide(wide):
-    return mock.patch.object(arguments, "is_wide", return_value=True) if wide else contextlib.nullcontext()
+    """64-bit offsets, for calls that were made before too."""
+    with mock.patch.object(arguments, "is_wide", return_value=True) if wide else contextlib.nullcontext():
+        replay.clear()
+        yield
+        replay.clear()
 
 
 def launch_on_standin(kernel, grid, block, given, shared_memory=0):
     """What the stand-in has in the place of a GPU."""
     inner = [array._array if isinstance(array, standin.ndarray) else array for array in given]
     launcher.launch_emulated(kernel, grid, block, inner, shared_memory)
+
+
+def again_on_standin(kernel, grid, block, shared_memory):
+    return lambda given: launch_on_standin(kernel, grid, block, given, shared_memory)
 
 
 @contextlib.contextmanager
@@ -148,6 +157,7 @@ def arrays_of(backend):
         with (
             standin.installed() as module,
             mock.patch("gpuconv.cuda.launch.launch_cuda", launch_on_standin),
+            mock.patch("gpuconv.cuda.launch.again", again_on_standin),
             mock.patch("gpuconv.cuda.device.current", return_value=MODEL),
             launcher.using(order="natural"),
         ):

@@ -136,7 +136,7 @@ def installed():
     )
     for name in (
         *("zeros", "arange", "matmul", "multiply", "maximum", "tanh", "exp", "negative", "divide"),
-        *("conjugate", "isfinite", "sum"),
+        *("ascontiguousarray", "conjugate", "isfinite", "sum"),
     ):
         setattr(module, name, _function(name))
     before = sys.modules.get("cupy")

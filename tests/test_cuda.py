@@ -263,6 +263,15 @@ def given():
 FORWARD = Kernel(DIRECT, "direct_forward")
 
 
+def test_a_launch_is_made_again_on_its_device(device, given):
+    """Without a look at the arguments, or for the function."""
+    launch.launch_cuda(FORWARD, 5, 128, given, 60_000)
+    again = launch.again(FORWARD, 5, 128, 60_000)
+    again(given[::-1])
+    assert device.launched[1:] == [("direct_forward", (5,), (128,), tuple(given[::-1]), 60_000)]
+    assert len(device.loaded) == 1
+
+
 def test_a_kernel_is_loaded_once_for_each_device(device, made, given):
     for _ in range(3):
         launch.launch_cuda(FORWARD, 5, 128, given, 64)

@@ -72,6 +72,8 @@ def image_pieces(
 
 
 def _formed(operand: Operand, images: slice, space: Array, run: Run) -> Operand:
+    if run.recorder is not None:
+        run.recorder.lose()
     block = shaped(space, operand.view[images].shape)
     operand.read(run.backend.xp, (images,), block)
     return Operand(block)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -25,6 +25,12 @@ def launch_cuda(kernel: Kernel, grid: int, block: int, arguments: Sequence[Any],
         if shared_memory > _GRANTED:
             _ask_for(shared_memory, kernel, device)
         _function(kernel, device)((grid,), (block,), tuple(arguments), shared_mem=shared_memory)
+
+
+def again(kernel: Kernel, grid: int, block: int, shared_memory: int) -> Callable[[Sequence[Any]], None]:
+    """The same launch on the current device once more, for arguments like those that have been checked."""
+    function = _function(kernel, _device())
+    return lambda arguments: function((grid,), (block,), tuple(arguments), shared_mem=shared_memory)
 
 
 def prepare(kernel: Kernel, grid: int, arguments: Sequence[Any]) -> None:
