@@ -83,7 +83,7 @@ def repeated_calls(place, clock):
         calls["launch by CuPy alone"] = lambda: launch([x])
     for name, call in calls.items():
         call()
-        yield f"repeated call, host, {name}", min(clock.host(call) for _ in range(20)), "s"
+        yield f"repeated call, host, {name}", min(clock.host(call) for _ in range(5)), "s"
 
 
 def transposition(place, clock):

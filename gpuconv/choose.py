@@ -148,10 +148,11 @@ def explain(
         name = array_module().__name__
     place = NUMPY if name == "numpy" else cupy_backend()
     explanation = choose(geometry, kind, direction, place, algorithm, consent(algorithm, deterministic))
-    if explanation.algorithm != "implicit_gemm":
+    plans = getattr(MODULES[explanation.algorithm], "plans", None)
+    if plans is None:
         return explanation
-    plans = implicit_gemm.plans(geometry, kind, direction, place.device(), permitted, settings.workspace_limit())
-    return replace(explanation, candidates=tuple(str(plan.choice) for plan in plans))
+    found = plans(geometry, kind, direction, place.device(), permitted, settings.workspace_limit())
+    return replace(explanation, candidates=tuple(str(plan.choice) for plan in found))
 
 
 def consent(algorithm: str, deterministic: bool | None) -> bool:

@@ -1,0 +1,167 @@
+"""Which tiles implicit_gemm takes, how it says so, and how it sees matrices in arrays: from shapes alone."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gpuconv
+from gpuconv.algorithms import gemm_table, implicit_gemm
+from gpuconv.algorithms.matrices import Lines, View, matrices_of
+from gpuconv.choose import choose
+from gpuconv.cuda.device import MODEL, Device
+from gpuconv.geometry import Geometry
+from tests.cases import DIRECTIONS, named_dtype
+from tests.conftest import BACKENDS
+
+EMULATED = pytest.mark.parametrize("arrays", [BACKENDS[1]], indirect=True)
+TURING = Device(75, 72)
+REPOSITORY = Path(__file__).parents[1]
+
+
+def test_matrices_lie_as_their_arrays_do():
+    """16 bytes move at once along what lies side by side and begins at multiples of 16 bytes."""
+    half, eight = np.float16, 8
+    cases = {
+        # direction, layout, channels, filters, kernel, extent: left, right, (along rows, vector)
+        ("forward", "channels_last", 16, 24, 3, 8): ((True, 8), (False, 8), (False, 8)),
+        ("forward", "channels_last", 12, 20, 3, 8): ((True, 1), (False, 1), (False, 1)),
+        ("forward", "channels_first", 16, 24, 3, 8): ((False, 1), (True, 8), (True, 8)),
+        ("forward", "channels_first", 16, 24, 1, 8): ((False, 8), (True, 8), (True, 8)),
+        ("forward", "channels_first", 16, 24, 1, 7): ((False, 1), (True, 8), (True, 1)),
+        ("data_grad", "channels_last", 16, 24, 3, 8): ((True, 8), (True, 8), (False, 8)),
+        ("data_grad", "channels_first", 16, 24, 3, 8): ((False, 1), (True, 1), (True, 8)),
+        ("data_grad", "channels_first", 16, 24, 1, 8): ((False, 8), (False, 8), (True, 8)),
+        ("weight_grad", "channels_last", 16, 24, 3, 8): ((False, 8), (False, 8), (False, 8)),
+        ("weight_grad", "channels_first", 16, 24, 3, 8): ((True, 1), (True, 8), (False, 8)),
+        ("weight_grad", "channels_first", 16, 24, 1, 8): ((True, 8), (True, 8), (False, 8)),
+    }
+    for (direction, layout, channels, filters, kernel, n), (left, right, result) in cases.items():
+        first = layout == "channels_first"
+        geometry = Geometry.infer(
+            (2, channels, n, n) if first else (2, n, n, channels),
+            (filters, channels, kernel, kernel) if first else (kernel, kernel, channels, filters),
+            padding=kernel // 2,
+            layout=layout,
+        )
+        x, w, y = (View.contiguous(role, np.dtype(half), geometry) for role in ("x", "w", "y"))
+        given = {"forward": (x, w, y), "data_grad": (y, w, x), "weight_grad": (y, x, w)}[direction]
+        found = matrices_of(direction, geometry, *given)
+        assert (found.left, found.right) == (Lines(*left), Lines(*right)), (direction, layout, kernel, n)
+        assert (found.result_along_rows, found.result_vector) == result
+        assert found.axes == (0 if kernel == 1 else 2)
+        shifted = given[0]._replace(beyond=eight)
+        moved = matrices_of(direction, geometry, shifted, *given[1:])
+        assert (moved.right if direction == "weight_grad" else moved.left).vector == 1
+
+
+def test_windows_that_stay_within_the_image_need_no_look():
+    for settings, axes in (({}, 0), ({"padding": 1}, 2), ({"padding": ((0, 0), (0, 1))}, 2), ({"padding": -1}, 0)):
+        geometry = Geometry.infer((1, 8, 9, 9), (8, 8, 3, 3), **settings)
+        views = [View.contiguous(role, np.dtype(np.float32), geometry) for role in ("x", "w", "y")]
+        assert matrices_of("forward", geometry, *views).axes == axes
+        assert matrices_of("data_grad", geometry, views[2], views[1], views[0]).axes == 2
+
+
+def chosen(x, w, dtype="float16", direction="forward", device=MODEL, **settings):
+    geometry = Geometry.infer(x, w, **settings)
+    return implicit_gemm.plans(geometry, named_dtype(dtype), direction, device)[0]
+
+
+def test_much_work_takes_large_tiles_and_little_work_small_ones():
+    """So that all multiprocessors have some, and weight_grad cuts its outputs into slices for them."""
+    layer = {"padding": 1, "layout": "channels_last"}
+    much = chosen((256, 56, 56, 256), (3, 3, 256, 256), **layer).choice.tile
+    assert (much.rows, much.columns) == (128, 128)
+    little = chosen((1, 7, 7, 64), (3, 3, 64, 64), **layer).choice.tile
+    assert (little.rows, little.columns) == (32, 32)
+    few_weights = chosen((32, 56, 56, 64), (3, 3, 64, 64), direction="weight_grad", **layer)
+    assert few_weights.choice.slices > 10
+    assert few_weights.blocks >= MODEL.multiprocessors
+    many_weights = chosen((1, 7, 7, 2048), (3, 3, 2048, 2048), direction="weight_grad", **layer)
+    assert many_weights.choice.slices == 1
+
+
+def test_blocks_cover_the_work_and_fit_the_device():
+    for device, most in ((TURING, 64 << 10), (Device(86, 84), 99 << 10), (MODEL, 227 << 10)):
+        for dtype in ("float16", "float32", "float64", "complex64", "complex128"):
+            for direction in DIRECTIONS:
+                geometry = Geometry.infer((8, 64, 28, 28), (96, 64, 3, 3), padding=1, stride=2)
+                plans = implicit_gemm.plans(geometry, named_dtype(dtype), direction, device)
+                assert plans == sorted(plans, key=lambda plan: plan.choice.microseconds)
+                for plan in plans:
+                    assert plan.shared_bytes + (5 << 10) <= most
+                    assert plan.choice.microseconds > 0
+                    constants = dict(plan.module.constants)
+                    assert device.capability >= 80 or constants["TENSOR_PRODUCTS"] == 0
+                    tile = plan.choice.tile
+                    rows = {"forward": 8 * 14 * 14, "data_grad": 8 * 28 * 28, "weight_grad": 64 * 9}[direction]
+                    columns = {"data_grad": 64}.get(direction, 96)
+                    slices = plan.choice.slices
+                    assert plan.blocks * tile.rows * tile.columns >= rows * columns * slices
+                    assert plan.length * slices >= 8 * 14 * 14 * (direction == "weight_grad")
+                    assert plan.length * (slices - 1) < 8 * 14 * 14
+
+
+def test_measurements_go_before_the_model(monkeypatch):
+    """Where they are of this very problem, on such a device."""
+    geometry = Geometry.infer((4, 64, 14, 14), (64, 64, 3, 3), padding=1)
+    half = named_dtype("float16")
+    best, *others = implicit_gemm.plans(geometry, half, "forward", MODEL)
+    slower = others[-1]
+    entry = gemm_table.entry(gemm_table.key(best.problem), slower.choice.tile, 1, 7.25, "bench/results/a-GPU")
+    monkeypatch.setattr(gemm_table, "measured", lambda: {gemm_table.key(best.problem): entry})
+    first, second, *_ = implicit_gemm.plans(geometry, half, "forward", MODEL)
+    assert first.choice == (slower.choice.tile, 1, 7.25, "bench/results/a-GPU")
+    assert str(first.choice).endswith(" a warp: 7.25 us by bench/results/a-GPU")
+    assert second.choice == best.choice
+    for other in (
+        implicit_gemm.plans(geometry, half, "data_grad", MODEL),
+        implicit_gemm.plans(geometry, half, "forward", Device(90, 114)),
+        implicit_gemm.plans(Geometry.infer((5, 64, 14, 14), (64, 64, 3, 3), padding=1), half, "forward", MODEL),
+    ):
+        assert other[0].choice.source == "the model"
+
+
+def test_the_table_of_measurements_is_written_and_read(tmp_path, monkeypatch):
+    (plan, *_) = implicit_gemm.plans(Geometry.infer((1, 8, 9), (8, 8, 3)), named_dtype("float32"), "weight_grad", MODEL)
+    entry = gemm_table.entry(gemm_table.key(plan.problem), plan.choice.tile, 2, 3.14159, "bench/results/a-GPU")
+    monkeypatch.setattr(gemm_table, "FILE", tmp_path / "table.json")
+    gemm_table.write([entry])
+    found = gemm_table.measured()[gemm_table.key(plan.problem)]
+    assert (found["tile"], found["slices"], found["microseconds"]) == (list(plan.choice.tile), 2, 3.14)
+    gemm_table.measured.cache_clear()
+
+
+def test_every_entry_of_the_table_names_a_committed_result():
+    for entry in gemm_table.read():
+        assert (REPOSITORY / entry["source"]).is_dir(), entry
+
+
+@EMULATED
+def test_auto_takes_it_where_half_a_tile_is_filled(arrays):
+    """And direct for groups of few channels; a matrix product of few channels stays one."""
+    cases = {
+        ((4, 64, 14, 14), (64, 64, 3, 3), 1): ("implicit_gemm",) * 3,
+        ((4, 64, 14, 14), (4, 64, 3, 3), 1): ("im2col", "implicit_gemm", "im2col"),
+        ((4, 3, 14, 14), (64, 3, 7, 7), 1): ("implicit_gemm", "im2col", "implicit_gemm"),
+        ((4, 64, 14, 14), (64, 1, 3, 3), 64): ("direct",) * 3,
+        ((1, 64, 1, 1), (64, 64, 1, 1), 1): ("im2col", "im2col", "implicit_gemm"),
+    }
+    for (x, w, groups), expected in cases.items():
+        geometry = Geometry.infer(x, w, padding=w[-1] // 2, groups=groups)
+        found = [choose(geometry, np.dtype("f4"), d, arrays.backend, "auto", True).algorithm for d in DIRECTIONS]
+        assert tuple(found) == expected, (x, w)
+
+
+@EMULATED
+def test_explain_lists_the_tiles_with_their_times(arrays, monkeypatch):
+    monkeypatch.setattr("gpuconv.choose.cupy_backend", lambda: arrays.backend)
+    text = str(gpuconv.explain((8, 64, 28, 28), (64, 64, 3, 3), padding=1, dtype="float16", backend="cupy"))
+    lines = text.splitlines()
+    start = lines.index("takes implicit_gemm: there is enough of each group to fill half a tile or more")
+    pattern = r"  (by|or) tiles of \d+x\d+, \d+x\d+ a warp: [\d.]+ us by the model"
+    assert lines[start + 1].startswith("  by ")
+    assert all(re.fullmatch(pattern, line) for line in lines[start + 1 : start + 9])
+    assert lines[start + 9].startswith("not im2col: ")
