@@ -11,6 +11,8 @@ import pytest
 
 from gpuconv.algorithms import scatter_plain
 from gpuconv.choose import MODULES
+from gpuconv.cuda import kernels_folder
+from tests import gradient_roads
 from tests.cases import CASES, DIRECTIONS, DTYPES, LAYOUTS
 from tests.conftest import KERNELS, arrays_of
 from tests.emulation import launcher
@@ -49,3 +51,7 @@ def test_kernels_do_nothing_forbidden(case, algorithm, direction, dtype, arrays,
     arrays.skip_where_refused(case, algorithm, dtype, direction)
     layout = LAYOUTS[zlib.crc32(f"{case.name} {algorithm} {dtype}".encode()) % 3]
     assert_right(arrays, case, algorithm, direction, dtype, layout)
+
+
+def test_the_table_of_the_roads_to_a_gradient_is_what_the_emulator_counts():
+    assert gradient_roads.table() in (kernels_folder() / "README.md").read_text()

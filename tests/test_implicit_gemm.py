@@ -130,7 +130,7 @@ def planned():
 
 
 # Channels, filters and extents: copied 16 bytes at a time, and one element at a time. Larger than the largest tile.
-SIZES = {"in chunks": (16, 136, (12, 10)), "one by one": (7, 131, (13, 11))}
+SIZES = {"in chunks": (32, 264, (16, 9)), "one by one": (29, 259, (13, 11))}
 
 
 # Every n-th of the tests, n being no divisor of what is combined, so that all combinations come about.
@@ -422,7 +422,7 @@ def test_inner_loops_meet_no_bank_conflicts(kind, direction, sizes, layout, arra
     """Nothing that the block does turn by turn, but one warp's writing of the next steps' spots."""
     dtype, precision = KINDS[kind]
     few, many, _ = SIZES[sizes]
-    channels, filters = (many // 2, few) if direction == "data_grad" else (few, many // 2)
+    channels, filters = (many // 4, few) if direction == "data_grad" else (few, many // 4)
     problem = Problem((1, channels, 8, 8 - few % 2), (filters, channels, 3, 3), dtype, padding=1)
     tile = [tile for name, tile in TILES if name == kind][-2]
     with forced(tile), launcher.using(mode="checked", profiled=True) as launches:

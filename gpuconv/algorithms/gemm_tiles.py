@@ -64,6 +64,8 @@ class Products(NamedTuple):
 
 
 _TENSOR_TILES = (
+    Tile(256, 128, 64, 64),
+    Tile(128, 256, 64, 64),
     Tile(128, 128, 64, 64),
     Tile(128, 128, 64, 32),
     Tile(128, 64, 64, 32),

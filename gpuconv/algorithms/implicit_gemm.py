@@ -239,7 +239,8 @@ def _problem(arrays: Arrays, precision: str, device: Device, room: int) -> Probl
     else:
         left, right = first, second
     work = _work(direction, geometry, first.view.shape[0], result)
-    products = _products(left, right, work.depth * work.residues, sums, precision, device)
+    longest = work.depth if direction == "weight_grad" else geometry.reduction_length(direction)
+    products = _products(left, right, longest, sums, precision, device)
     matrices = matrices_of(direction, geometry, first.view, second.view, result)
     if not left.is_plain(products.element):
         matrices = matrices._replace(left=matrices.left._replace(vector=0))
@@ -259,12 +260,12 @@ def _work(direction: Direction, geometry: Geometry, images: int, result: View) -
         *kernel, groups, channels, filters = result.shape
         return Work(math.prod(kernel) * channels, filters, groups, images * math.prod(geometry.output))
     groups, columns = result.shape[-2:]
-    depth = geometry.reduction_length(direction)
     if direction == "forward":
-        return Work(images * math.prod(geometry.output), columns, groups, depth)
+        return Work(images * math.prod(geometry.output), columns, groups, geometry.reduction_length(direction))
     longest = math.prod(blocks(n, s) for n, s in zip(geometry.input, geometry.stride, strict=True))
     residues = math.prod(map(min, geometry.input, geometry.stride))
-    return Work(images * longest, columns, groups, blocks(depth, residues), residues)
+    # Each tap belongs to one residue.
+    return Work(images * longest, columns, groups, blocks(geometry.taps * geometry.group_filters, residues), residues)
 
 
 def _products(first: Source, second: Source, depth: int, sums: numpy.dtype, precision: str, device: Device) -> Products:
