@@ -24,7 +24,7 @@
 //   STAGES                      tiles of each matrix in shared memory
 //   LEFT_VECTOR, RIGHT_VECTOR   elements that are copied at once, see Mover
 //   RESULT_VECTOR               elements of the result that are stored at once
-//   AXES                        on which windows may reach over the image: the last ones
+//   AXES                        on which windows may reach over the image: the last ones; 4: told tap by tap (tiles.cuh)
 //   TAPS_INNERMOST              whether steps count taps before channels (or filters)
 
 constexpr int FORWARD = 0, DATA_GRAD = 1, WEIGHT_GRAD = 2;
@@ -97,8 +97,8 @@ template <class T> DEVICE bool is_finite(Complex<T> v) { return is_finite(v.real
 template <class T, class U, class Steps>
 DEVICE void multiply(Products& products, Stage* stages, Tables& tables, const Operand<T>& left, const Operand<U>& right,
                      Steps& steps, Index depth, int rows, int columns, const Index (&extent)[3]) {
-    LeftMover<T> left_mover = {};
-    RightMover<U> right_mover = {};
+    LeftMover<T> left_mover;
+    RightMover<U> right_mover;
     steps.set(tables.left_step[0], tables.right_step[0]);
     __syncthreads();  // the tables are set
     if (!LEFT_ALONG_DEPTH) left_mover.face(tables.row, rows);
@@ -242,8 +242,9 @@ struct SweepSteps {
                 left_spot.offset += counter.digit[i] * left_offset[i];
                 right_spot.offset += counter.digit[i] * right_offset[i];
             }
-            left_spot.stand({counter.digit[FIRST_TAP + 2] * jump[0], counter.digit[FIRST_TAP + 1] * jump[1],
-                             counter.digit[FIRST_TAP] * jump[2]});
+            const Index tap[3] = {counter.digit[FIRST_TAP + 2], counter.digit[FIRST_TAP + 1], counter.digit[FIRST_TAP]};
+            const Index number = (tap[0] * counter.extent[FIRST_TAP + 1] + tap[1]) * counter.extent[FIRST_TAP] + tap[2];
+            left_spot.stand({tap[0] * jump[0], tap[1] * jump[1], tap[2] * jump[2]}, bit(number));
             counter.advance();
             remaining -= DEPTH;
         }
@@ -303,7 +304,7 @@ struct Gather {
                     from.at[axis] = sweep.origin[axis] + from.at[axis] * sweep.step[axis];
                 }
                 spot.offset = from.offset(images_at);
-                spot.stand(from.at);
+                spot.stand(from.at, taps_seen(from.at));
                 tables.result_row[r] = to.offset(result_at) + column0 * result_at.channel;
             }
             tables.row[place_of_row(r)] = spot;
@@ -311,6 +312,20 @@ struct Gather {
         const WeightPlace first = {g, 0, 0, {sweep.first_tap[0], sweep.first_tap[1], sweep.first_tap[2]}};
         for (int c = threadIdx.x; c < TILE_COLUMNS; c += THREADS)
             tables.column[place_of_column(c)].offset = c < columns_here ? first.offset(w_at) + (column0 + c) * w_column : 0;
+    }
+
+    // The bits of the taps that a window which begins there shows in the image.
+    DEVICE unsigned taps_seen(const Index (&begin)[3]) const {
+        unsigned bits = 0;
+        if constexpr (AXES == BY_TAP)
+            for (Index step = 0; step < depth(); step += channels) {
+                const Place tap = tap_and_channel(step);
+                bool seen = true;
+                for (int axis = 0; axis < 3; ++axis)
+                    seen = seen && inside(begin[axis] + tap.at[axis] * sweep.jump[axis], extent[axis]);
+                if (seen) bits |= bit(step / channels);
+            }
+        return bits;
     }
 
     // Beyond the outputs dy was taken for zero; but zero times infinity is no number, and a convolution has no such
@@ -336,7 +351,7 @@ struct Gather {
                 Place shift = at;
                 for (int axis = 0; axis < 3; ++axis) shift.at[axis] *= sweep.jump[axis];
                 Spot<AXES> spot = {shift.offset(images_at)};
-                spot.stand(shift.at);
+                spot.stand(shift.at, bit(step / channels));
                 const Spot<AXES>& row = tables.row[place_of_row(r)];
                 if (row.meets(spot, extent))
                     add_product(sum, images[row.offset + spot.offset],
@@ -433,7 +448,7 @@ struct OutputSteps {
                 right_spot.offset += counter.digit[i] * right_offset[i];
             }
             left_spot.stand({counter.digit[2] * stride[0] - low[0], counter.digit[1] * stride[1] - low[1],
-                             counter.digit[0] * stride[2] - low[2]});
+                             counter.digit[0] * stride[2] - low[2]}, 0);
             counter.advance();
             remaining -= DEPTH;
         }
@@ -474,7 +489,7 @@ implicit_gemm_weight_grad(const First* dy_values, const First* dy_y, const Secon
                 Place shift = {0, g, at.c, {}};
                 for (int axis = 0; axis < 3; ++axis) shift.at[axis] = at.tap[axis] * conv.dilation[axis];
                 spot.offset = shift.offset(x_at);
-                spot.stand(shift.at);
+                spot.stand(shift.at, 0);
                 tables.result_row[r] = ((slice * conv.G + g) * all_rows + row0 + r) * conv.F + column0;
             }
             tables.row[place_of_row(r)] = spot;

@@ -129,46 +129,73 @@ template <class T> struct PlainProducts {
 #if __CUDA_ARCH__ >= 800
 DEVICE int lane() { return threadIdx.x % 32; }
 
-// Four 8x8 matrices of 16-bit elements (8x4 of 32 bits), of which two lie one after the other along i, and two along k.
-// They come in the order (i, k): (0, 0) (1, 0) (0, 1) (1, 1) if I_FIRST, else (0, 0) (0, 1) (1, 0) (1, 1).
-template <bool ALONG_DEPTH, bool I_FIRST, class Matrix>
-DEVICE void read_four(unsigned (&result)[4], const Matrix& tile, int i0, int k0) {
-    const int low = lane() / 8 % 2, high = lane() / 16, in_line = lane() % 8;
-    const int i = I_FIRST ? low : high, k = I_FIRST ? high : low;
-    if constexpr (ALONG_DEPTH)
-        load_matrices(result, &tile.at(i0 + 8 * i + in_line, k0 + CHUNK * k));
-    else
-        load_matrices_transposed(result, &tile.at(k0 + 8 * k + in_line, i0 + CHUNK * i));
-}
+// Where a lane reads the fragments of 16 rows (left) or of two times 8 columns (right), STEPS at a time. A tile's chunks
+// lie in an order of each line's own, which is the same 8 lines further on; so few places are all there are to find.
+//
+// By four 8x8 matrices of 16-bit elements (8x4 of 32 bits), of which two lie one after the other along i, and two along
+// k: in the order (i, k) = (0, 0) (1, 0) (0, 1) (1, 1) if LEFT, else (0, 0) (0, 1) (1, 0) (1, 1).
+template <bool ALONG_DEPTH, bool LEFT, int COUNT, int STEPS, class Matrix> struct MatrixReader {
+    static constexpr int PLACES = ALONG_DEPTH ? DEPTH / STEPS : COUNT;
+    int places[PLACES];
 
-// Fragments of 16 rows (left) or of two times 8 columns (right) by 32 bytes of the depth.
+    DEVICE explicit MatrixReader(int origin) {
+        const int low = lane() / 8 % 2, high = lane() / 16, in_line = lane() % 8;
+        const int i = LEFT ? low : high, k = LEFT ? high : low;
+#pragma unroll
+        for (int p = 0; p < PLACES; ++p)
+            places[p] = ALONG_DEPTH ? Matrix::place(origin + 8 * i + in_line, STEPS * p + CHUNK * k)
+                                    : Matrix::place(8 * k + in_line, origin + 16 * p + CHUNK * i);
+    }
+    DEVICE void read(unsigned (&part)[4], const Matrix& tile, int number, int step) const {
+        if constexpr (ALONG_DEPTH)
+            load_matrices(part, tile.elements + (places[step] + 16 * number * Matrix::LENGTH));
+        else
+            load_matrices_transposed(part, tile.elements + (places[number] + STEPS * step * Matrix::LENGTH));
+    }
+};
+
+// One by one: there is no transposing load of 32 bits.
+template <bool LEFT, int COUNT, int STEPS, class Matrix> struct SingleReader {
+    int places[COUNT][2];
+
+    DEVICE explicit SingleReader(int origin) {
+#pragma unroll
+        for (int number = 0; number < COUNT; ++number)
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                places[number][i] = Matrix::place(lane() % 4, origin + 16 * number + 8 * i + lane() / 4);
+    }
+    DEVICE void read(unsigned (&part)[4], const Matrix& tile, int number, int step) const {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const int i = LEFT ? e % 2 : e / 2, k = LEFT ? e / 2 : e % 2;
+            part[e] = __float_as_uint(tile.elements[places[number][i] + (STEPS * step + 4 * k) * Matrix::LENGTH]);
+        }
+    }
+};
+
 template <class T> struct Fragments {  // half, bfloat16
     static constexpr int STEPS = 16;
 
-    template <bool ALONG_DEPTH, bool LEFT, class Matrix>
-    DEVICE static void read(unsigned (&part)[4], const Matrix& tile, int i0, int k0) {
-        read_four<ALONG_DEPTH, LEFT>(part, tile, i0, k0);
-    }
+    template <bool ALONG_DEPTH, bool LEFT, int COUNT, class Matrix>
+    using Reader = MatrixReader<ALONG_DEPTH, LEFT, COUNT, STEPS, Matrix>;
     DEVICE static void multiply(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
         multiply_16x8x16(d, a, b, T{});
     }
 };
+template <bool ALONG_DEPTH, bool LEFT, int COUNT, class Matrix> struct FloatReader
+    : MatrixReader<ALONG_DEPTH, LEFT, COUNT, 8, Matrix> {
+    using MatrixReader<ALONG_DEPTH, LEFT, COUNT, 8, Matrix>::MatrixReader;
+};
+template <bool LEFT, int COUNT, class Matrix> struct FloatReader<false, LEFT, COUNT, Matrix>
+    : SingleReader<LEFT, COUNT, 8, Matrix> {
+    using SingleReader<LEFT, COUNT, 8, Matrix>::SingleReader;
+};
 template <> struct Fragments<float> {  // rounded to TF32
     static constexpr int STEPS = 8;
 
-    template <bool ALONG_DEPTH, bool LEFT, class Matrix>
-    DEVICE static void read(unsigned (&part)[4], const Matrix& tile, int i0, int k0) {
-        if constexpr (ALONG_DEPTH) {
-            read_four<true, LEFT>(part, tile, i0, k0);
-        } else {
-            const int g = lane() / 4, t = lane() % 4;
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const int i = LEFT ? e % 2 : e / 2, k = LEFT ? e / 2 : e % 2;
-                part[e] = __float_as_uint(tile.at(k0 + 4 * k + t, i0 + 8 * i + g));
-            }
-        }
-    }
+    template <bool ALONG_DEPTH, bool LEFT, int COUNT, class Matrix> using Reader = FloatReader<ALONG_DEPTH, LEFT, COUNT, Matrix>;
+
     // A float is the sum of two TF32 numbers, and of what is left of it, which is too small to matter.
     template <int COUNT>
     DEVICE static void split(unsigned (&large)[COUNT], unsigned (&small)[COUNT], const unsigned (&bits)[COUNT]) {
@@ -197,7 +224,12 @@ template <class T> struct TensorProducts {
     static constexpr int STEPS = Fragment::STEPS;
     static constexpr int SLAB_ROWS = 16, SLAB_COLUMNS = 16;
 
+    using LeftReader = typename Fragment::template Reader<LEFT_ALONG_DEPTH, true, ROWS, LeftTile>;
+    using RightReader = typename Fragment::template Reader<RIGHT_ALONG_DEPTH, false, COLUMNS / 2, RightTile>;
+
     float running[ROWS][COLUMNS][4], total[ROWS][COLUMNS][4];
+    const LeftReader left_reader = LeftReader(warp_row());
+    const RightReader right_reader = RightReader(warp_column());
 
     // The fragments of the next steps are read while the products of these are formed.
     DEVICE void add(const LeftTile& left, const RightTile& right) {
@@ -205,7 +237,7 @@ template <class T> struct TensorProducts {
         read(a[0], b[0], left, right, 0);
 #pragma unroll
         for (int k = 0; k < DEPTH / STEPS; ++k) {
-            if (k + 1 < DEPTH / STEPS) read(a[(k + 1) % 2], b[(k + 1) % 2], left, right, (k + 1) * STEPS);
+            if (k + 1 < DEPTH / STEPS) read(a[(k + 1) % 2], b[(k + 1) % 2], left, right, k + 1);
 #pragma unroll
             for (int i = 0; i < ROWS; ++i)
 #pragma unroll
@@ -216,14 +248,12 @@ template <class T> struct TensorProducts {
                 }
         }
     }
-    DEVICE static void read(unsigned (&a)[ROWS][4], unsigned (&b)[COLUMNS / 2][4], const LeftTile& left,
-                            const RightTile& right, int k) {
+    DEVICE void read(unsigned (&a)[ROWS][4], unsigned (&b)[COLUMNS / 2][4], const LeftTile& left, const RightTile& right,
+                     int step) const {
 #pragma unroll
-        for (int i = 0; i < ROWS; ++i)
-            Fragment::template read<LEFT_ALONG_DEPTH, true>(a[i], left, warp_row() + 16 * i, k);
+        for (int i = 0; i < ROWS; ++i) left_reader.read(a[i], left, i, step);
 #pragma unroll
-        for (int j = 0; j < COLUMNS / 2; ++j)
-            Fragment::template read<RIGHT_ALONG_DEPTH, false>(b[j], right, warp_column() + 16 * j, k);
+        for (int j = 0; j < COLUMNS / 2; ++j) right_reader.read(b[j], right, j, step);
     }
     DEVICE void settle() {
         if constexpr (TERMS > 0) ::settle(total, running);

@@ -15,19 +15,22 @@
 
 constexpr int CHUNK = 16 / sizeof(Element);  // elements of 16 bytes
 
+template <int BYTES> struct UnsignedOf { using Type = unsigned; };
+template <> struct UnsignedOf<8> { using Type = unsigned long long; };
+using Unsigned = UnsignedOf<sizeof(Index)>::Type;  // of which negative positions are the largest
+
 // A line of fewer than eight chunks shares its 128 bytes, which are all banks, with others: they take the same order.
 // TURN is 2 where single elements of four lines and of two chunks are read at once, else 1.
-template <int LINES, int LENGTH, int TURN> struct __align__(16) Tile {
-    static constexpr int CHUNKS = LENGTH / CHUNK, TURNS = CHUNKS < 8 ? CHUNKS : 8;
+template <int LINES, int LENGTH_, int TURN> struct __align__(16) Tile {
+    static constexpr int LENGTH = LENGTH_, CHUNKS = LENGTH / CHUNK, TURNS = CHUNKS < 8 ? CHUNKS : 8;
     static_assert(LENGTH % CHUNK == 0 && CHUNKS % TURNS == 0 && (TURNS & (TURNS - 1)) == 0, "a line is whole chunks");
     Element elements[LINES * LENGTH];
 
     DEVICE static int place(int line, int i) {
-        const int chunk = i / CHUNK ^ line / (8 / TURNS) * TURN % TURNS;
+        const int chunk = i / CHUNK ^ line % 8 / (8 / TURNS) * TURN % TURNS;
         return (line * CHUNKS + chunk) * CHUNK + i % CHUNK;
     }
     DEVICE const Element& at(int line, int i) const { return elements[place(line, i)]; }
-    DEVICE Element* address(int line, int i) { return elements + place(line, i); }
 };
 
 // COUNT numbers that are read or written at once.
@@ -36,9 +39,11 @@ template <class T, int COUNT> struct __align__(COUNT * sizeof(T) % 16 == 0 ? 16 
 };
 
 // Where a row, a column or a step of the depth lies in an operand: its offset in memory and, for an operand that is
-// seen through windows, its position on the last AXES axes. An element of the matrix lies where two of them meet: at
-// the sum of their offsets, and in the padding unless the sum of their positions is within the image.
-template <int AXES> struct __align__(AXES == 0 ? sizeof(Index) : AXES == 1 ? 2 * sizeof(Index) : 16) Spot {
+// seen through windows, what says whether an element of the matrix, where a row and a step meet, is in the image or in
+// the padding. Its offset is the sum of theirs.
+//
+// With AXES 1 to 3 they have positions on the last AXES axes, whose sums must be within the image.
+template <int AXES> struct __align__(AXES == 1 ? 2 * sizeof(Index) : 16) Spot {
     static constexpr int ROOM = AXES == 2 ? 3 : AXES;  // spots of two axes, too, are read 16 bytes at once
     Index offset, at[ROOM];
 
@@ -46,20 +51,31 @@ template <int AXES> struct __align__(AXES == 0 ? sizeof(Index) : AXES == 1 ? 2 *
         bool within = true;
 #pragma unroll
         for (int axis = 0; axis < AXES; ++axis)
-            within = within && inside(at[axis] + other.at[axis], extent[3 - AXES + axis]);
+            within &= Unsigned(at[axis] + other.at[axis]) < Unsigned(extent[3 - AXES + axis]);
         return within;
     }
-    DEVICE void stand(const Index (&position)[3]) {
+    DEVICE void stand(const Index (&position)[3], unsigned) {
 #pragma unroll
         for (int axis = 0; axis < ROOM; ++axis) at[axis] = axis < AXES ? position[3 - AXES + axis] : 0;
     }
 };
+// All are in the image.
 template <> struct Spot<0> {
     Index offset;
 
     DEVICE bool meets(const Spot&, const Index (&)[3]) const { return true; }
-    DEVICE void stand(const Index (&)[3]) {}
+    DEVICE void stand(const Index (&)[3], unsigned) {}
 };
+// A row has the bits of those of at most 32 taps that are in the image, a step that of its tap.
+constexpr int BY_TAP = 4;
+template <> struct __align__(sizeof(Index) == 4 ? 8 : 16) Spot<BY_TAP> {
+    Index offset;
+    unsigned taps;
+
+    DEVICE bool meets(const Spot& other, const Index (&)[3]) const { return (taps & other.taps) != 0; }
+    DEVICE void stand(const Index (&)[3], unsigned bits) { taps = bits; }
+};
+DEVICE unsigned bit(Index tap) { return 1u << (tap & 31); }
 
 #if __CUDA_ARCH__ >= 800
 constexpr bool COPIES_ASYNC = true;
@@ -81,13 +97,23 @@ template <class T, int VECTOR, int AXES, class Matrix, int LINES, int LENGTH> st
     static constexpr int UNIT = ASYNC ? VECTOR : sizeof(Element) < 4 ? 4 / sizeof(Element) : 1;
     static constexpr int UNITS = LENGTH / UNIT, PACE = THREADS / UNITS, ROUNDS = (LINES + PACE - 1) / PACE;
     static constexpr int SPOTS = ASYNC ? 1 : UNIT;  // of a unit that need a look
+    static constexpr int ORDERS = PACE < 8 && ROUNDS > 1 ? 8 / PACE : 1;  // of chunks, that this thread's lines have
     static_assert(UNITS * UNIT == LENGTH && PACE * UNITS == THREADS, "threads share the units of lines evenly");
 
     Spot<AXES> mine[SPOTS];
     bool exists[SPOTS];
+    int places[ORDERS];  // of this thread's unit in its first lines
     Element held[ASYNC ? 1 : ROUNDS][UNIT];
 
+    DEVICE Mover() {
+#pragma unroll
+        for (int order = 0; order < ORDERS; ++order)
+            places[order] = Matrix::place(threadIdx.x / UNITS + order * PACE, unit());
+    }
     DEVICE static int unit() { return threadIdx.x % UNITS * UNIT; }
+    DEVICE Element* address(Matrix& to, int round) const {
+        return to.elements + (places[round % ORDERS] + round / ORDERS * ORDERS * PACE * LENGTH);
+    }
 
     // Where the spot of a place along the lines is kept, so that what a warp reads at once lies side by side.
     DEVICE static int shelf(int i) { return i % UNIT * UNITS + i / UNIT; }
@@ -101,6 +127,12 @@ template <class T, int VECTOR, int AXES, class Matrix, int LINES, int LENGTH> st
         }
     }
 
+    // Whether an element is there to be copied. Spots with no taps do not exist, and need no other look.
+    DEVICE bool sees(int i, const Spot<AXES>& there, bool is_line, const Index (&extent)[3]) const {
+        const bool both = AXES == BY_TAP || (exists[i] & is_line);
+        return both & mine[i].meets(there, extent);
+    }
+
     // Starts to bring a tile of `count` lines; the elements of the others, and those in the padding, are zeros.
     DEVICE void fetch(Matrix& to, const Operand<T>& from, const Spot<AXES>* lines, int count, const Index (&extent)[3]) {
 #pragma unroll
@@ -109,15 +141,17 @@ template <class T, int VECTOR, int AXES, class Matrix, int LINES, int LENGTH> st
             if (LINES % PACE != 0 && line >= LINES) continue;
             const Spot<AXES> there = lines[line];
             if constexpr (ASYNC) {
-                const bool seen = exists[0] && line < count && mine[0].meets(there, extent);
-                const T* const source = seen ? from.values + (mine[0].offset + there.offset) : from.values;
-                copy_async<VECTOR * sizeof(Element)>(to.address(line, unit()), source, seen ? VECTOR * sizeof(Element) : 0);
+                // Of an element that is not seen no byte is read, wherever it would lie.
+                const bool seen = sees(0, there, line < count, extent);
+                copy_async<VECTOR * sizeof(Element)>(address(to, round), from.values + (mine[0].offset + there.offset),
+                                                     seen ? VECTOR * sizeof(Element) : 0);
             } else {
 #pragma unroll
                 for (int i = 0; i < UNIT; ++i) {
+                    const bool seen = sees(i, there, line < count, extent);
+                    const Index at = mine[i].offset + there.offset;
                     held[round][i] = Element{};
-                    if (exists[i] && line < count && mine[i].meets(there, extent))
-                        held[round][i] = element(from, mine[i].offset + there.offset);
+                    if (seen) held[round][i] = element(from, at);
                 }
             }
         }
@@ -132,7 +166,7 @@ template <class T, int VECTOR, int AXES, class Matrix, int LINES, int LENGTH> st
                 Numbers<Element, UNIT> numbers;
 #pragma unroll
                 for (int i = 0; i < UNIT; ++i) numbers.v[i] = held[round][i];
-                *reinterpret_cast<Numbers<Element, UNIT>*>(to.address(line, unit())) = numbers;
+                *reinterpret_cast<Numbers<Element, UNIT>*>(address(to, round)) = numbers;
             }
         }
     }

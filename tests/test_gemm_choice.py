@@ -8,7 +8,7 @@ import pytest
 
 import gpuconv
 from gpuconv.algorithms import gemm_table, gemm_tiles, implicit_gemm
-from gpuconv.algorithms.matrices import Lines, View, matrices_of
+from gpuconv.algorithms.matrices import BY_TAP, Lines, View, matrices_of
 from gpuconv.choose import choose
 from gpuconv.cuda.device import MODEL, Device
 from gpuconv.geometry import Geometry
@@ -50,18 +50,20 @@ def test_matrices_lie_as_their_arrays_do():
         found = matrices_of(direction, geometry, *given)
         assert (found.left, found.right) == (Lines(*left), Lines(*right)), (direction, layout, kernel, n)
         assert (found.result_along_rows, found.result_vector) == result
-        assert found.axes == (0 if kernel == 1 else 2)
+        assert found.axes == (0 if kernel == 1 else 2 if direction == "weight_grad" else BY_TAP)
         shifted = given[0]._replace(beyond=eight)
         moved = matrices_of(direction, geometry, shifted, *given[1:])
         assert (moved.right if direction == "weight_grad" else moved.left).vector == 1
 
 
 def test_windows_that_stay_within_the_image_need_no_look():
-    for settings, axes in (({}, 0), ({"padding": 1}, 2), ({"padding": ((0, 0), (0, 1))}, 2), ({"padding": -1}, 0)):
-        geometry = Geometry.infer((1, 8, 9, 9), (8, 8, 3, 3), **settings)
-        views = [View.contiguous(role, np.dtype(np.float32), geometry) for role in ("x", "w", "y")]
-        assert matrices_of("forward", geometry, *views).axes == axes
-        assert matrices_of("data_grad", geometry, views[2], views[1], views[0]).axes == 2
+    pads = {"padding": 1}, {"padding": ((0, 0), (0, 1))}
+    for kernel, look in (((3, 3), BY_TAP), ((4, 8), BY_TAP), ((3, 11), 2)):
+        for settings, axes in (({}, 0), (pads[0], look), (pads[1], look), ({"padding": -1}, 0)):
+            geometry = Geometry.infer((1, 8, 19, 19), (8, 8, *kernel), **settings)
+            views = [View.contiguous(role, np.dtype(np.float32), geometry) for role in ("x", "w", "y")]
+            assert matrices_of("forward", geometry, *views).axes == axes
+            assert matrices_of("data_grad", geometry, views[2], views[1], views[0]).axes == look
 
 
 def chosen(x, w, dtype="float16", direction="forward", device=MODEL, **settings):

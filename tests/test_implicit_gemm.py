@@ -181,6 +181,21 @@ def test_random_numbers_stay_within_their_bound(kind, direction, rank, groups, s
 
 
 @ON_KERNELS
+@pytest.mark.parametrize("kernel", [(32,), (33,), (4, 8), (3, 11), (2, 4, 4), (4, 3, 3)])
+@pytest.mark.parametrize("direction", ["forward", "data_grad"])
+def test_windows_of_32_taps_and_more_are_exact(direction, kernel, arrays):
+    """Up to 32 taps have a bit each that says whether they are in the image, more of them positions."""
+    problem = Problem(
+        (2, 9, *(9, 13, 5)[: len(kernel)]), (12, 9, *kernel), "float32", padding=16 if kernel[0] > 9 else 3
+    )
+    with planned() as constants:
+        result = problem.computed(arrays, direction)
+    np.testing.assert_array_equal(result, problem.exact(direction))
+    taps = np.prod(kernel)
+    assert [c["AXES"] for c in constants] == [4 if taps <= 32 else len(kernel)]
+
+
+@ON_KERNELS
 @BOTH_LAYOUTS
 def test_tf32_rounds_to_the_nearest(layout, arrays):
     """Positive numbers: rounding is off by 1e-4 at most, cutting off would be by 6e-4."""

@@ -21,6 +21,7 @@ from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import Role, canonical
 
 BYTES = 16  # of a chunk: what a thread moves at once
+BY_TAP, MOST_TAPS = 4, 32  # in the place of axes: a bit for each tap says whether it is in the image
 
 
 class View(NamedTuple):
@@ -93,7 +94,7 @@ class Matrices(NamedTuple):
     right: Lines
     result_along_rows: bool
     result_vector: int
-    axes: int  # on which windows may reach over the image
+    axes: int  # on which windows may reach over the image, or BY_TAP
     taps_innermost: bool  # whether the depth counts taps before channels
 
 
@@ -113,7 +114,8 @@ def matrices_of(direction: Direction, geometry: Geometry, first: View, second: V
     else:
         vector = result.channels_together()
     leaves = not pointwise if direction == "data_grad" else _leaves(geometry)
-    return Matrices(left, right, along_rows, vector, geometry.rank * leaves, taps_innermost)
+    axes = BY_TAP if geometry.taps <= MOST_TAPS else geometry.rank
+    return Matrices(left, right, along_rows, vector, axes * leaves, taps_innermost)
 
 
 def _of_weight_grad(geometry: Geometry, dy: View, x: View, sums: View) -> Matrices:
