@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -123,10 +124,10 @@ class Call:
     def _key(self, direction: Direction, first: Source, second: Source, role: Role, *rest: Any) -> Hashable:
         """All that decides which launches there are."""
         out, bias, activation = rest
-        settings = self.algorithm, self.deterministic, self.precision, self.limit
+        chosen = self.algorithm, self.deterministic, self.precision, self.limit, os.environ.get("GPUCONV_DUMP")
         how = direction, role, activation, first.conjugate, first.activation, second.conjugate, second.activation
         arrays = first.array, first.y, second.array, second.y, bias, out
-        return (self.geometry, self.dtype, self.backend, settings, how, *map(_lying, arrays))
+        return (self.geometry, self.dtype, self.backend, chosen, how, *map(_lying, arrays))
 
     def _computed(
         self,

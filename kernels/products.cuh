@@ -23,11 +23,6 @@ constexpr int RIGHT_LINES = RIGHT_ALONG_DEPTH ? TILE_COLUMNS : DEPTH, RIGHT_LENG
 using LeftTile = Tile<LEFT_LINES, LEFT_LENGTH, LEFT_TURN>;
 using RightTile = Tile<RIGHT_LINES, RIGHT_LENGTH, RIGHT_TURN>;
 
-// Element (i, k) of a tile, i being a row or a column.
-template <bool ALONG_DEPTH, class Matrix> DEVICE const Element& element(const Matrix& tile, int i, int k) {
-    return ALONG_DEPTH ? tile.at(i, k) : tile.at(k, i);
-}
-
 DEVICE int warp_row() { return threadIdx.x / 32 / WARP_TILES_ACROSS * WARP_ROWS; }
 DEVICE int warp_column() { return threadIdx.x / 32 % WARP_TILES_ACROSS * WARP_COLUMNS; }
 
@@ -154,22 +149,19 @@ template <bool ALONG_DEPTH, bool LEFT, int COUNT, int STEPS, class Matrix> struc
     }
 };
 
-// One by one: there is no transposing load of 32 bits.
+// One by one: there is no transposing load of 32 bits. A warp begins at a multiple of 32 along the lines, or has but 16;
+// so 8 and 16 places further on are bits that are still 0, and exchanging chunks flips them like others.
 template <bool LEFT, int COUNT, int STEPS, class Matrix> struct SingleReader {
-    int places[COUNT][2];
+    static_assert(COUNT == 1 || COUNT % 2 == 0, "warps begin at multiples of 32");
+    int first;
 
-    DEVICE explicit SingleReader(int origin) {
-#pragma unroll
-        for (int number = 0; number < COUNT; ++number)
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-                places[number][i] = Matrix::place(lane() % 4, origin + 16 * number + 8 * i + lane() / 4);
-    }
+    DEVICE explicit SingleReader(int origin) : first(Matrix::place(lane() % 4, origin + lane() / 4)) {}
     DEVICE void read(unsigned (&part)[4], const Matrix& tile, int number, int step) const {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
             const int i = LEFT ? e % 2 : e / 2, k = LEFT ? e / 2 : e % 2;
-            part[e] = __float_as_uint(tile.elements[places[number][i] + (STEPS * step + 4 * k) * Matrix::LENGTH]);
+            const int place = (first ^ (8 * i + 16 * (number % 2))) + 32 * (number / 2);
+            part[e] = __float_as_uint(tile.elements[place + (STEPS * step + 4 * k) * Matrix::LENGTH]);
         }
     }
 };
@@ -273,22 +265,38 @@ template <class T> struct TensorProducts {
     }
 };
 
+// Where a lane reads element (8 number + lane / 4, k + lane % 4) of a warp's part of a tile, k being a multiple of 4. What
+// is told by bits that are still 0 in the first place may be flipped in any order of chunks, as in SingleReader.
+template <bool ALONG_DEPTH, class Matrix> struct DoubleReader {
+    int first;
+
+    DEVICE explicit DoubleReader(int origin)
+        : first(ALONG_DEPTH ? Matrix::place(origin + lane() / 4, lane() % 4)
+                            : Matrix::place(lane() % 4, origin + lane() / 4)) {}
+    DEVICE double read(const Matrix& tile, int number, int k) const {
+        const int place = ALONG_DEPTH ? (first ^ k) + 8 * number * Matrix::LENGTH
+                                      : (first ^ 8 * (number % 2)) + 16 * (number / 2) + k * Matrix::LENGTH;
+        return tile.elements[place];
+    }
+};
+
 template <class T> struct DoubleProducts {
     static constexpr int ROWS = WARP_ROWS / 8, COLUMNS = WARP_COLUMNS / 8, STEPS = 4;
     static constexpr int SLAB_ROWS = 16, SLAB_COLUMNS = 16;
 
     T running[ROWS][COLUMNS][2], total[ROWS][COLUMNS][2];
+    const DoubleReader<LEFT_ALONG_DEPTH, LeftTile> left_reader = DoubleReader<LEFT_ALONG_DEPTH, LeftTile>(warp_row());
+    const DoubleReader<RIGHT_ALONG_DEPTH, RightTile> right_reader =
+        DoubleReader<RIGHT_ALONG_DEPTH, RightTile>(warp_column());
 
     DEVICE void add(const LeftTile& left, const RightTile& right) {
 #pragma unroll
         for (int k = 0; k < DEPTH; k += STEPS) {
             T a[ROWS], b[COLUMNS];
 #pragma unroll
-            for (int i = 0; i < ROWS; ++i)
-                a[i] = element<LEFT_ALONG_DEPTH>(left, warp_row() + 8 * i + lane() / 4, k + lane() % 4);
+            for (int i = 0; i < ROWS; ++i) a[i] = left_reader.read(left, i, k);
 #pragma unroll
-            for (int j = 0; j < COLUMNS; ++j)
-                b[j] = element<RIGHT_ALONG_DEPTH>(right, warp_column() + 8 * j + lane() / 4, k + lane() % 4);
+            for (int j = 0; j < COLUMNS; ++j) b[j] = right_reader.read(right, j, k);
 #pragma unroll
             for (int i = 0; i < ROWS; ++i)
 #pragma unroll

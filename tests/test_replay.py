@@ -201,6 +201,14 @@ def test_the_environment_decides_every_call(arrays, rng, monkeypatch):
 
 
 @EMULATED
+def test_sources_are_written_from_now_on(arrays, rng, monkeypatch, tmp_path):
+    both(arrays, rng, "forward")
+    monkeypatch.setenv("GPUCONV_DUMP", str(tmp_path))
+    both(arrays, rng, "forward")
+    assert len(list(tmp_path.glob("implicit_gemm-*.cu"))) == 1
+
+
+@EMULATED
 def test_wrong_arguments_are_refused_as_at_the_first_call(arrays):
     x, w = np.ones(X, np.float32), np.ones(W, np.float32)
     gpuconv.conv(x, w, stride=1, padding=(1, 1), algorithm="implicit_gemm")
