@@ -108,4 +108,80 @@ EQUIVALENT = {
         "for (int team = 0; team < SPLITS; ++team) {",
         "for (int team = 0; team <= SPLITS; ++team) {",
     ): "one more round, of a team that no thread is in",
+    # ----------------------------------------------------------------------------------------- tiles.cuh
+    (
+        "tiles.cuh",
+        "template <int AXES> struct __align__(AXES == 1 ? 2 * sizeof(Index) : 16) Spot {",
+        "template <int AXES> struct __align__(AXES == 1 || true ? 2 * sizeof(Index) : 16) Spot {",
+    ): ALIGNMENT,
+    (
+        "tiles.cuh",
+        "template <int AXES> struct __align__(AXES == 1 ? 2 * sizeof(Index) : 16) Spot {",
+        "template <int AXES> struct __align__(AXES == 1 && false ? 2 * sizeof(Index) : 16) Spot {",
+    ): ALIGNMENT,
+    (
+        "tiles.cuh",
+        "template <int AXES> struct __align__(AXES == 1 ? 2 * sizeof(Index) : 16) Spot {",
+        "template <int AXES> struct __align__(AXES != 1 ? 2 * sizeof(Index) : 16) Spot {",
+    ): ALIGNMENT,
+    (
+        "tiles.cuh",
+        "static constexpr int ROOM = AXES == 2 ? 3 : AXES;",
+        "static constexpr int ROOM = AXES == 2 && false ? 3 : AXES;",
+    ): "the room beside two positions is there to align them, and never read",
+    (
+        "tiles.cuh",
+        "static constexpr int ROOM = AXES == 2 ? 3 : AXES;",
+        "static constexpr int ROOM = AXES != 2 ? 3 : AXES;",
+    ): "the room beside two positions is there to align them, and never read",
+    (
+        "tiles.cuh",
+        "template <> struct __align__(sizeof(Index) == 4 ? 8 : 16) Spot<BY_TAP> {",
+        "template <> struct __align__(sizeof(Index) == 4 || true ? 8 : 16) Spot<BY_TAP> {",
+    ): ALIGNMENT,
+    (
+        "tiles.cuh",
+        "template <> struct __align__(sizeof(Index) == 4 ? 8 : 16) Spot<BY_TAP> {",
+        "template <> struct __align__(sizeof(Index) == 4 && false ? 8 : 16) Spot<BY_TAP> {",
+    ): ALIGNMENT,
+    (
+        "tiles.cuh",
+        "template <> struct __align__(sizeof(Index) == 4 ? 8 : 16) Spot<BY_TAP> {",
+        "template <> struct __align__(sizeof(Index) != 4 ? 8 : 16) Spot<BY_TAP> {",
+    ): ALIGNMENT,
+    (
+        "tiles.cuh",
+        "static constexpr bool ASYNC = COPIES_ASYNC && VECTOR * sizeof(Element) >= 4;",
+        "static constexpr bool ASYNC = COPIES_ASYNC && VECTOR * sizeof(Element) > 4;",
+    ): "single numbers of 4 bytes may come by way of registers too: slower, and the same",
+    (
+        "tiles.cuh",
+        "static constexpr int UNIT = ASYNC ? VECTOR : sizeof(Element) < 4 ? 4 / sizeof(Element) : 1;",
+        "static constexpr int UNIT = ASYNC ? VECTOR : sizeof(Element) < 4 && false ? 4 / sizeof(Element) : 1;",
+    ): "numbers of 16 bits may be stored one by one too: slower, and the same",
+    (
+        "tiles.cuh",
+        "static constexpr int SPOTS = ASYNC ? 1 : UNIT;",
+        "static constexpr int SPOTS = ASYNC && false ? 1 : UNIT;",
+    ): "of a chunk only the first place is looked at, however many are kept",
+    (
+        "tiles.cuh",
+        "Element held[ASYNC ? 1 : ROUNDS][UNIT];",
+        "Element held[ASYNC && false ? 1 : ROUNDS][UNIT];",
+    ): "room that nobody uses",
+    (
+        "tiles.cuh",
+        "if (LINES % PACE != 0 && line >= LINES) continue;",
+        "if (LINES % PACE != 0 || line >= LINES) continue;",
+    ): "in all tiles there are, threads share the lines evenly",
+    (
+        "tiles.cuh",
+        "if (LINES % PACE != 0 && line >= LINES) continue;",
+        "if (LINES % PACE == 0 && line >= LINES) continue;",
+    ): "in all tiles there are, threads share the lines evenly",
+    (
+        "tiles.cuh",
+        "if (LINES % PACE != 0 && line >= LINES) continue;",
+        "if (LINES / PACE != 0 && line >= LINES) continue;",
+    ): "in all tiles there are, threads share the lines evenly",
 }

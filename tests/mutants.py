@@ -5,11 +5,19 @@ import re
 from typing import NamedTuple
 
 from gpuconv.cuda import kernels_folder
+from gpuconv.cuda.kernel import files_of
 from tests.emulation import loader
 
-# primitives.cuh is not among them: the CPU runs other code in its place, and golden vectors are for that. Nor is
-# implicit GEMM yet.
-FILES = ("common.cuh", "direct.cu", "scatter.cu")
+# The files, and the kernels by which their mutants are tried: what common.cuh has is all used by direct and scatter.
+# primitives.cuh is not among them: the CPU runs other code in its place, and golden vectors are for that. Nor are
+# products.cuh and implicit_gemm.cu yet.
+TRIED_BY = {
+    "common.cuh": ("direct", "scatter"),
+    "direct.cu": ("direct",),
+    "scatter.cu": ("scatter",),
+    "tiles.cuh": ("implicit_gemm",),
+}
+FILES = tuple(TRIED_BY)
 
 # What a rule is called, and its edits: a pattern and what comes in its place.
 RULES = {
@@ -113,7 +121,8 @@ def mutants():
     for file in FILES:
         text = read(file)
         lines = text.splitlines(keepends=True)
-        compiled_with = [read(other) for other in FILES if other != file and "common.cuh" in (file, other)]
+        others = dict.fromkeys(other for stem in TRIED_BY[file] for other in files_of(stem) if other != file)
+        compiled_with = [read(other) for other in others]
         for number, (line, kernel) in enumerate(zip(lines, _kernels_by_line(lines), strict=True)):
             for rule, after in _edits(line):
                 mutated = "".join((*lines[:number], after, *lines[number + 1 :]))

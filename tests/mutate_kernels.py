@@ -35,7 +35,7 @@ from gpuconv.cuda import report
 from tests.emulation import launcher, loader
 from tests.emulation.edited import edited
 from tests.equivalent_mutants import EQUIVALENT
-from tests.mutants import FILES, Mutant, hashes, mutants, read
+from tests.mutants import FILES, TRIED_BY, Mutant, hashes, mutants, read
 
 RESULTS = Path(__file__).parent / "mutations.json"
 SAME_CODE = "the compiler makes the same code of it"
@@ -51,26 +51,26 @@ class Session:
         self.work = work
         self.items = []
 
-    def pytest_collection_modifyitems(self, items):
-        self.items = [item for item in items if stage(item) is not None]
-        self.items.sort(key=stage)
-
     def pytest_runtestloop(self, session):
+        self.items = sorted((item for item in session.items if stage(item) is not None), key=stage)
+        session.items[:] = self.items
         self.work(self.items)
         return True
 
 
+MATRIX_FILES = ("test_matrix", "test_checked")
 MATRIX = ("test_result_is_right", "test_plain_twins_are_right", "test_kernels_do_nothing_forbidden")
 DTYPES = ("float32", "complex64", "float64", "float16", "complex128", "bfloat16")
 TELLING = ("3x3", "dilation with stride", "depthwise stride 2", "3-D strided", "many channels", "several boxes")
 
 
+@functools.cache
 def stage(item):
     """When a test runs, or None: those that find most, and need the fewest compilations, come first."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
     backend = dict(item.user_properties).get("backend")
-    if params.get("algorithm") == "implicit_gemm":  # of which there are no mutants
-        return None
+    if algorithm_of(item) == "implicit_gemm":
+        return gemm_stage(item, params, backend)
     if item.originalname in MATRIX:
         layout = params.get("layout", "channels_first")
         is_kernel = params.get("algorithm") != "scatter" or params["direction"] != "forward"
@@ -93,11 +93,44 @@ def stage(item):
     return None
 
 
+# The tests of implicit GEMM, each of which compiles a kernel of its own; of those with many parameters some.
+GEMM_TESTS = {
+    "test_every_tile_is_exact": ((0, 0), 3),
+    "test_random_numbers_stay_within_their_bound": ((0, 1), 3),
+    "test_a_sample_alone_gives_the_same_bits_as_in_a_batch": ((1, 1), 5),
+    "test_derivatives_are_multiplied_in_as_operands_are_read": ((1, 0), 3),
+    "test_result_is_right": ((2, 0), 7),
+    "test_sums_of_100_000_positive_terms_stay_within_the_bound": ((2, 1), 3),
+    "test_kernels_do_nothing_forbidden": ((4, 0), 2),
+    "test_inner_loops_meet_no_bank_conflicts": ((5, 0), 1),
+}
+_turns = collections.Counter()
+
+
+def gemm_stage(item, params, backend):
+    """The same for implicit GEMM: every n-th test, and of the matrix the telling cases."""
+    if backend not in ("emulated", "checked") or Path(item.fspath).stem not in ("test_implicit_gemm", *MATRIX_FILES):
+        return None
+    when, every = GEMM_TESTS.get(item.originalname, ((1, 0), 1))
+    if item.originalname in MATRIX and params["case"].name not in TELLING:
+        return None
+    _turns[item.originalname] += 1
+    return when if _turns[item.originalname] % every == 0 else None
+
+
+def algorithm_of(item):
+    """That which a test runs, or None, if it runs several or others than the public ones."""
+    if Path(item.fspath).stem == "test_implicit_gemm":
+        return "implicit_gemm"
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return params.get("algorithm", "scatter_plain" if "plain" in item.originalname else None)
+
+
 def concerns(item, mutant):
     """Whether a test may notice: it runs the kernel, or a kernel of the file."""
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    algorithm = params.get("algorithm", "scatter_plain" if "plain" in item.originalname else None)
-    if algorithm and mutant.file != "common.cuh" and algorithm.partition("_")[0] != mutant.file.partition(".")[0]:
+    params, algorithm = item.callspec.params if hasattr(item, "callspec") else {}, algorithm_of(item)
+    runs = {algorithm.removesuffix("_plain")} if algorithm else {"direct", "scatter"}
+    if runs.isdisjoint(TRIED_BY[mutant.file]):
         return False
     if mutant.where.endswith("_plain") and algorithm in ("scatter", "direct"):
         return False
@@ -149,7 +182,7 @@ def check_baseline(items):
 
 def same_code(mutant):
     """Whether a compiler that optimizes makes the same library of it, of every module of these dtypes."""
-    modules = [module for module in report.modules() if mutant.file in ("common.cuh", f"{module.stem}.cu")]
+    modules = [module for module in report.modules() if module.stem in TRIED_BY[mutant.file]]
     built = {module: loader.library_for(module, "fast").path for module in modules}
     with edited(mutant.file, mutant.text):
         return all(loader.library_for(m, "fast").path.read_bytes() == built[m].read_bytes() for m in modules)
@@ -173,12 +206,13 @@ def in_children(items, todo, hints, jobs, done):
     """The verdict of each mutant, from a process of its own: ``done(mutant, kind, by, seconds)`` as they come."""
     running = {}
     todo = iter(todo)
-    killers = collections.defaultdict(list)  # what caught one mutant may well catch the next one
+    killers = collections.defaultdict(dict)  # what caught a mutant may well catch its neighbours: where it last did
     gc.freeze()  # or each child's collector would copy the memory that they share
     while True:
         while len(running) < jobs and (mutant := next(todo, None)) is not None:
-            recent = reversed(killers[mutant.where][-12:])
-            first = list(dict.fromkeys((*hints.get((mutant.file, mutant.after), ()), *recent)))
+            line_of, line = killers[mutant.file], mutant.line
+            nearest = sorted(line_of, key=lambda name: abs(line_of[name] - line))[:12]
+            first = list(dict.fromkeys((*hints.get((mutant.file, mutant.after), ()), *nearest)))
             child, answer = in_child(functools.partial(verdict, items, mutant, first))
             running[child] = mutant, answer, time.monotonic()
         if not running:
@@ -189,7 +223,7 @@ def in_children(items, todo, hints, jobs, done):
             text = answer.read()
         kind, by = json.loads(text) if text else ("caught", f"the process ended with status {status}")
         if kind == "caught":
-            killers[mutant.where] = [name for name in killers[mutant.where] if name != by] + [by]
+            killers[mutant.file][by] = mutant.line
         done(mutant, kind, by, round(time.monotonic() - start, 1))
 
 
@@ -388,7 +422,7 @@ def sample(everything, options):
 def run_pytest(work):
     """Collects the tests, and lets ``work`` have them."""
     here = Path(__file__).parent
-    files = (here / f"test_{name}.py" for name in ("matrix", "kernels", "checked", "profile", "conv"))
+    files = (here / f"test_{name}.py" for name in ("matrix", "kernels", "checked", "profile", "conv", "implicit_gemm"))
     arguments = ["-s", "-m", "not gpu", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:terminal"]
     session = Session(work)
     status = pytest.main([*arguments, *map(str, files)], plugins=[session])

@@ -48,11 +48,15 @@ def test_mutants_change_one_line_of_code(everything):
 
 
 def test_mutants_know_their_kernel(everything):
-    wheres = {mutant.before: mutant.where for mutant in everything}
-    assert wheres["if (i >= slices * weights) return;"] == "direct_weight_grad"
-    assert wheres["if (i >= weights) return;"] == "direct_weight_grad_sum"
-    assert wheres["DEVICE bool inside(Index i, Index extent) { return i >= 0 && i < extent; }"] == "common.cuh"
-    assert wheres["remainder -= back_remainder;"] == "direct.cu"
+    wheres = {(mutant.file, mutant.before): mutant.where for mutant in everything}
+    for file, line, where in (
+        ("direct.cu", "if (i >= slices * weights) return;", "direct_weight_grad"),
+        ("direct.cu", "if (i >= weights) return;", "direct_weight_grad_sum"),
+        ("tiles.cuh", "exists[i] = unit() + i < count;", "tiles.cuh"),
+        ("common.cuh", "DEVICE bool inside(Index i, Index extent) { return i >= 0 && i < extent; }", "common.cuh"),
+        ("direct.cu", "remainder -= back_remainder;", "direct.cu"),
+    ):
+        assert wheres[file, line] == where
 
 
 def test_verdicts_are_of_these_kernels_and_at_least_95_percent_are_caught(everything):
