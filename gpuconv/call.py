@@ -126,8 +126,9 @@ class Call:
         out, bias, activation = rest
         chosen = self.algorithm, self.deterministic, self.precision, self.limit, os.environ.get("GPUCONV_DUMP")
         how = direction, role, activation, first.conjugate, first.activation, second.conjugate, second.activation
+        device = first.array.device.id if self.kind == "cupy" else None
         arrays = first.array, first.y, second.array, second.y, bias, out
-        return (self.geometry, self.dtype, self.backend, chosen, how, *map(_lying, arrays))
+        return (self.geometry, self.dtype, self.backend, device, chosen, how, *map(_lying, arrays))
 
     def _computed(
         self,

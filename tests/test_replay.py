@@ -8,7 +8,7 @@ import pytest
 import gpuconv
 import gpuconv.call
 from gpuconv import replay
-from tests import reference
+from tests import reference, standin
 from tests.cases import DIRECTIONS, channels_first, laid_out, named_dtype
 from tests.conftest import BACKENDS
 from tests.emulation import launcher
@@ -198,6 +198,15 @@ def test_the_environment_decides_every_call(arrays, rng, monkeypatch):
     with launcher.using() as launches:
         both(arrays, rng, "weight_grad")
     assert len(launches) == 2 * W[0]  # filter by filter
+
+
+@pytest.mark.parametrize("arrays", [BACKENDS[2]], indirect=True)
+def test_each_device_has_calls_of_its_own(arrays, rng):
+    """Kernels are loaded once for each."""
+    both(arrays, rng, "forward")
+    with mock.patch.object(standin.ndarray, "device", property(lambda array: standin.Device(1))):
+        both(arrays, rng, "forward")
+    assert len(replay._known) == 2
 
 
 @EMULATED
