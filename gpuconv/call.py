@@ -116,18 +116,25 @@ class Call:
                 bias = backend.xp.ascontiguousarray(moved(bias, backend.kind), self.sums)
             key = None
             if backend.launch is not None and backend.kind == self.kind:
-                key = self._key(direction, first, second, role, out, bias, activation)
+                arrays = [first.array, first.y, second.array, second.y, bias, out]
+                key = self._key(direction, first, second, role, activation, arrays)
                 if (known := replay.known(key)) is not None:
-                    return known.run(backend.xp, [first.array, first.y, second.array, second.y, bias, out])
+                    return known.run(backend.xp, arrays)
             return self._computed(direction, first, second, role, out, bias, activation, key)
 
-    def _key(self, direction: Direction, first: Source, second: Source, role: Role, *rest: Any) -> Hashable:
+    def _key(
+        self,
+        direction: Direction,
+        first: Source,
+        second: Source,
+        role: Role,
+        activation: Activation | None,
+        arrays: Sequence[Array | None],
+    ) -> Hashable:
         """All that decides which launches there are."""
-        out, bias, activation = rest
         chosen = self.algorithm, self.deterministic, self.precision, self.limit, os.environ.get("GPUCONV_DUMP")
         how = direction, role, activation, first.conjugate, first.activation, second.conjugate, second.activation
         device = first.array.device.id if self.kind == "cupy" else None
-        arrays = first.array, first.y, second.array, second.y, bias, out
         return (self.geometry, self.dtype, self.backend, device, chosen, how, *map(_lying, arrays))
 
     def _computed(
