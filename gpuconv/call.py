@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from gpuconv import activations, dtypes, replay, settings, workspace
+from gpuconv import activations, dtypes, replay, settings, threads, workspace
 from gpuconv.activations import Activation
 from gpuconv.algorithms.blocks import Space, boxes, fitting_box, group_parts
 from gpuconv.algorithms.matrices import BYTES
@@ -79,6 +79,7 @@ class Call:
         self.deterministic = consent(algorithm, deterministic)
         self.precision = settings.precision(precision)
         self.limit = settings.workspace_limit()
+        self.threads = settings.num_threads()
         self.backend = backend_for(kind)
         self.sums = dtypes.accumulator(dtype)
 
@@ -167,8 +168,10 @@ class Call:
         recorder = None
         if key is not None and direction in LAUNCHES_ONLY.get(algorithm, ()) and (out is None or out is target):
             recorder = replay.Recorder(backend, (first.array, first.y, second.array, second.y, bias, target))
-        run = workspace.Run(backend, self.sums, self.limit, self.precision, recorder)
-        with matrix_products(backend, self.precision):
+        temporaries = result.temporaries + sum(operand.temporaries for operand in operands)
+        arena = workspace.Arena(0 if temporaries else self.limit)  # those take their share of the limit elsewhere
+        run = workspace.Run(backend, self.sums, self.limit, self.precision, self.threads, recorder, arena)
+        with matrix_products(backend, self.precision), threads.limited_blas(self.threads):
             self._run_by_groups(getattr(MODULES[algorithm], direction), operands, sources, result, role, run)
         if recorder is not None:
             recorder.remember(key, self.limit, self.sums, empty)

@@ -15,17 +15,22 @@ from typing import Any, get_args
 import numpy
 
 from gpuconv import dtypes, settings
-from gpuconv.algorithms import direct, im2col, implicit_gemm, scatter
+from gpuconv.algorithms import direct, fft, im2col, implicit_gemm, scatter, winograd
 from gpuconv.backend import NUMPY, Backend, array_module, cupy_backend, get_backend
 from gpuconv.geometry import DIRECTIONS, Direction, Geometry
 
 MODULES: dict[str, ModuleType] = {
     "im2col": im2col,
+    "winograd": winograd,
+    "fft": fft,
     "implicit_gemm": implicit_gemm,
     "scatter": scatter,
     "direct": direct,
 }
 ALGORITHMS: tuple[str, ...] = tuple(MODULES)
+
+# What multiplies transforms of its operands: its error is bounded by the largest result, not element by element.
+TRANSFORMS: tuple[str, ...] = ("winograd", "fft")
 
 # Where an algorithm does nothing but launch kernels, so that a call can be made again from its launches.
 LAUNCHES_ONLY: dict[str, tuple[Direction, ...]] = {
@@ -90,6 +95,8 @@ def _preferences(geometry: Geometry, direction: Direction, backend: Backend) -> 
     if backend.launch is None:
         if geometry.group_channels == geometry.group_filters == 1:
             wanted.append(("scatter", "with one filter per channel a matrix product has nothing to do"))
+        elif winograd.pays(geometry, direction):
+            wanted.append(("winograd", "tiles are large enough, and channels many enough, to save products"))
     elif implicit_gemm.fills_a_tile(geometry, direction):
         wanted.append(("implicit_gemm", "there is enough of each group to fill half a tile or more"))
     elif geometry.groups > 1:

@@ -80,8 +80,8 @@ class Operand:
         y = None if self.y is None else self.y[_groups_index(groups, role)]
         return replace(self, view=self.view[_groups_index(groups, role)], y=y)
 
-    def of_images(self, images: slice) -> Operand:
-        """The operand as far as some images of its first axis go."""
+    def of_images(self, images: Any) -> Operand:
+        """The operand as far as some images go: an index of its first axes."""
         return replace(self, view=self.view[images], y=None if self.y is None else self.y[images])
 
     def of_channels(self, channels: slice) -> Operand:
@@ -124,6 +124,11 @@ class Result:
         """The result as far as some of the groups go."""
         bias = None if self.bias is None else self.bias[groups]
         return replace(self, view=self.view[_groups_index(groups, role)], bias=bias)
+
+    def of_channels(self, channels: slice) -> Result:
+        """The result as far as some channels of every group go."""
+        bias = None if self.bias is None else self.bias[:, channels]
+        return replace(self, view=self.view[..., channels], bias=bias)
 
     def part(self, index: Index) -> Result:
         """The result as far as this index goes."""

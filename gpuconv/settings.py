@@ -22,6 +22,7 @@ DEFAULTS = {
     "GPUCONV_DETERMINISTIC": "1",
     "GPUCONV_PRECISION": "ieee",
     "GPUCONV_WORKSPACE_LIMIT": "64MiB",
+    "GPUCONV_NUM_THREADS": "the cores that this process may use",
     "GPUCONV_CACHE_DIR": "the user's cache folder",
     "GPUCONV_DUMP": "nowhere",
 }
@@ -95,6 +96,18 @@ def _byte_count(value: str) -> int | None:
     if not match or match[2] not in _UNITS or len(match[1]) > 18:
         return None
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def num_threads() -> int | None:
+    """GPUCONV_NUM_THREADS, None where it is unset."""
+    value = _read("GPUCONV_NUM_THREADS")
+    if value is None:
+        return None
+    if not value.isdecimal() or int(value) == 0:
+        raise ValueError(
+            f"GPUCONV_NUM_THREADS must be a number of threads, at least 1; got {os.environ['GPUCONV_NUM_THREADS']!r}"
+        )
+    return int(value)
 
 
 def cache_folder() -> Path:

@@ -5,22 +5,78 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy
 
-from gpuconv.backend import Array, Backend
+from gpuconv import threads
+from gpuconv.backend import Array, Backend, address
 
 if TYPE_CHECKING:
     from gpuconv.cuda.kernel import Kernel
+    from gpuconv.geometry import Geometry
     from gpuconv.replay import Recorder
 
-_ALIGNMENT = 64  # bytes: a cache line
+T = TypeVar("T")
 
-_kept = threading.local()  # the NumPy buffer of this thread between calls; CuPy's memory pool keeps its own
-_generation = 0  # clear_cache() cannot reach the buffers of other threads, so it makes them stale
+_ALIGNMENT = 64  # bytes: a cache line
+_LARGE = 256 << 20  # bytes of a buffer that nobody has asked for
+_MOST_KEPT = 8  # buffers, of calls that were at work at the same time
+_TASK = 4 << 20  # multiplications and additions of the smallest task: a tenth of a millisecond
+_TASKS = 16  # enough for a few threads to end at about the same time
+
+# Buffers between calls; CuPy's memory pool keeps its own. Any thread takes the last one or adds one, in one step of the
+# interpreter.
+_kept: list[Array] = []
+
+
+class Arena:
+    """One buffer for all NumPy workspaces of a call, which its threads take and give back in any order.
+
+    It has so many bytes as soon as the first is asked for, whatever that needs, so that calls of every size find their
+    pages in use; the system gives memory to pages that are written, not to a buffer.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._lock = threading.Lock()
+        self._buffer: Array | None = None
+        self._taken: list[tuple[int, int, int]] = []  # (start, stop, address) of what is in use, in order
+
+    def take(self, size: int) -> Array:
+        """Bytes of the first gap that is large enough; from elsewhere if there is none."""
+        with self._lock:
+            if self._buffer is None:
+                self._buffer = _buffer(max(size, min(self._size, _LARGE)))
+            start = 0
+            for number, (begin, end, _) in enumerate((*self._taken, (self._buffer.size, 0, 0))):
+                if begin - start >= size > 0:
+                    part = self._buffer[start : start + size]
+                    self._taken.insert(number, (start, start + size, address(part)))
+                    return part
+                start = end
+        return numpy.empty(size, numpy.uint8)
+
+    def give_back(self, part: Array) -> None:
+        """Lets others have it; with the last part the buffer waits for the next call."""
+        with self._lock:
+            place = address(part)
+            self._taken = [taken for taken in self._taken if taken[2] != place]
+            if not self._taken and self._buffer is not None:
+                if len(_kept) < _MOST_KEPT:
+                    _kept.append(self._buffer)
+                self._buffer = None
+
+
+def _buffer(size: int) -> Array:
+    """The buffer that was kept last, if it has this size, or a new one."""
+    with contextlib.suppress(IndexError):
+        if (buffer := _kept.pop()).size == size:
+            return buffer
+    return numpy.empty(size, numpy.uint8)
 
 
 @dataclass(frozen=True)
@@ -31,7 +87,9 @@ class Run:
     dtype: numpy.dtype  # of sums
     limit: int  # bytes
     precision: str = "ieee"  # of float32 products
+    thread_limit: int | None = None  # None: the cores that this process may use
     recorder: Recorder | None = None  # of what the algorithm does, for the next call of the kind
+    arena: Arena = field(default_factory=lambda: Arena(0))  # of NumPy workspaces
 
     @property
     def budget(self) -> int:
@@ -52,7 +110,7 @@ class Run:
         steps = [-(-size * item // _ALIGNMENT) * _ALIGNMENT for size in sizes]
         total = sum(steps)
         xp = self.backend.xp
-        buffer = _taken(total) if xp is numpy else xp.empty(total, numpy.uint8)
+        buffer = self.arena.take(total) if xp is numpy else xp.empty(total, numpy.uint8)
         arrays, start = [], 0
         for size, step in zip(sizes, steps, strict=True):
             arrays.append(buffer[start : start + size * item].view(self.dtype))
@@ -62,16 +120,35 @@ class Run:
         try:
             yield arrays
         finally:
-            if xp is numpy and buffer.size <= self.limit:
-                _kept.buffer, _kept.generation = buffer, _generation
+            if xp is numpy:
+                self.arena.give_back(buffer)
+
+    @cached_property
+    def threads(self) -> int:
+        """How many threads may compute."""
+        return threads.most(self.thread_limit) if self.backend.xp is numpy and self.backend.launch is None else 1
+
+    def team(self, geometry: Geometry) -> Team:
+        """Who computes a convolution."""
+        tasks = geometry.multiply_adds() // _TASK
+        if tasks < 2 or self.threads == 1:
+            return Team()
+        return Team(min(tasks, self.threads), min(tasks, max(_TASKS, 2 * self.threads)))
+
+    def spread(self, tasks: Iterable[T], worker: Callable[[Iterator[T]], None], workers: int) -> None:
+        """Has a worker in each of so many threads take tasks and do them: threads.spread, within what the call may."""
+        threads.spread(tasks, worker, min(workers, self.threads))
+
+    def share(self, team: Team) -> Run:
+        """What one of the team works with."""
+        return replace(self, limit=self.limit // team.workers, thread_limit=1)
 
 
-def _taken(size: int) -> Array:
-    """This thread's buffer, out of reach of a nested call until it is put back, or a larger one in its place."""
-    buffer, _kept.buffer = getattr(_kept, "buffer", None), None
-    if buffer is not None and (buffer.size < size or _kept.generation != _generation):
-        buffer = None
-    return numpy.empty(size, numpy.uint8) if buffer is None else buffer
+class Team(NamedTuple):
+    """How many threads compute something, and into how many tasks it should be cut for them."""
+
+    workers: int = 1
+    tasks: int = 1
 
 
 def shaped(flat: Array, shape: tuple[int, ...]) -> Array:
@@ -80,7 +157,5 @@ def shaped(flat: Array, shape: tuple[int, ...]) -> Array:
 
 
 def clear() -> None:
-    """Releases the buffer of this thread now, and those of other threads at their next call."""
-    global _generation
-    _generation += 1
-    _kept.buffer = None
+    """Releases all buffers that are kept."""
+    _kept.clear()

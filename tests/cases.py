@@ -1,14 +1,20 @@
 """Named convolutions, small and awkward, that every algorithm, dtype, layout and backend must get right."""
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 
+from gpuconv.backend import NUMPY
+from gpuconv.choose import ALGORITHMS, MODULES, TRANSFORMS
 from gpuconv.geometry import Geometry
+from tests.emulation.launcher import EMULATED
 
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 LAYOUTS = ("channels_first", "channels_last", "channels_last_memory")
-NUMPY_ALGORITHMS = ("im2col", "scatter")
+EXACT_ALGORITHMS = tuple(name for name in ALGORITHMS if name not in TRANSFORMS)  # on small integers
+NUMPY_ALGORITHMS = ("im2col", "winograd", "fft", "scatter")
 DIRECTIONS = ("forward", "data_grad", "weight_grad")
 
 
@@ -162,3 +168,17 @@ def channels_first(array, layout, role="x"):
     if layout != "channels_last":
         return array
     return np.moveaxis(array, (-1, -2), (0, 1)) if role == "w" else np.moveaxis(array, -1, 1)
+
+
+def pairs():
+    """Every case with each algorithm, but for those that are not made for it at all."""
+    for case, (name, module) in itertools.product(CASES, MODULES.items()):
+        whys = (
+            module.why_not(case.geometry(), np.dtype(np.float32), direction, place, False)
+            for direction, place in itertools.product(DIRECTIONS, (NUMPY, EMULATED))
+        )
+        if not all(whys):
+            yield pytest.param(case, name, id=f"{case.name}-{name}")
+
+
+PAIRS = list(pairs())

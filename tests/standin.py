@@ -90,10 +90,10 @@ class Device:
         return None
 
 
-def _function(name):
+def _function(name, module=np):
     def function(*arguments, **options):
         inner = {key: _inner(value) for key, value in options.items()}
-        result = getattr(np, name)(*map(_inner, arguments), **inner)
+        result = getattr(module, name)(*map(_inner, arguments), **inner)
         return options["out"] if options.get("out") is not None else ndarray(np.asarray(result))
 
     return function
@@ -130,12 +130,14 @@ def installed():
     module.empty = empty
     module.copyto = _copyto
     module.lib = types.SimpleNamespace(stride_tricks=types.SimpleNamespace(as_strided=_as_strided))
+    transforms = ("rfftn", "irfftn", "fftn", "ifftn")
+    module.fft = types.SimpleNamespace(**{name: _function(name, np.fft) for name in transforms})
     types_of_products = types.SimpleNamespace(COMPUTE_TYPE_TF32=7, COMPUTE_TYPE_DEFAULT=1)
     module._core = types.SimpleNamespace(
         get_compute_type=lambda _: 1, set_compute_type=lambda *_: None, _routines_linalg=types_of_products
     )
     for name in (
-        *("zeros", "arange", "matmul", "multiply", "maximum", "tanh", "exp", "negative", "divide"),
+        *("zeros", "arange", "matmul", "dot", "multiply", "maximum", "tanh", "exp", "negative", "divide"),
         *("ascontiguousarray", "conjugate", "isfinite", "sum"),
     ):
         setattr(module, name, _function(name))

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 import gpuconv
+from gpuconv.choose import TRANSFORMS
 from gpuconv.geometry import Geometry
 from tests import reference
-from tests.cases import CASES, DIRECTIONS, DTYPES, LAYOUTS, channels_first, draw, laid_out, named_dtype
-from tests.tolerances import assert_within, direct_bound
+from tests.cases import CASES, DIRECTIONS, DTYPES, LAYOUTS, PAIRS, channels_first, draw, laid_out, named_dtype
+from tests.tolerances import assert_within, bound_of
 
 BY_NAME = {case.name: case for case in CASES}
 ran = set()
@@ -70,10 +71,9 @@ def computed(arrays, case, algorithm, direction, dtype, layout, integers):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("algorithm", gpuconv.ALGORITHMS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case, algorithm", PAIRS)
 def test_result_is_right(case, algorithm, direction, dtype, layout, arrays):
-    """Small integers exactly (rounded once for half precision), random numbers within the bound of a direct sum."""
+    """Small integers exactly (rounded once for half precision), but by transforms; random numbers within the bound."""
     arrays.skip_where_refused(case, algorithm, dtype, direction)
     assert_right(arrays, case, algorithm, direction, dtype, layout)
     ran.add((algorithm, direction, arrays.name))
@@ -83,22 +83,24 @@ def assert_right(arrays, case, algorithm, direction, dtype, layout):
     integers = computed(arrays, case, algorithm, direction, dtype, layout, integers=True)
     with arrays.varied(wide=algorithm != "implicit_gemm" or dtype == "float32"):
         result = computed(arrays, case, algorithm, direction, dtype, layout, integers=False)
-    np.testing.assert_array_equal(integers, exact(case.name, dtype, direction, True).astype(named_dtype(dtype)))
-    geometry = Geometry.infer(case.x, case.w, **case.settings)
-    bound = direct_bound(
-        exact(case.name, dtype, direction, False),
-        exact(case.name, dtype, direction, False, magnitudes=True),
-        geometry.reduction_length(direction),
-        dtype,
-    )
-    assert_within(result, exact(case.name, dtype, direction, False), bound)
+    exactly = exact(case.name, dtype, direction, True)
+    if algorithm in TRANSFORMS:
+        assert_within(integers, exactly, bound(case, algorithm, direction, dtype, True))
+    else:
+        np.testing.assert_array_equal(integers, exactly.astype(named_dtype(dtype)))
+    assert_within(result, exact(case.name, dtype, direction, False), bound(case, algorithm, direction, dtype, False))
+
+
+def bound(case, algorithm, direction, dtype, integers):
+    terms = Geometry.infer(case.x, case.w, **case.settings).reduction_length(direction)
+    both = (exact(case.name, dtype, direction, integers, magnitudes) for magnitudes in (False, True))
+    return bound_of(algorithm, *both, terms, dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("algorithm", gpuconv.ALGORITHMS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case, algorithm", PAIRS)
 def test_gpu_agrees_with_cpu(case, algorithm, direction, dtype):
     """Both are within the bound of the exact result, so they are within twice the bound of each other."""
     from tests.conftest import CupyArrays, NumpyArrays
@@ -107,11 +109,8 @@ def test_gpu_agrees_with_cpu(case, algorithm, direction, dtype):
     cupy.skip_where_refused(case, algorithm, dtype, direction)
     on_gpu = computed(cupy, case, algorithm, direction, dtype, "channels_first", integers=False)
     on_cpu = computed(numpy, case, "im2col", direction, dtype, "channels_first", integers=False)
-    geometry = Geometry.infer(case.x, case.w, **case.settings)
     exactly = exact(case.name, dtype, direction, False)
-    magnitude = exact(case.name, dtype, direction, False, magnitudes=True)
-    bound = direct_bound(exactly, magnitude, geometry.reduction_length(direction), dtype)
-    assert_within(on_gpu, on_cpu.astype(exactly.dtype), 2 * bound)
+    assert_within(on_gpu, on_cpu.astype(exactly.dtype), 2 * bound(case, algorithm, direction, dtype, False))
 
 
 def test_every_algorithm_ran_in_every_direction(request):

@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 
 import gpuconv
+from gpuconv import threads
+from gpuconv.backend import NUMPY
+from gpuconv.choose import MODULES, TRANSFORMS
+from gpuconv.geometry import Geometry
 from tests.cases import NUMPY_ALGORITHMS, named_dtype
 
 MIB = 2**20
-# What the interpreter and NumPy's casting buffers take, whatever the arrays.
+# What the interpreter and NumPy's casting buffers take in each thread, whatever the arrays.
 SLACK = 160 * 1024
 
 LAYERS = {
@@ -28,7 +32,7 @@ LAYERS = {
 }
 
 
-def assert_stays_within(limit, result_bytes, call, slack=SLACK):
+def assert_stays_within(limit, result_bytes, call):
     """The peak of a call's own memory, less its result's, is within the limit.
 
     A second call decides where the first one is beyond it: as_strided makes strings, and the interpreter's table of
@@ -42,9 +46,15 @@ def assert_stays_within(limit, result_bytes, call, slack=SLACK):
             peak = tracemalloc.get_traced_memory()[1] - result_bytes
         finally:
             tracemalloc.stop()
-        if peak <= limit + slack:
+        if peak <= limit + SLACK * threads.most(None):
             return
-    assert peak <= limit + slack, f"takes {peak} bytes beside its result"
+    assert peak <= limit + SLACK * threads.most(None), f"takes {peak} bytes beside its result"
+
+
+def skip_where_refused(x_shape, w_shape, settings, dtype, algorithm):
+    geometry = Geometry.infer(x_shape, w_shape, **settings)
+    if reason := MODULES[algorithm].why_not(geometry, np.dtype(dtype), "forward", NUMPY, True):
+        pytest.skip(reason)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +72,7 @@ def assert_stays_within(limit, result_bytes, call, slack=SLACK):
 def test_memory_stays_within_the_limit(layer, dtype, algorithm, memory, limit, monkeypatch):
     monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", f"{limit}MiB")
     x_shape, w_shape, settings = LAYERS[layer]
+    skip_where_refused(x_shape, w_shape, settings, dtype, algorithm)
     x, w = np.full(x_shape, 1 / 64, dtype), np.full(w_shape, 1 / 64, dtype)
     if memory == "channels_last":
         x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
@@ -109,6 +120,7 @@ def test_memory_of_activations_mixed_dtypes_and_transposed_calls(limit, monkeypa
 @pytest.mark.parametrize("algorithm", NUMPY_ALGORITHMS)
 def test_memory_of_extremes(x_shape, w_shape, settings, dtype, algorithm, monkeypatch):
     monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "1MiB")
+    skip_where_refused(x_shape, w_shape, settings, dtype, algorithm)
     x, w = np.full(x_shape, 1 / 64, dtype), np.full(w_shape, 1 / 64, dtype)
     options = {**settings, "algorithm": algorithm}
     y = gpuconv.conv(x, w, **options)
@@ -133,7 +145,7 @@ def test_the_workspace_is_used_again(rng):
     tracemalloc.start()
     try:
         gpuconv.conv(x, w)
-        assert tracemalloc.get_traced_memory()[1] <= y.nbytes + SLACK
+        assert tracemalloc.get_traced_memory()[1] <= y.nbytes + SLACK * threads.most(None)
     finally:
         tracemalloc.stop()
 
@@ -143,7 +155,7 @@ def test_a_limit_below_the_smallest_piece_still_computes(monkeypatch, rng):
     y = gpuconv.conv(x, w)
     gradients = gpuconv.conv_backward(y, x, w)
     monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "0")
-    for algorithm in NUMPY_ALGORITHMS:
+    for algorithm in set(NUMPY_ALGORITHMS) - set(TRANSFORMS):
         np.testing.assert_array_equal(gpuconv.conv(x, w, algorithm=algorithm), y)
         for one, other in zip(gpuconv.conv_backward(y, x, w, algorithm=algorithm), gradients, strict=True):
             np.testing.assert_array_equal(one, other)

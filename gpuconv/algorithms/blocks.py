@@ -100,22 +100,24 @@ class Space(NamedTuple):
 
 
 def fitting_box(
-    extents: Shape, limit: float, parts: Callable[[Shape], Sequence[tuple[int, Space]]]
+    extents: Shape, limit: float, parts: Callable[[Shape], Sequence[tuple[int, Space]]], most: float = math.inf
 ) -> tuple[Shape, tuple[int, ...]]:
     """The extents of a block that fits the limit, as long as possible on the last axes first, and its workspaces.
 
-    ``parts`` gives the elements of each part of a block, and whether and how often they count. At the least the block
-    is one element.
+    ``parts`` gives the elements of each part of a block, and whether and how often they count; ``most`` is how many
+    positions a block may have. At the least it is one.
     """
 
-    def cost(box: Shape) -> int:
+    def cost(box: Shape) -> float:
+        if math.prod(box) > most:
+            return math.inf
         return sum(elements * sum(space) for elements, space in parts(box))
 
     box = [1] * len(extents)
     for axis in reversed(range(len(extents))):
         before, after = tuple(box[:axis]), tuple(box[axis + 1 :])
 
-        def cost_of(size: int, before: Shape = before, after: Shape = after) -> int:
+        def cost_of(size: int, before: Shape = before, after: Shape = after) -> float:
             return cost((*before, size, *after))
 
         box[axis] = _evened(extents[axis], bisect_right(range(1, extents[axis] + 1), limit, key=cost_of))

@@ -15,7 +15,10 @@ a column per output where space is. So neither memory order is ever transposed.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
 
 import numpy
@@ -27,12 +30,14 @@ from gpuconv.arguments import Shape
 from gpuconv.backend import Array, Backend
 from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import Index, Operand, Result, in_place
-from gpuconv.workspace import Run, shaped
+from gpuconv.workspace import Run, Team, shaped
 
 # Larger blocks make longer products, smaller ones stay in the cache.
 BLOCK_BYTES = 8 << 20
 # Below this many outputs per image, the images of a block share one product, and the result is copied into place.
 SHORT_PRODUCT = 256
+# Of weight_grad's outputs (or channels) where threads share it, and the outputs that make one of them worth its sum.
+SLICES, SHORT_SLICE = 8, 512
 
 
 def why_not(
@@ -45,26 +50,32 @@ def why_not(
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
     """y[o] = sum over taps t and channels c of x[o * stride + t * dilation - low, c] w[t, c]."""
     xp = run.backend.xp
-    order = _order_of(x.view, geometry, stack=math.prod(geometry.output) >= SHORT_PRODUCT)
+    order, team = _order_of(x.view, geometry, stack=math.prod(geometry.output) >= SHORT_PRODUCT), run.team(geometry)
     sizes = _forward_sizes(
         geometry,
         run.budget,
         BLOCK_BYTES // run.dtype.itemsize,
+        team,
         _reading(x, order, geometry, run),
         weights=order.weights.copies(w, run),
         sums=Space(not in_place(y.view, run.dtype) or order.images.matrix(y.view) is None, y.temporaries),
     )
-    with run.workspace(sizes.weights, *sizes.block) as (weight_space, patch_space, cols_space, sums_space):
+    with run.workspace(sizes.weights) as (weight_space,):
         for filters in pieces(geometry.group_filters, sizes.pieces):
             weights = order.weights.load(w, (..., filters), weight_space, run)
-            for index in boxes((*geometry.batch, *geometry.output), sizes.box):
-                cols = _unfold(x, index, geometry, order, sizes.tap_by_tap, patch_space, cols_space, run)
-                target = y.view[(*index, slice(None), filters)]
-                block, sums = order.images.place(target, sums_space, run)
-                xp.matmul(*((cols, weights) if order.by_rows else (weights, cols)), out=sums)
-                y.finish(xp, block, filters)
-                if block is not target:
-                    target[...] = block
+
+            def work(indices: Iterable[Index], filters: slice = filters, weights: Array = weights) -> None:
+                with run.workspace(*sizes.block) as (patch_space, cols_space, sums_space):
+                    for index in indices:
+                        cols = _unfold(x, index, geometry, order, sizes.tap_by_tap, patch_space, cols_space, run)
+                        target = y.view[(*index, slice(None), filters)]
+                        block, sums = order.images.place(target, sums_space, run)
+                        xp.matmul(*((cols, weights) if order.by_rows else (weights, cols)), out=sums)
+                        y.finish(xp, block, filters)
+                        if block is not target:
+                            target[...] = block
+
+            run.spread(boxes((*geometry.batch, *geometry.output), sizes.box), work, team.workers)
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
@@ -101,11 +112,12 @@ def _data_grad_by_residues(dy: Operand, w: Operand, dx: Result, geometry: Geomet
 
 def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
     """Windows that do not overlap, as in patch embeddings and their transposes: each is a product of its own."""
-    xp, order = run.backend.xp, _order_of(dy.view, geometry, stack=False)
+    xp, order, team = run.backend.xp, _order_of(dy.view, geometry, stack=False), run.team(geometry)
     sizes = _apart_sizes(
         geometry,
         run.budget,
         BLOCK_BYTES // run.dtype.itemsize,
+        team,
         order.weights.copies(w, run),
         Space(order.images.copies(dy, run), dy.temporaries),
         dx.temporaries,
@@ -114,42 +126,85 @@ def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, ru
     cropped = (slice(-low, None) for low, _ in geometry.padding)
     inputs = dx.view[(*(slice(None) for _ in geometry.batch), *cropped)]
     windows = sliding(xp, inputs, geometry, geometry.output)
-    with run.workspace(sizes.weights, *sizes.block) as (weight_space, dy_space, cols_space):
+    with run.workspace(sizes.weights) as (weight_space,):
         for channels in pieces(geometry.group_channels, sizes.pieces):
             weights = order.weights.load(w, (..., channels, slice(None)), weight_space, run).swapaxes(-1, -2)
-            for index in boxes((*geometry.batch, *geometry.output), sizes.box):
-                sums = order.images.load(dy, index, dy_space, run)
-                target = windows[(*index, ..., channels)]
-                block, cols = order.windows.empty(target.shape, cols_space)
-                xp.matmul(*((sums, weights) if order.by_rows else (weights, sums)), out=cols)
-                dx.finish(xp, block, channels)
-                target[...] = block
+
+            def work(indices: Iterable[Index], channels: slice = channels, weights: Array = weights) -> None:
+                with run.workspace(*sizes.block) as (dy_space, cols_space):
+                    for index in indices:
+                        sums = order.images.load(dy, index, dy_space, run)
+                        target = windows[(*index, ..., channels)]
+                        block, cols = order.windows.empty(target.shape, cols_space)
+                        xp.matmul(*((sums, weights) if order.by_rows else (weights, sums)), out=cols)
+                        dx.finish(xp, block, channels)
+                        target[...] = block
+
+            run.spread(boxes((*geometry.batch, *geometry.output), sizes.box), work, team.workers)
 
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
     """dw[t, c] = sum over outputs o of x[o * stride + t * dilation - low, c] dy[o]."""
+    team = run.team(geometry)
+    if team.tasks == 1 or not _has_short_slices(geometry, run):
+        _weight_grad(dy, x, dw, geometry, run, team)
+        return
+    # Each task has some channels: their sums are whole, and no matrix product gets shorter than it is.
+    share = run.share(team)
+
+    def work(parts: Iterable[slice]) -> None:
+        for channels in parts:
+            part = replace(geometry, channels=geometry.groups * (channels.stop - channels.start))
+            _weight_grad(dy, x.of_channels(channels), dw.part((..., channels, slice(None))), part, share, Team())
+
+    run.spread(pieces(geometry.group_channels, -(-geometry.group_channels // SLICES)), work, team.workers)
+
+
+def _has_short_slices(geometry: Geometry, run: Run) -> bool:
+    """Whether slices of the outputs would be short, or their sums large."""
+    outputs, weights = geometry.reduction_length("weight_grad"), math.prod(geometry.w_shape)
+    return geometry.group_channels >= SLICES and (outputs < SLICES * SHORT_SLICE or SLICES * weights > run.budget // 4)
+
+
+def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run, team: Team) -> None:
+    """The outputs in slices, which are added up in order, however many threads there are."""
     xp, order = run.backend.xp, _order_of(x.view, geometry, stack=False)
     gradients = Space(order.images.copies(dy, run), dy.temporaries)
     sizes = _weight_grad_sizes(
-        geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, _reading(x, order, geometry, run), gradients
+        geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, team, _reading(x, order, geometry, run), gradients
     )
-    with run.workspace(sizes.weights, sizes.weights, *sizes.block) as spaces:
-        total_space, term_space, patch_space, cols_space, dy_space = spaces
+    extents = (*geometry.batch, *geometry.output)
+    count = math.prod(-(-extent // size) for extent, size in zip(extents, sizes.box, strict=True))
+    with run.workspace(*(sizes.weights,) * min(_slices(team), count)) as total_spaces:
         for filters in pieces(geometry.group_filters, sizes.pieces):
             target = dw.view[..., filters]
-            block, total = order.weights.place(target, total_space, run)
-            term = None
-            for index in boxes((*geometry.batch, *geometry.output), sizes.box):
-                cols = _unfold(x, index, geometry, order, sizes.tap_by_tap, patch_space, cols_space, run)
-                sums = order.images.load(dy, (*index, slice(None), filters), dy_space, run)
-                factors = (cols.swapaxes(-1, -2), sums) if order.by_rows else (sums, cols.swapaxes(-1, -2))
-                if term is None:
-                    xp.matmul(*factors, out=total)
-                    term = shaped(term_space, total.shape)
-                else:
-                    total += xp.matmul(*factors, out=term)
+            block, total = order.weights.place(target, total_spaces[0], run)
+            totals = [total, *(shaped(space, total.shape) for space in total_spaces[1:])]
+
+            def work(numbers: Iterable[int], filters: slice = filters, totals: Sequence[Array] = totals) -> None:
+                with run.workspace(sizes.weights, *sizes.block) as (term_space, patch_space, cols_space, dy_space):
+                    for number in numbers:
+                        total, is_first = totals[number], True
+                        ends = (count * end // len(totals) for end in (number, number + 1))
+                        for index in islice(boxes(extents, sizes.box), *ends):
+                            cols = _unfold(x, index, geometry, order, sizes.tap_by_tap, patch_space, cols_space, run)
+                            sums = order.images.load(dy, (*index, slice(None), filters), dy_space, run)
+                            factors = (cols.swapaxes(-1, -2), sums) if order.by_rows else (sums, cols.swapaxes(-1, -2))
+                            if is_first:
+                                xp.matmul(*factors, out=total)
+                            else:
+                                total += xp.matmul(*factors, out=shaped(term_space, total.shape))
+                            is_first = False
+
+            run.spread(range(len(totals)), work, team.workers)
+            for term in totals[1:]:
+                total += term
             if block is not target:
                 target[...] = block
+
+
+def _slices(team: Team) -> int:
+    return SLICES if team.tasks > 1 else 1
 
 
 class _Order(NamedTuple):
@@ -213,24 +268,29 @@ class _Sizes(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _forward_sizes(
-    geometry: Geometry, budget: int, block: int, reading: _Reading, weights: bool, sums: Space
+    geometry: Geometry, budget: int, block: int, team: Team, reading: _Reading, weights: bool, sums: Space
 ) -> _Sizes:
     per_filter = geometry.channels * geometry.taps if weights else 0
     filters = largest(geometry.group_filters, budget // 2, per_filter)
-    limit = min(budget - per_filter * filters, block)
-    return _box_sizes(geometry, limit, filters, per_filter * filters, reading, sums)
+    limit = min((budget - per_filter * filters) // team.workers, block)
+    return _box_sizes(geometry, limit, team, filters, per_filter * filters, reading, sums)
 
 
 @lru_cache(maxsize=1024)
-def _weight_grad_sizes(geometry: Geometry, budget: int, block: int, reading: _Reading, gradients: Space) -> _Sizes:
-    per_filter = geometry.channels * geometry.taps
-    filters = largest(geometry.group_filters, budget // 2, 2 * per_filter)
+def _weight_grad_sizes(
+    geometry: Geometry, budget: int, block: int, team: Team, reading: _Reading, gradients: Space
+) -> _Sizes:
+    per_filter, copies = geometry.channels * geometry.taps, _slices(team) + team.workers
+    filters = largest(geometry.group_filters, budget // 2, copies * per_filter)
     # Each block adds a whole dw to the sum: it should be worth that.
-    limit = min(budget - 2 * per_filter * filters, max(block, 4 * per_filter * filters))
-    return _box_sizes(geometry, limit, filters, per_filter * filters, reading, gradients)
+    limit = (budget - copies * per_filter * filters) // team.workers
+    limit = min(limit, max(block, 4 * per_filter * filters))
+    return _box_sizes(geometry, limit, team, filters, per_filter * filters, reading, gradients)
 
 
-def _box_sizes(geometry: Geometry, limit: int, filters: int, weights: int, reading: _Reading, images: Space) -> _Sizes:
+def _box_sizes(
+    geometry: Geometry, limit: int, team: Team, filters: int, weights: int, reading: _Reading, images: Space
+) -> _Sizes:
     def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
         outputs = math.prod(box)
         return (
@@ -244,16 +304,17 @@ def _box_sizes(geometry: Geometry, limit: int, filters: int, weights: int, readi
         return (tap, *parts(box)[1:])
 
     extents = (*geometry.batch, *geometry.output)
-    box, spaces = fitting_box(extents, limit, parts)
+    most = -(-math.prod(extents) // team.tasks)
+    box, spaces = fitting_box(extents, limit, parts, most)
     if reading.patch.needed and spaces[0] > spaces[1]:  # far more lies between the taps than under them
-        box, spaces = fitting_box(extents, limit, parts_tap_by_tap)
+        box, spaces = fitting_box(extents, limit, parts_tap_by_tap, most)
         return _Sizes(filters, box, weights, spaces, True)
     return _Sizes(filters, box, weights, spaces)
 
 
 @lru_cache(maxsize=1024)
 def _apart_sizes(
-    geometry: Geometry, budget: int, block: int, copies_weights: bool, gradients: Space, temporaries: int
+    geometry: Geometry, budget: int, block: int, team: Team, copies_weights: bool, gradients: Space, temporaries: int
 ) -> _Sizes:
     per_channel = geometry.filters * geometry.taps if copies_weights else 0
     channels = largest(geometry.group_channels, budget // 2, per_channel)
@@ -265,8 +326,9 @@ def _apart_sizes(
             (outputs * geometry.groups * channels * geometry.taps, Space(True, temporaries)),
         )
 
-    limit = min(budget - per_channel * channels, block)
-    box, spaces = fitting_box((*geometry.batch, *geometry.output), limit, parts)
+    limit = min((budget - per_channel * channels) // team.workers, block)
+    extents = (*geometry.batch, *geometry.output)
+    box, spaces = fitting_box(extents, limit, parts, -(-math.prod(extents) // team.tasks))
     return _Sizes(channels, box, per_channel * channels, spaces)
 
 

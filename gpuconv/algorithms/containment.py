@@ -1,0 +1,65 @@
+"""NaN and Inf stay where they belong in algorithms that multiply transforms.
+
+A transform mixes what lies near each other, and would spread NaN to results that no direct sum takes it to. Those
+are recognised, since they are not finite, and computed again by im2col: images of y and dx, or the whole of dw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy
+
+from gpuconv.algorithms import im2col
+from gpuconv.arguments import Shape
+from gpuconv.backend import Array
+from gpuconv.geometry import Geometry
+from gpuconv.operands import Operand, Result
+from gpuconv.workspace import Run
+
+# Computes y, and gives the images (indices of the batch axes) that are not finite.
+Forward = Callable[[Operand, Operand, Result, Geometry, Run], set[Shape]]
+
+
+def forward(compute: Forward, x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
+    """Computes y."""
+    for image in _spoilt(compute, x, w, y, geometry, run):
+        im2col.forward(x.of_images(image), w, y.part(image), replace(geometry, batch=()), run)
+
+
+def data_grad(compute: Forward, dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
+    """Computes dx, for a stride of 1: the forward convolution of dy with w turned round, C and F exchanged."""
+    (residue,) = geometry.residues
+    assert residue.geometry is not None
+    turned = w.part(w.view[(slice(None, None, -1),) * geometry.rank].swapaxes(-1, -2))
+    for image in _spoilt(compute, dy, turned, dx, residue.geometry, run):
+        im2col.data_grad(dy.of_images(image), w, dx.part(image), replace(geometry, batch=()), run)
+
+
+def weight_grad(
+    compute: Callable[[Operand, Operand, Result, Geometry, Run], None],
+    dy: Operand,
+    x: Operand,
+    dw: Result,
+    geometry: Geometry,
+    run: Run,
+) -> None:
+    """Computes dw."""
+    with numpy.errstate(over="ignore", invalid="ignore"):
+        compute(dy, x, dw, geometry, run)
+        finite = run.backend.xp.isfinite(dw.view.sum(dtype=run.dtype))
+    if not finite:
+        im2col.weight_grad(dy, x, dw, geometry, run)
+
+
+def _spoilt(compute: Forward, x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> list[Shape]:
+    with numpy.errstate(over="ignore", invalid="ignore"):  # im2col will say it
+        return sorted(compute(x, w, y, geometry, run))
+
+
+def is_finite(block: Array, xp: Any) -> bool:
+    """False where there is NaN or Inf, or numbers whose squares are too large to tell."""
+    flat = block.reshape(-1)
+    return bool(xp.isfinite(xp.dot(flat, flat)))

@@ -1,0 +1,528 @@
+"""winograd: kernels of extent 3 and stride 1 with fewer products, as matrix products on views of x.
+
+A tile of m x m outputs comes from a x a inputs, a = m + 2. Polynomials that are multiplied at a points instead of
+coefficient by coefficient need a products for m outputs of three taps, along each axis:
+
+    forward      y  = AT [ (G w G') * (BT x B) ] A         * at each point: a matrix product over channels
+    data_grad    the same of dy, with w turned round
+    weight_grad  dw = G' [ sum over tiles of (BT x B)' * (A dy A') ] G         the transpose of all that
+
+(Winograd 1980; Lavin and Gray 2015, arXiv:1509.09308.) Nothing is unfolded: each transform is a product of a small
+matrix with a strided view whose innermost axis is long, and is written where the next step reads it.
+
+    x rows --BT--> U (a, tile rows, columns, C) --BT--> V (a * a, tiles, C) --w--> M (a * a, tiles, F)
+                                   y rows <--AT-- Z (a, tile rows, columns, F) <--AT--
+
+Tiles are done in units of a few rows of tiles of one image, and units in blocks. Where there are many tiles a thread
+takes a block through all steps, so that it stays in its cache; where there are few, all threads share each step, so
+that the products remain long. NaN and Inf would spread over a tile: what holds some is done again by im2col.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy
+
+from gpuconv import dtypes
+from gpuconv.algorithms import containment
+from gpuconv.algorithms.blocks import as_matrix, pieces
+from gpuconv.arguments import Shape
+from gpuconv.backend import Array, Backend
+from gpuconv.geometry import Direction, Geometry
+from gpuconv.operands import Index, Operand, Result, in_place
+from gpuconv.workspace import Run, shaped
+
+# The points of F(m, r) beside infinity. 1/sqrt(2) and sqrt(2) in the place of 1 and 2 make the error a fourth.
+POINTS = {1: (), 2: (0.0, 1.0, -1.0), 4: (0.0, 2**-0.5, -(2**-0.5), 2**0.5, -(2**0.5))}
+# Outputs along an axis from which tiles of 4 waste little.
+WIDE = 12
+CHANNELS = 32  # and filters, from which on their products outweigh the transforms
+# Tiles of a block: fewer make short products, more do not stay in the cache.
+TILES = 128
+BLOCKS = 8  # from which on each thread has some of its own
+UNIT_BYTES = 512 << 10  # of a unit's U
+WEIGHTS = 1 << 15  # weights that are transformed at a time
+SLICES = 16  # of weight_grad's sum at the most; they are added up in order, however many threads there are
+
+
+def why_not(
+    geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, deterministic: bool
+) -> str | None:
+    """A reason but for real 1-D and 2-D convolutions of kernel extent 3, stride 1 and dilation 1."""
+    if geometry.rank > 2:
+        return f"it is for one or two spatial axes, not {geometry.rank}"
+    if 3 not in geometry.kernel or not set(geometry.kernel) <= {1, 3}:
+        return f"it is for kernels of extent 3, not {geometry.kernel}"
+    if set(geometry.stride) != {1}:
+        return f"it is for stride 1, not {geometry.stride}"
+    if any(d > 1 and k > 1 for d, k in zip(geometry.dilation, geometry.kernel, strict=True)):
+        return f"it is for dilation 1, not {geometry.dilation}"
+    if dtypes.is_complex(dtype):
+        return f"it is for real numbers, not {dtype.name}"
+    return None
+
+
+def pays(geometry: Geometry, direction: Direction) -> bool:
+    """Whether the products that are saved are worth the transforms: that takes channels, and tiles that are filled."""
+    extent = geometry.input if direction == "data_grad" else geometry.output
+    narrowest = min(n for n, k in zip(extent, geometry.kernel, strict=True) if k > 1) if geometry.taps > 1 else 0
+    return min(geometry.group_channels, geometry.group_filters) >= CHANNELS and narrowest >= WIDE
+
+
+def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
+    """y = AT [ (G w G') * (BT x B) ] A, tile by tile."""
+    containment.forward(_forward, x, w, y, geometry, run)
+
+
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
+    """The forward convolution of dy with w turned round, C and F exchanged."""
+    containment.data_grad(_forward, dy, w, dx, geometry, run)
+
+
+def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
+    """dw = G' [ sum over tiles of (BT x B)' * (A dy A') ] G."""
+    containment.weight_grad(_weight_grad, dy, x, dw, geometry, run)
+
+
+def _forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> set[Shape]:
+    tiling, spoilt = _Tiling.of(geometry, "forward", run), set[Shape]()
+    for group in pieces(geometry.groups, 1):
+        spoilt |= tiling.forward(x.of_groups(group, "x"), w.of_groups(group, "w"), y.of_groups(group, "y"))
+    return spoilt
+
+
+def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
+    tiling = _Tiling.of(geometry, "weight_grad", run)
+    for group in pieces(geometry.groups, 1):
+        tiling.weight_grad(dy.of_groups(group, "y"), x.of_groups(group, "x"), dw.of_groups(group, "w"))
+
+
+# ------------------------------------------------------------------------------------------------- plans
+
+
+class Matrices(NamedTuple):
+    """y = AT [(G w) * (BT x)]: m outputs of r taps."""
+
+    AT: Array  # (m, a)
+    G: Array  # (a, r)
+    BT: Array  # (a, a)
+
+
+@lru_cache(maxsize=64)
+def matrices(m: int, r: int, dtype: numpy.dtype) -> Matrices:
+    """Those of F(m, r), a = m + r - 1, by Toom and Cook.
+
+    In float64 until the end, since the points are irrational.
+    """
+    points, a = POINTS[m], m + r - 1
+    AT, G, BT = numpy.zeros((m, a)), numpy.zeros((a, r)), numpy.zeros((a, a))
+    for j, p in enumerate(points):
+        others = [q for q in points if q != p]
+        AT[:, j] = [p**i for i in range(m)]
+        G[j] = [p**k / math.prod(p - q for q in others) for k in range(r)]
+        BT[j, : len(points)] = numpy.poly(others)[::-1]
+    AT[-1, -1] = G[-1, -1] = 1
+    BT[-1] = numpy.atleast_1d(numpy.poly(points))[::-1]
+    return Matrices(AT.astype(dtype), G.astype(dtype), BT.astype(dtype))
+
+
+class _Axis(NamedTuple):
+    """A spatial axis in tiles of m outputs; a 1-D convolution has rows too: one."""
+
+    m: int
+    r: int  # taps
+    tiles: int
+    inputs: slice  # those of x that no negative padding crops
+    low: int  # zeros before them
+    output: int
+
+    @property
+    def a(self) -> int:
+        """Points, and inputs that a tile sees."""
+        return self.m + self.r - 1
+
+
+@lru_cache(maxsize=1024)
+def _axes(geometry: Geometry) -> tuple[_Axis, _Axis]:
+    """Rows and columns."""
+    axes = [_Axis(1, 1, 1, slice(0, 1), 0, 1)] * (2 - geometry.rank)
+    of_geometry = zip(geometry.input, geometry.kernel, geometry.padding, geometry.output, strict=True)
+    for n, k, (low, high), output in of_geometry:
+        m = 1 if k == 1 else 4 if output >= WIDE else 2
+        inputs = slice(max(0, -low), n - max(0, -high))
+        axes.append(_Axis(m, k, -(-output // m), inputs, max(0, low), output))
+    return axes[0], axes[1]
+
+
+class _Unit(NamedTuple):
+    """Some rows of tiles of one image, and where these tiles stand in the block."""
+
+    image: Shape  # its index on the batch axes
+    rows: slice
+    tiles: slice
+
+
+class _Sizes(NamedTuple):
+    """How the work is cut up."""
+
+    filters: int  # done at a time
+    unit: int  # rows of tiles
+    block: int  # units
+    shared: bool  # whether all threads work on one block, step by step
+    workers: int
+
+
+@lru_cache(maxsize=1024)
+def _sizes(geometry: Geometry, direction: Direction, budget: int, threads: int, itemsize: int) -> _Sizes:
+    (rows, columns), C, F = _axes(geometry), geometry.group_channels, geometry.group_filters
+    points, width = rows.a * columns.a, columns.tiles * columns.m + columns.r - 1
+
+    def lines(unit: int, filters: int) -> int:
+        """Elements of U or Z, and of copied lines."""
+        return (unit * (rows.a + rows.m) + rows.r - 1) * width * max(C, filters)
+
+    def tiles(unit: int, block: int, filters: int) -> int:
+        return block * unit * columns.tiles * points * (C + filters)
+
+    def together(filters: int, unit: int = 1, block: int = 1, workers: int = 1) -> int:
+        """Elements of workspace where threads share a block."""
+        own = lines(unit, filters) + (C * filters if direction == "weight_grad" else 0)
+        return (points + geometry.taps) * C * filters + tiles(unit, block, filters) + workers * own
+
+    def alone(filters: int, unit: int, block: int, workers: int) -> int:
+        """The same where each thread has a block of its own."""
+        own = lines(unit, filters) + tiles(unit, block, filters)
+        if direction == "forward":
+            return (points + geometry.taps) * C * filters + workers * own
+        return SLICES * geometry.taps * C * filters + workers * (own + (points + 1) * C * filters)
+
+    filters = _most(F, budget, together)
+    workers = _most(threads, budget, lambda workers: together(filters, workers=workers))
+    unit = min(
+        _most(rows.tiles, UNIT_BYTES // itemsize, lambda unit: lines(unit, filters)),
+        _most(rows.tiles, budget, lambda unit: together(filters, unit, 1, workers)),
+    )
+    units = math.prod(geometry.batch) * -(-rows.tiles // unit)
+    block = min(units, -(-TILES // (unit * columns.tiles)))
+    if -(-units // block) >= BLOCKS and alone(filters, unit, block, threads) <= budget:
+        return _Sizes(filters, unit, block, False, threads)
+    block = _most(units, budget, lambda block: together(filters, unit, block, workers))
+    return _Sizes(filters, unit, block, True, workers)
+
+
+def _most(extent: int, limit: int, cost: Callable[[int], int]) -> int:
+    """The largest number up to an extent whose cost is within the limit; at least 1."""
+    return max(1, bisect_right(range(1, extent + 1), limit, key=cost))
+
+
+@lru_cache(maxsize=256)
+def _blocks(geometry: Geometry, unit: int, block: int) -> tuple[tuple[_Unit, ...], ...]:
+    """All units, in blocks."""
+    rows, columns = _axes(geometry)
+    places = [(image, part) for image in numpy.ndindex(*geometry.batch) for part in pieces(rows.tiles, unit)]
+    blocks = []
+    for part in pieces(len(places), block):
+        units, start = [], 0
+        for image, lines in places[part]:
+            stop = start + (lines.stop - lines.start) * columns.tiles
+            units.append(_Unit(image, lines, slice(start, stop)))
+            start = stop
+        blocks.append(tuple(units))
+    return tuple(blocks)
+
+
+# ------------------------------------------------------------------------------------------------- steps
+
+# Has the tasks of a step done: by the caller, or by several threads that each call the worker.
+_Share: TypeAlias = Callable[[Iterable[Any], Callable[[Iterator[Any]], None]], None]
+
+
+def _alone(tasks: Iterable[Any], worker: Callable[[Iterator[Any]], None]) -> None:
+    worker(iter(tasks))
+
+
+class _Images(NamedTuple):
+    """x, or dy, and how it becomes tiles: windows of some length, m apart, times a matrix, along either axis."""
+
+    operand: Operand
+    rows: Array  # (a, length)
+    columns: Array
+    low: tuple[int, int]  # zeros before the images
+    inside: tuple[slice, slice]  # of the operand
+
+
+@dataclass(frozen=True)
+class _Tiling:
+    """One group of a convolution in tiles."""
+
+    geometry: Geometry
+    run: Run
+    rows: _Axis
+    columns: _Axis
+    sizes: _Sizes
+    blocks: Sequence[Sequence[_Unit]]
+
+    @classmethod
+    def of(cls, geometry: Geometry, direction: Direction, run: Run) -> _Tiling:
+        sizes = _sizes(geometry, direction, run.budget, run.threads, run.dtype.itemsize)
+        return cls(geometry, run, *_axes(geometry), sizes, _blocks(geometry, sizes.unit, sizes.block))
+
+    @property
+    def points(self) -> int:
+        return self.rows.a * self.columns.a
+
+    def forward(self, x: Operand, w: Operand, y: Result) -> set[Shape]:
+        """Computes y; the images that NaN or Inf is in."""
+        images, spoilt = self._x(x), set[Shape]()
+        for filters in pieces(y.view.shape[-1], self.sizes.filters):
+            with self._transformed(w.part(w.view[..., filters])) as weights:
+                self._forward(images, weights, y.of_channels(filters), spoilt)
+        return spoilt
+
+    def _forward(self, images: _Images, weights: Array, y: Result, spoilt: set[Shape]) -> None:
+        def through(blocks: Iterable[Sequence[_Unit]], share: _Share) -> None:
+            with self._room(*weights.shape[1:]) as spaces:
+                for block in blocks:
+                    V, M = self._tiles(block, spaces, weights.shape[1:])
+                    share(block, partial(self._into, images, V))
+                    share(range(self.points), partial(self._multiply, V, weights, M))
+                    share(block, partial(self._out, M, y, spoilt))
+
+        self._spread(self.blocks, through)
+
+    def weight_grad(self, dy: Operand, x: Operand, dw: Result) -> None:
+        """Computes dw."""
+        images = self._x(x)
+        for filters in pieces(dw.view.shape[-1], self.sizes.filters):
+            self._weight_grad(self._dy(dy.of_channels(filters)), images, dw.view[..., 0, :, filters])
+
+    def _weight_grad(self, gradients: _Images, images: _Images, dw: Array) -> None:
+        run, channels = self.run, dw.shape[-2:]
+        parts = list(
+            pieces(len(self.blocks), len(self.blocks) if self.sizes.shared else -(-len(self.blocks) // SLICES))
+        )
+        with run.workspace(len(parts) * dw.size) as (space,):
+            sums = space.reshape(len(parts), self.geometry.taps, math.prod(channels))
+
+            def through(numbers: Iterator[int], share: _Share) -> None:
+                with self._room(*channels) as spaces, run.workspace(self.points * math.prod(channels)) as (sum_space,):
+                    E = sum_space.reshape(self.points, *channels)
+                    for number in numbers:
+                        for block in self.blocks[parts[number]]:
+                            V, D = self._tiles(block, spaces, channels)
+                            share(block, partial(self._into, images, V))
+                            share(block, partial(self._into, gradients, D))
+                            add = block is not self.blocks[parts[number].start]
+                            share(range(self.points), partial(self._accumulate, V, D, E, add))
+                        share(pieces(channels[0], max(1, WEIGHTS // channels[1])), partial(self._back, E, sums[number]))
+
+            self._spread(range(len(parts)), through)
+            total = sums[0]
+            for term in sums[1:]:
+                total += term
+            dw[...] = total.reshape(dw.shape)
+
+    def _spread(self, tasks: Sequence[Any], through: Callable[[Iterator[Any], _Share], None]) -> None:
+        """Takes tasks through all steps: each thread its own, or one after the other, with all threads at each step."""
+        run = self.run
+        if self.sizes.shared:
+            through(iter(tasks), partial(run.spread, workers=self.sizes.workers))
+        else:
+            run.spread(tasks, lambda mine: through(mine, _alone), workers=self.sizes.workers)
+
+    # What tiles lie in.
+
+    def _room(self, *channels: int) -> contextlib.AbstractContextManager[list[Array]]:
+        """Workspace for the tiles of a block, once for each of these numbers of channels."""
+        most = max(block[-1].tiles.stop for block in self.blocks)
+        return self.run.workspace(*(self.points * most * number for number in channels))
+
+    def _tiles(self, block: Sequence[_Unit], spaces: Sequence[Array], channels: Sequence[int]) -> list[Array]:
+        """Tiles (a, a, tiles, channels) of a block."""
+        shape = self.rows.a, self.columns.a, block[-1].tiles.stop
+        return [shaped(space, (*shape, number)) for space, number in zip(spaces, channels, strict=True)]
+
+    def _by_rows(self, tiles: Array, unit: _Unit) -> Array:
+        """The tiles of a unit as (a, rows of tiles, tiles of a row, a, channels)."""
+        part = tiles[:, :, unit.tiles]
+        return part.reshape(*part.shape[:2], -1, self.columns.tiles, part.shape[-1]).transpose(0, 2, 3, 1, 4)
+
+    # Into tiles.
+
+    def _x(self, x: Operand) -> _Images:
+        rows, columns = self._matrices("BT")
+        return _Images(x, rows, columns, (self.rows.low, self.columns.low), (self.rows.inputs, self.columns.inputs))
+
+    def _dy(self, dy: Operand) -> _Images:
+        rows, columns = (matrix.swapaxes(0, 1) for matrix in self._matrices("AT"))
+        return _Images(dy, rows, columns, (0, 0), (slice(0, self.rows.output), slice(0, self.columns.output)))
+
+    def _into(self, images: _Images, tiles: Array, units: Iterable[_Unit]) -> None:
+        """Brings units of images into their tiles."""
+        channels, column = tiles.shape[-1], self.columns
+        width = (column.tiles - 1) * column.m + images.columns.shape[1]
+        before, inside = images.low[1], images.inside[1].stop - images.inside[1].start
+        shape = self.rows.a, self.sizes.unit, width, channels
+        copied = (self.sizes.unit * self.rows.m + self.rows.r - 1) * inside * channels
+        with self.run.workspace(math.prod(shape), copied) as (space, lines_space):
+            U = space.reshape(shape)
+            U[:, :, :before] = U[:, :, before + inside :] = 0
+            lines_of = U.reshape(*shape[:2], -1)[..., before * channels : (before + inside) * channels]
+            windows = self.run.backend.xp.lib.stride_tricks.as_strided(
+                U,
+                (*shape[:2], column.tiles, images.columns.shape[1], channels),
+                (*U.strides[:2], column.m * U.strides[2], *U.strides[2:]),
+            )
+            for unit in units:
+                self._rows_into(images, unit, lines_of, lines_space)
+                count = unit.rows.stop - unit.rows.start
+                self.run.backend.xp.matmul(images.columns, windows[:, :count], out=self._by_rows(tiles, unit))
+
+    def _rows_into(self, images: _Images, unit: _Unit, U: Array, space: Array) -> None:
+        """The first half: windows of rows, times the matrix, into U (a, rows of tiles, columns * channels)."""
+        xp, m, length = self.run.backend.xp, self.rows.m, images.rows.shape[1]
+        low, extent, top = images.low[0], images.inside[0].stop - images.inside[0].start, images.inside[0].start
+        start = min(extent, max(0, unit.rows.start * m - low))
+        stop = max(start, min(extent, (unit.rows.stop - 1) * m - low + length))
+        lines = self._lines(images, unit.image, slice(top + start, top + stop), space)
+        # Windows inside the image are one product; over its edges, columns of the matrix that have no line drop out.
+        first = min(max(unit.rows.start, -(-low // m)), unit.rows.stop)
+        last = max(first, min(unit.rows.stop, (extent + low - length) // m + 1))
+        if first < last:
+            shape, step = (last - first, length, lines.shape[1]), lines.strides[0]
+            windows = xp.lib.stride_tricks.as_strided(
+                lines[first * m - low - start :], shape, (m * step, *lines.strides)
+            )
+            target = U[:, first - unit.rows.start : last - unit.rows.start].transpose(1, 0, 2)
+            xp.matmul(images.rows, windows, out=target)
+        for row in (*range(unit.rows.start, first), *range(last, unit.rows.stop)):
+            origin = row * m - low
+            begin, end = max(start, origin), min(stop, origin + length)
+            target = U[:, row - unit.rows.start]
+            if begin < end:
+                part = images.rows[:, begin - origin : end - origin]
+                xp.matmul(part, lines[begin - start : end - start], out=target)
+            else:
+                target[...] = 0
+
+    def _lines(self, images: _Images, image: Shape, rows: slice, space: Array) -> Array:
+        """Lines (rows, columns * channels) of an image: where they lie if that will do, else in the workspace."""
+        index = self._index(image, rows, images.inside[1])
+        piece = images.operand.view[index]
+        lines = self._as_lines(piece) if images.operand.is_plain(self.run.dtype) else None
+        if lines is None:
+            block = shaped(space, piece.shape)
+            images.operand.read(self.run.backend.xp, index, block)
+            lines = block.reshape(rows.stop - rows.start, math.prod(piece.shape[-3:]))
+        return lines
+
+    def _index(self, image: Shape, rows: slice, columns: slice) -> Index:
+        return (*image, columns) if self.geometry.rank == 1 else (*image, rows, columns)
+
+    def _as_lines(self, piece: Array) -> Array | None:
+        lines = as_matrix(piece[None] if self.geometry.rank == 1 else piece, 1, 3)
+        return lines if lines is not None and lines.strides[1] == lines.itemsize else None
+
+    # At the points.
+
+    def _multiply(self, V: Array, weights: Array, M: Array, points: Iterable[int]) -> None:
+        factors, products = (tiles.reshape(-1, *tiles.shape[2:]) for tiles in (V, M))
+        for point in points:
+            self.run.backend.xp.matmul(factors[point], weights[point], out=products[point])
+
+    def _accumulate(self, V: Array, D: Array, E: Array, add: bool, points: Iterable[int]) -> None:
+        """E (a * a, C, F) = or += V' D."""
+        xp = self.run.backend.xp
+        V, D = (tiles.reshape(-1, *tiles.shape[2:]) for tiles in (V, D))
+        with self.run.workspace(E[0].size) as (space,):
+            term = space.reshape(E.shape[1:])
+            for point in points:
+                if add:
+                    E[point] += xp.matmul(V[point].swapaxes(0, 1), D[point], out=term)
+                else:
+                    xp.matmul(V[point].swapaxes(0, 1), D[point], out=E[point])
+
+    # Out of tiles.
+
+    def _out(self, M: Array, y: Result, spoilt: set[Shape], units: Iterable[_Unit]) -> None:
+        """Brings units of products into y, and notes the images that NaN or Inf is in."""
+        xp, (row, column), F = self.run.backend.xp, (self.rows, self.columns), M.shape[-1]
+        AT_rows, AT_columns = self._matrices("AT")
+        shape, width = (row.a, self.sizes.unit, column.tiles * column.m * F), column.output * F
+        copied = self.sizes.unit * row.m * width
+        with self.run.workspace(math.prod(shape), copied) as (space, lines_space):
+            Z = space.reshape(shape)
+            for unit in units:
+                count = unit.rows.stop - unit.rows.start
+                tiles = Z[:, :count].reshape(row.a, count, column.tiles, column.m, F)
+                xp.matmul(AT_columns, self._by_rows(M, unit), out=tiles)
+                kept = Z[:, :count, :width].transpose(1, 0, 2)
+                outputs = slice(unit.rows.start * row.m, min(row.output, unit.rows.stop * row.m))
+                target = y.view[self._index(unit.image, outputs, slice(None))]
+                lines, block = self._as_lines(target) if in_place(target, self.run.dtype) else None, target
+                if lines is None:
+                    block = shaped(lines_space, target.shape)
+                    lines = block.reshape(outputs.stop - outputs.start, width)
+                full, rest = divmod(outputs.stop - outputs.start, row.m)
+                xp.matmul(AT_rows, kept[:full], out=lines[: full * row.m].reshape(full, row.m, width))
+                if rest:
+                    xp.matmul(AT_rows[:rest], kept[full], out=lines[full * row.m :])
+                if not containment.is_finite(lines, xp):
+                    spoilt.add(unit.image)
+                y.finish(xp, block)
+                if block is not target:
+                    target[...] = block
+
+    def _back(self, E: Array, dw: Array, channels: Iterable[slice]) -> None:
+        """dw (taps, C * F) = G' E."""
+        G = self._G((1,) * self.geometry.rank).swapaxes(0, 1)
+        for part in channels:
+            columns = slice(part.start * E.shape[2], part.stop * E.shape[2])
+            self.run.backend.xp.matmul(G, E.reshape(self.points, -1)[:, columns], out=dw[:, columns])
+
+    # Weights.
+
+    def _G(self, steps: Sequence[int]) -> Array:
+        """The transform of weights (a * a, taps); steps are -1 along axes of w that lie in memory the other way."""
+        rows, columns = (matrices(axis.m, axis.r, self.run.dtype).G for axis in (self.rows, self.columns))
+        both = numpy.kron(rows[:, :: steps[0]] if len(steps) == 2 else rows, columns[:, :: steps[-1]])
+        return self.run.backend.xp.asarray(both)
+
+    def _matrices(self, name: str) -> list[Array]:
+        """The matrices of this name for rows and columns."""
+        axes = (getattr(matrices(axis.m, axis.r, self.run.dtype), name) for axis in (self.rows, self.columns))
+        return [self.run.backend.xp.asarray(matrix) for matrix in axes]
+
+    @contextlib.contextmanager
+    def _transformed(self, w: Operand) -> Iterator[Array]:
+        """G w G' as (a * a, C, F)."""
+        run, view, rank = self.run, w.view[..., 0, :, :], self.geometry.rank
+        steps = tuple(-1 if step < 0 else 1 for step in view.strides[:rank])
+        view = view[tuple(slice(None, None, step) for step in steps)]
+        is_swapped = bool(view.strides[-1] > view.strides[-2])
+        if is_swapped:
+            view = view.swapaxes(-1, -2)
+        matrix = as_matrix(view, rank, 2) if w.is_plain(run.dtype) else None
+        with run.workspace(
+            self.points * view.shape[-1] * view.shape[-2], 0 if matrix is not None else view.size
+        ) as spaces:
+            if matrix is None:
+                matrix = spaces[1].reshape(view.shape)
+                w.part(view).read(run.backend.xp, (...,), matrix)
+                matrix = matrix.reshape(self.geometry.taps, -1)
+            weights, G = spaces[0].reshape(self.points, -1), self._G(steps)
+
+            def transform(parts: Iterable[slice]) -> None:
+                for part in parts:
+                    run.backend.xp.matmul(G, matrix[:, part], out=weights[:, part])
+
+            run.spread(pieces(matrix.shape[1], WEIGHTS), transform, self.sizes.workers)
+            weights = weights.reshape(self.points, *view.shape[-2:])
+            yield weights.swapaxes(-1, -2) if is_swapped else weights

@@ -1,0 +1,214 @@
+"""The threads of the NumPy backend: who computes what, and that BLAS is left as it was found."""
+
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import threadpoolctl
+
+import gpuconv
+from gpuconv import threads
+from gpuconv.algorithms import winograd
+
+LAYER = {"padding": 1, "algorithm": "winograd"}
+
+
+LIBRARIES = threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers
+
+
+def blas_threads():
+    return [library.num_threads for library in LIBRARIES]
+
+
+@pytest.fixture(autouse=True)
+def left_as_found():
+    before = blas_threads()
+    yield
+    assert blas_threads() == before
+    assert threads._blas.limits == []
+    assert threads._helpers.busy == 0
+
+
+@pytest.fixture
+def xw(rng):
+    return rng.standard_normal((4, 32, 28, 28), np.float32), rng.standard_normal((32, 32, 3, 3), np.float32)
+
+
+def test_every_task_is_done_once():
+    done = []
+    threads.spread(range(1000), lambda tasks: done.extend(tasks), 3)
+    assert sorted(done) == list(range(1000))
+
+
+def test_workers_compute_at_the_same_time_with_blas_held_to_one_thread():
+    meeting = threading.Barrier(3, timeout=20)
+    seen = []
+
+    def worker(tasks):
+        for task in tasks:
+            meeting.wait()  # nobody goes on alone
+            seen.append((task, threading.get_ident(), *blas_threads()))
+
+    threads.spread(range(3), worker, 3)
+    assert len({thread for _, thread, *_ in seen}) == 3
+    assert {count for _, _, *counts in seen for count in counts} == {1}
+
+
+def test_one_worker_is_the_caller_with_blas_as_it_is():
+    before, seen = blas_threads(), []
+    threads.spread(
+        range(3), lambda tasks: seen.extend((task, threading.get_ident(), blas_threads()) for task in tasks), 1
+    )
+    assert seen == [(task, threading.get_ident(), before) for task in range(3)]
+
+
+def test_helpers_at_work_for_another_call_are_not_taken():
+    inner = []
+
+    def worker(tasks):
+        for _ in tasks:
+            threads.spread(range(2), lambda more: inner.extend((n, threading.get_ident()) for n in more), 2)
+
+    threads.spread(range(2), worker, 2)
+    assert sorted(n for n, _ in inner) == [0, 0, 1, 1]
+    assert len({thread for _, thread in inner}) <= 2
+
+
+@pytest.mark.parametrize("failing", ["the caller", "a helper", "all"])
+def test_an_error_ends_the_work_and_is_raised(failing):
+    caller, meeting, done = threading.get_ident(), threading.Barrier(2, timeout=20), []
+
+    def worker(tasks):
+        meeting.wait()
+        is_caller = threading.get_ident() == caller
+        for task in tasks:
+            if failing == "all" or is_caller == (failing == "the caller"):
+                raise ArithmeticError(failing)
+            done.append(task)
+
+    with pytest.raises(ArithmeticError, match=failing):
+        threads.spread(iter(int, 1), worker, 2)  # tasks without end
+
+
+def test_settings_of_numpy_errors_hold_in_every_thread():
+    meeting = threading.Barrier(2, timeout=20)
+
+    def worker(tasks):
+        for _ in tasks:
+            meeting.wait()
+            np.float32(1) / np.zeros(1, np.float32)
+
+    with np.errstate(divide="raise"), pytest.raises(FloatingPointError):
+        threads.spread(range(2), worker, 2)
+    with np.errstate(divide="ignore"):
+        threads.spread(range(2), worker, 2)
+
+
+def test_no_more_threads_than_asked_for(xw, monkeypatch):
+    seen = set()
+    into = winograd._Tiling._into
+
+    def spied(self, *arguments):
+        seen.add((threading.get_ident(), *blas_threads()))
+        into(self, *arguments)
+
+    monkeypatch.setattr(winograd._Tiling, "_into", spied)
+    for number in (1, 2, 5):
+        monkeypatch.setenv("GPUCONV_NUM_THREADS", str(number))
+        seen.clear()
+        gpuconv.conv(*xw, **LAYER)
+        assert len({thread for thread, *_ in seen}) <= number
+        assert {count for _, *counts in seen for count in counts} <= {1}
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
+def test_a_number_of_threads_that_cannot_be_read_is_refused(value, monkeypatch):
+    monkeypatch.setenv("GPUCONV_NUM_THREADS", value)
+    with pytest.raises(ValueError, match=f"GPUCONV_NUM_THREADS must be a number of threads, at least 1; got '{value}'"):
+        gpuconv.conv(np.ones((1, 1, 4)), np.ones((1, 1, 2)))
+
+
+def test_without_threadpoolctl_one_python_thread_computes(xw, monkeypatch):
+    y = gpuconv.conv(*xw, **LAYER)
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    monkeypatch.setattr(threads, "_blas", threads._Blas())
+    assert threads.most(None) == threads.most(4) == 1
+    monkeypatch.setenv("GPUCONV_NUM_THREADS", "4")
+    np.testing.assert_allclose(gpuconv.conv(*xw, **LAYER), y, rtol=0, atol=1e-4)
+
+
+def test_an_interpreter_that_has_no_more_threads_computes_alone(xw, monkeypatch):
+    y = gpuconv.conv(*xw, **LAYER)
+
+    class Exhausted:
+        def submit(self, *_):
+            raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threads._helpers, "pool", Exhausted())
+    np.testing.assert_array_equal(gpuconv.conv(*xw, **LAYER), y)
+
+
+def test_results_are_the_same_bits_at_any_number_of_threads(rng, monkeypatch):
+    for channels, extent, batch in ((32, 56, 3), (128, 14, 5), (64, 7, 9)):
+        x = rng.standard_normal((batch, channels, extent, extent), np.float32)
+        w = rng.standard_normal((channels, channels, 3, 3), np.float32)
+        results = []
+        for number in (1, 2, 3, 4):
+            monkeypatch.setenv("GPUCONV_NUM_THREADS", str(number))
+            y = gpuconv.conv(x, w, **LAYER)
+            results.append((y, *gpuconv.conv_backward(y, x, w, **LAYER)))
+        for others in results[1:]:
+            for one, other in zip(results[0], others, strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
+def test_calls_from_many_threads_at_once(rng, monkeypatch):
+    """The same layer and different ones, with bounded workspaces."""
+    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "4MiB")
+    layers = [((2, 32, 28, 28), (32, 32, 3, 3)), ((1, 16, 40, 33), (24, 16, 3, 3)), ((4, 48, 14, 14), (32, 48, 3, 3))]
+    problems = []
+    for x_shape, w_shape in layers * 2:
+        x, w = rng.standard_normal(x_shape, np.float32), rng.standard_normal(w_shape, np.float32)
+        y = gpuconv.conv(x, w, **LAYER)
+        problems.append((x, w, y, gpuconv.conv_backward(y, x, w, **LAYER)))
+
+    def hammer(number):
+        for repeat in range(12):
+            x, w, y, gradients = problems[(number + repeat) % len(problems)]
+            np.testing.assert_array_equal(gpuconv.conv(x, w, **LAYER), y)
+            for one, other in zip(gpuconv.conv_backward(y, x, w, **LAYER), gradients, strict=True):
+                np.testing.assert_array_equal(one, other)
+            if repeat == 6:
+                gpuconv.clear_cache()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(hammer, range(8)))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_computes_and_has_its_blas_back(xw, monkeypatch):
+    monkeypatch.setenv("GPUCONV_NUM_THREADS", "3")
+    y, before = gpuconv.conv(*xw, **LAYER), blas_threads()
+
+    def child():
+        try:
+            same = bool((gpuconv.conv(*xw, **LAYER) == y).all())
+            os._exit(0 if same and blas_threads() == before and threads._helpers.busy == 0 else 1)
+        except BaseException:
+            os._exit(2)
+
+    exits = []
+
+    def worker(tasks):  # in the middle of a call, with BLAS held and a helper at work
+        for _ in tasks:
+            pid = os.fork()
+            if pid == 0:
+                child()
+            exits.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+    threads.spread(range(2), worker, 2)
+    assert exits == [0, 0]
