@@ -8,9 +8,9 @@ import pytest
 import gpuconv
 from gpuconv import threads
 from gpuconv.backend import NUMPY
-from gpuconv.choose import MODULES, TRANSFORMS
+from gpuconv.choose import MODULES
 from gpuconv.geometry import Geometry
-from tests.cases import NUMPY_ALGORITHMS, named_dtype
+from tests.cases import EXACT_ALGORITHMS, NUMPY_ALGORITHMS, named_dtype
 
 MIB = 2**20
 # What the interpreter and NumPy's casting buffers take in each thread, whatever the arrays.
@@ -27,17 +27,19 @@ LAYERS = {
     "1x1": ((2, 128, 64, 64), (256, 128, 1, 1), {}),
     "1x1 stride 2": ((2, 128, 64, 64), (256, 128, 1, 1), {"stride": 2}),
     "stem": ((2, 3, 224, 224), (32, 3, 7, 7), {"padding": 3, "stride": 2}),
+    "15x15": ((1, 8, 72, 64), (8, 8, 15, 15), {"padding": 7}),
     "1-D": ((2, 32, 20000), (32, 32, 9), {"padding": 4}),
     "3-D": ((1, 8, 40, 40, 40), (16, 8, 3, 3, 3), {"padding": 1}),
 }
 
 
-def assert_stays_within(limit, result_bytes, call):
+def assert_stays_within(limit, result_bytes, call, slack=None):
     """The peak of a call's own memory, less its result's, is within the limit.
 
     A second call decides where the first one is beyond it: as_strided makes strings, and the interpreter's table of
     them grows by up to 2 MB at some call or other.
     """
+    slack = SLACK * threads.most(None) if slack is None else slack
     for _attempt in range(2):
         gpuconv.clear_cache()
         tracemalloc.start()
@@ -46,13 +48,15 @@ def assert_stays_within(limit, result_bytes, call):
             peak = tracemalloc.get_traced_memory()[1] - result_bytes
         finally:
             tracemalloc.stop()
-        if peak <= limit + SLACK * threads.most(None):
+        if peak <= limit + slack:
             return
-    assert peak <= limit + SLACK * threads.most(None), f"takes {peak} bytes beside its result"
+    assert peak <= limit + slack, f"takes {peak} bytes beside its result"
 
 
 def skip_where_refused(x_shape, w_shape, settings, dtype, algorithm):
     geometry = Geometry.infer(x_shape, w_shape, **settings)
+    if algorithm == "fft" and geometry.taps < 9**geometry.rank:
+        pytest.skip("kernels of few taps take very long in pieces of spectra")
     if reason := MODULES[algorithm].why_not(geometry, np.dtype(dtype), "forward", NUMPY, True):
         pytest.skip(reason)
 
@@ -155,7 +159,7 @@ def test_a_limit_below_the_smallest_piece_still_computes(monkeypatch, rng):
     y = gpuconv.conv(x, w)
     gradients = gpuconv.conv_backward(y, x, w)
     monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "0")
-    for algorithm in set(NUMPY_ALGORITHMS) - set(TRANSFORMS):
+    for algorithm in set(NUMPY_ALGORITHMS) & set(EXACT_ALGORITHMS):
         np.testing.assert_array_equal(gpuconv.conv(x, w, algorithm=algorithm), y)
         for one, other in zip(gpuconv.conv_backward(y, x, w, algorithm=algorithm), gradients, strict=True):
             np.testing.assert_array_equal(one, other)

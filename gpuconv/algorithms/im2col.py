@@ -38,6 +38,7 @@ BLOCK_BYTES = 8 << 20
 SHORT_PRODUCT = 256
 # Of weight_grad's outputs (or channels) where threads share it, and the outputs that make one of them worth its sum.
 SLICES, SHORT_SLICE = 8, 512
+FEWEST_OUTPUTS = 256  # of a task
 
 
 def why_not(
@@ -304,7 +305,7 @@ def _box_sizes(
         return (tap, *parts(box)[1:])
 
     extents = (*geometry.batch, *geometry.output)
-    most = -(-math.prod(extents) // team.tasks)
+    most = _most_outputs(geometry, team)
     box, spaces = fitting_box(extents, limit, parts, most)
     if reading.patch.needed and spaces[0] > spaces[1]:  # far more lies between the taps than under them
         box, spaces = fitting_box(extents, limit, parts_tap_by_tap, most)
@@ -328,8 +329,15 @@ def _apart_sizes(
 
     limit = min((budget - per_channel * channels) // team.workers, block)
     extents = (*geometry.batch, *geometry.output)
-    box, spaces = fitting_box(extents, limit, parts, -(-math.prod(extents) // team.tasks))
+    box, spaces = fitting_box(extents, limit, parts, _most_outputs(geometry, team))
     return _Sizes(channels, box, per_channel * channels, spaces)
+
+
+def _most_outputs(geometry: Geometry, team: Team) -> float:
+    """Outputs of a task: an even share, but not so few that the product with all weights gets slow."""
+    if team.tasks == 1:
+        return math.inf
+    return max(FEWEST_OUTPUTS, -(-math.prod((*geometry.batch, *geometry.output)) // team.tasks))
 
 
 def _unfold(

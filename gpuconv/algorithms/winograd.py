@@ -47,9 +47,11 @@ CHANNELS = 32  # and filters, from which on their products outweigh the transfor
 # Tiles of a block: fewer make short products, more do not stay in the cache.
 TILES = 128
 BLOCKS = 8  # from which on each thread has some of its own
-UNIT_BYTES = 512 << 10  # of a unit's U
-WEIGHTS = 1 << 15  # weights that are transformed at a time
-SLICES = 16  # of weight_grad's sum at the most; they are added up in order, however many threads there are
+UNIT_BYTES = 1 << 20  # of a unit's U
+PAGE, APART = 4096, 16  # bytes, elements
+FEW_WEIGHTS = 1 << 16  # of a tap, up to which copying them in another order is quick
+WEIGHTS = 1 << 13  # weights of a tap that are transformed at a time
+SLICES = 8  # of weight_grad's sum at the most; they are added up in order, however many threads there are
 
 
 def why_not(
@@ -185,20 +187,24 @@ def _sizes(geometry: Geometry, direction: Direction, budget: int, threads: int, 
     points, width = rows.a * columns.a, columns.tiles * columns.m + columns.r - 1
 
     def lines(unit: int, filters: int) -> int:
-        """Elements of U or Z, and of copied lines."""
-        return (unit * (rows.a + rows.m) + rows.r - 1) * width * max(C, filters)
+        """Elements of U or Z, and of lines copied twice."""
+        return (unit * rows.a + 2 * (unit * rows.m + rows.r - 1)) * width * max(C, filters) + APART * max(C, filters)
+
+    def weights(filters: int) -> int:
+        """Elements of weights half transformed."""
+        return rows.r * columns.a * min(WEIGHTS, C * filters)
 
     def tiles(unit: int, block: int, filters: int) -> int:
         return block * unit * columns.tiles * points * (C + filters)
 
     def together(filters: int, unit: int = 1, block: int = 1, workers: int = 1) -> int:
         """Elements of workspace where threads share a block."""
-        own = lines(unit, filters) + (C * filters if direction == "weight_grad" else 0)
+        own = lines(unit, filters) + weights(filters) + (C * filters if direction == "weight_grad" else 0)
         return (points + geometry.taps) * C * filters + tiles(unit, block, filters) + workers * own
 
     def alone(filters: int, unit: int, block: int, workers: int) -> int:
         """The same where each thread has a block of its own."""
-        own = lines(unit, filters) + tiles(unit, block, filters)
+        own = lines(unit, filters) + weights(filters) + tiles(unit, block, filters)
         if direction == "forward":
             return (points + geometry.taps) * C * filters + workers * own
         return SLICES * geometry.taps * C * filters + workers * (own + (points + 1) * C * filters)
@@ -206,7 +212,7 @@ def _sizes(geometry: Geometry, direction: Direction, budget: int, threads: int, 
     filters = _most(F, budget, together)
     workers = _most(threads, budget, lambda workers: together(filters, workers=workers))
     unit = min(
-        _most(rows.tiles, UNIT_BYTES // itemsize, lambda unit: lines(unit, filters)),
+        _most(rows.tiles, UNIT_BYTES // itemsize, lambda unit: unit * rows.a * width * max(C, filters)),
         _most(rows.tiles, budget, lambda unit: together(filters, unit, 1, workers)),
     )
     units = math.prod(geometry.batch) * -(-rows.tiles // unit)
@@ -258,6 +264,15 @@ class _Images(NamedTuple):
     inside: tuple[slice, slice]  # of the operand
 
 
+class _Taps(NamedTuple):
+    """A weight as it lies in memory."""
+
+    view: Array  # (*kernel, C, F), or F before C
+    swapped: bool
+    steps: tuple[int, int]  # -1 where an axis of the kernel is turned round
+    lines: Array | None  # (R, S, C * F), if that takes no copy
+
+
 @dataclass(frozen=True)
 class _Tiling:
     """One group of a convolution in tiles."""
@@ -304,30 +319,33 @@ class _Tiling:
             self._weight_grad(self._dy(dy.of_channels(filters)), images, dw.view[..., 0, :, filters])
 
     def _weight_grad(self, gradients: _Images, images: _Images, dw: Array) -> None:
-        run, channels = self.run, dw.shape[-2:]
-        parts = list(
-            pieces(len(self.blocks), len(self.blocks) if self.sizes.shared else -(-len(self.blocks) // SLICES))
-        )
-        with run.workspace(len(parts) * dw.size) as (space,):
-            sums = space.reshape(len(parts), self.geometry.taps, math.prod(channels))
+        run, taps = self.run, self._as_taps(dw)
+        channels = taps.view.shape[-2:]
+        parts = list(pieces(len(self.blocks), -(-len(self.blocks) // (1 if self.sizes.shared else SLICES))))
+        lines = taps.lines if len(parts) == 1 and dw.dtype == run.dtype else None
+        with run.workspace(0 if lines is not None else len(parts) * dw.size) as (space,):
+            sums = [lines] if lines is not None else list(space.reshape(len(parts), *self.kernel, -1))
 
             def through(numbers: Iterator[int], share: _Share) -> None:
-                with self._room(*channels) as spaces, run.workspace(self.points * math.prod(channels)) as (sum_space,):
+                room = run.workspace(self.points * math.prod(channels))
+                with self._room(*dw.shape[-2:]) as spaces, room as (sum_space,):
                     E = sum_space.reshape(self.points, *channels)
                     for number in numbers:
                         for block in self.blocks[parts[number]]:
-                            V, D = self._tiles(block, spaces, channels)
+                            V, D = self._tiles(block, spaces, dw.shape[-2:])
                             share(block, partial(self._into, images, V))
                             share(block, partial(self._into, gradients, D))
+                            factors = (D, V) if taps.swapped else (V, D)
                             add = block is not self.blocks[parts[number].start]
-                            share(range(self.points), partial(self._accumulate, V, D, E, add))
-                        share(pieces(channels[0], max(1, WEIGHTS // channels[1])), partial(self._back, E, sums[number]))
+                            share(range(self.points), partial(self._accumulate, *factors, E, add))
+                        points = E.reshape(self.rows.a, self.columns.a, -1)
+                        share(pieces(points.shape[2], WEIGHTS), partial(self._back, points, taps, sums[number]))
 
             self._spread(range(len(parts)), through)
-            total = sums[0]
-            for term in sums[1:]:
-                total += term
-            dw[...] = total.reshape(dw.shape)
+            if lines is None:
+                for term in sums[1:]:
+                    sums[0] += term
+                taps.view[...] = sums[0].reshape(taps.view.shape)
 
     def _spread(self, tasks: Sequence[Any], through: Callable[[Iterator[Any], _Share], None]) -> None:
         """Takes tasks through all steps: each thread its own, or one after the other, with all threads at each step."""
@@ -370,7 +388,7 @@ class _Tiling:
         width = (column.tiles - 1) * column.m + images.columns.shape[1]
         before, inside = images.low[1], images.inside[1].stop - images.inside[1].start
         shape = self.rows.a, self.sizes.unit, width, channels
-        copied = (self.sizes.unit * self.rows.m + self.rows.r - 1) * inside * channels
+        copied = 2 * (self.sizes.unit * self.rows.m + self.rows.r - 1) * inside * channels + APART * channels
         with self.run.workspace(math.prod(shape), copied) as (space, lines_space):
             U = space.reshape(shape)
             U[:, :, :before] = U[:, :, before + inside :] = 0
@@ -419,9 +437,25 @@ class _Tiling:
         lines = self._as_lines(piece) if images.operand.is_plain(self.run.dtype) else None
         if lines is None:
             block = shaped(space, piece.shape)
-            images.operand.read(self.run.backend.xp, index, block)
+            self._read(images.operand, index, block, space[block.size :])
             lines = block.reshape(rows.stop - rows.start, math.prod(piece.shape[-3:]))
         return lines
+
+    def _read(self, images: Operand, index: Index, block: Array, space: Array) -> None:
+        """Reads a block (*pixels, 1, C) of images.
+
+        Where the channels of a pixel lie apart by multiples of a page they share few lines of the cache, and drive each
+        other out: such a block is first copied as it lies, with the channels less far apart.
+        """
+        xp, channels = self.run.backend.xp, block.shape[-1]
+        if block.size and images.view.strides[-1] % PAGE == 0 and channels > 1:
+            pixels = block.size // channels
+            staged = shaped(space, (channels, pixels + APART))[:, :pixels]
+            staged = staged.reshape(channels, *block.shape[:-1]).transpose(*range(1, block.ndim), 0)
+            images.read(xp, index, staged)
+            block[...] = staged
+        else:
+            images.read(xp, index, block)
 
     def _index(self, image: Shape, rows: slice, columns: slice) -> Index:
         return (*image, columns) if self.geometry.rank == 1 else (*image, rows, columns)
@@ -480,49 +514,63 @@ class _Tiling:
                 if block is not target:
                     target[...] = block
 
-    def _back(self, E: Array, dw: Array, channels: Iterable[slice]) -> None:
-        """dw (taps, C * F) = G' E."""
-        G = self._G((1,) * self.geometry.rank).swapaxes(0, 1)
-        for part in channels:
-            columns = slice(part.start * E.shape[2], part.stop * E.shape[2])
-            self.run.backend.xp.matmul(G, E.reshape(self.points, -1)[:, columns], out=dw[:, columns])
+    # Weights, transformed along columns and along rows: less work than by the Kronecker product of the matrices.
 
-    # Weights.
+    @property
+    def kernel(self) -> tuple[int, int]:
+        return self.rows.r, self.columns.r
 
-    def _G(self, steps: Sequence[int]) -> Array:
-        """The transform of weights (a * a, taps); steps are -1 along axes of w that lie in memory the other way."""
-        rows, columns = (matrices(axis.m, axis.r, self.run.dtype).G for axis in (self.rows, self.columns))
-        both = numpy.kron(rows[:, :: steps[0]] if len(steps) == 2 else rows, columns[:, :: steps[-1]])
-        return self.run.backend.xp.asarray(both)
+    def _as_taps(self, w: Array, swap: bool = True) -> _Taps:
+        """w (*kernel, C, F) as it lies in memory, but for the order of C and F where that should not be swapped."""
+        rank = self.geometry.rank
+        steps = tuple(-1 if step < 0 else 1 for step in w.strides[:rank])
+        view = w[tuple(slice(None, None, step) for step in steps)]
+        swapped = swap and bool(view.strides[-1] > view.strides[-2])
+        view = view.swapaxes(-1, -2) if swapped else view
+        lines = as_matrix(view[None] if rank == 1 else view, 1, 2)
+        return _Taps(view, swapped, (steps[0] if rank == 2 else 1, steps[-1]), lines)
+
+    @contextlib.contextmanager
+    def _transformed(self, w: Operand) -> Iterator[Array]:
+        """G w G' as (a * a, C, F)."""
+        view = w.view[..., 0, :, :]
+        # Swapped factors make matrix products slower, but to exchange the axes of many weights takes even longer.
+        run, taps = self.run, self._as_taps(view, swap=view.shape[-1] * view.shape[-2] > FEW_WEIGHTS)
+        lines = taps.lines if w.is_plain(run.dtype) else None
+        channels = taps.view.shape[-2:]
+        sizes = self.points * math.prod(channels), 0 if lines is not None else taps.view.size
+        with run.workspace(*sizes) as (weight_space, copy_space):
+            if lines is None:
+                copy = copy_space.reshape(taps.view.shape)
+                w.part(taps.view).read(run.backend.xp, (...,), copy)
+                lines = copy.reshape(*self.kernel, -1)
+            weights = weight_space.reshape(self.rows.a, self.columns.a, -1)
+            run.spread(pieces(lines.shape[2], WEIGHTS), partial(self._forth, lines, taps, weights), self.sizes.workers)
+            weights = weights.reshape(self.points, *channels)
+            yield weights.swapaxes(-1, -2) if taps.swapped else weights
+
+    def _forth(self, lines: Array, taps: _Taps, weights: Array, parts: Iterable[slice]) -> None:
+        """weights (a, a, C * F) = G w G', w being (R, S, C * F)."""
+        xp, (rows, columns) = self.run.backend.xp, self._G(taps.steps)
+        with self.run.workspace(self.rows.r * self.columns.a * min(WEIGHTS, lines.shape[2])) as (space,):
+            for part in parts:
+                half = shaped(space, (self.rows.r, self.columns.a, part.stop - part.start))
+                xp.matmul(columns, lines[:, :, part], out=half)
+                xp.matmul(rows, half.swapaxes(0, 1), out=weights[:, :, part].swapaxes(0, 1))
+
+    def _back(self, points: Array, taps: _Taps, lines: Array, parts: Iterable[slice]) -> None:
+        """The transpose of _forth: dw (R, S, C * F) = G' points G."""
+        xp, (rows, columns) = self.run.backend.xp, (G.swapaxes(0, 1) for G in self._G(taps.steps))
+        with self.run.workspace(self.rows.r * self.columns.a * min(WEIGHTS, lines.shape[2])) as (space,):
+            for part in parts:
+                half = shaped(space, (self.rows.r, self.columns.a, part.stop - part.start))
+                xp.matmul(rows, points[:, :, part].swapaxes(0, 1), out=half.swapaxes(0, 1))
+                xp.matmul(columns, half, out=lines[:, :, part])
+
+    def _G(self, steps: tuple[int, int]) -> list[Array]:
+        return [G[:, ::step] for G, step in zip(self._matrices("G"), steps, strict=True)]
 
     def _matrices(self, name: str) -> list[Array]:
         """The matrices of this name for rows and columns."""
         axes = (getattr(matrices(axis.m, axis.r, self.run.dtype), name) for axis in (self.rows, self.columns))
         return [self.run.backend.xp.asarray(matrix) for matrix in axes]
-
-    @contextlib.contextmanager
-    def _transformed(self, w: Operand) -> Iterator[Array]:
-        """G w G' as (a * a, C, F)."""
-        run, view, rank = self.run, w.view[..., 0, :, :], self.geometry.rank
-        steps = tuple(-1 if step < 0 else 1 for step in view.strides[:rank])
-        view = view[tuple(slice(None, None, step) for step in steps)]
-        is_swapped = bool(view.strides[-1] > view.strides[-2])
-        if is_swapped:
-            view = view.swapaxes(-1, -2)
-        matrix = as_matrix(view, rank, 2) if w.is_plain(run.dtype) else None
-        with run.workspace(
-            self.points * view.shape[-1] * view.shape[-2], 0 if matrix is not None else view.size
-        ) as spaces:
-            if matrix is None:
-                matrix = spaces[1].reshape(view.shape)
-                w.part(view).read(run.backend.xp, (...,), matrix)
-                matrix = matrix.reshape(self.geometry.taps, -1)
-            weights, G = spaces[0].reshape(self.points, -1), self._G(steps)
-
-            def transform(parts: Iterable[slice]) -> None:
-                for part in parts:
-                    run.backend.xp.matmul(G, matrix[:, part], out=weights[:, part])
-
-            run.spread(pieces(matrix.shape[1], WEIGHTS), transform, self.sizes.workers)
-            weights = weights.reshape(self.points, *view.shape[-2:])
-            yield weights.swapaxes(-1, -2) if is_swapped else weights
