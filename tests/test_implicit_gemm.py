@@ -278,12 +278,89 @@ def test_a_sample_alone_gives_the_same_bits_as_in_a_batch(direction, kind, layou
 
 
 @ON_KERNELS
-@pytest.mark.parametrize("dtype", ["float16", "float32", "complex64"])
-def test_infinite_weights_meet_no_zeros_beyond_dy(dtype, arrays):
+@BOTH_LAYOUTS
+@pytest.mark.parametrize(
+    "kind, shape",
+    [
+        ("float16", (32, 32)),
+        ("float32", (32, 32)),
+        ("float32", (64, 128)),
+        ("float64", (32, 32)),
+        ("float64", (64, 64)),
+        ("complex128", (32, 32)),
+    ],
+)
+def test_tiles_that_lack_one_row_column_and_step_are_exact(kind, shape, layout, arrays):
+    """In groups, with biases; in other orders of blocks too, for what one writes beyond its part is another's."""
+    rows, columns = shape[0] - 1, shape[1] - 1
+    problem = Problem((1, 2 * columns, rows), (2 * columns, columns, 1), kind, groups=2)
+    x, w, b = (a.astype(kind) for a in (problem.x, problem.w, np.arange(2 * columns) % 7 - 3))
+    y = problem.exact("forward") + b[:, None]
+    with forced(next(tile for name, tile in TILES if name == kind and tile[:2] == shape), slices=2):
+        for _ in range(2):
+            for direction in DIRECTIONS:
+                with arrays.varied():
+                    result = problem.computed(arrays, direction, layout)
+                np.testing.assert_array_equal(result, problem.exact(direction).astype(kind))
+            given = (arrays.asarray(laid_out(a, layout, role)) for a, role in ((x, "x"), (w, "w")))
+            with arrays.varied():
+                found = gpuconv.conv(*given, arrays.asarray(b), groups=2, layout=layout, algorithm="implicit_gemm")
+            np.testing.assert_array_equal(channels_first(arrays.asnumpy(found), layout), y.astype(kind))
+
+
+@ON_KERNELS
+@BOTH_LAYOUTS
+def test_each_column_has_its_bias(layout, arrays):
+    """Columns of several tiles, in groups, and stored several at a time."""
+    problem = Problem((1, 2 * 40, 33), (2 * 72, 40, 1), "float32", groups=2)
+    x, w, b = (a.astype(np.float32) for a in (problem.x, problem.w, np.arange(144)))
+    given = (arrays.asarray(laid_out(a, layout, role)) for a, role in ((x, "x"), (w, "w")))
+    with forced(next(tile for name, tile in TILES if name == "float32" and tile[:2] == (32, 32))):
+        y = gpuconv.conv(*given, arrays.asarray(b), groups=2, layout=layout, algorithm="implicit_gemm")
+    np.testing.assert_array_equal(channels_first(arrays.asnumpy(y), layout), problem.exact("forward") + b[:, None])
+
+
+@ON_KERNELS
+@BOTH_LAYOUTS
+@pytest.mark.parametrize("stride, dilation", [((1, 1, 1), (2, 1, 3)), ((2, 1, 3), (1, 2, 2)), ((3, 2, 2), (2, 3, 1))])
+def test_each_axis_has_its_stride_padding_and_dilation(stride, dilation, layout, arrays):
+    settings = {"stride": stride, "padding": ((1, 2), (0, 3), (2, 1)), "dilation": dilation, "groups": 1}
+    rng = np.random.default_rng(5)
+    x, w = draw(rng, (2, 32, 7, 8, 9), "float32", True), draw(rng, (32, 32, 2, 3, 2), "float32", True)
+    dy = draw(rng, reference.forward(x, w, **settings).shape, "float32", True)
+    given = [
+        arrays.asarray(laid_out(a.astype(np.float32), layout, role)) for a, role in ((x, "x"), (w, "w"), (dy, "x"))
+    ]
+    options = {**settings, "layout": layout, "algorithm": "implicit_gemm"}
+    dx, dw, _ = gpuconv.conv_backward(given[2], *given[:2], **options)
+    for result, exact, role in (
+        (gpuconv.conv(*given[:2], **options), reference.forward(x, w, **settings), "x"),
+        (dx, reference.data_grad(dy, w, x.shape, **settings), "x"),
+        (dw, reference.weight_grad(dy, x, w.shape, **settings), "w"),
+    ):
+        np.testing.assert_array_equal(channels_first(arrays.asnumpy(result), layout, role), exact)
+
+
+@ON_KERNELS
+@pytest.mark.parametrize(
+    "dtype, value",
+    [
+        ("float16", np.inf),
+        ("float32", np.inf),
+        ("complex64", np.inf),
+        ("complex64", complex(0, np.inf)),
+        ("complex64", complex(-np.inf, 0)),
+    ],
+)
+@pytest.mark.parametrize(
+    "places", [[(5, 7, 0, 2)], [(5, 7, 0, 0), (23, 39, 2, 2)], [...]], ids=["one", "two", "everywhere"]
+)
+def test_infinite_weights_meet_no_zeros_beyond_dy(dtype, value, places, arrays):
     """A tile with a NaN is formed again where weights are infinite, and only there."""
     for stride in (1, 2):
         problem = Problem((2, 40, 9, 8), (24, 40, 3, 3), dtype, padding=1, stride=stride)
-        problem.w[5, 7, 0, 2] = np.inf
+        for place in places:
+            problem.w[place] = value
         problem.dy[1, 3, 1, 1] = np.nan
         with np.errstate(invalid="ignore"):
             expected = problem.exact("data_grad").astype(named_dtype(dtype))
@@ -291,6 +368,40 @@ def test_infinite_weights_meet_no_zeros_beyond_dy(dtype, arrays):
                 result = problem.computed(arrays, "data_grad", layout)
                 np.testing.assert_array_equal(np.isnan(result), np.isnan(expected))
                 np.testing.assert_array_equal(result[~np.isnan(expected)], expected[~np.isnan(expected)])
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("extent, stride", [((1, 5), (3, 2)), ((5, 1), (2, 3)), ((1, 2, 7), (2, 3, 3)), ((2,), (5,))])
+def test_inputs_fewer_than_the_stride_are_all_written(extent, stride, arrays):
+    rank, rng = len(extent), np.random.default_rng(3)
+    settings = {"stride": stride, "padding": ((1, 2),) * rank, "dilation": (2, 1, 1)[:rank], "groups": 1}
+    x, w = draw(rng, (2, 40, *extent), "float32", True), draw(rng, (24, 40, *(2,) * rank), "float32", True)
+    y = reference.forward(x, w, **settings)
+    found = gpuconv.conv_data_grad(
+        *(arrays.asarray(a.astype(np.float32)) for a in (y, w)), x.shape, algorithm="implicit_gemm", **settings
+    )
+    np.testing.assert_array_equal(arrays.asnumpy(found), reference.data_grad(y, w, x.shape, **settings))
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_gradients_of_a_transposed_convolution_are_conjugated_and_activated_right(dtype, arrays):
+    """There forward and weight_grad read what else data_grad and weight_grad read as their first operand."""
+    rng, settings = np.random.default_rng(4), {"stride": 2, "padding": 1}
+    x, w = draw(rng, (2, 40, 5, 4), dtype, True).astype(dtype), draw(rng, (40, 24, 3, 3), dtype, True).astype(dtype)
+    activation = "relu" if dtype == "float32" else None
+    y = gpuconv.conv_transpose(x, w, activation=activation, algorithm="im2col", **settings)
+    dy = draw(rng, y.shape, dtype, True).astype(dtype)
+    expected = gpuconv.conv_transpose_backward(dy, x, w, activation=activation, y=y, algorithm="im2col", **settings)
+    found = gpuconv.conv_transpose_backward(
+        *map(arrays.asarray, (dy, x, w)),
+        activation=activation,
+        y=arrays.asarray(y),
+        algorithm="implicit_gemm",
+        **settings,
+    )
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(arrays.asnumpy(one), other)
 
 
 @ON_KERNELS
