@@ -9,13 +9,14 @@ from gpuconv.cuda.kernel import files_of
 from tests.emulation import loader
 
 # The files, and the kernels by which their mutants are tried: what common.cuh has is all used by direct and scatter.
-# primitives.cuh is not among them: the CPU runs other code in its place, and golden vectors are for that. Nor are
-# products.cuh and implicit_gemm.cu yet.
+# primitives.cuh is not among them: the CPU runs other code in its place, and golden vectors are for that.
 TRIED_BY = {
     "common.cuh": ("direct", "scatter"),
     "direct.cu": ("direct",),
     "scatter.cu": ("scatter",),
     "tiles.cuh": ("implicit_gemm",),
+    "products.cuh": ("implicit_gemm",),
+    "implicit_gemm.cu": ("implicit_gemm",),
 }
 FILES = tuple(TRIED_BY)
 

@@ -100,6 +100,9 @@ GEMM_TESTS = {
     "test_a_sample_alone_gives_the_same_bits_as_in_a_batch": ((1, 1), 5),
     "test_derivatives_are_multiplied_in_as_operands_are_read": ((1, 0), 3),
     "test_result_is_right": ((2, 0), 7),
+    "test_nonfinite_elements_stay_where_they_belong": ((2, 0), 5),
+    "test_any_strides_are_taken_and_come_back_contiguous": ((2, 0), 3),
+    "test_activation_and_its_derivative": ((2, 0), 5),
     "test_sums_of_100_000_positive_terms_stay_within_the_bound": ((2, 1), 3),
     "test_kernels_do_nothing_forbidden": ((4, 0), 2),
     "test_inner_loops_meet_no_bank_conflicts": ((5, 0), 1),
@@ -108,11 +111,12 @@ _turns = collections.Counter()
 
 
 def gemm_stage(item, params, backend):
-    """The same for implicit GEMM: every n-th test, and of the matrix the telling cases."""
-    if backend not in ("emulated", "checked") or Path(item.fspath).stem not in ("test_implicit_gemm", *MATRIX_FILES):
+    """The same for implicit GEMM: every n-th test, and of cases the telling ones."""
+    files = "test_implicit_gemm", "test_conv", "test_nonfinite", *MATRIX_FILES
+    if backend not in ("emulated", "checked") or Path(item.fspath).stem not in files:
         return None
     when, every = GEMM_TESTS.get(item.originalname, ((1, 0), 1))
-    if item.originalname in MATRIX and params["case"].name not in TELLING:
+    if params.get("case") and params["case"].name not in TELLING:
         return None
     _turns[item.originalname] += 1
     return when if _turns[item.originalname] % every == 0 else None
@@ -235,9 +239,15 @@ def key(mutant):
     return mutant.file, mutant.before.partition("  //")[0], mutant.after.partition("  //")[0]
 
 
+def place(mutant):
+    """The same and, since a file may have a line several times, the how manieth it is."""
+    before = mutant.before
+    return *key(mutant), sum(line.strip() == before for line in read(mutant.file).splitlines()[: mutant.line])
+
+
 def reason(mutant):
     """Why a mutant is equivalent, or None."""
-    return EQUIVALENT.get(key(mutant))
+    return EQUIVALENT.get(key(mutant)) or EQUIVALENT.get(place(mutant))
 
 
 def recorded():
@@ -374,7 +384,7 @@ def conclusion(everything, entries):
     survivors = [item for item in entries if item["verdict"] == "survived"]
     for item in survivors:
         print(f"survived: {item['file']}:{item['line']} {item['rule']}: {item['after']}")
-    used = {key(mutant) for mutant in everything}
+    used = {stated(mutant) for mutant in everything for stated in (key, place)}
     needless = [stated for stated in EQUIVALENT if stated not in used]
     for stated in needless:
         print(f"equivalent_mutants.py has a reason for what is no mutant: {stated}")
@@ -422,7 +432,8 @@ def sample(everything, options):
 def run_pytest(work):
     """Collects the tests, and lets ``work`` have them."""
     here = Path(__file__).parent
-    files = (here / f"test_{name}.py" for name in ("matrix", "kernels", "checked", "profile", "conv", "implicit_gemm"))
+    names = "matrix", "kernels", "checked", "profile", "conv", "nonfinite", "implicit_gemm"
+    files = (here / f"test_{name}.py" for name in names)
     arguments = ["-s", "-m", "not gpu", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:terminal"]
     session = Session(work)
     status = pytest.main([*arguments, *map(str, files)], plugins=[session])
