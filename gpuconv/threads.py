@@ -15,7 +15,7 @@ import contextlib
 import contextvars
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -143,7 +143,8 @@ def spread(tasks: Iterable[T], worker: Callable[[Iterator[T]], None], workers: i
     depend on it. Coarse tasks only: to start a helper takes some 20 microseconds. Helpers that other calls of this
     process have at work are theirs, so there may be fewer, or none. An error ends the work of all, and is raised here.
     """
-    helpers = _helpers.take(workers - 1, workers) if workers > 1 else 0
+    wanted = min(workers, len(tasks)) if isinstance(tasks, Sized) else workers
+    helpers = _helpers.take(wanted - 1, workers) if wanted > 1 else 0
     if not helpers:
         worker(iter(tasks))
         return

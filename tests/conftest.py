@@ -246,9 +246,13 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _in_turn(item, backend, params, counts):
-    """Whether a test runs on the CPU: of those that would compile many kernels, and of the stand-in's, some."""
+    """Whether a test runs on the CPU: of those that would compile many kernels, and of the stand-in's, some.
+
+    Of those, too, that run no kernel on the emulated backend: they repeat NumPy's.
+    """
     marker, has_many_modules = item.get_closest_marker("every_nth"), params.get("algorithm") == IN_TURNS
-    if {"case", "layout"} <= set(params) and (has_many_modules or backend == "stand-in"):
+    has_no_kernel = params.get("algorithm") not in (None, *KERNELS)
+    if {"case", "layout"} <= set(params) and (has_many_modules or has_no_kernel or backend == "stand-in"):
         few = backend == "stand-in" and has_many_modules and CASES.index(params["case"]) % 5
         return not few and in_turn(params["case"], params["layout"], params.get("dtype", "float64"))
     if marker is None and not has_many_modules:

@@ -286,7 +286,7 @@ class _Tiling:
 
     @classmethod
     def of(cls, geometry: Geometry, direction: Direction, run: Run) -> _Tiling:
-        sizes = _sizes(geometry, direction, run.budget, run.threads, run.dtype.itemsize)
+        sizes = _sizes(geometry, direction, run.budget, run.team(geometry).workers, run.dtype.itemsize)
         return cls(geometry, run, *_axes(geometry), sizes, _blocks(geometry, sizes.unit, sizes.block))
 
     @property
@@ -339,7 +339,7 @@ class _Tiling:
                             add = block is not self.blocks[parts[number].start]
                             share(range(self.points), partial(self._accumulate, *factors, E, add))
                         points = E.reshape(self.rows.a, self.columns.a, -1)
-                        share(pieces(points.shape[2], WEIGHTS), partial(self._back, points, taps, sums[number]))
+                        share(list(pieces(points.shape[2], WEIGHTS)), partial(self._back, points, taps, sums[number]))
 
             self._spread(range(len(parts)), through)
             if lines is None:
@@ -545,7 +545,9 @@ class _Tiling:
                 w.part(taps.view).read(run.backend.xp, (...,), copy)
                 lines = copy.reshape(*self.kernel, -1)
             weights = weight_space.reshape(self.rows.a, self.columns.a, -1)
-            run.spread(pieces(lines.shape[2], WEIGHTS), partial(self._forth, lines, taps, weights), self.sizes.workers)
+            run.spread(
+                list(pieces(lines.shape[2], WEIGHTS)), partial(self._forth, lines, taps, weights), self.sizes.workers
+            )
             weights = weights.reshape(self.points, *channels)
             yield weights.swapaxes(-1, -2) if taps.swapped else weights
 
