@@ -15,7 +15,7 @@ import gpuconv.call
 from gpuconv import dtypes, replay
 from gpuconv.algorithms import direct, scatter, scatter_plain
 from gpuconv.backend import NUMPY, Backend, cupy_backend
-from gpuconv.choose import MODULES
+from gpuconv.choose import MODULES, TRANSFORMS
 from gpuconv.cuda import arguments, kernels_folder
 from gpuconv.cuda import report as compile_report
 from gpuconv.cuda.device import MODEL
@@ -253,7 +253,8 @@ def _in_turn(item, backend, params, counts):
     marker, has_many_modules = item.get_closest_marker("every_nth"), params.get("algorithm") == IN_TURNS
     has_no_kernel = params.get("algorithm") not in (None, *KERNELS)
     if {"case", "layout"} <= set(params) and (has_many_modules or has_no_kernel or backend == "stand-in"):
-        few = backend == "stand-in" and has_many_modules and CASES.index(params["case"]) % 5
+        is_alike = params.get("algorithm") in (IN_TURNS, *TRANSFORMS)
+        few = backend == "stand-in" and is_alike and CASES.index(params["case"]) % 5
         return not few and in_turn(params["case"], params["layout"], params.get("dtype", "float64"))
     if marker is None and not has_many_modules:
         return True
