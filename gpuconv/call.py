@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from gpuconv import activations, dtypes, replay, settings, threads, workspace
+from gpuconv import activations, dtypes, replay, settings, tape, threads, workspace
 from gpuconv.activations import Activation
 from gpuconv.algorithms.blocks import Space, boxes, fitting_box, group_parts
 from gpuconv.algorithms.matrices import BYTES
@@ -28,7 +28,7 @@ from gpuconv.backend import (
     module_of,
     moved,
 )
-from gpuconv.choose import LAUNCHES_ONLY, MODULES, check_name, choose, consent
+from gpuconv.choose import LAUNCHES_ONLY, MODULES, ON_TAPE, check_name, choose, consent
 from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import Operand, Result, Role, canonical
 
@@ -116,12 +116,22 @@ class Call:
             if bias is not None:
                 bias = backend.xp.ascontiguousarray(moved(bias, backend.kind), self.sums)
             key = None
-            if backend.launch is not None and backend.kind == self.kind:
+            if backend.kind == self.kind and (backend.launch is not None or workspace.is_small(self.geometry)):
                 arrays = [first.array, first.y, second.array, second.y, bias, out]
                 key = self._key(direction, first, second, role, activation, arrays)
-                if (known := replay.known(key)) is not None:
-                    return known.run(backend.xp, arrays)
+                if replay.is_known(key):
+                    if (result := self._again(key, arrays)) is not None:
+                        return result
+                    key = None
             return self._computed(direction, first, second, role, out, bias, activation, key)
+
+    def _again(self, key: Hashable, arrays: list[Array | None]) -> Array | None:
+        """The result by what was remembered of a call of this kind, None where that is nothing."""
+        known = replay.known(key)
+        if known is None:
+            return None
+        with threads.limited_blas(self.threads):
+            return known.run(self.backend.xp, arrays)
 
     def _key(
         self,
@@ -136,7 +146,8 @@ class Call:
         chosen = self.algorithm, self.deterministic, self.precision, self.limit, os.environ.get("GPUCONV_DUMP")
         how = direction, role, activation, first.conjugate, first.activation, second.conjugate, second.activation
         device = first.array.device.id if self.kind == "cupy" else None
-        return (self.geometry, self.dtype, self.backend, device, chosen, how, *map(_lying, arrays))
+        lying = _lying if self.backend.launch is None else _lying_for_kernels
+        return (self.geometry, self.dtype, self.backend, device, chosen, how, *map(lying, arrays))
 
     def _computed(
         self,
@@ -165,16 +176,21 @@ class Call:
         if not (all(operand.view.size for operand in operands) and result.view.size):
             result.fill(backend.xp)
             return self._returned(target, out, channels_last)
-        recorder = None
-        if key is not None and direction in LAUNCHES_ONLY.get(algorithm, ()) and (out is None or out is target):
-            recorder = replay.Recorder(backend, (first.array, first.y, second.array, second.y, bias, target))
+        recorder: replay.Recorder | tape.Tape | None = None
+        if key is not None and (out is None or out is target):
+            arrays = first.array, first.y, second.array, second.y, bias, target
+            if backend.launch is None and algorithm in ON_TAPE:
+                recorder = tape.Tape(arrays)
+                backend = backend._replace(xp=recorder)
+            elif backend.launch is not None and direction in LAUNCHES_ONLY.get(algorithm, ()):
+                recorder = replay.Recorder(backend, arrays)
         temporaries = result.temporaries + sum(operand.temporaries for operand in operands)
         arena = workspace.Arena(0 if temporaries else self.limit)  # those take their share of the limit elsewhere
         run = workspace.Run(backend, self.sums, self.limit, self.precision, self.threads, recorder, arena)
         with matrix_products(backend, self.precision), threads.limited_blas(self.threads):
             self._run_by_groups(getattr(MODULES[algorithm], direction), operands, sources, result, role, run)
         if recorder is not None:
-            recorder.remember(key, self.limit, self.sums, empty)
+            replay.remember(key, recorder.replay(self.limit, self.sums, empty))
         return self._returned(target, out, channels_last)
 
     def _run_by_groups(
@@ -318,7 +334,12 @@ def _empty(xp: Any, shape: Shape, dtype: numpy.dtype, channels_last: bool, geome
 
 
 def _lying(array: Array | None) -> Hashable:
-    """How an array lies in memory, as far as kernels are chosen by it."""
+    """How an array lies in memory, as far as functions of numpy are chosen by it."""
+    return None if array is None else (array.shape, array.strides, array.dtype, array.flags.aligned)
+
+
+def _lying_for_kernels(array: Array | None) -> Hashable:
+    """The same for kernels."""
     return None if array is None else (array.shape, array.strides, array.dtype, address(array) % BYTES)
 
 

@@ -69,7 +69,7 @@ class Operand:
 
     def read(self, xp: Any, index: Index, into: Array) -> None:
         """Puts the piece into an array of its shape."""
-        into[...] = self.view[index]
+        xp.copyto(into, self.view[index], casting="unsafe")
         if self.conjugate:
             xp.conjugate(into, out=into)
         if self.activation is not None:
@@ -109,12 +109,12 @@ class Result:
     def finish(self, xp: Any, block: Array, filters: slice = slice(None)) -> None:
         """Adds the bias to a block of sums, the last axes of which are (G, filters), and activates it, in place."""
         if self.bias is not None:
-            block += self.bias[:, filters]
+            xp.add(block, self.bias[:, filters], out=block)
         activations.apply(xp, self.activation, block)
 
     def fill(self, xp: Any) -> None:
         """What every element is that no product reaches."""
-        self.view[...] = 0
+        xp.copyto(self.view, 0)
         if self.bias is not None or self.activation == "sigmoid":
             block = xp.zeros(self.view.shape[-2:], self.view.dtype if self.bias is None else self.bias.dtype)
             self.finish(xp, block)

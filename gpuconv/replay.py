@@ -16,12 +16,13 @@ import numpy
 from gpuconv.backend import Array, Backend, address
 
 if TYPE_CHECKING:
+    from gpuconv import tape
     from gpuconv.cuda.kernel import Kernel
 
 _MOST = 4096  # calls that are remembered; then all are forgotten
 _ALIGNMENT = 64  # bytes: where each workspace begins
 
-_known: dict[Hashable, Replay] = {}
+_known: dict[Hashable, Replay | tape.Replay | None] = {}
 
 
 class Launch(NamedTuple):
@@ -100,21 +101,36 @@ class Recorder:
         self._addresses += map(address, taken)
         self._spaces += [space.size for space in taken]
 
+    def asked(self, question: Callable[[Array], bool], array: Array, answer: bool) -> None:
+        """A question on which depends what is done."""
+        self.lose()
+
     def lose(self) -> None:
         """Something has happened that is no launch."""
         self._is_whole = False
 
-    def remember(self, key: Hashable, limit: int, dtype: numpy.dtype, empty: Callable[[], Array]) -> None:
-        """Remembers the call, if that was all and its workspaces stay within the limit together."""
+    def replay(self, limit: int, dtype: numpy.dtype, empty: Callable[[], Array]) -> Replay | None:
+        """What makes the call again, if that was all and its workspaces stay within the limit together."""
         places = [place for place in self._addresses if place is not None]
         are_distinct = len(set(places)) == len(places)  # else nobody could tell which of them a kernel was given
         if self._is_whole and are_distinct and sum(self._spaces) * dtype.itemsize <= limit:
-            if len(_known) >= _MOST:
-                _known.clear()
-            _known[key] = Replay(tuple(self._launches), tuple(self._spaces), dtype, empty)
+            return Replay(tuple(self._launches), tuple(self._spaces), dtype, empty)
+        return None
 
 
-def known(key: Hashable) -> Replay | None:
+def remember(key: Hashable, replay: Replay | tape.Replay | None) -> None:
+    """Remembers what makes a call again, None where nothing does."""
+    if len(_known) >= _MOST:
+        _known.clear()
+    _known[key] = replay
+
+
+def is_known(key: Hashable) -> bool:
+    """Whether there was a call of this kind."""
+    return key in _known
+
+
+def known(key: Hashable) -> Replay | tape.Replay | None:
     """What was remembered for a call of this kind."""
     return _known.get(key)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gpuconv.cuda.kernel import Kernel
     from gpuconv.geometry import Geometry
     from gpuconv.replay import Recorder
+    from gpuconv.tape import Tape
 
 T = TypeVar("T")
 
@@ -50,7 +51,7 @@ class Arena:
         """Bytes of the first gap that is large enough; from elsewhere if there is none."""
         with self._lock:
             if self._buffer is None:
-                self._buffer = _buffer(max(size, min(self._size, _LARGE)))
+                self._buffer = buffer(max(size, min(self._size, _LARGE)))
             start = 0
             for number, (begin, end, _) in enumerate((*self._taken, (self._buffer.size, 0, 0))):
                 if begin - start >= size > 0:
@@ -66,17 +67,23 @@ class Arena:
             place = address(part)
             self._taken = [taken for taken in self._taken if taken[2] != place]
             if not self._taken and self._buffer is not None:
-                if len(_kept) < _MOST_KEPT:
-                    _kept.append(self._buffer)
+                keep(self._buffer)
                 self._buffer = None
 
 
-def _buffer(size: int) -> Array:
+def buffer(size: int) -> Array:
     """The buffer that was kept last, if it has this size, or a new one."""
-    with contextlib.suppress(IndexError):
-        if (buffer := _kept.pop()).size == size:
-            return buffer
+    if _kept:
+        with contextlib.suppress(IndexError):  # another thread may have been faster
+            if (kept := _kept.pop()).size == size:
+                return kept
     return numpy.empty(size, numpy.uint8)
+
+
+def keep(buffer: Array) -> None:
+    """Keeps a buffer for the next call."""
+    if len(_kept) < _MOST_KEPT:
+        _kept.append(buffer)
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ class Run:
     limit: int  # bytes
     precision: str = "ieee"  # of float32 products
     thread_limit: int | None = None  # None: the cores that this process may use
-    recorder: Recorder | None = None  # of what the algorithm does, for the next call of the kind
+    recorder: Recorder | Tape | None = None  # of what the algorithm does, for the next call of the kind
     arena: Arena = field(default_factory=lambda: Arena(0))  # of NumPy workspaces
 
     @property
@@ -103,14 +110,21 @@ class Run:
         if self.recorder is not None:
             self.recorder.launched(kernel, grid, block, arguments, shared_memory)
 
+    def holds(self, question: Callable[[Array], bool], array: Array) -> bool:
+        """The answer to a question about what an array holds, on which depends what is done."""
+        answer = question(array)
+        if self.recorder is not None:
+            self.recorder.asked(question, array, answer)
+        return answer
+
     @contextlib.contextmanager
     def workspace(self, *sizes: int) -> Iterator[list[Array]]:
         """Flat arrays of these many elements, uninitialised, valid within the context."""
         item = self.dtype.itemsize
         steps = [-(-size * item // _ALIGNMENT) * _ALIGNMENT for size in sizes]
         total = sum(steps)
-        xp = self.backend.xp
-        buffer = self.arena.take(total) if xp is numpy else xp.empty(total, numpy.uint8)
+        on_numpy = self.backend.kind == "numpy"
+        buffer = self.arena.take(total) if on_numpy else self.backend.xp.empty(total, numpy.uint8)
         arrays, start = [], 0
         for size, step in zip(sizes, steps, strict=True):
             arrays.append(buffer[start : start + size * item].view(self.dtype))
@@ -120,18 +134,18 @@ class Run:
         try:
             yield arrays
         finally:
-            if xp is numpy:
+            if on_numpy:
                 self.arena.give_back(buffer)
 
     @cached_property
     def threads(self) -> int:
         """How many threads may compute."""
-        return threads.most(self.thread_limit) if self.backend.xp is numpy and self.backend.launch is None else 1
+        return threads.most(self.thread_limit) if self.backend.name == "numpy" else 1
 
     def team(self, geometry: Geometry) -> Team:
         """Who computes a convolution."""
         tasks = geometry.multiply_adds() // _TASK
-        if tasks < 2 or self.threads == 1:
+        if is_small(geometry) or self.threads == 1:
             return Team()
         return Team(min(tasks, self.threads), min(tasks, max(_TASKS, 2 * self.threads)))
 
@@ -142,6 +156,11 @@ class Run:
     def share(self, team: Team) -> Run:
         """What one of the team works with."""
         return replace(self, limit=self.limit // team.workers, thread_limit=1)
+
+
+def is_small(geometry: Geometry) -> bool:
+    """Whether a convolution is done by one thread, however many there are."""
+    return geometry.multiply_adds() < 2 * _TASK
 
 
 class Team(NamedTuple):

@@ -114,8 +114,8 @@ def asarray(value):
     return value if isinstance(value, ndarray) else ndarray(np.array(value))
 
 
-def _copyto(target, source, where=True):
-    np.copyto(_inner(target), _inner(source), where=_inner(where))
+def _copyto(target, source, casting="same_kind", where=True):
+    np.copyto(_inner(target), _inner(source), casting, _inner(where))
 
 
 @contextlib.contextmanager
@@ -137,7 +137,7 @@ def installed():
         get_compute_type=lambda _: 1, set_compute_type=lambda *_: None, _routines_linalg=types_of_products
     )
     for name in (
-        *("zeros", "arange", "matmul", "dot", "multiply", "maximum", "tanh", "exp", "negative", "divide"),
+        *("zeros", "arange", "matmul", "dot", "add", "multiply", "maximum", "tanh", "exp", "negative", "divide"),
         *("ascontiguousarray", "conjugate", "isfinite", "sum"),
     ):
         setattr(module, name, _function(name))

@@ -249,5 +249,5 @@ def test_other_calls_go_the_long_way(flip, algorithm, arrays, rng):
         dx = gpuconv.conv_data_grad(dy, w, X, padding=1, flip=flip, algorithm=algorithm, deterministic=False)
         w_seen = w[:, :, ::-1, ::-1] if flip else w
         np.testing.assert_array_equal(dx, reference.data_grad(dy.astype(float), w_seen.astype(float), X, **GEOMETRY))
-        assert not replay._known
+        assert not any(replay._known.values())
         w += 1

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy
 
+from gpuconv import dtypes
 from gpuconv.algorithms import slices
 from gpuconv.algorithms.blocks import Arrangement, Space, boxes, channels_innermost, fitting_box, largest, pieces
 from gpuconv.algorithms.windows import reaches_beyond, read_tap, region_elements, sliding, taps_of, windows_of
@@ -74,7 +75,7 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> 
                         xp.matmul(*((cols, weights) if order.by_rows else (weights, cols)), out=sums)
                         y.finish(xp, block, filters)
                         if block is not target:
-                            target[...] = block
+                            xp.copyto(target, block, casting="unsafe")
 
             run.spread(boxes((*geometry.batch, *geometry.output), sizes.box), work, team.workers)
 
@@ -83,7 +84,7 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run)
     """dx[i] = sum over the taps t and outputs o with o * stride + t * dilation - low = i of dy[o] w[t]'."""
     if not reaches_beyond(geometry) and all(s >= k for s, k in zip(geometry.stride, geometry.window, strict=True)):
         _data_grad_apart(dy, w, dx, geometry, run)
-    elif _has_many_residues(geometry) or not _is_finite(w, run):
+    elif _has_many_residues(geometry) or not run.holds(_has_finite_sum, w.view):
         slices.data_grad(dy, w, dx, geometry, run)
     else:
         _data_grad_by_residues(dy, w, dx, geometry, run)
@@ -94,10 +95,11 @@ def _has_many_residues(geometry: Geometry) -> bool:
     return math.prod(min(s, n) for s, n in zip(geometry.stride, geometry.input, strict=True)) > 4 * geometry.taps
 
 
-def _is_finite(w: Operand, run: Run) -> bool:
+def _has_finite_sum(w: Array) -> bool:
     """False where w holds NaN or Inf: by residues it would meet zeros beyond dy, and NaN spread where none belongs."""
     with numpy.errstate(over="ignore", invalid="ignore"):
-        return bool(run.backend.xp.isfinite(w.view.sum(dtype=run.dtype)))
+        total = w.sum(dtype=dtypes.accumulator(w.dtype))
+        return bool(total - total == 0)
 
 
 def _data_grad_by_residues(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
@@ -139,7 +141,7 @@ def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, ru
                         block, cols = order.windows.empty(target.shape, cols_space)
                         xp.matmul(*((sums, weights) if order.by_rows else (weights, sums)), out=cols)
                         dx.finish(xp, block, channels)
-                        target[...] = block
+                        xp.copyto(target, block, casting="unsafe")
 
             run.spread(boxes((*geometry.batch, *geometry.output), sizes.box), work, team.workers)
 
@@ -194,14 +196,14 @@ def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: R
                             if is_first:
                                 xp.matmul(*factors, out=total)
                             else:
-                                total += xp.matmul(*factors, out=shaped(term_space, total.shape))
+                                xp.add(total, xp.matmul(*factors, out=shaped(term_space, total.shape)), out=total)
                             is_first = False
 
             run.spread(range(len(totals)), work, team.workers)
             for term in totals[1:]:
-                total += term
+                xp.add(total, term, out=total)
             if block is not target:
-                target[...] = block
+                xp.copyto(target, block, casting="unsafe")
 
 
 def _slices(team: Team) -> int:
@@ -363,5 +365,5 @@ def _unfold(
     if lying is not None:
         return lying
     block, cols = order.windows.empty(windows.shape, cols_space)
-    block[...] = windows
+    run.backend.xp.copyto(block, windows)
     return cols

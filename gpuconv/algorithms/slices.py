@@ -46,20 +46,21 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> 
             for index in boxes((*geometry.batch, *geometry.output), sizes.box):
                 target = y.view[(*index, slice(None), filters)]
                 total = shaped(sums_space, target.shape) if summed else target
-                total[...] = 0
+                xp.copyto(total, 0)
                 for taps in _runs_of_taps(geometry):
-                    part = _part_of(total, geometry, part_space)
+                    part = _part_of(xp, total, geometry, part_space)
                     for tap in taps:
                         into, seen = inputs_seen(tap, index, geometry)
                         images = _read(x, (*index[: len(everything)], *seen), order, slice_space, run)
                         if images.size:
                             product = _product(xp, images, weights[tap], order, slice_space, term_space)
-                            part[(*everything, *into)] += product
+                            meeting = part[(*everything, *into)]
+                            xp.add(meeting, product, out=meeting)
                     if part is not total:
-                        total += part
+                        xp.add(total, part, out=total)
                 y.finish(xp, total, filters)
                 if summed:
-                    target[...] = total
+                    xp.copyto(target, total, casting="unsafe")
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
@@ -75,21 +76,22 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run)
             for index in boxes((*geometry.batch, *geometry.input), sizes.box):
                 target = dx.view[(*index, slice(None), channels)]
                 total = shaped(sums_space, target.shape) if summed else target
-                total[...] = 0
+                xp.copyto(total, 0)
                 outputs = _outputs_reaching(index, geometry)
                 block = _loaded(dy, (*outputs, slice(None), slice(None)), dy_space, run)
                 for taps in _runs_of_taps(geometry) if block.size else ():
-                    part = _part_of(total, geometry, part_space)
+                    part = _part_of(xp, total, geometry, part_space)
                     for tap in taps:
                         into, source = _meeting(tap, index, outputs, geometry)
                         share = block[source]
                         if share.size:
-                            part[into] += _product(xp, share, weights[tap], order, slice_space, term_space)
+                            product = _product(xp, share, weights[tap], order, slice_space, term_space)
+                            xp.add(part[into], product, out=part[into])
                     if part is not total:
-                        total += part
+                        xp.add(total, part, out=total)
                 dx.finish(xp, total, channels)
                 if summed:
-                    target[...] = total
+                    xp.copyto(target, total, casting="unsafe")
 
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
@@ -103,7 +105,7 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Ru
         for filters in pieces(geometry.group_filters, sizes.pieces):
             target = dw.view[..., filters]
             total = shaped(sums_space, target.shape) if summed else target
-            total[...] = 0
+            xp.copyto(total, 0)
             for index in boxes((*geometry.batch, *geometry.output), sizes.box):
                 gradients = order.load(dy, (*index, slice(None), filters), dy_space, run)
                 shape = (*(axis.stop - axis.start for axis in index), geometry.groups, geometry.group_channels)
@@ -111,9 +113,9 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Ru
                     images, rows = order.empty(shape, slice_space)
                     read_tap(x, tap, index, geometry, images, run)
                     term = shaped(term_space, total[tap].shape)
-                    total[tap] += xp.matmul(rows.swapaxes(-1, -2), gradients, out=term)
+                    xp.add(total[tap], xp.matmul(rows.swapaxes(-1, -2), gradients, out=term), out=total[tap])
             if summed:
-                target[...] = total
+                xp.copyto(target, total, casting="unsafe")
 
 
 def _runs_of_taps(geometry: Geometry) -> Iterator[list[Shape]]:
@@ -126,12 +128,12 @@ def _runs_of_taps(geometry: Geometry) -> Iterator[list[Shape]]:
     return (taps[start : start + length] for start in range(0, len(taps), length))
 
 
-def _part_of(total: Array, geometry: Geometry, space: Array) -> Array:
+def _part_of(xp: Any, total: Array, geometry: Geometry, space: Array) -> Array:
     """Where a run of taps is added up: in the total, where there is one run, else in a part that begins at 0."""
     if geometry.taps <= ONE_RUN:
         return total
     part = shaped(space, total.shape)
-    part[...] = 0
+    xp.copyto(part, 0)
     return part
 
 
@@ -140,16 +142,16 @@ def _product(xp: Any, images: Array, weight: Array, order: Arrangement, slice_sp
     term, matrix = order.empty((*images.shape[:-1], weight.shape[-1]), term_space)
     if weight.shape[-2] == 1:
         return xp.multiply(images, weight[:, 0], out=term)
-    xp.matmul(_as_rows(images, order, slice_space), weight, out=matrix)
+    xp.matmul(_as_rows(xp, images, order, slice_space), weight, out=matrix)
     return term
 
 
-def _as_rows(images: Array, order: Arrangement, space: Array) -> Array:
+def _as_rows(xp: Any, images: Array, order: Arrangement, space: Array) -> Array:
     """images (*box, G, I) as matrices (G, positions, I), copied where they do not lie so."""
     rows = order.matrix(images)
     if rows is None:
         block, rows = order.empty(images.shape, space)
-        block[...] = images
+        xp.copyto(block, images)
     return rows
 
 

@@ -54,7 +54,7 @@ def _patch(
     shape = (*piece.shape[:batch], *(stop - start for start, stop in region), *piece.shape[-2:])
     patch, _ = order.empty(shape, space)
     if piece.shape != shape:
-        patch[...] = 0
+        run.backend.xp.copyto(patch, 0)
     if piece.size:
         ends = zip(inside[batch:], region, strict=True)
         middle = (slice(axis.start - start, axis.stop - start) for axis, (start, _) in ends)
@@ -70,7 +70,7 @@ def read_tap(x: Operand, tap: Shape, index: Index, geometry: Geometry, into: Arr
     batch = len(geometry.batch)
     meeting, seen = inputs_seen(tap, index, geometry)
     if any(axis != slice(0, size) for axis, size in zip(meeting, into.shape[batch:-2], strict=True)):
-        into[...] = 0
+        run.backend.xp.copyto(into, 0)
     if all(axis.start < axis.stop for axis in meeting):
         x.read(run.backend.xp, (*index[:batch], *seen), into[(*(slice(None),) * batch, *meeting)])
 
