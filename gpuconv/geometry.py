@@ -129,6 +129,11 @@ class Geometry:
             for n, (low, high), window, s in zip(self.input, self.padding, self.window, self.stride, strict=True)
         )
 
+    @cached_property
+    def is_pointwise(self) -> bool:
+        """Whether every output is made of the one input at its place."""
+        return {*self.kernel, *self.stride} == {1} and not any(map(any, self.padding))
+
     @property
     def group_channels(self) -> int:
         """C / G."""

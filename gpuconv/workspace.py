@@ -26,8 +26,9 @@ T = TypeVar("T")
 _ALIGNMENT = 64  # bytes: a cache line
 _LARGE = 256 << 20  # bytes of a buffer that nobody has asked for
 _MOST_KEPT = 8  # buffers, of calls that were at work at the same time
-_TASK = 4 << 20  # multiplications and additions of the smallest task: a tenth of a millisecond
-_TASKS = 16  # enough for a few threads to end at about the same time
+_SMALL = 8 << 20  # multiplications and additions that one thread does faster than two
+_TASK = 64 << 20  # of a task, if there are enough: a millisecond, beside which to start one takes no time
+_TASKS = 16  # at the most, which end at about the same time
 
 # Buffers between calls; CuPy's memory pool keeps its own. Any thread takes the last one or adds one, in one step of the
 # interpreter.
@@ -144,10 +145,12 @@ class Run:
 
     def team(self, geometry: Geometry) -> Team:
         """Who computes a convolution."""
-        tasks = geometry.multiply_adds() // _TASK
         if is_small(geometry) or self.threads == 1:
             return Team()
-        return Team(min(tasks, self.threads), min(tasks, max(_TASKS, 2 * self.threads)))
+        work = geometry.multiply_adds()
+        workers = min(self.threads, 2 * work // _SMALL)
+        turns = min(max(1, _TASKS // workers, 2), max(1, work // (_TASK * workers)))
+        return Team(workers, workers * turns)
 
     def spread(self, tasks: Iterable[T], worker: Callable[[Iterator[T]], None], workers: int) -> None:
         """Has a worker in each of so many threads take tasks and do them: threads.spread, within what the call may."""
@@ -160,7 +163,7 @@ class Run:
 
 def is_small(geometry: Geometry) -> bool:
     """Whether a convolution is done by one thread, however many there are."""
-    return geometry.multiply_adds() < 2 * _TASK
+    return geometry.multiply_adds() < _SMALL
 
 
 class Team(NamedTuple):

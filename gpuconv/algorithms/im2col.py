@@ -19,27 +19,39 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 
 from gpuconv import dtypes
 from gpuconv.algorithms import slices
-from gpuconv.algorithms.blocks import Arrangement, Space, boxes, channels_innermost, fitting_box, largest, pieces
+from gpuconv.algorithms.blocks import (
+    Arrangement,
+    Space,
+    as_matrix,
+    boxes,
+    channels_innermost,
+    fitting_box,
+    largest,
+    pieces,
+)
 from gpuconv.algorithms.windows import reaches_beyond, read_tap, region_elements, sliding, taps_of, windows_of
 from gpuconv.arguments import Shape
 from gpuconv.backend import Array, Backend
 from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import Index, Operand, Result, in_place
-from gpuconv.workspace import Run, Team, shaped
+from gpuconv.workspace import Run, Team, is_small, shaped
 
 # Larger blocks make longer products, smaller ones stay in the cache.
 BLOCK_BYTES = 8 << 20
 # Below this many outputs per image, the images of a block share one product, and the result is copied into place.
 SHORT_PRODUCT = 256
-# Of weight_grad's outputs (or channels) where threads share it, and the outputs that make one of them worth its sum.
-SLICES, SHORT_SLICE = 8, 512
+# Of weight_grad's outputs or channels where threads share it, and how many make one of them worth while.
+SLICES, SHORT_SLICE, FEW_CHANNELS = 8, 512, 128
 FEWEST_OUTPUTS = 256  # of a task
+# Outputs for each channel, below which to add up the products of single taps is quicker than to exchange the channels
+# and filters of all weights first.
+FEW_OUTPUTS = 8
 
 
 def why_not(
@@ -53,26 +65,31 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> 
     """y[o] = sum over taps t and channels c of x[o * stride + t * dilation - low, c] w[t, c]."""
     xp = run.backend.xp
     order, team = _order_of(x.view, geometry, stack=math.prod(geometry.output) >= SHORT_PRODUCT), run.team(geometry)
+    by_taps = order.by_rows and _by_taps(w, order, geometry, run)
     sizes = _forward_sizes(
         geometry,
         run.budget,
         BLOCK_BYTES // run.dtype.itemsize,
         team,
         _reading(x, order, geometry, run),
-        weights=order.weights.copies(w, run),
+        weights=order.weights.copies(w, run) and not by_taps,
+        terms=by_taps,
         sums=Space(not in_place(y.view, run.dtype) or order.images.matrix(y.view) is None, y.temporaries),
     )
     with run.workspace(sizes.weights) as (weight_space,):
         for filters in pieces(geometry.group_filters, sizes.pieces):
-            weights = order.weights.load(w, (..., filters), weight_space, run)
+            weights = w.view[..., filters] if by_taps else order.weights.load(w, (..., filters), weight_space, run)
 
             def work(indices: Iterable[Index], filters: slice = filters, weights: Array = weights) -> None:
-                with run.workspace(*sizes.block) as (patch_space, cols_space, sums_space):
+                with run.workspace(*sizes.block) as (patch_space, cols_space, sums_space, term_space):
                     for index in indices:
                         cols = _unfold(x, index, geometry, order, sizes.tap_by_tap, patch_space, cols_space, run)
                         target = y.view[(*index, slice(None), filters)]
                         block, sums = order.images.place(target, sums_space, run)
-                        xp.matmul(*((cols, weights) if order.by_rows else (weights, cols)), out=sums)
+                        if by_taps:
+                            _sum_of_taps(xp, cols, weights, sums, shaped(term_space, sums.shape))
+                        else:
+                            xp.matmul(*((cols, weights) if order.by_rows else (weights, cols)), out=sums)
                         y.finish(xp, block, filters)
                         if block is not target:
                             xp.copyto(target, block, casting="unsafe")
@@ -80,9 +97,30 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> 
             run.spread(boxes((*geometry.batch, *geometry.output), sizes.box), work, team.workers)
 
 
+def _by_taps(w: Operand, order: _Order, geometry: Geometry, run: Run) -> bool:
+    """Whether weights are multiplied tap by tap, since as a matrix they would take a copy that is not worth it."""
+    if geometry.taps == 1 or not order.weights.copies(w, run) or not w.is_plain(run.dtype):
+        return False
+    outputs = geometry.reduction_length("weight_grad")
+    return outputs < FEW_OUTPUTS * geometry.group_channels and as_matrix(w.view[(0,) * geometry.rank], 1, 1) is not None
+
+
+def _sum_of_taps(xp: Any, cols: Array, weights: Array, sums: Array, term: Array) -> None:
+    """sums = cols (G, outputs, taps * C / G) times weights (*kernel, G, C / G, F / G)."""
+    *kernel, _, channels, _ = weights.shape
+    for number, tap in enumerate(numpy.ndindex(*kernel)):
+        factors = cols[..., number * channels : (number + 1) * channels], weights[tap]
+        if number == 0:
+            xp.matmul(*factors, out=sums)
+        else:
+            xp.add(sums, xp.matmul(*factors, out=term), out=sums)
+
+
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
     """dx[i] = sum over the taps t and outputs o with o * stride + t * dilation - low = i of dy[o] w[t]'."""
-    if not reaches_beyond(geometry) and all(s >= k for s, k in zip(geometry.stride, geometry.window, strict=True)):
+    if geometry.is_pointwise:
+        _data_grad_by_residues(dy, w, dx, geometry, run)
+    elif not reaches_beyond(geometry) and all(s >= k for s, k in zip(geometry.stride, geometry.window, strict=True)):
         _data_grad_apart(dy, w, dx, geometry, run)
     elif _has_many_residues(geometry) or not run.holds(_has_finite_sum, w.view):
         slices.data_grad(dy, w, dx, geometry, run)
@@ -125,7 +163,8 @@ def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, ru
         Space(order.images.copies(dy, run), dy.temporaries),
         dx.temporaries,
     )
-    dx.fill(xp)
+    if not _covers(geometry):
+        dx.fill(xp)
     cropped = (slice(-low, None) for low, _ in geometry.padding)
     inputs = dx.view[(*(slice(None) for _ in geometry.batch), *cropped)]
     windows = sliding(xp, inputs, geometry, geometry.output)
@@ -146,10 +185,16 @@ def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, ru
             run.spread(boxes((*geometry.batch, *geometry.output), sizes.box), work, team.workers)
 
 
+def _covers(geometry: Geometry) -> bool:
+    """Whether windows that do not overlap leave nothing of x out."""
+    axes = zip(geometry.input, geometry.output, geometry.kernel, geometry.stride, strict=True)
+    return not any(map(any, geometry.padding)) and all(n == m * s and s == k for n, m, k, s in axes)
+
+
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
     """dw[t, c] = sum over outputs o of x[o * stride + t * dilation - low, c] dy[o]."""
     team = run.team(geometry)
-    if team.tasks == 1 or not _has_short_slices(geometry, run):
+    if not _has_short_slices(geometry, run):
         _weight_grad(dy, x, dw, geometry, run, team)
         return
     # Each task has some channels: their sums are whole, and no matrix product gets shorter than it is.
@@ -160,13 +205,25 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Ru
             part = replace(geometry, channels=geometry.groups * (channels.stop - channels.start))
             _weight_grad(dy, x.of_channels(channels), dw.part((..., channels, slice(None))), part, share, Team())
 
-    run.spread(pieces(geometry.group_channels, -(-geometry.group_channels // SLICES)), work, team.workers)
+    size = max(FEW_CHANNELS, -(-geometry.group_channels // SLICES))
+    run.spread(list(pieces(geometry.group_channels, size)), work, team.workers)
 
 
 def _has_short_slices(geometry: Geometry, run: Run) -> bool:
-    """Whether slices of the outputs would be short, or their sums large."""
-    outputs, weights = geometry.reduction_length("weight_grad"), math.prod(geometry.w_shape)
-    return geometry.group_channels >= SLICES and (outputs < SLICES * SHORT_SLICE or SLICES * weights > run.budget // 4)
+    """Whether slices of the outputs would be short, or their sums large, and slices of the channels would not."""
+    weights = math.prod(geometry.w_shape)
+    if is_small(geometry):
+        return False
+    is_short = _slices(geometry) == 1 or _slices(geometry) * weights > run.budget // 4
+    return is_short and geometry.group_channels >= 2 * FEW_CHANNELS
+
+
+def _slices(geometry: Geometry) -> int:
+    """How many slices of the outputs have sums of their own, however many threads there are."""
+    slices = 1 if is_small(geometry) else SLICES
+    while slices > 1 and geometry.reduction_length("weight_grad") < slices * SHORT_SLICE:
+        slices //= 2
+    return slices
 
 
 def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run, team: Team) -> None:
@@ -178,14 +235,14 @@ def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: R
     )
     extents = (*geometry.batch, *geometry.output)
     count = math.prod(-(-extent // size) for extent, size in zip(extents, sizes.box, strict=True))
-    with run.workspace(*(sizes.weights,) * min(_slices(team), count)) as total_spaces:
+    with run.workspace(*(sizes.weights,) * min(_slices(geometry), count)) as total_spaces:
         for filters in pieces(geometry.group_filters, sizes.pieces):
             target = dw.view[..., filters]
             block, total = order.weights.place(target, total_spaces[0], run)
             totals = [total, *(shaped(space, total.shape) for space in total_spaces[1:])]
 
             def work(numbers: Iterable[int], filters: slice = filters, totals: Sequence[Array] = totals) -> None:
-                with run.workspace(sizes.weights, *sizes.block) as (term_space, patch_space, cols_space, dy_space):
+                with run.workspace(sizes.weights, *sizes.block) as (term_space, patch_space, cols_space, dy_space, _):
                     for number in numbers:
                         total, is_first = totals[number], True
                         ends = (count * end // len(totals) for end in (number, number + 1))
@@ -204,10 +261,6 @@ def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: R
                 xp.add(total, term, out=total)
             if block is not target:
                 xp.copyto(target, block, casting="unsafe")
-
-
-def _slices(team: Team) -> int:
-    return SLICES if team.tasks > 1 else 1
 
 
 class _Order(NamedTuple):
@@ -265,34 +318,41 @@ class _Sizes(NamedTuple):
     pieces: int
     box: Shape
     weights: int
-    block: tuple[int, ...]  # patch, cols, and a block of y or dy
+    block: tuple[int, ...]  # patch, cols, a block of y or dy, and terms of one of y
     tap_by_tap: bool = False  # cols are read tap by tap, without a patch
 
 
 @lru_cache(maxsize=1024)
 def _forward_sizes(
-    geometry: Geometry, budget: int, block: int, team: Team, reading: _Reading, weights: bool, sums: Space
+    geometry: Geometry, budget: int, block: int, team: Team, reading: _Reading, weights: bool, terms: bool, sums: Space
 ) -> _Sizes:
     per_filter = geometry.channels * geometry.taps if weights else 0
     filters = largest(geometry.group_filters, budget // 2, per_filter)
     limit = min((budget - per_filter * filters) // team.workers, block)
-    return _box_sizes(geometry, limit, team, filters, per_filter * filters, reading, sums)
+    return _box_sizes(geometry, limit, team, filters, per_filter * filters, reading, sums, Space(terms))
 
 
 @lru_cache(maxsize=1024)
 def _weight_grad_sizes(
     geometry: Geometry, budget: int, block: int, team: Team, reading: _Reading, gradients: Space
 ) -> _Sizes:
-    per_filter, copies = geometry.channels * geometry.taps, _slices(team) + team.workers
+    per_filter, copies = geometry.channels * geometry.taps, _slices(geometry) + team.workers
     filters = largest(geometry.group_filters, budget // 2, copies * per_filter)
     # Each block adds a whole dw to the sum: it should be worth that.
     limit = (budget - copies * per_filter * filters) // team.workers
     limit = min(limit, max(block, 4 * per_filter * filters))
-    return _box_sizes(geometry, limit, team, filters, per_filter * filters, reading, gradients)
+    return _box_sizes(geometry, limit, team, filters, per_filter * filters, reading, gradients, Space(False))
 
 
 def _box_sizes(
-    geometry: Geometry, limit: int, team: Team, filters: int, weights: int, reading: _Reading, images: Space
+    geometry: Geometry,
+    limit: int,
+    team: Team,
+    filters: int,
+    weights: int,
+    reading: _Reading,
+    images: Space,
+    terms: Space,
 ) -> _Sizes:
     def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
         outputs = math.prod(box)
@@ -300,6 +360,7 @@ def _box_sizes(
             (region_elements(geometry, box), reading.patch),
             (outputs * geometry.channels * geometry.taps, reading.cols),
             (outputs * geometry.groups * filters, images),
+            (outputs * geometry.groups * filters, terms),
         )
 
     def parts_tap_by_tap(box: Shape) -> tuple[tuple[int, Space], ...]:

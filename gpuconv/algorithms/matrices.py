@@ -102,7 +102,7 @@ def matrices_of(direction: Direction, geometry: Geometry, first: View, second: V
     """Those of views as the algorithms take them: x and w, dy and w, or dy and x; result: y, dx, or sums of dw."""
     if direction == "weight_grad":
         return _of_weight_grad(geometry, first, second, result)
-    pointwise = is_pointwise(geometry)
+    pointwise = geometry.is_pointwise
     unit_stride = set(geometry.stride) == {1}
     depth_axis, column_axis = (-2, -1) if direction == "forward" else (-1, -2)
     left = _lines(first, along_depth=first.channels_innermost, has_positions=pointwise)
@@ -119,7 +119,7 @@ def matrices_of(direction: Direction, geometry: Geometry, first: View, second: V
 
 
 def _of_weight_grad(geometry: Geometry, dy: View, x: View, sums: View) -> Matrices:
-    left = _lines(x, along_depth=not x.channels_innermost, has_positions=is_pointwise(geometry))
+    left = _lines(x, along_depth=not x.channels_innermost, has_positions=geometry.is_pointwise)
     right = _lines(dy, along_depth=not dy.channels_innermost, has_positions=True)
     vector = sums.together(sums.shape[-1], ())
     return Matrices(left, right, False, vector, geometry.rank * _leaves(geometry), False)
@@ -149,12 +149,6 @@ def _weight_lines(w: View, depth_axis: int, column_axis: int, taps_innermost: bo
     if depth is None or depth[1] != 1 or not all_taps:
         return Lines(True, 1)
     return Lines(True, w.together(depth[0], (-3, column_axis)))
-
-
-def is_pointwise(geometry: Geometry) -> bool:
-    """Whether every output is made of the one input at its place."""
-    ones = (*geometry.kernel, *geometry.stride)
-    return set(ones) == {1} and not any(map(any, geometry.padding))
 
 
 def _leaves(geometry: Geometry) -> bool:

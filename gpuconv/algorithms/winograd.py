@@ -43,6 +43,7 @@ from gpuconv.workspace import Run, shaped
 POINTS = {1: (), 2: (0.0, 1.0, -1.0), 4: (0.0, 2**-0.5, -(2**-0.5), 2**0.5, -(2**0.5))}
 # Outputs along an axis from which tiles of 4 waste little.
 WIDE = 12
+NARROW = 6  # outputs from which on tiles of 2 save products
 CHANNELS = 32  # and filters, from which on their products outweigh the transforms
 # Tiles of a block: fewer make short products, more do not stay in the cache.
 TILES = 128
@@ -51,6 +52,7 @@ UNIT_BYTES = 1 << 20  # of a unit's U
 PAGE, APART = 4096, 16  # bytes, elements
 FEW_WEIGHTS = 1 << 16  # of a tap, up to which copying them in another order is quick
 WEIGHTS = 1 << 13  # weights of a tap that are transformed at a time
+TERM = 1 << 16  # elements of weight_grad's products that are added at a time
 SLICES = 8  # of weight_grad's sum at the most; they are added up in order, however many threads there are
 
 
@@ -75,7 +77,7 @@ def pays(geometry: Geometry, direction: Direction) -> bool:
     """Whether the products that are saved are worth the transforms: that takes channels, and tiles that are filled."""
     extent = geometry.input if direction == "data_grad" else geometry.output
     narrowest = min(n for n, k in zip(extent, geometry.kernel, strict=True) if k > 1) if geometry.taps > 1 else 0
-    return min(geometry.group_channels, geometry.group_filters) >= CHANNELS and narrowest >= WIDE
+    return min(geometry.group_channels, geometry.group_filters) >= CHANNELS and narrowest >= NARROW
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
@@ -194,12 +196,15 @@ def _sizes(geometry: Geometry, direction: Direction, budget: int, threads: int, 
         """Elements of weights half transformed."""
         return rows.r * columns.a * min(WEIGHTS, C * filters)
 
+    def term(filters: int) -> int:
+        return 0 if direction == "forward" else C * filters * _points_at_once(points, C * filters)
+
     def tiles(unit: int, block: int, filters: int) -> int:
         return block * unit * columns.tiles * points * (C + filters)
 
     def together(filters: int, unit: int = 1, block: int = 1, workers: int = 1) -> int:
         """Elements of workspace where threads share a block."""
-        own = lines(unit, filters) + weights(filters) + (C * filters if direction == "weight_grad" else 0)
+        own = lines(unit, filters) + weights(filters) + term(filters)
         return (points + geometry.taps) * C * filters + tiles(unit, block, filters) + workers * own
 
     def alone(filters: int, unit: int, block: int, workers: int) -> int:
@@ -207,7 +212,7 @@ def _sizes(geometry: Geometry, direction: Direction, budget: int, threads: int, 
         own = lines(unit, filters) + weights(filters) + tiles(unit, block, filters)
         if direction == "forward":
             return (points + geometry.taps) * C * filters + workers * own
-        return SLICES * geometry.taps * C * filters + workers * (own + (points + 1) * C * filters)
+        return SLICES * geometry.taps * C * filters + workers * (own + points * C * filters + term(filters))
 
     filters = _most(F, budget, together)
     workers = _most(threads, budget, lambda workers: together(filters, workers=workers))
@@ -221,6 +226,10 @@ def _sizes(geometry: Geometry, direction: Direction, budget: int, threads: int, 
         return _Sizes(filters, unit, block, False, threads)
     block = _most(units, budget, lambda block: together(filters, unit, block, workers))
     return _Sizes(filters, unit, block, True, workers)
+
+
+def _points_at_once(points: int, term: int) -> int:
+    return max(1, min(points, TERM // term)) if term else points
 
 
 def _most(extent: int, limit: int, cost: Callable[[int], int]) -> int:
@@ -307,7 +316,7 @@ class _Tiling:
                 for block in blocks:
                     V, M = self._tiles(block, spaces, weights.shape[1:])
                     share(block, partial(self._into, images, V))
-                    share(range(self.points), partial(self._multiply, V, weights, M))
+                    share(self._some_points(), partial(self._multiply, V, weights, M))
                     share(block, partial(self._out, M, y, spoilt))
 
         self._spread(self.blocks, through)
@@ -337,7 +346,7 @@ class _Tiling:
                             share(block, partial(self._into, gradients, D))
                             factors = (D, V) if taps.swapped else (V, D)
                             add = block is not self.blocks[parts[number].start]
-                            share(range(self.points), partial(self._accumulate, *factors, E, add))
+                            share(self._some_points(E[0].size), partial(self._accumulate, *factors, E, add))
                         points = E.reshape(self.rows.a, self.columns.a, -1)
                         share(list(pieces(points.shape[2], WEIGHTS)), partial(self._back, points, taps, sums[number]))
 
@@ -466,22 +475,29 @@ class _Tiling:
 
     # At the points.
 
-    def _multiply(self, V: Array, weights: Array, M: Array, points: Iterable[int]) -> None:
-        factors, products = (tiles.reshape(-1, *tiles.shape[2:]) for tiles in (V, M))
-        for point in points:
-            self.run.backend.xp.matmul(factors[point], weights[point], out=products[point])
+    def _some_points(self, term: int = 0) -> list[slice]:
+        """The points that are done by one product of stacks, where each takes a term of so many elements."""
+        most = _points_at_once(self.points, term)
+        if self.sizes.shared:
+            most = min(most, -(-self.points // (2 * self.sizes.workers)))
+        return list(pieces(self.points, most))
 
-    def _accumulate(self, V: Array, D: Array, E: Array, add: bool, points: Iterable[int]) -> None:
+    def _multiply(self, V: Array, weights: Array, M: Array, parts: Iterable[slice]) -> None:
+        factors, products = (tiles.reshape(-1, *tiles.shape[2:]) for tiles in (V, M))
+        for points in parts:
+            self.run.backend.xp.matmul(factors[points], weights[points], out=products[points])
+
+    def _accumulate(self, V: Array, D: Array, E: Array, add: bool, parts: Iterable[slice]) -> None:
         """E (a * a, C, F) = or += V' D."""
         xp = self.run.backend.xp
         V, D = (tiles.reshape(-1, *tiles.shape[2:]) for tiles in (V, D))
-        with self.run.workspace(E[0].size) as (space,):
-            term = space.reshape(E.shape[1:])
-            for point in points:
+        V = V.swapaxes(1, 2)
+        with self.run.workspace(E[0].size * _points_at_once(self.points, E[0].size)) as (space,):
+            for points in parts:
                 if add:
-                    E[point] += xp.matmul(V[point].swapaxes(0, 1), D[point], out=term)
+                    E[points] += xp.matmul(V[points], D[points], out=shaped(space, E[points].shape))
                 else:
-                    xp.matmul(V[point].swapaxes(0, 1), D[point], out=E[point])
+                    xp.matmul(V[points], D[points], out=E[points])
 
     # Out of tiles.
 
