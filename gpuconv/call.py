@@ -116,7 +116,7 @@ class Call:
             if bias is not None:
                 bias = backend.xp.ascontiguousarray(moved(bias, backend.kind), self.sums)
             key = None
-            if backend.kind == self.kind and (backend.launch is not None or workspace.is_small(self.geometry)):
+            if backend.kind == self.kind:
                 arrays = [first.array, first.y, second.array, second.y, bias, out]
                 key = self._key(direction, first, second, role, activation, arrays)
                 if replay.is_known(key):
@@ -143,11 +143,12 @@ class Call:
         arrays: Sequence[Array | None],
     ) -> Hashable:
         """All that decides which launches there are."""
-        chosen = self.algorithm, self.deterministic, self.precision, self.limit, os.environ.get("GPUCONV_DUMP")
+        chosen = self.algorithm, self.deterministic, self.precision, self.limit, self.threads
+        dump = os.environ.get("GPUCONV_DUMP")
         how = direction, role, activation, first.conjugate, first.activation, second.conjugate, second.activation
         device = first.array.device.id if self.kind == "cupy" else None
         lying = _lying if self.backend.launch is None else _lying_for_kernels
-        return (self.geometry, self.dtype, self.backend, device, chosen, how, *map(lying, arrays))
+        return (self.geometry, self.dtype, self.backend, device, dump, chosen, how, *map(lying, arrays))
 
     def _computed(
         self,

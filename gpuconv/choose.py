@@ -37,8 +37,8 @@ LAUNCHES_ONLY: dict[str, tuple[Direction, ...]] = {
     "implicit_gemm": DIRECTIONS,
     "direct": ("forward", "data_grad"),
 }
-# Where all that it does to arrays of NumPy is done by functions of the array module: the same for small calls.
-ON_TAPE: tuple[str, ...] = ("im2col", "scatter")
+# Where all that it does to arrays of NumPy is done by functions of the array module, which can be called again.
+ON_TAPE: tuple[str, ...] = ("im2col", "winograd", "scatter")
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ the kind is a look-up, a result, workspace, and the launches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy
 
@@ -18,6 +18,8 @@ from gpuconv.backend import Array, Backend, address
 if TYPE_CHECKING:
     from gpuconv import tape
     from gpuconv.cuda.kernel import Kernel
+
+T = TypeVar("T")
 
 _MOST = 4096  # calls that are remembered; then all are forgotten
 _ALIGNMENT = 64  # bytes: where each workspace begins
@@ -104,6 +106,16 @@ class Recorder:
     def asked(self, question: Callable[[Array], bool], array: Array, answer: bool) -> None:
         """A question on which depends what is done."""
         self.lose()
+
+    def gave_back(self, number: int) -> None:
+        """The last of them."""
+
+    def spread(self, tasks: Iterable[T], worker: Callable[[Iterator[T]], None], workers: int) -> None:
+        """Kernels are launched by one thread."""
+        worker(iter(tasks))
+
+    def silenced(self) -> None:
+        """Kernels say nothing of numbers that overflow."""
 
     def lose(self) -> None:
         """Something has happened that is no launch."""

@@ -1,73 +1,144 @@
-"""A small call made again on NumPy: the functions that it came to the first time, on the arrays of the new one.
+"""A call made again on NumPy: the functions that it came to the first time, on the arrays of the new one.
 
-Where there is little to compute, finding out what to do takes many times as long as doing it. What a call does follows
-from its settings and from how its arrays lie in memory; so a tape stands in the place of numpy and writes down each
-function with its arguments: as parts of the caller's arrays, of the result and of the workspace. The next call of the
-kind is a look-up, some views, and those functions.
+Finding out what to do takes longer than to do it where there is little to compute, and keeps other threads waiting
+where there is much. What a call does follows from its settings and from how its arrays lie in memory; so a tape stands
+in the place of numpy and writes down each function with its arguments: as parts of the caller's arrays, of the result
+and of the workspace. The next call of the kind is a look-up, some views, and those functions, on as many threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
-from itertools import pairwise
-from typing import Any, NamedTuple
+from itertools import chain, count, pairwise
+from typing import Any, NamedTuple, TypeVar
 
 import numpy
 
-from gpuconv import workspace
+from gpuconv import threads, workspace
 from gpuconv.arguments import Shape
 from gpuconv.backend import Array, address
 
+T = TypeVar("T")
+
+SILENCE = partial(numpy.errstate, over="ignore", invalid="ignore")
 # Functions that do nothing but write into their last argument, ``out``.
 _WRITERS = ("matmul", "add", "multiply", "maximum", "conjugate", "tanh")
+_MOST_STEPS = 2000  # of a call: what comes to more takes so long that it gains nothing
+_ALIGNMENT = 64  # bytes: where each workspace begins
 
 
 class View(NamedTuple):
     """A part of an array, or of the workspace."""
 
-    whole: int  # its number among the arrays of the call; the workspace is the last
+    whole: int  # its number among the arrays of the call, the workspace of all, and that of a thread
     shape: Shape
     dtype: numpy.dtype
     offset: int  # bytes
     strides: Shape
 
-    def of(self, wholes: Sequence[Array]) -> Array:
-        return numpy.ndarray(self.shape, self.dtype, wholes[self.whole], self.offset, self.strides)
-
 
 class Step(NamedTuple):
-    """A function, and which of the values it takes."""
+    """A function, with views in the place of arrays."""
 
     function: Callable[..., Any]
-    values: tuple[int, ...]
-    out: int | None = None  # where it writes, if that is no plain argument
-    expected: bool | None = None  # its answer, where the further steps depend on that
+    values: tuple[Any, ...]
+    out: View | None = None  # where it writes, if that is no plain argument
+    is_question: bool = False  # the further steps are right where it answers True
+
+    def run(self, wholes: Sequence[Array]) -> None:
+        values = [
+            numpy.ndarray(value[1], value[2], wholes[value[0]], value[3], value[4]) if type(value) is View else value
+            for value in self.values
+        ]
+        if self.out is None:
+            answer = self.function(*values)
+            if self.is_question and not answer:
+                raise _GoesAnotherWayError
+        else:
+            whole, shape, dtype, offset, strides = self.out
+            self.function(*values, out=numpy.ndarray(shape, dtype, wholes[whole], offset, strides))
+
+
+class _GoesAnotherWayError(Exception):
+    """The arrays hold something that other steps are for."""
+
+
+class Shared(NamedTuple):
+    """Tasks for several threads, each of which has a part of the workspace, and first makes some steps of its own."""
+
+    workers: int
+    first: Sequence[Step]
+    tasks: Sequence[Sequence[Step]]
+    base: int  # bytes of the buffer before the parts
+    size: int  # bytes of a part
+
+    def run(self, wholes: Sequence[Array]) -> None:
+        numbers = count()
+
+        def work(tasks: Iterator[Sequence[Step]]) -> None:
+            mine = wholes[-1][self.base + next(numbers) * self.size :] if self.size else None
+            own = (*wholes, mine)
+            for steps in chain((self.first,), tasks):
+                for step in steps:
+                    step.run(own)
+
+        threads.spread(self.tasks, work, self.workers)
 
 
 class Replay(NamedTuple):
     """All that a call does."""
 
-    values: tuple[Any, ...]  # views, and what is always the same
-    steps: tuple[Step, ...]
-    space: int  # bytes of the buffer for workspaces
+    steps: Sequence[Step | Shared]
+    space: int  # bytes of workspace
+    limit: int
+    is_silent: bool  # about numbers that overflow, or are none
     empty: Callable[[], Array]
 
     def run(self, xp: Any, arrays: list[Array | None]) -> Array | None:
         """Does it; the last of the arrays is the result, None for a new one. None where it goes another way now."""
         if arrays[-1] is None:
             arrays[-1] = self.empty()
-        buffer = workspace.buffer(self.space) if self.space else None
+        buffer = workspace.buffer(self.space, self.limit) if self.space else None
         wholes = (*arrays, buffer)
-        values = [value.of(wholes) if type(value) is View else value for value in self.values]
-        for function, numbers, out, expected in self.steps:
-            arguments = [values[number] for number in numbers]
-            answer = function(*arguments) if out is None else function(*arguments, out=values[out])
-            if expected is not None and answer != expected:
-                return None
+        try:
+            with SILENCE() if self.is_silent else nullcontext():
+                for step in self.steps:
+                    step.run(wholes)
+        except _GoesAnotherWayError:
+            return None
         if buffer is not None:
             workspace.keep(buffer)
         return arrays[-1]
+
+
+class _Scene:
+    """What one thread has done, and the workspaces that it has."""
+
+    def __init__(self, whole: int, outer: _Scene | None = None) -> None:
+        self.whole, self.outer = whole, outer
+        self.steps: list[Any] = []
+        self.spaces: list[tuple[int, int, int]] = []  # (address, bytes, offset)
+        self.top = self.most = 0
+
+    def took(self, workspaces: Sequence[Array]) -> None:
+        for space in workspaces:
+            self.spaces.append((address(space), space.nbytes, self.top))
+            self.top += -(-space.nbytes // _ALIGNMENT) * _ALIGNMENT
+        self.most = max(self.most, self.top)
+
+    def gave_back(self, number: int) -> None:
+        for _ in range(number):
+            self.top = self.spaces.pop()[2]
+
+    def place(self, where: int) -> tuple[int, int] | None:
+        """The workspace and the offset in it that an address is in, if it is in one."""
+        for start, size, offset in reversed(self.spaces):
+            if 0 <= where - start < size:
+                return self.whole, offset + where - start
+        return self.outer.place(where) if self.outer is not None else None
 
 
 class Tape:
@@ -76,11 +147,21 @@ class Tape:
     lib = numpy.lib
 
     def __init__(self, arrays: Sequence[Array | None]) -> None:
-        self._wholes = list(arrays)
-        self._buffer: Array | None = None
-        self._values: dict[tuple[type, Any], int] = {}
-        self._steps: list[Step] = []
+        self._wholes = arrays
+        self._constants: list[Array] = []
+        self._main = _Scene(len(arrays))
+        self._local = threading.local()
+        self._local.scene = self._main
+        self._count = 0
+        self._is_silent = False
         self._is_whole = all(array is None or array.flags.c_contiguous for array in arrays) and _are_apart(arrays)
+
+    @property
+    def _scene(self) -> _Scene:
+        scene: _Scene = self._local.scene
+        return scene
+
+    # What stands in the place of numpy.
 
     def __getattr__(self, name: str) -> Any:
         """A function of numpy, written down if it is known to write nowhere but into its last argument."""
@@ -95,17 +176,68 @@ class Tape:
         numpy.copyto(into, values, casting, where)
         self._note(numpy.copyto, (into, values, casting, where))
 
+    def asarray(self, constant: Array) -> Array:
+        """An array that is the same in every call."""
+        self._constants.append(constant)
+        return constant
+
+    def _written(self, function: Callable[..., Any], *inputs: Any, out: Array) -> Array:
+        result = function(*inputs, out=out)
+        self._note(function, inputs, out)
+        return result
+
+    # What an algorithm says beside.
+
     def asked(self, question: Callable[[Array], bool], array: Array, answer: bool) -> None:
         """A question on which depends what is done."""
-        self._note(question, (array,), expected=answer)
+        if not answer:
+            self.lose()
+        self._note(question, (array,), is_question=True)
+
+    def silenced(self) -> None:
+        """What follows says nothing of numbers that overflow, or are none."""
+        self._is_silent = True
 
     def took(self, workspaces: Sequence[Array]) -> None:
-        """Workspaces: parts of one buffer, unless that had no room for them."""
-        for space in filter(len, workspaces):
-            if self._buffer is None:
-                self._buffer = space.base
-            elif space.base is not self._buffer:
-                self.lose()
+        """Workspaces."""
+        self._scene.took(workspaces)
+
+    def gave_back(self, number: int) -> None:
+        """The last of them."""
+        self._scene.gave_back(number)
+
+    def spread(self, tasks: Iterable[T], worker: Callable[[Iterator[T]], None], workers: int) -> None:
+        """threads.spread."""
+        if workers == 1:
+            worker(iter(tasks))
+            return
+        outer = self._scene
+        first: list[list[Any]] = []
+        done: dict[int, list[Step]] = {}
+        sizes: list[int] = []
+
+        def work(mine: Iterator[tuple[int, T]]) -> None:
+            self._local.scene = scene = _Scene(self._main.whole + 1, outer)
+
+            def marked() -> Iterator[T]:
+                first.append(scene.steps)
+                for number, task in mine:
+                    done[number] = scene.steps = []
+                    yield task
+                scene.steps = []
+
+            try:
+                worker(marked())
+            finally:
+                if scene.steps:  # after the last task
+                    self.lose()
+                sizes.append(scene.most)
+                self._local.scene = outer
+
+        threads.spread(enumerate(tasks), work, workers)
+        size = max(sizes)
+        outer.steps.append(Shared(workers, first[0], [done[number] for number in sorted(done)], outer.top, size))
+        outer.most = max(outer.most, outer.top + workers * size)
 
     def lose(self) -> None:
         """Something has happened that is not written down."""
@@ -113,39 +245,34 @@ class Tape:
 
     def replay(self, limit: int, dtype: numpy.dtype, empty: Callable[[], Array]) -> Replay | None:
         """What makes the call again, if all of it is written down; ``empty`` makes its result."""
-        if not self._is_whole:
-            return None
-        size = 0 if self._buffer is None else self._buffer.size
-        return Replay(tuple(value for _, value in self._values), tuple(self._steps), size, empty)
-
-    def _written(self, function: Callable[..., Any], *inputs: Any, out: Array) -> Array:
-        result = function(*inputs, out=out)
-        self._note(function, inputs, out)
-        return result
+        scene = self._main
+        return Replay(scene.steps, scene.most, limit, self._is_silent, empty) if self._is_whole else None
 
     def _note(
-        self, function: Callable[..., Any], inputs: Sequence[Any], out: Any = None, expected: bool | None = None
+        self, function: Callable[..., Any], inputs: Sequence[Any], out: Any = None, is_question: bool = False
     ) -> None:
+        self._count += 1
+        if self._count > _MOST_STEPS:
+            self.lose()
         if self._is_whole:
-            values = tuple(map(self._number, inputs))
-            self._steps.append(Step(function, values, None if out is None else self._number(out), expected))
+            values = tuple(map(self._value, inputs))
+            self._scene.steps.append(Step(function, values, None if out is None else self._value(out), is_question))
 
-    def _number(self, value: Any) -> int:
-        """The number of a value, which is a constant unless it is an array."""
-        if isinstance(value, numpy.ndarray):
-            view = self._view(value)
-            if view is None:
-                self.lose()
-            value = view
-        return self._values.setdefault((type(value), value), len(self._values))  # True is no 1
-
-    def _view(self, array: Array) -> View | None:
-        """An array as a part of one that the next call has too; None if it is no such part."""
-        place = address(array)
-        for number, whole in enumerate((*self._wholes, self._buffer)):
-            if whole is not None and 0 <= (offset := place - address(whole)) < whole.nbytes:
-                return View(number, array.shape, array.dtype, offset, array.strides)
-        return None
+    def _value(self, value: Any) -> Any:
+        """A view in the place of an array, unless that is always the same."""
+        if not isinstance(value, numpy.ndarray):
+            return value
+        where = address(value)
+        place = self._scene.place(where)
+        if place is None:
+            for number, whole in enumerate(self._wholes):
+                if whole is not None and 0 <= where - address(whole) < whole.nbytes:
+                    place = number, where - address(whole)
+        if place is not None:
+            return View(place[0], value.shape, value.dtype, place[1], value.strides)
+        if not any(0 <= where - address(constant) < constant.nbytes for constant in self._constants):
+            self.lose()
+        return value
 
 
 def _are_apart(arrays: Sequence[Array | None]) -> bool:

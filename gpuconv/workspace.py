@@ -52,7 +52,7 @@ class Arena:
         """Bytes of the first gap that is large enough; from elsewhere if there is none."""
         with self._lock:
             if self._buffer is None:
-                self._buffer = buffer(max(size, min(self._size, _LARGE)))
+                self._buffer = buffer(size, self._size)
             start = 0
             for number, (begin, end, _) in enumerate((*self._taken, (self._buffer.size, 0, 0))):
                 if begin - start >= size > 0:
@@ -72,8 +72,9 @@ class Arena:
                 self._buffer = None
 
 
-def buffer(size: int) -> Array:
-    """The buffer that was kept last, if it has this size, or a new one."""
+def buffer(size: int, limit: int) -> Array:
+    """So many bytes, or as many as calls of this limit usually have: what was kept last, or a new one."""
+    size = max(size, min(limit, _LARGE))
     if _kept:
         with contextlib.suppress(IndexError):  # another thread may have been faster
             if (kept := _kept.pop()).size == size:
@@ -118,6 +119,12 @@ class Run:
             self.recorder.asked(question, array, answer)
         return answer
 
+    def silence(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which nothing is said of numbers that overflow, or are none."""
+        if self.recorder is not None:
+            self.recorder.silenced()
+        return numpy.errstate(over="ignore", invalid="ignore")
+
     @contextlib.contextmanager
     def workspace(self, *sizes: int) -> Iterator[list[Array]]:
         """Flat arrays of these many elements, uninitialised, valid within the context."""
@@ -135,6 +142,8 @@ class Run:
         try:
             yield arrays
         finally:
+            if self.recorder is not None:
+                self.recorder.gave_back(len(arrays))
             if on_numpy:
                 self.arena.give_back(buffer)
 
@@ -154,7 +163,8 @@ class Run:
 
     def spread(self, tasks: Iterable[T], worker: Callable[[Iterator[T]], None], workers: int) -> None:
         """Has a worker in each of so many threads take tasks and do them: threads.spread, within what the call may."""
-        threads.spread(tasks, worker, min(workers, self.threads))
+        spread = threads.spread if self.recorder is None else self.recorder.spread
+        spread(tasks, worker, min(workers, self.threads))
 
     def share(self, team: Team) -> Run:
         """What one of the team works with."""

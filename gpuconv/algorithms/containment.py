@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
-
-import numpy
 
 from gpuconv.algorithms import im2col
+from gpuconv.algorithms.finite import has_finite_sum
 from gpuconv.arguments import Shape
-from gpuconv.backend import Array
 from gpuconv.geometry import Geometry
 from gpuconv.operands import Operand, Result
 from gpuconv.workspace import Run
@@ -47,19 +44,12 @@ def weight_grad(
     run: Run,
 ) -> None:
     """Computes dw."""
-    with numpy.errstate(over="ignore", invalid="ignore"):
+    with run.silence():
         compute(dy, x, dw, geometry, run)
-        finite = run.backend.xp.isfinite(dw.view.sum(dtype=run.dtype))
-    if not finite:
+    if not run.holds(has_finite_sum, dw.view):
         im2col.weight_grad(dy, x, dw, geometry, run)
 
 
 def _spoilt(compute: Forward, x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> list[Shape]:
-    with numpy.errstate(over="ignore", invalid="ignore"):  # im2col will say it
+    with run.silence():  # im2col will say it
         return sorted(compute(x, w, y, geometry, run))
-
-
-def is_finite(block: Array, xp: Any) -> bool:
-    """False where there is NaN or Inf, or numbers whose squares are too large to tell."""
-    flat = block.reshape(-1)
-    return bool(xp.isfinite(xp.dot(flat, flat)))

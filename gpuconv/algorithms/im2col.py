@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from gpuconv import dtypes
 from gpuconv.algorithms import slices
 from gpuconv.algorithms.blocks import (
     Arrangement,
@@ -35,6 +34,7 @@ from gpuconv.algorithms.blocks import (
     largest,
     pieces,
 )
+from gpuconv.algorithms.finite import has_finite_sum
 from gpuconv.algorithms.windows import reaches_beyond, read_tap, region_elements, sliding, taps_of, windows_of
 from gpuconv.arguments import Shape
 from gpuconv.backend import Array, Backend
@@ -122,7 +122,8 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run)
         _data_grad_by_residues(dy, w, dx, geometry, run)
     elif not reaches_beyond(geometry) and all(s >= k for s, k in zip(geometry.stride, geometry.window, strict=True)):
         _data_grad_apart(dy, w, dx, geometry, run)
-    elif _has_many_residues(geometry) or not run.holds(_has_finite_sum, w.view):
+    # By residues, NaN and Inf in w would meet zeros beyond dy, and NaN spread where none belongs.
+    elif _has_many_residues(geometry) or not run.holds(has_finite_sum, w.view):
         slices.data_grad(dy, w, dx, geometry, run)
     else:
         _data_grad_by_residues(dy, w, dx, geometry, run)
@@ -131,13 +132,6 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run)
 def _has_many_residues(geometry: Geometry) -> bool:
     """Whether taking taps one at a time is fewer steps than taking residues of the stride."""
     return math.prod(min(s, n) for s, n in zip(geometry.stride, geometry.input, strict=True)) > 4 * geometry.taps
-
-
-def _has_finite_sum(w: Array) -> bool:
-    """False where w holds NaN or Inf: by residues it would meet zeros beyond dy, and NaN spread where none belongs."""
-    with numpy.errstate(over="ignore", invalid="ignore"):
-        total = w.sum(dtype=dtypes.accumulator(w.dtype))
-        return bool(total - total == 0)
 
 
 def _data_grad_by_residues(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:

@@ -33,6 +33,7 @@ import numpy
 from gpuconv import dtypes
 from gpuconv.algorithms import containment
 from gpuconv.algorithms.blocks import as_matrix, pieces
+from gpuconv.algorithms.finite import has_finite_square
 from gpuconv.arguments import Shape
 from gpuconv.backend import Array, Backend
 from gpuconv.geometry import Direction, Geometry
@@ -352,9 +353,10 @@ class _Tiling:
 
             self._spread(range(len(parts)), through)
             if lines is None:
+                xp = run.backend.xp
                 for term in sums[1:]:
-                    sums[0] += term
-                taps.view[...] = sums[0].reshape(taps.view.shape)
+                    xp.add(sums[0], term, out=sums[0])
+                xp.copyto(taps.view, sums[0].reshape(taps.view.shape), casting="unsafe")
 
     def _spread(self, tasks: Sequence[Any], through: Callable[[Iterator[Any], _Share], None]) -> None:
         """Takes tasks through all steps: each thread its own, or one after the other, with all threads at each step."""
@@ -393,16 +395,17 @@ class _Tiling:
 
     def _into(self, images: _Images, tiles: Array, units: Iterable[_Unit]) -> None:
         """Brings units of images into their tiles."""
-        channels, column = tiles.shape[-1], self.columns
+        xp, channels, column = self.run.backend.xp, tiles.shape[-1], self.columns
         width = (column.tiles - 1) * column.m + images.columns.shape[1]
         before, inside = images.low[1], images.inside[1].stop - images.inside[1].start
         shape = self.rows.a, self.sizes.unit, width, channels
         copied = 2 * (self.sizes.unit * self.rows.m + self.rows.r - 1) * inside * channels + APART * channels
         with self.run.workspace(math.prod(shape), copied) as (space, lines_space):
             U = space.reshape(shape)
-            U[:, :, :before] = U[:, :, before + inside :] = 0
+            for beside in (U[:, :, :before], U[:, :, before + inside :]):
+                xp.copyto(beside, 0)
             lines_of = U.reshape(*shape[:2], -1)[..., before * channels : (before + inside) * channels]
-            windows = self.run.backend.xp.lib.stride_tricks.as_strided(
+            windows = xp.lib.stride_tricks.as_strided(
                 U,
                 (*shape[:2], column.tiles, images.columns.shape[1], channels),
                 (*U.strides[:2], column.m * U.strides[2], *U.strides[2:]),
@@ -410,7 +413,7 @@ class _Tiling:
             for unit in units:
                 self._rows_into(images, unit, lines_of, lines_space)
                 count = unit.rows.stop - unit.rows.start
-                self.run.backend.xp.matmul(images.columns, windows[:, :count], out=self._by_rows(tiles, unit))
+                xp.matmul(images.columns, windows[:, :count], out=self._by_rows(tiles, unit))
 
     def _rows_into(self, images: _Images, unit: _Unit, U: Array, space: Array) -> None:
         """The first half: windows of rows, times the matrix, into U (a, rows of tiles, columns * channels)."""
@@ -437,7 +440,7 @@ class _Tiling:
                 part = images.rows[:, begin - origin : end - origin]
                 xp.matmul(part, lines[begin - start : end - start], out=target)
             else:
-                target[...] = 0
+                xp.copyto(target, 0)
 
     def _lines(self, images: _Images, image: Shape, rows: slice, space: Array) -> Array:
         """Lines (rows, columns * channels) of an image: where they lie if that will do, else in the workspace."""
@@ -462,7 +465,7 @@ class _Tiling:
             staged = shaped(space, (channels, pixels + APART))[:, :pixels]
             staged = staged.reshape(channels, *block.shape[:-1]).transpose(*range(1, block.ndim), 0)
             images.read(xp, index, staged)
-            block[...] = staged
+            xp.copyto(block, staged)
         else:
             images.read(xp, index, block)
 
@@ -495,7 +498,8 @@ class _Tiling:
         with self.run.workspace(E[0].size * _points_at_once(self.points, E[0].size)) as (space,):
             for points in parts:
                 if add:
-                    E[points] += xp.matmul(V[points], D[points], out=shaped(space, E[points].shape))
+                    terms = xp.matmul(V[points], D[points], out=shaped(space, E[points].shape))
+                    xp.add(E[points], terms, out=E[points])
                 else:
                     xp.matmul(V[points], D[points], out=E[points])
 
@@ -524,11 +528,11 @@ class _Tiling:
                 xp.matmul(AT_rows, kept[:full], out=lines[: full * row.m].reshape(full, row.m, width))
                 if rest:
                     xp.matmul(AT_rows[:rest], kept[full], out=lines[full * row.m :])
-                if not containment.is_finite(lines, xp):
+                if not self.run.holds(has_finite_square, lines):
                     spoilt.add(unit.image)
                 y.finish(xp, block)
                 if block is not target:
-                    target[...] = block
+                    xp.copyto(target, block, casting="unsafe")
 
     # Weights, transformed along columns and along rows: less work than by the Kronecker product of the matrices.
 
