@@ -15,7 +15,7 @@ from typing import Any, get_args
 import numpy
 
 from gpuconv import dtypes, settings
-from gpuconv.algorithms import direct, fft, im2col, implicit_gemm, scatter, winograd
+from gpuconv.algorithms import depthwise, direct, fft, im2col, implicit_gemm, scatter, winograd
 from gpuconv.backend import NUMPY, Backend, array_module, cupy_backend, get_backend
 from gpuconv.geometry import DIRECTIONS, Direction, Geometry
 
@@ -23,6 +23,7 @@ MODULES: dict[str, ModuleType] = {
     "im2col": im2col,
     "winograd": winograd,
     "fft": fft,
+    "depthwise": depthwise,
     "implicit_gemm": implicit_gemm,
     "scatter": scatter,
     "direct": direct,
@@ -38,7 +39,7 @@ LAUNCHES_ONLY: dict[str, tuple[Direction, ...]] = {
     "direct": ("forward", "data_grad"),
 }
 # Where all that it does to arrays of NumPy is done by functions of the array module, which can be called again.
-ON_TAPE: tuple[str, ...] = ("im2col", "winograd", "scatter")
+ON_TAPE: tuple[str, ...] = ("im2col", "winograd", "depthwise", "scatter")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 SILENCE = partial(numpy.errstate, over="ignore", invalid="ignore")
 # Functions that do nothing but write into their last argument, ``out``.
-_WRITERS = ("matmul", "add", "multiply", "maximum", "conjugate", "tanh")
+_WRITERS = ("matmul", "add", "multiply", "maximum", "conjugate", "tanh", "sum")
 _MOST_STEPS = 2000  # of a call: what comes to more takes so long that it gains nothing
 _ALIGNMENT = 64  # bytes: where each workspace begins
 

@@ -28,11 +28,16 @@ def forward(compute: Forward, x: Operand, w: Operand, y: Result, geometry: Geome
 
 def data_grad(compute: Forward, dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
     """Computes dx, for a stride of 1: the forward convolution of dy with w turned round, C and F exchanged."""
+    turned, inverse = as_forward(w, geometry)
+    for image in _spoilt(compute, dy, turned, dx, inverse, run):
+        im2col.data_grad(dy.of_images(image), w, dx.part(image), replace(geometry, batch=()), run)
+
+
+def as_forward(w: Operand, geometry: Geometry) -> tuple[Operand, Geometry]:
+    """The weight and the geometry by which a forward convolution of dy gives dx, for a stride of 1."""
     (residue,) = geometry.residues
     assert residue.geometry is not None
-    turned = w.part(w.view[(slice(None, None, -1),) * geometry.rank].swapaxes(-1, -2))
-    for image in _spoilt(compute, dy, turned, dx, residue.geometry, run):
-        im2col.data_grad(dy.of_images(image), w, dx.part(image), replace(geometry, batch=()), run)
+    return w.part(w.view[(slice(None, None, -1),) * geometry.rank].swapaxes(-1, -2)), residue.geometry
 
 
 def weight_grad(

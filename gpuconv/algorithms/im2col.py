@@ -64,7 +64,7 @@ def why_not(
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
     """y[o] = sum over taps t and channels c of x[o * stride + t * dilation - low, c] w[t, c]."""
     xp = run.backend.xp
-    order, team = _order_of(x.view, geometry, stack=math.prod(geometry.output) >= SHORT_PRODUCT), run.team(geometry)
+    order, team = _order_of(x.view, y.view, geometry, math.prod(geometry.output) >= SHORT_PRODUCT), run.team(geometry)
     by_taps = order.by_rows and _by_taps(w, order, geometry, run)
     sizes = _forward_sizes(
         geometry,
@@ -147,7 +147,7 @@ def _data_grad_by_residues(dy: Operand, w: Operand, dx: Result, geometry: Geomet
 
 def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
     """Windows that do not overlap, as in patch embeddings and their transposes: each is a product of its own."""
-    xp, order, team = run.backend.xp, _order_of(dy.view, geometry, stack=False), run.team(geometry)
+    xp, order, team = run.backend.xp, _order_of(dy.view, dy.view, geometry, stack=False), run.team(geometry)
     sizes = _apart_sizes(
         geometry,
         run.budget,
@@ -222,7 +222,7 @@ def _slices(geometry: Geometry) -> int:
 
 def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run, team: Team) -> None:
     """The outputs in slices, which are added up in order, however many threads there are."""
-    xp, order = run.backend.xp, _order_of(x.view, geometry, stack=False)
+    xp, order = run.backend.xp, _order_of(x.view, dy.view, geometry, stack=False)
     gradients = Space(order.images.copies(dy, run), dy.temporaries)
     sizes = _weight_grad_sizes(
         geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, team, _reading(x, order, geometry, run), gradients
@@ -288,8 +288,10 @@ def _order(batch: int, rank: int, by_rows: bool, stack: bool) -> _Order:
     )
 
 
-def _order_of(x: Array, geometry: Geometry, stack: bool) -> _Order:
-    return _order(len(geometry.batch), geometry.rank, channels_innermost(x), stack)
+def _order_of(x: Array, y: Array, geometry: Geometry, stack: bool) -> _Order:
+    """By rows where the channels of x are innermost; with one channel in a group, where the filters of y are."""
+    by_rows = channels_innermost(y if geometry.group_channels == 1 < geometry.group_filters else x)
+    return _order(len(geometry.batch), geometry.rank, by_rows, stack)
 
 
 class _Reading(NamedTuple):

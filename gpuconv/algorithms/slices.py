@@ -14,7 +14,7 @@ With one filter per channel there is nothing for a matrix product to do, and thi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from gpuconv.arguments import Shape
 from gpuconv.backend import Array
 from gpuconv.geometry import Geometry
 from gpuconv.operands import Index, Operand, Result, in_place
-from gpuconv.workspace import Run, shaped
+from gpuconv.workspace import Run, Team, shaped
 
 # A tap passes over the whole block: smaller ones stay in the cache, larger ones make longer inner loops.
 BLOCK_BYTES = 4 << 20
@@ -37,30 +37,34 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> 
     xp, order = run.backend.xp, _order_of(x.view, geometry.group_channels)
     summed = not in_place(y.view, run.dtype)
     everything = (slice(None),) * len(geometry.batch)
-    sizes = _forward_sizes(
-        geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, x.temporaries, Space(summed, y.temporaries)
-    )
-    with run.workspace(*sizes.spaces) as (weight_space, slice_space, term_space, part_space, sums_space):
+    team, block, sums = run.team(geometry), BLOCK_BYTES // run.dtype.itemsize, Space(summed, y.temporaries)
+    sizes = _forward_sizes(geometry, run.budget, block, team, x.temporaries, sums)
+    with run.workspace(sizes.weights) as (weight_space,):
         for filters in pieces(geometry.group_filters, sizes.pieces):
             weights = _loaded(w, (..., filters), weight_space, run)
-            for index in boxes((*geometry.batch, *geometry.output), sizes.box):
-                target = y.view[(*index, slice(None), filters)]
-                total = shaped(sums_space, target.shape) if summed else target
-                xp.copyto(total, 0)
-                for taps in _runs_of_taps(geometry):
-                    part = _part_of(xp, total, geometry, part_space)
-                    for tap in taps:
-                        into, seen = inputs_seen(tap, index, geometry)
-                        images = _read(x, (*index[: len(everything)], *seen), order, slice_space, run)
-                        if images.size:
-                            product = _product(xp, images, weights[tap], order, slice_space, term_space)
-                            meeting = part[(*everything, *into)]
-                            xp.add(meeting, product, out=meeting)
-                    if part is not total:
-                        xp.add(total, part, out=total)
-                y.finish(xp, total, filters)
-                if summed:
-                    xp.copyto(target, total, casting="unsafe")
+
+            def work(indices: Iterable[Index], filters: slice = filters, weights: Array = weights) -> None:
+                with run.workspace(*sizes.spaces) as (slice_space, term_space, part_space, sums_space):
+                    for index in indices:
+                        target = y.view[(*index, slice(None), filters)]
+                        total = shaped(sums_space, target.shape) if summed else target
+                        xp.copyto(total, 0)
+                        for taps in _runs_of_taps(geometry):
+                            part = _part_of(xp, total, geometry, part_space)
+                            for tap in taps:
+                                into, seen = inputs_seen(tap, index, geometry)
+                                images = _read(x, (*index[: len(everything)], *seen), order, slice_space, run)
+                                if images.size:
+                                    product = _product(xp, images, weights[tap], order, slice_space, term_space)
+                                    meeting = part[(*everything, *into)]
+                                    xp.add(meeting, product, out=meeting)
+                            if part is not total:
+                                xp.add(total, part, out=total)
+                        y.finish(xp, total, filters)
+                        if summed:
+                            xp.copyto(target, total, casting="unsafe")
+
+            run.spread(boxes((*geometry.batch, *geometry.output), sizes.box), work, team.workers)
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
@@ -69,29 +73,35 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run)
     summed = not in_place(dx.view, run.dtype)
     w = w.part(w.view.swapaxes(-1, -2))
     gradients, sums = Space(not dy.is_plain(run.dtype), dy.temporaries), Space(summed, dx.temporaries)
-    sizes = _data_grad_sizes(geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, gradients, sums)
-    with run.workspace(*sizes.spaces) as (weight_space, dy_space, slice_space, term_space, part_space, sums_space):
+    team, block = run.team(geometry), BLOCK_BYTES // run.dtype.itemsize
+    sizes = _data_grad_sizes(geometry, run.budget, block, team, gradients, sums)
+    with run.workspace(sizes.weights) as (weight_space,):
         for channels in pieces(geometry.group_channels, sizes.pieces):
             weights = _loaded(w, (..., channels), weight_space, run)
-            for index in boxes((*geometry.batch, *geometry.input), sizes.box):
-                target = dx.view[(*index, slice(None), channels)]
-                total = shaped(sums_space, target.shape) if summed else target
-                xp.copyto(total, 0)
-                outputs = _outputs_reaching(index, geometry)
-                block = _loaded(dy, (*outputs, slice(None), slice(None)), dy_space, run)
-                for taps in _runs_of_taps(geometry) if block.size else ():
-                    part = _part_of(xp, total, geometry, part_space)
-                    for tap in taps:
-                        into, source = _meeting(tap, index, outputs, geometry)
-                        share = block[source]
-                        if share.size:
-                            product = _product(xp, share, weights[tap], order, slice_space, term_space)
-                            xp.add(part[into], product, out=part[into])
-                    if part is not total:
-                        xp.add(total, part, out=total)
-                dx.finish(xp, total, channels)
-                if summed:
-                    xp.copyto(target, total, casting="unsafe")
+
+            def work(indices: Iterable[Index], channels: slice = channels, weights: Array = weights) -> None:
+                with run.workspace(*sizes.spaces) as (dy_space, slice_space, term_space, part_space, sums_space):
+                    for index in indices:
+                        target = dx.view[(*index, slice(None), channels)]
+                        total = shaped(sums_space, target.shape) if summed else target
+                        xp.copyto(total, 0)
+                        outputs = _outputs_reaching(index, geometry)
+                        block = _loaded(dy, (*outputs, slice(None), slice(None)), dy_space, run)
+                        for taps in _runs_of_taps(geometry) if block.size else ():
+                            part = _part_of(xp, total, geometry, part_space)
+                            for tap in taps:
+                                into, source = _meeting(tap, index, outputs, geometry)
+                                share = block[source]
+                                if share.size:
+                                    product = _product(xp, share, weights[tap], order, slice_space, term_space)
+                                    xp.add(part[into], product, out=part[into])
+                            if part is not total:
+                                xp.add(total, part, out=total)
+                        dx.finish(xp, total, channels)
+                        if summed:
+                            xp.copyto(target, total, casting="unsafe")
+
+            run.spread(boxes((*geometry.batch, *geometry.input), sizes.box), work, team.workers)
 
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
@@ -221,11 +231,12 @@ class _Sizes(NamedTuple):
 
     pieces: int
     box: Shape
-    spaces: tuple[int, ...]
+    spaces: tuple[int, ...]  # of each thread
+    weights: int = 0
 
 
 @lru_cache(maxsize=1024)
-def _forward_sizes(geometry: Geometry, budget: int, block: int, temporaries: int, sums: Space) -> _Sizes:
+def _forward_sizes(geometry: Geometry, budget: int, block: int, team: Team, temporaries: int, sums: Space) -> _Sizes:
     weights = geometry.channels * geometry.taps  # per filter of each group
     filters = largest(geometry.group_filters, budget // 2, weights)
 
@@ -239,13 +250,12 @@ def _forward_sizes(geometry: Geometry, budget: int, block: int, temporaries: int
             (terms, sums),
         )
 
-    limit = min(budget - weights * filters, block)
-    box, spaces = fitting_box((*geometry.batch, *geometry.output), limit, parts)
-    return _Sizes(filters, box, (weights * filters, *spaces))
+    limit, extents = min((budget - weights * filters) // team.workers, block), (*geometry.batch, *geometry.output)
+    return _Sizes(filters, *fitting_box(extents, limit, parts, _share(extents, team)), weights * filters)
 
 
 @lru_cache(maxsize=1024)
-def _data_grad_sizes(geometry: Geometry, budget: int, block: int, gradients: Space, sums: Space) -> _Sizes:
+def _data_grad_sizes(geometry: Geometry, budget: int, block: int, team: Team, gradients: Space, sums: Space) -> _Sizes:
     weights = geometry.filters * geometry.taps  # per channel of each group
     channels = largest(geometry.group_channels, budget // 2, weights)
     batch = len(geometry.batch)
@@ -263,9 +273,13 @@ def _data_grad_sizes(geometry: Geometry, budget: int, block: int, gradients: Spa
             (terms, sums),
         )
 
-    limit = min(budget - weights * channels, block)
-    box, spaces = fitting_box((*geometry.batch, *geometry.input), limit, parts)
-    return _Sizes(channels, box, (weights * channels, *spaces))
+    limit, extents = min((budget - weights * channels) // team.workers, block), (*geometry.batch, *geometry.input)
+    return _Sizes(channels, *fitting_box(extents, limit, parts, _share(extents, team)), weights * channels)
+
+
+def _share(extents: Shape, team: Team) -> int:
+    """Positions of a task."""
+    return -(-math.prod(extents) // team.tasks)
 
 
 @lru_cache(maxsize=1024)

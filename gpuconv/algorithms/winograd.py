@@ -482,7 +482,7 @@ class _Tiling:
         """The points that are done by one product of stacks, where each takes a term of so many elements."""
         most = _points_at_once(self.points, term)
         if self.sizes.shared:
-            most = min(most, -(-self.points // (2 * self.sizes.workers)))
+            most = min(most, -(-self.points // (9 * self.sizes.workers)))
         return list(pieces(self.points, most))
 
     def _multiply(self, V: Array, weights: Array, M: Array, parts: Iterable[slice]) -> None:

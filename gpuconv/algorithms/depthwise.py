@@ -1,0 +1,216 @@
+"""depthwise: one filter per channel, as products of rows of x with banded matrices.
+
+With one channel there is nothing to add up over channels, and a product must find its length along the image: m
+outputs of a row, side by side, are made of the same L = (m - 1) * stride + window inputs. So the taps become a matrix T
+for each channel, and the convolution one of kernels L wide with m filters, m * stride apart, which im2col computes:
+
+    T[r, j * stride + s * dilation, j] = w[r, s]        r: taps of all axes but the last, s: of the last one
+
+    forward      y[o, j]  = sum over r and l of x[r, l] T[r, l, j]
+    data_grad    the same of dy, with w turned round, for a stride of 1
+    weight_grad  dw[r, s] = sum over j of the gradient in T[r, j * stride + s * dilation, j]
+
+Most of T is zeros, and yet a product is several times as fast as to multiply and add tap by tap, where every tap goes
+through memory. NaN and Inf times these zeros would be NaN: where there are some, taps are taken one by one; and so they
+are in data_grad with a stride, where few of them meet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy
+
+from gpuconv.algorithms import containment, im2col, slices
+from gpuconv.algorithms.blocks import pieces
+from gpuconv.algorithms.finite import has_finite_sum
+from gpuconv.backend import Array, Backend
+from gpuconv.geometry import Direction, Geometry
+from gpuconv.operands import Operand, Result
+from gpuconv.workspace import Run, shaped
+
+FEWEST, MOST = 7, 16  # outputs of a row that are done at once: m
+BLOCK_BYTES = 1 << 20  # of windows, which should stay in the cache
+SUM_BYTES = 8 << 20  # of windows and sums of weight_grad
+
+
+def why_not(
+    geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, deterministic: bool
+) -> str | None:
+    """A reason unless a group has one channel and one filter."""
+    if not geometry.group_channels == geometry.group_filters == 1:
+        return f"it is for one filter per channel, not {geometry.group_channels} channels and {geometry.group_filters}"
+    return None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Outputs start to start + tiles * m of every row, in tiles of m."""
+
+    geometry: Geometry
+    start: int
+    tiles: int
+    m: int
+
+    @property
+    def length(self) -> int:
+        """L: the inputs that a tile sees."""
+        return (self.m - 1) * self.geometry.stride[-1] + self.geometry.window[-1]
+
+    @property
+    def bands(self) -> int:
+        """Elements of T of a channel."""
+        return math.prod(self.geometry.kernel[:-1]) * self.length * self.m
+
+    @property
+    def windows(self) -> int:
+        """Elements of the windows of a channel of one image."""
+        return math.prod((*self.geometry.output[:-1], self.tiles, *self.geometry.kernel[:-1], self.length))
+
+    def of(self, groups: int) -> Geometry:
+        """The convolution of so many channels that has the tiles' outputs as filters."""
+        return _tiled(self.geometry, self.start, self.tiles, self.m, groups)
+
+    def shaped(self, flat: Array, groups: int) -> Array:
+        """T (G, *kernel but the last axis, L, m) of so many channels."""
+        return shaped(flat, (groups, *self.geometry.kernel[:-1], self.length, self.m))
+
+    def diagonals(self, bands: Array, xp: Any) -> Array:
+        """Where the taps stand in T: (G, *kernel, m)."""
+        along_length, along_m = bands.strides[-2:]
+        return xp.lib.stride_tricks.as_strided(
+            bands,
+            (*bands.shape[:-2], self.geometry.kernel[-1], self.m),
+            (
+                *bands.strides[:-2],
+                self.geometry.dilation[-1] * along_length,
+                self.geometry.stride[-1] * along_length + along_m,
+            ),
+        )
+
+    def outputs(self, view: Array) -> Array:
+        """(*batch, *output, G, 1) as far as the part goes, with the outputs of a tile as filters."""
+        part = view[..., self.start : self.start + self.tiles * self.m, :, 0]
+        return part.reshape(*part.shape[:-2], self.tiles, self.m, part.shape[-1]).swapaxes(-1, -2)
+
+
+@lru_cache(maxsize=1024)
+def _parts(geometry: Geometry) -> tuple[_Part, ...]:
+    """Tiles of an extent that divides a row, or of the largest and one of the rest."""
+    row = geometry.output[-1]
+    m = next((m for m in range(MOST, FEWEST - 1, -1) if row % m == 0), min(MOST, row))
+    parts = [_Part(geometry, 0, row // m, m)]
+    if row % m:
+        parts.append(_Part(geometry, row - row % m, 1, row % m))
+    return tuple(parts)
+
+
+@lru_cache(maxsize=1024)
+def _tiled(geometry: Geometry, start: int, tiles: int, m: int, groups: int) -> Geometry:
+    step, (low, _) = geometry.stride[-1], geometry.padding[-1]
+    length, low = (m - 1) * step + geometry.window[-1], low - start * step
+    high = (tiles - 1) * m * step + length - low - geometry.input[-1]
+    return replace(
+        geometry,
+        channels=groups,
+        filters=groups * m,
+        groups=groups,
+        kernel=(*geometry.kernel[:-1], length),
+        stride=(*geometry.stride[:-1], m * step),
+        padding=(*geometry.padding[:-1], (low, high)),
+        dilation=(*geometry.dilation[:-1], 1),
+    )
+
+
+def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
+    """y[o, j] = sum over r and l of x[r, l] T[r, l, j]."""
+    if _are_finite(x, w, run):
+        _forward(x, w, y, geometry, run)
+    else:
+        slices.forward(x, w, y, geometry, run)
+
+
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
+    """The forward convolution of dy with w turned round; with a stride, tap by tap."""
+    if set(geometry.stride) == {1} and _are_finite(dy, w, run):
+        turned, inverse = containment.as_forward(w, geometry)
+        _forward(dy, turned, dx, inverse, run)
+    else:
+        slices.data_grad(dy, w, dx, geometry, run)
+
+
+def _are_finite(images: Operand, w: Operand, run: Run) -> bool:
+    arrays = (images.view, w.view) if images.y is None else (images.view, images.y, w.view)
+    return all(run.holds(has_finite_sum, array) for array in arrays)
+
+
+def _forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
+    xp, parts, chunks, share = run.backend.xp, *_work(geometry, run, BLOCK_BYTES)
+
+    def work(some: Iterable[slice]) -> None:
+        with run.workspace(*_spaces(parts, chunks)) as (band_space, tap_space):
+            for groups in some:
+                number = groups.stop - groups.start
+                taps = shaped(tap_space, (number, *geometry.kernel))
+                w.part(w.view[..., groups, 0, 0]).read(xp, (...,), taps.transpose(*range(1, taps.ndim), 0))
+                images, results = x.of_groups(groups, "x"), y.of_groups(groups, "y")
+                for part in parts:
+                    bands = part.shaped(band_space, number)
+                    xp.copyto(bands, 0)
+                    xp.copyto(part.diagonals(bands, xp), taps[..., None])
+                    outputs = replace(results, view=part.outputs(results.view))
+                    im2col.forward(images, Operand(_as_weight(bands)), outputs, part.of(number), share)
+
+    run.spread(chunks, work, run.threads)
+
+
+def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
+    """dw[r, s] = sum over j of the gradient in T[r, j * stride + s * dilation, j]."""
+    xp, parts, chunks, share = run.backend.xp, *_work(geometry, run, SUM_BYTES)
+
+    def work(some: Iterable[slice]) -> None:
+        band_size, tap_size = _spaces(parts, chunks)
+        with run.workspace(band_size, tap_size, tap_size) as (band_space, total_space, term_space):
+            for groups in some:
+                number = groups.stop - groups.start
+                total, term = (shaped(space, (number, *geometry.kernel)) for space in (total_space, term_space))
+                images, gradients = x.of_groups(groups, "x"), dy.of_groups(groups, "y")
+                for part in parts:
+                    bands = part.shaped(band_space, number)
+                    outputs = replace(
+                        gradients,
+                        view=part.outputs(gradients.view),
+                        y=None if gradients.y is None else part.outputs(gradients.y),
+                    )
+                    im2col.weight_grad(outputs, images, Result(_as_weight(bands)), part.of(number), share)
+                    sums = total if part is parts[0] else term
+                    xp.sum(part.diagonals(bands, xp), -1, out=sums)
+                    if sums is term:
+                        xp.add(total, term, out=total)
+                xp.copyto(dw.view[..., groups, 0, 0], total.transpose(*range(1, total.ndim), 0), casting="unsafe")
+
+    run.spread(chunks, work, run.threads)
+
+
+def _work(geometry: Geometry, run: Run, most: int) -> tuple[tuple[_Part, ...], list[slice], Run]:
+    """The parts, the channels that are done at a time, and what each of several threads works with."""
+    parts, team = _parts(geometry), run.team(geometry)
+    limit = run.limit // team.workers // 2
+    fitting = min(BLOCK_BYTES, limit) // run.dtype.itemsize // max(max(part.windows, part.bands) for part in parts)
+    size = max(1, min(fitting, -(-geometry.groups // team.tasks)))
+    return parts, list(pieces(geometry.groups, size)), replace(run.share(team), limit=min(most, limit))
+
+
+def _spaces(parts: Sequence[_Part], chunks: Sequence[slice]) -> tuple[int, int]:
+    """Elements of T, and of the taps, of the channels that are done at a time."""
+    groups = chunks[0].stop - chunks[0].start
+    return groups * max(part.bands for part in parts), groups * parts[0].geometry.taps
+
+
+def _as_weight(bands: Array) -> Array:
+    """T as im2col takes a weight: (*kernel but the last axis, L, G, 1, m)."""
+    return bands.transpose(*range(1, bands.ndim - 1), 0, bands.ndim - 1)[..., None, :]
