@@ -15,7 +15,7 @@ import numpy
 
 import gpuconv
 from gpuconv.algorithms import scatter_plain
-from gpuconv.backend import BackendError
+from gpuconv.backend import BackendError, backend_named
 from gpuconv.benchmark import command, layers, limits, results, run, timing
 from gpuconv.choose import MODULES
 from gpuconv.cuda.kernel import Kernel, Module
@@ -136,7 +136,7 @@ def main():
     options = parser.parse_args()
     command.check_writable(options.json)
     try:
-        place = command.place()
+        place = backend_named(None)
     except BackendError as error:
         sys.exit(f"micro.py needs a GPU: {error}")
     if place.launch is None:

@@ -8,8 +8,7 @@ import sys
 
 from gpuconv import dtypes
 from gpuconv.algorithms import direct, implicit_gemm, scatter, scatter_plain
-from gpuconv.backend import BackendError
-from gpuconv.benchmark import command
+from gpuconv.backend import BackendError, backend_named
 from gpuconv.benchmark.check import GEOMETRIES
 from gpuconv.benchmark.problem import Problem
 from gpuconv.choose import MODULES
@@ -21,7 +20,7 @@ DTYPES = ("float16", "float32", "complex64")
 
 def main():
     try:
-        place = command.place()
+        place = backend_named(None)
     except BackendError as error:
         sys.exit(f"short_matrix.py needs a GPU: {error}")
     MODULES.update(KERNELS)

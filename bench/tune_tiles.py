@@ -17,7 +17,7 @@ import numpy
 
 from gpuconv import dtypes, settings
 from gpuconv.algorithms import gemm_table, gemm_tiles, implicit_gemm
-from gpuconv.backend import BackendError
+from gpuconv.backend import BackendError, backend_named
 from gpuconv.benchmark import command, layers, results, timing
 from gpuconv.benchmark.problem import Problem
 from gpuconv.geometry import DIRECTIONS
@@ -109,7 +109,7 @@ def main():
         parser.error("--json must name a file to write to")
     command.check_writable(options.json)
     try:
-        place = command.place()
+        place = backend_named(None)
     except BackendError as error:
         sys.exit(f"tune_tiles.py needs a GPU: {error}")
     clock, rows = timing.clock_for(place), []

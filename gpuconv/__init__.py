@@ -16,6 +16,7 @@ from gpuconv.conv import (
 )
 from gpuconv.cuda.compiler import CompileError
 from gpuconv.sparse import conv_matrix
+from gpuconv.tune import Tuned, tune
 
 __all__ = [
     "ALGORITHMS",
@@ -23,6 +24,7 @@ __all__ = [
     "CompileError",
     "Explanation",
     "Gradients",
+    "Tuned",
     "array_module",
     "backend",
     "clear_cache",
@@ -37,4 +39,5 @@ __all__ = [
     "get_backend",
     "set_backend",
     "show_config",
+    "tune",
 ]

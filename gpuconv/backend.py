@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy
 
-from gpuconv import settings
+from gpuconv import settings, threads
 from gpuconv.cuda import device
 
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray
@@ -238,6 +238,14 @@ def moved(array: Array, kind: str) -> Array:
     return array if kind == "cupy" else array.get()
 
 
+def backend_named(name: str | None) -> Backend:
+    """The backend with this name, None for the one in force; "auto" is CuPy's where a GPU can be used."""
+    name = _selected()[0] if name is None else _checked(name)
+    if name == "auto":
+        name = array_module().__name__
+    return NUMPY if name == "numpy" else cupy_backend()
+
+
 def module_of(kind: Kind) -> Any:
     """numpy or cupy, for a kind that arrays of this process have."""
     return numpy if kind == "numpy" else sys.modules["cupy"]
@@ -291,18 +299,27 @@ def show_config() -> None:
         print(f"{name:<26}{value}")
 
 
-def config() -> dict[str, str]:
-    """What :func:`show_config` prints, by name."""
+def build(place: Backend) -> dict[str, str]:
+    """The machine and the versions of what computes on a backend."""
     from gpuconv import __version__
 
-    name, source = _selected()
+    if place.name == "cupy":
+        return {"gpuconv": __version__, "CuPy": _cupy_facts()}
     blas = numpy.show_config(mode="dicts")["Build Dependencies"]["blas"]  # type: ignore[index, call-overload]
-    facts = {
+    return {
         "gpuconv": __version__,
-        "Python": platform.python_version(),
         "NumPy": f"{numpy.__version__} ({blas['name']} {blas.get('version', '')})",
         "CPU": cpu_name(),
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "cores": str(threads.cores()),
+    }
+
+
+def config() -> dict[str, str]:
+    """What :func:`show_config` prints, by name."""
+    name, source = _selected()
+    facts = {
+        **build(NUMPY),
+        "Python": platform.python_version(),
         "CUDA devices (driver)": str(driver_devices()),
         "CuPy": _cupy_facts(),
         "backend": f"{name} (from {source})",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Hashable, Sequence
@@ -130,8 +131,13 @@ class Call:
         known = replay.known(key)
         if known is None:
             return None
-        with threads.limited_blas(self.threads):
+        with self._blas():
             return known.run(self.backend.xp, arrays)
+
+    def _blas(self) -> contextlib.AbstractContextManager[None]:
+        if self.backend.name != "numpy":
+            return contextlib.nullcontext()
+        return threads.held_blas(self.threads, self.geometry.multiply_adds())
 
     def _key(
         self,
@@ -188,7 +194,7 @@ class Call:
         temporaries = result.temporaries + sum(operand.temporaries for operand in operands)
         arena = workspace.Arena(0 if temporaries else self.limit)  # those take their share of the limit elsewhere
         run = workspace.Run(backend, self.sums, self.limit, self.precision, self.threads, recorder, arena)
-        with matrix_products(backend, self.precision), threads.limited_blas(self.threads):
+        with matrix_products(backend, self.precision), self._blas():
             self._run_by_groups(getattr(MODULES[algorithm], direction), operands, sources, result, role, run)
         if recorder is not None:
             replay.remember(key, recorder.replay(self.limit, self.sums, empty))

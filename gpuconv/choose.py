@@ -14,9 +14,9 @@ from typing import Any, get_args
 
 import numpy
 
-from gpuconv import dtypes, settings
+from gpuconv import dtypes, settings, tuned
 from gpuconv.algorithms import depthwise, direct, fft, im2col, implicit_gemm, scatter, winograd
-from gpuconv.backend import NUMPY, Backend, array_module, cupy_backend, get_backend
+from gpuconv.backend import Backend, backend_named
 from gpuconv.geometry import DIRECTIONS, Direction, Geometry
 
 MODULES: dict[str, ModuleType] = {
@@ -73,34 +73,78 @@ class Explanation:
 def choose(
     geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, algorithm: str, deterministic: bool
 ) -> Explanation:
-    """The algorithm by name or by rule; ValueError where the named one cannot do it."""
+    """The algorithm by name, by what was measured, or by rule; ValueError where the named one cannot do it."""
     check_name(algorithm)
-    refusals = {
-        name: module.why_not(geometry, dtype, direction, backend, deterministic) for name, module in MODULES.items()
-    }
-    if algorithm != "auto":
-        if refusals[algorithm]:
-            raise ValueError(f"algorithm={algorithm!r} cannot compute this {direction}: {refusals[algorithm]}")
-        name, reason = algorithm, "asked for by name"
-    else:
-        name, reason = next(
-            (name, reason) for name, reason in _preferences(geometry, direction, backend) if not refusals[name]
-        )
-    refused = tuple(
-        (other, refusals[other] or f"it can, but {name} goes first here") for other in ALGORITHMS if other != name
-    )
-    return Explanation(name, reason, refused, direction, backend.name, dtype.name, geometry)
+    if algorithm == "auto":
+        answer = tuned.recalled(backend, geometry, dtype, direction)
+        if answer not in able(geometry, dtype, direction, backend, deterministic):
+            return untuned(geometry, dtype, direction, backend, deterministic)
+        reason = "the fastest on this machine, as gpuconv tune has found"
+        return _explained(answer, reason, geometry, dtype, direction, backend, deterministic)
+    if reason := MODULES[algorithm].why_not(geometry, dtype, direction, backend, deterministic):
+        raise ValueError(f"algorithm={algorithm!r} cannot compute this {direction}: {reason}")
+    return _explained(algorithm, "asked for by name", geometry, dtype, direction, backend, deterministic)
 
 
-def _preferences(geometry: Geometry, direction: Direction, backend: Backend) -> list[tuple[str, str]]:
-    """Algorithms from the most wanted on, each with the reason; the last one accepts everything."""
-    wanted = []
+def untuned(
+    geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, deterministic: bool = True
+) -> Explanation:
+    """The algorithm by rule: on NumPy that of the least estimate."""
+    names = able(geometry, dtype, direction, backend, deterministic)
     if backend.launch is None:
-        if geometry.group_channels == geometry.group_filters == 1:
-            wanted.append(("scatter", "with one filter per channel a matrix product has nothing to do"))
-        elif winograd.pays(geometry, direction):
-            wanted.append(("winograd", "tiles are large enough, and channels many enough, to save products"))
-    elif implicit_gemm.fills_a_tile(geometry, direction):
+        expected = estimates(names, geometry, dtype, direction)
+        name = min(names, key=expected.__getitem__)
+        reason = f"{_milliseconds(expected[name])}, the least"
+    else:
+        name, reason = next((name, reason) for name, reason in _preferences(geometry, direction) if name in names)
+    return _explained(name, reason, geometry, dtype, direction, backend, deterministic)
+
+
+def _explained(
+    name: str,
+    reason: str,
+    geometry: Geometry,
+    dtype: numpy.dtype,
+    direction: Direction,
+    backend: Backend,
+    deterministic: bool,
+) -> Explanation:
+    """The choice of an algorithm with its reason, and those of the others."""
+    refused = []
+    for other, module in MODULES.items():
+        if other == name:
+            continue
+        why = module.why_not(geometry, dtype, direction, backend, deterministic)
+        if why is None and backend.launch is None:
+            why = _milliseconds(estimates([other], geometry, dtype, direction)[other])
+        refused.append((other, why or f"it can, but {name} goes first here"))
+    return Explanation(name, reason, tuple(refused), direction, backend.name, dtype.name, geometry)
+
+
+def able(
+    geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, deterministic: bool
+) -> list[str]:
+    """The algorithms that can compute it."""
+    return [
+        name
+        for name, module in MODULES.items()
+        if module.why_not(geometry, dtype, direction, backend, deterministic) is None
+    ]
+
+
+def estimates(names: Sequence[str], geometry: Geometry, dtype: numpy.dtype, direction: Direction) -> dict[str, float]:
+    """Nanoseconds of one core on NumPy, by the algorithms' own estimates."""
+    return {name: MODULES[name].nanoseconds(geometry, direction, dtypes.is_complex(dtype)) for name in names}
+
+
+def _milliseconds(nanoseconds: float) -> str:
+    return f"{nanoseconds / 1e6:.2g} ms of one core by its estimate"
+
+
+def _preferences(geometry: Geometry, direction: Direction) -> list[tuple[str, str]]:
+    """Algorithms from the most wanted on where there are kernels, each with the reason; the last accepts everything."""
+    wanted = []
+    if implicit_gemm.fills_a_tile(geometry, direction):
         wanted.append(("implicit_gemm", "there is enough of each group to fill half a tile or more"))
     elif geometry.groups > 1:
         wanted.append(("direct", "groups of few channels leave most of a tile empty, and are too many for products"))
@@ -138,9 +182,9 @@ def explain(
 
     >>> explanation = explain((8, 96, 56, 56), (96, 1, 3, 3), padding=1, groups=96, backend="numpy")
     >>> explanation.algorithm
-    'scatter'
+    'depthwise'
     >>> explanation.reason
-    'with one filter per channel a matrix product has nothing to do'
+    '15 ms of one core by its estimate, the least'
     """
     if direction not in get_args(Direction):
         raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}; got {direction!r}")
@@ -153,15 +197,12 @@ def explain(
     )  # fmt: skip
     check_name(algorithm)
     permitted = settings.precision(precision)
-    name = backend or get_backend()
-    if name == "auto":
-        name = array_module().__name__
-    place = NUMPY if name == "numpy" else cupy_backend()
-    explanation = choose(geometry, kind, direction, place, algorithm, consent(algorithm, deterministic))
+    where = backend_named(backend)
+    explanation = choose(geometry, kind, direction, where, algorithm, consent(algorithm, deterministic))
     plans = getattr(MODULES[explanation.algorithm], "plans", None)
     if plans is None:
         return explanation
-    found = plans(geometry, kind, direction, place.device(), permitted, settings.workspace_limit())
+    found = plans(geometry, kind, direction, where.device(), permitted, settings.workspace_limit())
     return replace(explanation, candidates=tuple(str(plan.choice) for plan in found))
 
 

@@ -55,6 +55,7 @@ def _parser() -> _Parser:
 
     command.add_bench(commands)
     command.add_compare(commands)
+    command.add_tune(commands)
 
     check = commands.add_parser("check", help="hold every algorithm of this machine against a float64 reference")
     check.set_defaults(run=_check)

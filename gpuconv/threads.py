@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 MOST = 256  # threads of a pool, which starts them when they are needed
+FEW = 1 << 18  # multiplications and additions that BLAS would not share
 
 
 class _Blas:
@@ -114,9 +115,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def limited_blas(limit: int | None) -> contextlib.AbstractContextManager[None]:
-    """A context in which BLAS takes no more threads than the limit, if there is one."""
-    return _blas.held(limit) if limit else contextlib.nullcontext()
+def held_blas(limit: int | None, multiply_adds: int) -> contextlib.AbstractContextManager[None]:
+    """A context for a call of so many multiplications and additions, in which BLAS takes no threads of its own.
+
+    They would go on waiting for more work long after theirs, and keep Python's threads from the cores. Products of few
+    are done by one thread anyway; and where nothing can hold BLAS, its threads are all there are.
+    """
+    if multiply_adds > FEW or limit is not None:
+        return _blas.held(1)
+    return contextlib.nullcontext()
 
 
 class _Tasks(Iterator[T]):

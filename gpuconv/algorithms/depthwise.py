@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy
 
-from gpuconv.algorithms import containment, im2col, slices
+from gpuconv.algorithms import containment, cost, im2col, slices
 from gpuconv.algorithms.blocks import pieces
 from gpuconv.algorithms.finite import has_finite_sum
 from gpuconv.backend import Array, Backend
@@ -45,6 +45,17 @@ def why_not(
     if not geometry.group_channels == geometry.group_filters == 1:
         return f"it is for one filter per channel, not {geometry.group_channels} channels and {geometry.group_filters}"
     return None
+
+
+def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> float:
+    """An estimate: the windows of tiles copied, and multiplied by the matrices of taps."""
+    if direction == "data_grad" and set(geometry.stride) != {1}:
+        return slices.nanoseconds(geometry, direction, is_complex)
+    images = geometry.channels * math.prod(geometry.batch)
+    product = 2 * cost.PRODUCT * (cost.COMPLEX if is_complex else 1)  # a short one
+    windows = sum(part.windows * (cost.COPY + part.m * product) for part in _parts(geometry))
+    planes = math.prod(geometry.input) + math.prod(geometry.output) if geometry.layout == "channels_last" else 0
+    return images * (windows + 2 * planes * cost.COPY)
 
 
 @dataclass(frozen=True)

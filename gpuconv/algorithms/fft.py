@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from gpuconv.algorithms import containment
+from gpuconv.algorithms import containment, cost
 from gpuconv.algorithms.blocks import largest, pieces
 from gpuconv.algorithms.finite import has_finite_square
 from gpuconv.arguments import Shape
@@ -39,6 +39,19 @@ def why_not(
     if set(geometry.stride) != {1}:
         return f"it is for stride 1, not {geometry.stride}"
     return None
+
+
+def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> float:
+    """An estimate: the transforms of x, w and y, and the products of spectra."""
+    extent = _extents(geometry)[0]
+    size = math.prod(extent)
+    steps = (length - window + 1 for length, window in zip(extent, geometry.window, strict=True))
+    tiles = math.prod((*geometry.batch, *(-(-m // step) for m, step in zip(geometry.output, steps, strict=True))))
+    weights = geometry.channels * geometry.group_filters
+    transforms = tiles * (geometry.channels + geometry.filters) + weights
+    doublings = math.log2(2 * size)
+    elements = transforms * doublings * cost.FOURIER + tiles * weights / 2 * cost.MULTIPLY
+    return elements * size * (1 + is_complex) + 50 * tiles * cost.STEP
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:

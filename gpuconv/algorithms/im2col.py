@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from gpuconv.algorithms import slices
+from gpuconv.algorithms import cost, slices
 from gpuconv.algorithms.blocks import (
     Arrangement,
     Space,
@@ -59,6 +59,16 @@ def why_not(
 ) -> str | None:
     """None: im2col accepts everything."""
     return None
+
+
+def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> float:
+    """An estimate: products, and windows copied out of x, or of dy."""
+    width = geometry.group_channels if direction == "data_grad" else geometry.group_filters
+    product = cost.product(geometry.reduction_length(direction), width, is_complex)
+    channels = geometry.filters if direction == "data_grad" else geometry.channels
+    windows = 0 if geometry.is_pointwise else geometry.reduction_length("weight_grad") * channels * geometry.taps
+    run = geometry.group_channels if geometry.layout == "channels_last" and geometry.groups > 1 else math.inf
+    return geometry.multiply_adds() * product + windows * cost.copied(run)
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:

@@ -69,6 +69,11 @@ def why_not(
     return arguments.why_not(geometry)
 
 
+def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> float:
+    """An estimate, on NumPy."""
+    return slices.nanoseconds(geometry, direction, is_complex)
+
+
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
     """Adds to y what each tap of w makes of x."""
     slices.forward(x, w, y, geometry, run)

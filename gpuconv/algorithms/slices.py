@@ -18,11 +18,21 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from gpuconv.algorithms.blocks import Arrangement, Space, boxes, channels_innermost, fitting_box, largest, pieces
+from gpuconv.algorithms import cost
+from gpuconv.algorithms.blocks import (
+    Arrangement,
+    Space,
+    as_matrix,
+    boxes,
+    channels_innermost,
+    fitting_box,
+    largest,
+    pieces,
+)
 from gpuconv.algorithms.windows import inputs_seen, read_tap, taps_of
 from gpuconv.arguments import Shape
 from gpuconv.backend import Array
-from gpuconv.geometry import Geometry
+from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import Index, Operand, Result, in_place
 from gpuconv.workspace import Run, Team, shaped
 
@@ -30,6 +40,30 @@ from gpuconv.workspace import Run, Team, shaped
 BLOCK_BYTES = 4 << 20
 # Up to this many taps are added up one after the other.
 ONE_RUN = 64
+
+
+def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> float:
+    """An estimate: products of the outputs that a tap shows some input, and their additions, tap by tap."""
+    met = math.prod(geometry.batch) * math.prod(map(sum, _outputs_met(geometry)))
+    if geometry.group_channels == geometry.group_filters == 1:
+        slowness = 4 if direction == "weight_grad" else 2 if geometry.layout == "channels_first" else 1
+        return met * geometry.channels * cost.ADD * slowness
+    product = 1.5 * cost.product(geometry.group_channels, geometry.group_filters, is_complex)  # one tap is short
+    moved = geometry.filters if direction == "forward" else geometry.channels
+    copied = geometry.channels + (geometry.filters if geometry.layout == "channels_first" else 0)
+    added = moved * cost.added(moved) + copied * cost.COPY
+    return met * (geometry.channels * geometry.group_filters * product + added)
+
+
+def _outputs_met(geometry: Geometry) -> Iterator[list[int]]:
+    """On each axis and for each tap, how many outputs it shows some input."""
+    axes = zip(
+        geometry.input, geometry.output, geometry.kernel, geometry.stride, geometry.dilation, geometry.padding,
+        strict=True,
+    )  # fmt: skip
+    for n, m, k, s, d, (low, _) in axes:
+        shifts = (t * d - low for t in range(k))
+        yield [max(0, min(m - 1, (n - 1 - shift) // s) - max(0, -(shift // s)) + 1) for shift in shifts]
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
@@ -41,7 +75,7 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> 
     sizes = _forward_sizes(geometry, run.budget, block, team, x.temporaries, sums)
     with run.workspace(sizes.weights) as (weight_space,):
         for filters in pieces(geometry.group_filters, sizes.pieces):
-            weights = _loaded(w, (..., filters), weight_space, run)
+            weights = _loaded_weights(w, (..., filters), weight_space, run)
 
             def work(indices: Iterable[Index], filters: slice = filters, weights: Array = weights) -> None:
                 with run.workspace(*sizes.spaces) as (slice_space, term_space, part_space, sums_space):
@@ -77,7 +111,7 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run)
     sizes = _data_grad_sizes(geometry, run.budget, block, team, gradients, sums)
     with run.workspace(sizes.weights) as (weight_space,):
         for channels in pieces(geometry.group_channels, sizes.pieces):
-            weights = _loaded(w, (..., channels), weight_space, run)
+            weights = _loaded_weights(w, (..., channels), weight_space, run)
 
             def work(indices: Iterable[Index], channels: slice = channels, weights: Array = weights) -> None:
                 with run.workspace(*sizes.spaces) as (dy_space, slice_space, term_space, part_space, sums_space):
@@ -106,12 +140,12 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run)
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
     """Adds to each tap of dw the products of dy with what the tap read."""
-    xp, order = run.backend.xp, _by_groups(len(geometry.batch) + geometry.rank)
+    xp, order, team = run.backend.xp, _by_groups(len(geometry.batch) + geometry.rank), run.team(geometry)
     summed = not in_place(dw.view, run.dtype)
-    sizes = _weight_grad_sizes(
-        geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, x.temporaries, dy.temporaries, summed
-    )
-    with run.workspace(*sizes.spaces) as (slice_space, dy_space, term_space, sums_space):
+    block = BLOCK_BYTES // run.dtype.itemsize
+    sizes = _weight_grad_sizes(geometry, run.budget, block, team, x.temporaries, dy.temporaries, summed)
+    *own, dy_size, sums_size = sizes.spaces
+    with run.workspace(dy_size, sums_size) as (dy_space, sums_space):
         for filters in pieces(geometry.group_filters, sizes.pieces):
             target = dw.view[..., filters]
             total = shaped(sums_space, target.shape) if summed else target
@@ -119,11 +153,22 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Ru
             for index in boxes((*geometry.batch, *geometry.output), sizes.box):
                 gradients = order.load(dy, (*index, slice(None), filters), dy_space, run)
                 shape = (*(axis.stop - axis.start for axis in index), geometry.groups, geometry.group_channels)
-                for tap in taps_of(geometry):
-                    images, rows = order.empty(shape, slice_space)
-                    read_tap(x, tap, index, geometry, images, run)
-                    term = shaped(term_space, total[tap].shape)
-                    xp.add(total[tap], xp.matmul(rows.swapaxes(-1, -2), gradients, out=term), out=total[tap])
+
+                def work(
+                    taps: Iterable[Shape],
+                    index: Index = index,
+                    shape: Shape = shape,
+                    gradients: Array = gradients,
+                    total: Array = total,
+                ) -> None:
+                    with run.workspace(*own) as (slice_space, term_space):
+                        for tap in taps:
+                            images, rows = order.empty(shape, slice_space)
+                            read_tap(x, tap, index, geometry, images, run)
+                            term = shaped(term_space, total[tap].shape)
+                            xp.add(total[tap], xp.matmul(rows.swapaxes(-1, -2), gradients, out=term), out=total[tap])
+
+                run.spread(list(taps_of(geometry)), work, team.workers)
             if summed:
                 xp.copyto(target, total, casting="unsafe")
 
@@ -163,6 +208,16 @@ def _as_rows(xp: Any, images: Array, order: Arrangement, space: Array) -> Array:
         block, rows = order.empty(images.shape, space)
         xp.copyto(block, images)
     return rows
+
+
+def _loaded_weights(w: Operand, index: Index, space: Array, run: Run) -> Array:
+    """Some of the weights (*kernel, G, I, J), where they lie if each tap is a matrix there, else in the workspace."""
+    piece = w.view[index]
+    if w.is_plain(run.dtype) and as_matrix(piece[(0,) * (piece.ndim - 3)], 1, 1) is not None:
+        return piece
+    block = shaped(space, piece.shape)
+    w.read(run.backend.xp, index, block)
+    return block
 
 
 def _loaded(operand: Operand, index: Index, space: Array, run: Run) -> Array:
@@ -284,7 +339,7 @@ def _share(extents: Shape, team: Team) -> int:
 
 @lru_cache(maxsize=1024)
 def _weight_grad_sizes(
-    geometry: Geometry, budget: int, block: int, temporaries: int, dy_temporaries: int, summed: bool
+    geometry: Geometry, budget: int, block: int, team: Team, temporaries: int, dy_temporaries: int, summed: bool
 ) -> _Sizes:
     weights = geometry.channels * geometry.taps  # per filter of each group
     filters = largest(geometry.group_filters, budget // 2, (1 + summed) * weights)
@@ -297,5 +352,6 @@ def _weight_grad_sizes(
         )
 
     term, total = geometry.channels * filters, summed * weights * filters
-    box, spaces = fitting_box((*geometry.batch, *geometry.output), min(budget - term - total, block), parts)
-    return _Sizes(filters, box, (*spaces, term, total))
+    limit = min((budget - total) // team.workers - term, block)
+    box, (of_tap, of_dy) = fitting_box((*geometry.batch, *geometry.output), limit, parts)
+    return _Sizes(filters, box, (of_tap, term, of_dy, total))

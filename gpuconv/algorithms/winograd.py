@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy
 
 from gpuconv import dtypes
-from gpuconv.algorithms import containment
+from gpuconv.algorithms import containment, cost
 from gpuconv.algorithms.blocks import as_matrix, pieces
 from gpuconv.algorithms.finite import has_finite_square
 from gpuconv.arguments import Shape
@@ -44,8 +44,6 @@ from gpuconv.workspace import Run, shaped
 POINTS = {1: (), 2: (0.0, 1.0, -1.0), 4: (0.0, 2**-0.5, -(2**-0.5), 2**0.5, -(2**0.5))}
 # Outputs along an axis from which tiles of 4 waste little.
 WIDE = 12
-NARROW = 6  # outputs from which on tiles of 2 save products
-CHANNELS = 32  # and filters, from which on their products outweigh the transforms
 # Tiles of a block: fewer make short products, more do not stay in the cache.
 TILES = 128
 BLOCKS = 8  # from which on each thread has some of its own
@@ -74,11 +72,20 @@ def why_not(
     return None
 
 
-def pays(geometry: Geometry, direction: Direction) -> bool:
-    """Whether the products that are saved are worth the transforms: that takes channels, and tiles that are filled."""
-    extent = geometry.input if direction == "data_grad" else geometry.output
-    narrowest = min(n for n, k in zip(extent, geometry.kernel, strict=True) if k > 1) if geometry.taps > 1 else 0
-    return min(geometry.group_channels, geometry.group_filters) >= CHANNELS and narrowest >= NARROW
+def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> float:
+    """An estimate: the products at all points, and the transforms into tiles, out of them, and of weights."""
+    if direction == "data_grad":
+        (residue,) = geometry.residues
+        assert residue.geometry is not None
+        geometry = residue.geometry
+    rows, columns = _axes(geometry)
+    points, tiles = rows.a * columns.a, math.prod(geometry.batch) * rows.tiles * columns.tiles
+    weights = geometry.channels * geometry.group_filters
+    lines = rows.a * columns.m  # elements of a tile half transformed
+    transformed = tiles * (points + lines) * (geometry.channels + geometry.filters) + 2 * points * weights
+    product = cost.product(geometry.group_channels, geometry.group_filters)
+    transform = cost.transform(geometry.group_channels, geometry.groups == 1)
+    return tiles * points * weights * product + transformed * transform + 20 * geometry.groups * cost.STEP
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:

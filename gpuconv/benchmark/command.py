@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import json
 import shlex
 import signal
 import sys
@@ -16,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import gpuconv
-from gpuconv import settings
+from gpuconv import dtypes, settings, tuned
 from gpuconv.arguments import LAYOUTS
-from gpuconv.backend import NUMPY, Backend, cupy_backend, get_backend
+from gpuconv.backend import Backend, backend_named
 from gpuconv.benchmark import compare, layers, limits, peers, report, results, run
 from gpuconv.choose import MODULES
 from gpuconv.geometry import DIRECTIONS
+from gpuconv.tune import Tuned, tuned_geometry
 
 SAVE_SECONDS = 10  # how often the JSON file is brought up to date
 DEFAULT_SUITE = "quick"
@@ -41,24 +43,8 @@ def add_bench(commands: Any) -> None:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    bench.add_argument(
-        "suite", nargs="*", help=f"suites of layers, or all (default {DEFAULT_SUITE}); --list shows them"
-    )
-    some = {"action": "append", "default": [], "type": _names}
-    bench.add_argument(
-        "--case", action="append", default=[], metavar="CASE",
-        help="layers with these words in their names, or one spelt out: 'n=32 c=64 h=56 w=56 k=64 r=3 s=3 pad=1'",
-    )  # fmt: skip
-    bench.add_argument("--direction", **some, metavar="NAME", help=f"out of {', '.join(DIRECTIONS)} (default all)")
-    bench.add_argument("--dtype", **some, metavar="NAME", help="such as float16,tf32 (default the layer's own)")
-    bench.add_argument(
-        "--layout", **some, metavar="NAME", help=f"out of {', '.join(LAYOUTS)} (default the first; beside peers both)"
-    )
-    bench.add_argument(
-        "--backend", choices=settings.BACKENDS, help="where to compute (default as GPUCONV_BACKEND says)"
-    )
+    some = _add_layers(bench)
     bench.add_argument("--algorithm", **some, metavar="NAME", help=f"out of auto, {', '.join(MODULES)} (default auto)")
-    bench.add_argument("--batch", **some, metavar="N", help="batch sizes (default the layer's own for the backend)")
     bench.add_argument(
         "--peer", **some, metavar="NAME", help=f"out of {', '.join(peers.PEERS)}; takes turns with gpuconv"
     )
@@ -79,6 +65,44 @@ def add_bench(commands: Any) -> None:
     bench.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw FILE-time and FILE-roofline, as PNG, SVG or PDF")
     bench.set_defaults(run=bench_command)
+
+
+def _add_layers(parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Declares what says which layers, and where; returns what options of several names are declared with."""
+    some: dict[str, Any] = {"action": "append", "default": [], "type": _names}
+    parser.add_argument(
+        "suite", nargs="*", help=f"suites of layers, or all (default {DEFAULT_SUITE}); gpuconv bench --list shows them"
+    )
+    parser.add_argument(
+        "--case", action="append", default=[], metavar="CASE",
+        help="layers with these words in their names, or one spelt out: 'n=32 c=64 h=56 w=56 k=64 r=3 s=3 pad=1'",
+    )  # fmt: skip
+    parser.add_argument("--direction", **some, metavar="NAME", help=f"out of {', '.join(DIRECTIONS)} (default all)")
+    parser.add_argument("--dtype", **some, metavar="NAME", help="such as float16,tf32 (default the layer's own)")
+    parser.add_argument(
+        "--layout", **some, metavar="NAME", help=f"out of {', '.join(LAYOUTS)} (default the first; beside peers both)"
+    )
+    parser.add_argument(
+        "--backend", choices=settings.BACKENDS, help="where to compute (default as GPUCONV_BACKEND says)"
+    )
+    parser.add_argument("--batch", **some, metavar="N", help="batch sizes (default the layer's own for the backend)")
+    return some
+
+
+def add_tune(commands: Any) -> None:
+    """Declares ``gpuconv tune``."""
+    parser = commands.add_parser(
+        "tune",
+        help="find the fastest algorithm for layers on this machine, and remember it",
+        description="Times the algorithms that can compute each layer, holds their results against a float64 reference,"
+        " and remembers the fastest: algorithm='auto' takes it from then on, for these shapes on this machine.",
+    )
+    _add_layers(parser)
+    parser.add_argument(
+        "--seconds", type=_seconds, default=0.3, metavar="S", help="time for each algorithm (default 0.3)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the machine and every time")
+    parser.set_defaults(run=tune_command)
 
 
 def add_compare(commands: Any) -> None:
@@ -141,12 +165,41 @@ def _batches(given: Sequence[Sequence[str]]) -> list[int]:
     return list(dict.fromkeys(map(int, texts)))
 
 
-def place() -> Backend:
-    """The backend in force, CuPy's where that is automatic and a GPU can be used."""
-    name = get_backend()
-    if name == "auto":
-        name = gpuconv.array_module().__name__
-    return NUMPY if name == "numpy" else cupy_backend()
+def tune_command(options: argparse.Namespace) -> int:
+    """``gpuconv tune``."""
+    where = backend_named(options.backend)
+    check_writable(options.json)
+    plan = run.Plan(
+        where,
+        _chosen("direction", options.direction, DIRECTIONS) or DIRECTIONS,  # type: ignore[arg-type]
+        _chosen("dtype", options.dtype, dtypes.NAMES),
+        _chosen("layout", options.layout, LAYOUTS) or LAYOUTS[:1],  # type: ignore[arg-type]
+        batches=_batches(options.batch),
+    )
+    cases = layers.selected(options.suite or (() if options.case else (DEFAULT_SUITE,)), options.case)
+    found: list[dict[str, Any]] = []
+    try:
+        for case, batch, dtype in plan.jobs(cases):
+            for layout in plan.layouts:
+                geometry = case.geometry(batch, layout)
+                for one in tuned_geometry(geometry, dtypes.named(dtype), plan.directions, where, options.seconds):
+                    print(_tuned_line(case.name, layout, one), flush=True)
+                    found.append({"case": case.name, "spec": case.text(batch), "layout": layout, **one._asdict()})
+    finally:
+        if options.json:
+            facts = {"machine": results.machine(), "commit": results.commit(), "command": shlex.join(sys.argv[1:])}
+            rows = [{**row, "geometry": str(row["geometry"])} for row in found]
+            options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    print(f"remembered in {tuned.path(where)}")
+    return 1 if any(row["wrong"] for row in found) else 0
+
+
+def _tuned_line(name: str, layout: str, one: Tuned) -> str:
+    times = ", ".join(f"{algorithm} {taken * 1e3:.3g} ms" for algorithm, taken in one.seconds.items())
+    changed = one.fastest != one.default
+    verdict = f"{one.fastest}, {one.gain:.2f} times as fast as {one.default}" if changed else one.default
+    wrong = f"; WRONG: {', '.join(one.wrong)}" if one.wrong else ""
+    return f"{name:<36} {one.direction:<11} {layout:<14} {verdict}  ({times}{wrong})"
 
 
 def bench_command(options: argparse.Namespace) -> int:
@@ -158,7 +211,7 @@ def bench_command(options: argparse.Namespace) -> int:
     if missing:
         raise ValueError(f"needs {' and '.join(missing)}: pip install 'gpuconv[bench]'")
     with gpuconv.backend(options.backend) if options.backend else contextlib.nullcontext():
-        return bench(options, place())
+        return bench(options, backend_named(None))
 
 
 def bench(options: argparse.Namespace, place: Backend) -> int:

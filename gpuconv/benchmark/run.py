@@ -6,7 +6,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import gpuconv
 from gpuconv import dtypes
@@ -126,7 +126,8 @@ class Bench:
         side = Side({**known, "by": OURS, "layout": layout, "asked": algorithm, "algorithm": algorithm})
         side.row["command"] = self._command(known, layout, algorithm)
         try:
-            choice = choose(geometry, problem.dtype, inner, place, algorithm, consent(algorithm, None))
+            lying = replace(geometry, layout=layout)
+            choice = choose(lying, problem.dtype, inner, place, algorithm, consent(algorithm, None))
         except ValueError as error:
             side.row["refusal"] = str(error)
             return side

@@ -1,0 +1,138 @@
+"""tune: which algorithm is fastest on this machine, found by trying, and remembered on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy
+
+from gpuconv import choose, dtypes, replay, settings, tuned
+from gpuconv.backend import Backend, backend_named
+from gpuconv.backend import backend as within
+from gpuconv.geometry import DIRECTIONS, Direction, Geometry
+
+if TYPE_CHECKING:
+    from gpuconv.benchmark.problem import Problem
+    from gpuconv.benchmark.timing import Clock
+
+TURNS, MOST_SAMPLES = 5, 20
+PROMISING = 4  # times the least estimate, up to which an algorithm is tried
+MARGIN = 0.97  # of the default's time that another one must keep to: less is within the noise
+
+
+class Tuned(NamedTuple):
+    """What was found for one direction of a convolution."""
+
+    geometry: Geometry
+    direction: Direction
+    dtype: str
+    backend: str
+    default: str  # what is taken untuned
+    fastest: str
+    seconds: dict[str, float]  # of each algorithm that was tried: the median
+    wrong: tuple[str, ...] = ()  # whose results were beyond their bound: never taken
+
+    @property
+    def gain(self) -> float:
+        """The default's time over that of the fastest."""
+        return self.seconds[self.default] / self.seconds[self.fastest]
+
+
+def tune(
+    x_shape: Sequence[int],
+    w_shape: Sequence[int],
+    *,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    layout: str = "channels_first",
+    flip: bool = False,
+    dtype: Any = "float32",
+    directions: str | Sequence[str] = DIRECTIONS,
+    backend: str | None = None,
+    seconds: float = 0.3,
+) -> list[Tuned]:
+    """Times the algorithms that can compute a convolution, and remembers the fastest for ``algorithm="auto"``.
+
+    The convolution is given as to :func:`gpuconv.explain`; ``seconds`` is about how long each algorithm is timed in
+    each of the ``directions``. Only algorithms that add in a fixed order are tried, on NumPy those that their estimates
+    do not rule out. Each result is first held against a float64 reference, and one beyond its bound never taken. The
+    answer counts for exactly these shapes, this dtype and layout on this machine, with this build of NumPy or CuPy; it
+    lies in the folder of GPUCONV_CACHE_DIR. An ordinary call never times anything.
+
+    Raises ValueError for shapes and values.
+
+    >>> (found,) = tune((1, 8, 32, 32), (8, 8, 3, 3), padding=1, directions="forward", backend="numpy", seconds=0.01)
+    >>> found.fastest in found.seconds
+    True
+    """
+    if isinstance(directions, str):
+        directions = (directions,)
+    for direction in directions:
+        if direction not in DIRECTIONS:
+            raise ValueError(f"directions must be out of {', '.join(DIRECTIONS)}; got {direction!r}")
+    if backend is not None and backend not in settings.BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(settings.BACKENDS)}; got {backend!r}")
+    if not seconds > 0:
+        raise ValueError(f"seconds must be more than 0, got {seconds!r}")
+    kind = dtypes.named(dtype)
+    geometry = Geometry.infer(
+        x_shape, w_shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip,
+        x_name="x_shape", w_name="w_shape",
+    )  # fmt: skip
+    return tuned_geometry(geometry, kind, directions, backend_named(backend), seconds)  # type: ignore[arg-type]
+
+
+def tuned_geometry(
+    geometry: Geometry, dtype: numpy.dtype, directions: Sequence[Direction], backend: Backend, seconds: float
+) -> list[Tuned]:
+    """The same of a geometry; with any batch axes it is timed as one of them."""
+    from gpuconv.benchmark.problem import Problem
+    from gpuconv.benchmark.timing import clock_for
+
+    batch = int(numpy.prod(geometry.batch, dtype=int))
+    problem = Problem(replace(geometry, layout="channels_first", batch=(batch,)), dtype, backend.xp)
+    clock = clock_for(backend)
+    with within(backend.name), clock.running():
+        found = [_tuned(problem, geometry, direction, backend, clock, seconds) for direction in directions]
+    choose.choose.cache_clear()
+    replay.clear()
+    return found
+
+
+def _tuned(
+    problem: Problem, geometry: Geometry, direction: Direction, backend: Backend, clock: Clock, seconds: float
+) -> Tuned:
+    """Times the algorithms in turns, and remembers the fastest."""
+    default = choose.untuned(geometry, problem.dtype, direction, backend).algorithm
+    calls, counts, samples, wrong = {}, {}, {}, []
+    for name in _candidates(geometry, problem.dtype, direction, backend):
+        call = problem.call(direction, geometry.layout, name)
+        result = clock.first(call)[1]
+        if problem.verdict(result, direction, geometry.layout, loose=name in choose.TRANSFORMS).right:
+            once = clock.first(call)[0]
+            calls[name], samples[name] = call, list[float]()
+            counts[name] = max(1, min(MOST_SAMPLES, int(seconds / TURNS / max(once, 1e-9))))
+        else:
+            wrong.append(name)
+    for _ in range(TURNS):
+        for name, call in calls.items():
+            samples[name] += clock.samples(call, counts[name])
+    medians = {name: float(numpy.median(taken)) for name, taken in samples.items()}
+    fastest = min(medians, key=medians.__getitem__)
+    if default in medians and medians[fastest] > MARGIN * medians[default]:
+        fastest = default
+    tuned.remember(backend, direction, geometry, problem.dtype, fastest)
+    return Tuned(geometry, direction, problem.dtype.name, backend.name, default, fastest, medians, tuple(wrong))
+
+
+def _candidates(geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend) -> list[str]:
+    """The algorithms that can, in a fixed order of additions, and are not ruled out by their estimate."""
+    able = choose.able(geometry, dtype, direction, backend, deterministic=True)
+    if backend.launch is not None:
+        return able
+    estimates = choose.estimates(able, geometry, dtype, direction)
+    return [name for name in able if estimates[name] <= PROMISING * min(estimates.values())]

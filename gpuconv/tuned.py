@@ -1,0 +1,80 @@
+"""What was found fastest on this machine: the answers of gpuconv.tune, on disk between processes.
+
+There is a file for each machine, version of the library and build of what computes, in the cache folder. It is written
+beside its place and renamed, so that a reader finds the old one or the new one. A damaged file is passed over with a
+warning, and replaced by the next answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import numpy
+
+from gpuconv import settings
+from gpuconv.backend import Backend, build
+from gpuconv.geometry import Direction, Geometry
+
+
+def recalled(backend: Backend, geometry: Geometry, dtype: numpy.dtype, direction: Direction) -> str | None:
+    """The algorithm that was fastest for this convolution, None where nobody has asked."""
+    answers = _answers(path(backend))
+    return answers.get(_key(geometry, dtype, direction)) if answers else None
+
+
+def remember(backend: Backend, direction: Direction, geometry: Geometry, dtype: numpy.dtype, algorithm: str) -> None:
+    """Puts an answer into the file; the others in it stay."""
+    place = path(backend)
+    _answers.cache_clear()
+    answers = {**_answers(place), _key(geometry, dtype, direction): algorithm}
+    place.parent.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(dir=place.parent, suffix=".part")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump({"build": build(backend), "answers": answers}, file, indent=1)
+        os.replace(beside, place)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
+    _answers.cache_clear()
+
+
+def path(backend: Backend) -> Path:
+    """The file for this machine and what computes on it."""
+    name = hashlib.sha256(json.dumps(build(backend), sort_keys=True).encode()).hexdigest()[:16]
+    return settings.cache_folder() / "tuned" / f"{backend.name}-{name}.json"
+
+
+def _key(geometry: Geometry, dtype: numpy.dtype, direction: Direction) -> str:
+    return f"{direction} {dtype.name} {geometry}"
+
+
+@lru_cache(maxsize=8)
+def _answers(place: Path) -> Mapping[str, str]:
+    try:
+        text = place.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        return _passed_over(place, str(error))
+    try:
+        answers = json.loads(text)["answers"]
+        if all(isinstance(part, str) for answer in answers.items() for part in answer):
+            return dict(answers)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    return _passed_over(place, "it does not hold what gpuconv tune writes")
+
+
+def _passed_over(place: Path, reason: str) -> Mapping[str, str]:
+    warnings.warn(f"tuned answers in {place} are passed over: {reason}", RuntimeWarning, stacklevel=2)
+    return {}
