@@ -74,7 +74,7 @@ def _method(name):
 
 for _name in (
     *("transpose", "reshape", "swapaxes", "astype", "view", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__"),
-    *("__rmul__", "__matmul__", "__neg__", "__le__", "__eq__", "sum"),
+    *("__rmul__", "__matmul__", "__neg__", "__le__", "__eq__", "sum", "dot"),
 ):
     setattr(ndarray, _name, _method(_name))
 

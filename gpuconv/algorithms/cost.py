@@ -18,19 +18,19 @@ COMPLEX = 4  # times as long for a product of complex numbers
 
 def product(depth: int, width: int, is_complex: bool = False) -> float:
     """A multiplication and addition of sums of this length, so many of which share their factors."""
-    return PRODUCT * (1 + 4 / min(depth, width)) * (COMPLEX if is_complex else 1)
+    return PRODUCT * (1 + 4 / max(1, min(depth, width))) * (COMPLEX if is_complex else 1)
 
 
 def copied(run: float) -> float:
     """An element copied in another order, so many of which lie side by side."""
-    return COPY * (1 + 8 / run)
+    return COPY * (1 + 8 / max(1, run))
 
 
 def transform(run: int, is_whole: bool) -> float:
     """An element that a small matrix makes, so many of which lie side by side, whole lines of them or parts."""
-    return TRANSFORM * (1 + (24 if is_whole else 96) / run)
+    return TRANSFORM * (1 + (24 if is_whole else 96) / max(1, run))
 
 
 def added(run: int) -> float:
     """An element added to others, so many of which lie side by side."""
-    return ADD * (1 + 64 / run)
+    return ADD * (1 + 64 / max(1, run))

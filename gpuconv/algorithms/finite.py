@@ -11,7 +11,7 @@ from gpuconv.backend import Array
 def has_finite_sum(array: Array) -> bool:
     """False where there is NaN or Inf."""
     with numpy.errstate(over="ignore", invalid="ignore"):
-        total = array.sum(dtype=dtypes.accumulator(array.dtype))
+        total = array.sum(dtype=dtypes.accumulator(dtypes.native(array.dtype)))
         return bool(total - total == 0)
 
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from gpuconv.algorithms import cost, slices
+from gpuconv.algorithms import col2im, cost, slices
 from gpuconv.algorithms.blocks import (
     Arrangement,
     Space,
@@ -132,6 +132,8 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run)
         _data_grad_by_residues(dy, w, dx, geometry, run)
     elif not reaches_beyond(geometry) and all(s >= k for s, k in zip(geometry.stride, geometry.window, strict=True)):
         _data_grad_apart(dy, w, dx, geometry, run)
+    elif col2im.pays(geometry, run):
+        col2im.data_grad(dy, w, dx, geometry, run)
     # By residues, NaN and Inf in w would meet zeros beyond dy, and NaN spread where none belongs.
     elif _has_many_residues(geometry) or not run.holds(has_finite_sum, w.view):
         slices.data_grad(dy, w, dx, geometry, run)

@@ -1,0 +1,128 @@
+"""col2im: im2col's transpose, for data_grad where x has few channels, as in the first layer of a network.
+
+One matrix product makes all that a block of outputs adds to x, and its taps are added up one after the other:
+
+    dcols[t, c, o] = sum over f of w[t, c, f] dy[o, f]          dx[o * stride + t * dilation - low, c] += dcols[t, c, o]
+
+Inputs that lie a stride apart are kept side by side, in a plane for each residue of the stride, so that every addition
+goes over long runs. The planes are put together in the end. By residues, as im2col does it elsewhere, each product
+would have as few columns as x has channels, and take more to gather than to multiply.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import lru_cache
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy
+
+from gpuconv.algorithms.blocks import Arrangement, boxes, largest
+from gpuconv.algorithms.windows import taps_of
+from gpuconv.arguments import Shape
+from gpuconv.backend import Array
+from gpuconv.geometry import Geometry
+from gpuconv.operands import Index, Operand, Result
+from gpuconv.workspace import Run, shaped
+
+BLOCK_BYTES = 1 << 20  # of dcols, which should stay in the cache
+MOST_TAPS = 64  # added up one after the other: more terms that are alike would drift
+FEW = 32  # channels
+
+
+def pays(geometry: Geometry, run: Run) -> bool:
+    """Whether x has few channels beside y, and there is room for its planes."""
+    sizes = _sizes(geometry, run.budget // run.team(geometry).workers)
+    return (
+        geometry.group_channels <= min(FEW, geometry.group_filters // 2)
+        and geometry.taps <= MOST_TAPS
+        and sizes is not None
+    )
+
+
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
+    """dx[o * stride + t * dilation - low, c] += dcols[t, c, o], image by image."""
+    xp, rank, team = run.backend.xp, geometry.rank, run.team(geometry)
+    sizes = _sizes(geometry, run.budget // team.workers)
+    assert sizes is not None
+    weights_order = Arrangement((rank, *range(rank), rank + 1, rank + 2), rank + 1, 1)
+    images_order = Arrangement((rank, rank + 1, *range(rank)), 1, rank)
+    planes_shape = (*geometry.stride, geometry.groups, geometry.group_channels, *sizes.planes)
+    with run.workspace(math.prod(geometry.w_shape) * weights_order.copies(w, run)) as (weight_space,):
+        weights = weights_order.load(w, (...,), weight_space, run)
+
+        residues = list(product(*(range(min(s, n)) for s, n in zip(geometry.stride, geometry.input, strict=True))))
+
+        def work(images: Iterable[Shape]) -> None:
+            with run.workspace(*sizes.spaces) as (planes_space, dcols_space, dy_space):
+                planes = shaped(planes_space, planes_shape)
+                for image in images:
+                    xp.copyto(planes, 0)
+                    for index in boxes(geometry.output, sizes.box):
+                        gradients = images_order.load(dy, (*image, *index), dy_space, run)
+                        dcols = shaped(dcols_space, (geometry.groups, weights.shape[1], gradients.shape[2]))
+                        xp.matmul(weights, gradients, out=dcols)
+                        _add(xp, dcols, index, planes, sizes, geometry)
+                    for residue in residues:
+                        _store(xp, planes, residue, dx.part(image), sizes, geometry)
+
+        run.spread(list(numpy.ndindex(*geometry.batch)), work, team.workers)
+
+
+def _add(xp: Any, dcols: Array, index: Index, planes: Array, sizes: _Sizes, geometry: Geometry) -> None:
+    """Adds what every tap makes of a block of outputs."""
+    extents = tuple(axis.stop - axis.start for axis in index)
+    by_tap = dcols.reshape(geometry.groups, *geometry.kernel, geometry.group_channels, *extents)
+    for tap in taps_of(geometry):
+        residue, into = [], []
+        axes = zip(tap, index, geometry.dilation, geometry.padding, geometry.stride, sizes.before, strict=True)
+        for t, outputs, d, (low, _), s, before in axes:
+            plane, start = (t * d - low) % s, (t * d - low) // s + before
+            residue.append(plane)
+            into.append(slice(outputs.start + start, outputs.stop + start))
+        target = planes[(*residue, slice(None), slice(None), *into)]
+        xp.add(target, by_tap[(slice(None), *tap)], out=target)
+
+
+def _store(xp: Any, planes: Array, residue: Shape, dx: Result, sizes: _Sizes, geometry: Geometry) -> None:
+    """Puts the plane of a residue into dx."""
+    axes = zip(residue, geometry.input, geometry.stride, sizes.before, strict=True)
+    inside = [slice(before, before + len(range(start, n, s))) for start, n, s, before in axes]
+    block = planes[(*residue, slice(None), slice(None), *inside)]
+    block = block.transpose(*range(2, block.ndim), 0, 1)
+    dx.finish(xp, block)
+    into = tuple(slice(start, None, s) for start, s in zip(residue, geometry.stride, strict=True))
+    xp.copyto(dx.view[into], block, casting="unsafe")
+
+
+class _Sizes(NamedTuple):
+    """The extents of a plane, the elements of it before the first input, a block of outputs, and the workspaces."""
+
+    planes: Shape
+    before: Shape
+    box: Shape
+    spaces: tuple[int, int, int]
+
+
+@lru_cache(maxsize=1024)
+def _sizes(geometry: Geometry, budget: int) -> _Sizes | None:
+    """None where the planes have no room."""
+    planes, before = [], []
+    axes = zip(
+        geometry.input, geometry.output, geometry.window, geometry.stride, geometry.padding, strict=True
+    )  # fmt: skip
+    for n, m, window, s, (low, _) in axes:
+        first = max(0, -(-low // s))
+        planes.append(first + max(-(-n // s), (window - 1 - low) // s + m))
+        before.append(first)
+    all_planes = math.prod((*geometry.stride, geometry.channels, *planes))
+    rows, row = geometry.output[0], math.prod(geometry.output[1:])
+    each = row * (geometry.channels * geometry.taps + geometry.filters)
+    if all_planes + each > budget // 2:
+        return None
+    size = largest(rows, min(budget // 2, BLOCK_BYTES // 4), each)
+    outputs = size * row
+    spaces = all_planes, outputs * geometry.channels * geometry.taps, outputs * geometry.filters
+    return _Sizes(tuple(planes), tuple(before), (size, *geometry.output[1:]), spaces)
