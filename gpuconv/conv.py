@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from gpuconv import geometry as geometry_module
-from gpuconv import replay, workspace
+from gpuconv import replay, tuned, workspace
 from gpuconv.activations import Activation
 from gpuconv.algorithms import implicit_gemm
 from gpuconv.backend import Array
@@ -302,11 +302,12 @@ def conv_transpose_backward(
 def clear_cache() -> None:
     """Forgets cached plans, repeated calls and loaded kernels, and releases the workspaces kept for the next call.
 
-    Compiled kernels stay on disk, in the folder of GPUCONV_CACHE_DIR.
+    Compiled kernels and what gpuconv.tune has found stay on disk, in the folder of GPUCONV_CACHE_DIR.
     """
     geometry_module.clear_cache()
     choose.cache_clear()
     implicit_gemm.planned.cache_clear()
+    tuned.clear()
     replay.clear()
     workspace.clear()
     launch.clear()

@@ -48,6 +48,11 @@ def remember(backend: Backend, direction: Direction, geometry: Geometry, dtype: 
     _answers.cache_clear()
 
 
+def clear() -> None:
+    """Forgets what was read; the files stay."""
+    _answers.cache_clear()
+
+
 def path(backend: Backend) -> Path:
     """The file for this machine and what computes on it."""
     name = hashlib.sha256(json.dumps(build(backend), sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,162 @@
+"""What tune finds is remembered and taken; what is damaged, foreign or wrong is not."""
+
+import json
+import os
+from unittest import mock
+
+import numpy as np
+import pytest
+
+import gpuconv
+from gpuconv import cli, tuned
+from gpuconv.algorithms import winograd
+from gpuconv.backend import NUMPY
+from gpuconv.geometry import Geometry
+from tests import reference
+
+X, W = (1, 8, 24, 24), (8, 8, 3, 3)
+GEOMETRY = Geometry.infer(X, W, padding=1)
+FLOAT32 = np.dtype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("GPUCONV_CACHE_DIR", str(tmp_path))
+    gpuconv.clear_cache()
+    yield
+    gpuconv.clear_cache()
+
+
+def explained(direction="forward", dtype="float32"):
+    return gpuconv.explain(X, W, padding=1, direction=direction, dtype=dtype, backend="numpy")
+
+
+def remember(algorithm, direction="forward", dtype=FLOAT32):
+    tuned.remember(NUMPY, direction, GEOMETRY, dtype, algorithm)
+    gpuconv.clear_cache()
+
+
+def test_the_fastest_is_remembered_and_taken():
+    found = gpuconv.tune(X, W, padding=1, backend="numpy", seconds=0.002)
+    assert [one.direction for one in found] == ["forward", "data_grad", "weight_grad"]
+    for one in found:
+        assert one.fastest in one.seconds
+        assert one.default in one.seconds
+        assert one.geometry == GEOMETRY
+        assert min(one.seconds.values()) > 0
+        assert not one.wrong
+        explanation = explained(one.direction)
+        assert explanation.algorithm == one.fastest
+        assert "tune" in explanation.reason
+    assert "tune" not in explained(dtype="float64").reason
+
+
+def test_an_answer_counts_for_its_own_shapes_dtype_and_direction():
+    remember("scatter")
+    assert explained().algorithm == "scatter"
+    assert explained("data_grad").algorithm != "scatter"
+    assert explained(dtype="float64").algorithm != "scatter"
+    other = gpuconv.explain((2, *X[1:]), W, padding=1, backend="numpy")
+    assert other.algorithm != "scatter"
+    x, w = np.ones(X, np.float32), np.ones(W, np.float32)
+    exact = reference.forward(x, w, stride=(1, 1), padding=((1, 1), (1, 1)), dilation=(1, 1))
+    np.testing.assert_array_equal(gpuconv.conv(x, w, padding=1), exact)
+
+
+def test_an_algorithm_that_cannot_is_not_taken():
+    for name in ("depthwise", "no such algorithm"):
+        remember(name)
+        assert explained().algorithm not in ("depthwise", "no such algorithm")
+
+
+def test_a_wrong_result_is_never_taken():
+    def wrong(x, w, y, geometry, run):
+        y.view[...] = 0
+
+    with mock.patch.object(winograd, "forward", wrong):
+        (found,) = gpuconv.tune(X, W, padding=1, directions="forward", backend="numpy", seconds=0.002)
+    assert found.wrong == ("winograd",)
+    assert "winograd" not in found.seconds
+    assert explained().algorithm != "winograd"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"answers": 3}', '{"answers": {"a": 3}}', "\xff\xfe"])
+def test_a_damaged_file_is_passed_over_with_a_warning_and_replaced(content):
+    before = explained()
+    remember("scatter")
+    tuned.path(NUMPY).write_text(content, encoding="latin-1")
+    gpuconv.clear_cache()
+    with pytest.warns(RuntimeWarning, match="passed over"):
+        assert explained() == before
+    gpuconv.clear_cache()
+    with pytest.warns(RuntimeWarning, match="passed over"):
+        tuned.remember(NUMPY, "forward", GEOMETRY, FLOAT32, "scatter")
+    gpuconv.clear_cache()
+    assert explained().algorithm == "scatter"
+
+
+def test_another_machine_library_or_build_has_another_file():
+    remember("scatter")
+    facts = json.loads(tuned.path(NUMPY).read_text())["build"]
+    assert facts["gpuconv"] == gpuconv.__version__
+    assert np.__version__ in facts["NumPy"]
+    for name in facts:
+        with mock.patch.object(tuned, "build", return_value={**facts, name: "another"}):
+            gpuconv.clear_cache()
+            assert explained().algorithm != "scatter"
+
+
+def test_what_cannot_be_written_leaves_the_old_file():
+    remember("scatter")
+    content = tuned.path(NUMPY).read_text()
+    with mock.patch.object(os, "replace", side_effect=OSError("no room")), pytest.raises(OSError, match="no room"):
+        remember("im2col")
+    assert tuned.path(NUMPY).read_text() == content
+    assert [path.name for path in tuned.path(NUMPY).parent.iterdir()] == [tuned.path(NUMPY).name]
+
+
+def test_answers_of_several_calls_are_kept():
+    remember("scatter")
+    remember("winograd", "data_grad")
+    assert explained().algorithm == "scatter"
+    assert explained("data_grad").algorithm == "winograd"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"directions": ("forward", "backward")}, "directions must be out of .*'backward'"),
+        ({"backend": "jax"}, "backend must be one of .*'jax'"),
+        ({"seconds": 0}, "seconds must be more than 0"),
+        ({"stride": 0}, "stride"),
+        ({"layout": "NCHW"}, "layout"),
+    ],
+)
+def test_bad_input_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        gpuconv.tune(X, W, padding=1, **options)
+
+
+@pytest.mark.parametrize(
+    "case", ["n=1 c=4 h=12 w=12 k=4 r=3 s=3 pad=1", "n=1 c=4 h=6 w=6 k=2 r=2 s=2 stride=2 transposed=1"]
+)
+def test_the_command_tunes_and_writes(case, capsys, tmp_path):
+    file = tmp_path / "tuned.json"
+    options = ["tune", "--case", case, "--seconds", "0.001", "--layout", "channels_last", "--backend", "numpy"]
+    assert cli.main([*options, "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("channels_last") == 3
+    assert str(tuned.path(NUMPY)) in printed
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["direction"] for row in rows] == ["forward", "data_grad", "weight_grad"]
+    assert all(row["seconds"][row["fastest"]] > 0 for row in rows)
+
+
+def test_the_command_fails_where_a_result_is_wrong(capsys):
+    def wrong(x, w, y, geometry, run):
+        y.view[...] = 0
+
+    options = ["tune", "--case", "n=1 c=8 h=24 w=24 k=8 r=3 s=3 pad=1", "--direction", "forward", "--seconds", "0.001"]
+    with mock.patch.object(winograd, "forward", wrong):
+        assert cli.main([*options, "--backend", "numpy"]) == 1
+    assert "WRONG: winograd" in capsys.readouterr().out
