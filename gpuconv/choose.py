@@ -138,7 +138,8 @@ def estimates(names: Sequence[str], geometry: Geometry, dtype: numpy.dtype, dire
 
 
 def _milliseconds(nanoseconds: float) -> str:
-    return f"{nanoseconds / 1e6:.2g} ms of one core by its estimate"
+    milliseconds = nanoseconds / 1e6
+    return f"{milliseconds:{'.2g' if milliseconds < 10 else '.0f'}} ms of one core by its estimate"
 
 
 def _preferences(geometry: Geometry, direction: Direction) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ Layouts, flipped kernels and memory orders end here: they are strides of these v
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -91,6 +92,10 @@ class Operand:
     def part(self, view: Array) -> Operand:
         """The same with another view of the array."""
         return replace(self, view=view)
+
+    def seen(self, arrange: Callable[[Array], Array]) -> Operand:
+        """The same with its elements in another arrangement."""
+        return replace(self, view=arrange(self.view), y=None if self.y is None else arrange(self.y))
 
 
 @dataclass(frozen=True)

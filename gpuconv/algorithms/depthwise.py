@@ -192,12 +192,9 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Ru
                 images, gradients = x.of_groups(groups, "x"), dy.of_groups(groups, "y")
                 for part in parts:
                     bands = part.shaped(band_space, number)
-                    outputs = replace(
-                        gradients,
-                        view=part.outputs(gradients.view),
-                        y=None if gradients.y is None else part.outputs(gradients.y),
+                    im2col.weight_grad(
+                        gradients.seen(part.outputs), images, Result(_as_weight(bands)), part.of(number), share
                     )
-                    im2col.weight_grad(outputs, images, Result(_as_weight(bands)), part.of(number), share)
                     sums = total if part is parts[0] else term
                     xp.sum(part.diagonals(bands, xp), -1, out=sums)
                     if sums is term:

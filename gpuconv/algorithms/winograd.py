@@ -24,7 +24,7 @@ import contextlib
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -58,15 +58,15 @@ SLICES = 8  # of weight_grad's sum at the most; they are added up in order, howe
 def why_not(
     geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, deterministic: bool
 ) -> str | None:
-    """A reason but for real 1-D and 2-D convolutions of kernel extent 3, stride 1 and dilation 1."""
+    """A reason but for real 1-D and 2-D convolutions of kernel extent 3 and stride 1, dilated evenly or not."""
     if geometry.rank > 2:
         return f"it is for one or two spatial axes, not {geometry.rank}"
     if 3 not in geometry.kernel or not set(geometry.kernel) <= {1, 3}:
         return f"it is for kernels of extent 3, not {geometry.kernel}"
     if set(geometry.stride) != {1}:
         return f"it is for stride 1, not {geometry.stride}"
-    if any(d > 1 and k > 1 for d, k in zip(geometry.dilation, geometry.kernel, strict=True)):
-        return f"it is for dilation 1, not {geometry.dilation}"
+    if not _is_even(geometry):
+        return f"it is for dilations that divide extents and padding, not {geometry.dilation}"
     if dtypes.is_complex(dtype):
         return f"it is for real numbers, not {dtype.name}"
     return None
@@ -74,6 +74,8 @@ def why_not(
 
 def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> float:
     """An estimate: the products at all points, and the transforms into tiles, out of them, and of weights."""
+    is_whole = geometry.groups == math.prod(_steps(geometry)) == 1  # lines of x can be read where they lie
+    geometry = _undilated(geometry)
     if direction == "data_grad":
         (residue,) = geometry.residues
         assert residue.geometry is not None
@@ -84,23 +86,66 @@ def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> f
     lines = rows.a * columns.m  # elements of a tile half transformed
     transformed = tiles * (points + lines) * (geometry.channels + geometry.filters) + 2 * points * weights
     product = cost.product(geometry.group_channels, geometry.group_filters)
-    transform = cost.transform(geometry.group_channels, geometry.groups == 1)
+    transform = cost.transform(geometry.group_channels, is_whole)
     return tiles * points * weights * product + transformed * transform + 20 * geometry.groups * cost.STEP
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
     """y = AT [ (G w G') * (BT x B) ] A, tile by tile."""
-    containment.forward(_forward, x, w, y, geometry, run)
+    apart, plain = partial(_every_dth, geometry=geometry), _undilated(geometry)
+    containment.forward(_forward, x.seen(apart), w, replace(y, view=apart(y.view)), plain, run)
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
     """The forward convolution of dy with w turned round, C and F exchanged."""
-    containment.data_grad(_forward, dy, w, dx, geometry, run)
+    apart, plain = partial(_every_dth, geometry=geometry), _undilated(geometry)
+    containment.data_grad(_forward, dy.seen(apart), w, replace(dx, view=apart(dx.view)), plain, run)
 
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
     """dw = G' [ sum over tiles of (BT x B)' * (A dy A') ] G."""
-    containment.weight_grad(_weight_grad, dy, x, dw, geometry, run)
+    apart, plain = partial(_every_dth, geometry=geometry), _undilated(geometry)
+    containment.weight_grad(_weight_grad, dy.seen(apart), x.seen(apart), dw, plain, run)
+
+
+# With dilation d every d-th pixel is a convolution of dilation 1, and where d divides all extents these are alike: so
+# many images, that lie in one another.
+
+
+def _is_even(geometry: Geometry) -> bool:
+    axes = zip(geometry.input, geometry.output, geometry.padding, _steps(geometry), strict=True)
+    return not any(n % d or m % d or low % d for n, m, (low, _), d in axes)
+
+
+def _steps(geometry: Geometry) -> Shape:
+    """The dilation, where there is any to it."""
+    return tuple(d if k > 1 else 1 for d, k in zip(geometry.dilation, geometry.kernel, strict=True))
+
+
+@lru_cache(maxsize=1024)
+def _undilated(geometry: Geometry) -> Geometry:
+    steps = _steps(geometry)
+    if set(steps) == {1}:
+        return replace(geometry, dilation=steps)
+    return replace(
+        geometry,
+        batch=(*geometry.batch, *steps),
+        input=tuple(n // d for n, d in zip(geometry.input, steps, strict=True)),
+        padding=tuple((low // d, high // d) for (low, high), d in zip(geometry.padding, steps, strict=True)),
+        dilation=(1,) * geometry.rank,
+    )
+
+
+def _every_dth(view: Array, geometry: Geometry) -> Array:
+    """Images (*batch, *positions, G, C) as (*batch, *steps, *positions of each, G, C)."""
+    steps, batch, rank = _steps(geometry), len(geometry.batch), geometry.rank
+    if set(steps) == {1}:
+        return view
+    extents = view.shape[batch : batch + rank]
+    split = [part for n, d in zip(extents, steps, strict=True) for part in (n // d, d)]
+    apart = view.reshape(*view.shape[:batch], *split, *view.shape[-2:])
+    positions = range(batch, batch + 2 * rank)
+    return apart.transpose(*range(batch), *positions[1::2], *positions[::2], apart.ndim - 2, apart.ndim - 1)
 
 
 def _forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> set[Shape]:
