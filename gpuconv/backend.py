@@ -303,8 +303,8 @@ def build(place: Backend) -> dict[str, str]:
     """The machine and the versions of what computes on a backend."""
     from gpuconv import __version__
 
-    if place.name == "cupy":
-        return {"gpuconv": __version__, "CuPy": _cupy_facts()}
+    if place.name != "numpy":
+        return {"gpuconv": __version__, place.name: place.xp.__version__, "device": str(place.device())}
     blas = numpy.show_config(mode="dicts")["Build Dependencies"]["blas"]  # type: ignore[index, call-overload]
     return {
         "gpuconv": __version__,

@@ -34,6 +34,7 @@ from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import Operand, Result, Role, canonical
 
 NEEDS = ("dx", "dw", "db")
+TAPE_SHARE = 64  # of the workspace's limit, one part is for the tape of a call
 
 
 class Source(NamedTuple):
@@ -183,21 +184,23 @@ class Call:
         if not (all(operand.view.size for operand in operands) and result.view.size):
             result.fill(backend.xp)
             return self._returned(target, out, channels_last)
+        limit = self.limit
         recorder: replay.Recorder | tape.Tape | None = None
         if key is not None and (out is None or out is target):
             arrays = first.array, first.y, second.array, second.y, bias, target
             if backend.launch is None and algorithm in ON_TAPE:
-                recorder = tape.Tape(arrays)
+                limit -= limit // TAPE_SHARE
+                recorder = tape.Tape(arrays, self.limit - limit)
                 backend = backend._replace(xp=recorder)
             elif backend.launch is not None and direction in LAUNCHES_ONLY.get(algorithm, ()):
                 recorder = replay.Recorder(backend, arrays)
         temporaries = result.temporaries + sum(operand.temporaries for operand in operands)
-        arena = workspace.Arena(0 if temporaries else self.limit)  # those take their share of the limit elsewhere
-        run = workspace.Run(backend, self.sums, self.limit, self.precision, self.threads, recorder, arena)
+        arena = workspace.Arena(0 if temporaries else limit)  # those take their share of the limit elsewhere
+        run = workspace.Run(backend, self.sums, limit, self.precision, self.threads, recorder, arena)
         with matrix_products(backend, self.precision), self._blas():
             self._run_by_groups(getattr(MODULES[algorithm], direction), operands, sources, result, role, run)
         if recorder is not None:
-            replay.remember(key, recorder.replay(self.limit, self.sums, empty))
+            replay.remember(key, recorder.replay(limit, self.sums, empty))
         return self._returned(target, out, channels_last)
 
     def _run_by_groups(

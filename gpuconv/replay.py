@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_MOST = 4096  # calls that are remembered; then all are forgotten
+_MOST = 1 << 15  # steps of calls that are remembered; then all are forgotten
 _ALIGNMENT = 64  # bytes: where each workspace begins
 
 _known: dict[Hashable, Replay | tape.Replay | None] = {}
+_remembered = 0  # steps
 
 
 class Launch(NamedTuple):
@@ -42,6 +43,11 @@ class Replay(NamedTuple):
     spaces: tuple[int, ...]  # elements of each
     dtype: numpy.dtype  # of workspaces
     empty: Callable[[], Array]
+
+    @property
+    def size(self) -> int:
+        """How many launches."""
+        return len(self.launches)
 
     def run(self, xp: Any, arrays: list[Array | None]) -> Array:
         """Makes the launches; the last one of the arrays is the result, None for a new one."""
@@ -132,9 +138,11 @@ class Recorder:
 
 def remember(key: Hashable, replay: Replay | tape.Replay | None) -> None:
     """Remembers what makes a call again, None where nothing does."""
-    if len(_known) >= _MOST:
-        _known.clear()
+    global _remembered
+    if _remembered >= _MOST:
+        clear()
     _known[key] = replay
+    _remembered += 1 if replay is None else replay.size
 
 
 def is_known(key: Hashable) -> bool:
@@ -149,4 +157,6 @@ def known(key: Hashable) -> Replay | tape.Replay | None:
 
 def clear() -> None:
     """Forgets all."""
+    global _remembered
     _known.clear()
+    _remembered = 0

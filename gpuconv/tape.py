@@ -26,7 +26,7 @@ T = TypeVar("T")
 SILENCE = partial(numpy.errstate, over="ignore", invalid="ignore")
 # Functions that do nothing but write into their last argument, ``out``.
 _WRITERS = ("matmul", "add", "multiply", "maximum", "conjugate", "tanh", "sum")
-_MOST_STEPS = 2000  # of a call: what comes to more takes so long that it gains nothing
+_STEP_BYTES = 1 << 10  # about what a step takes
 _ALIGNMENT = 64  # bytes: where each workspace begins
 
 
@@ -94,6 +94,7 @@ class Replay(NamedTuple):
     steps: Sequence[Step | Shared]
     space: int  # bytes of workspace
     limit: int
+    size: int  # steps in all
     is_silent: bool  # about numbers that overflow, or are none
     empty: Callable[[], Array]
 
@@ -146,9 +147,12 @@ class Tape:
 
     lib = numpy.lib
 
-    def __init__(self, arrays: Sequence[Array | None]) -> None:
+    def __init__(self, arrays: Sequence[Array | None], limit: int) -> None:
+        """``limit``: how many bytes it may take; a call of more steps is not made again."""
         self._wholes = arrays
+        self._most_steps = limit // _STEP_BYTES
         self._constants: list[Array] = []
+        self._views: dict[View, View] = {}
         self._main = _Scene(len(arrays))
         self._local = threading.local()
         self._local.scene = self._main
@@ -222,7 +226,9 @@ class Tape:
             def marked() -> Iterator[T]:
                 first.append(scene.steps)
                 for number, task in mine:
-                    done[number] = scene.steps = []
+                    scene.steps = []
+                    if self._is_whole:
+                        done[number] = scene.steps
                     yield task
                 scene.steps = []
 
@@ -242,17 +248,20 @@ class Tape:
     def lose(self) -> None:
         """Something has happened that is not written down."""
         self._is_whole = False
+        self._main.steps = []
 
     def replay(self, limit: int, dtype: numpy.dtype, empty: Callable[[], Array]) -> Replay | None:
         """What makes the call again, if all of it is written down; ``empty`` makes its result."""
         scene = self._main
-        return Replay(scene.steps, scene.most, limit, self._is_silent, empty) if self._is_whole else None
+        if not self._is_whole:
+            return None
+        return Replay(scene.steps, scene.most, limit, self._count, self._is_silent, empty)
 
     def _note(
         self, function: Callable[..., Any], inputs: Sequence[Any], out: Any = None, is_question: bool = False
     ) -> None:
         self._count += 1
-        if self._count > _MOST_STEPS:
+        if self._count > self._most_steps:
             self.lose()
         if self._is_whole:
             values = tuple(map(self._value, inputs))
@@ -269,7 +278,8 @@ class Tape:
                 if whole is not None and 0 <= where - address(whole) < whole.nbytes:
                     place = number, where - address(whole)
         if place is not None:
-            return View(place[0], value.shape, value.dtype, place[1], value.strides)
+            view = View(place[0], value.shape, value.dtype, place[1], value.strides)
+            return self._views.setdefault(view, view)
         if not any(0 <= where - address(constant) < constant.nbytes for constant in self._constants):
             self.lose()
         return value

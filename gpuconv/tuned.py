@@ -21,13 +21,15 @@ import numpy
 
 from gpuconv import settings
 from gpuconv.backend import Backend, build
+from gpuconv.cuda.device import Device
 from gpuconv.geometry import Direction, Geometry
 
 
 def recalled(backend: Backend, geometry: Geometry, dtype: numpy.dtype, direction: Direction) -> str | None:
     """The algorithm that was fastest for this convolution, None where nobody has asked."""
-    answers = _answers(path(backend))
-    return answers.get(_key(geometry, dtype, direction)) if answers else None
+    if not _folder().exists():
+        return None
+    return _answers(path(backend)).get(_key(geometry, dtype, direction))
 
 
 def remember(backend: Backend, direction: Direction, geometry: Geometry, dtype: numpy.dtype, algorithm: str) -> None:
@@ -51,12 +53,21 @@ def remember(backend: Backend, direction: Direction, geometry: Geometry, dtype: 
 def clear() -> None:
     """Forgets what was read; the files stay."""
     _answers.cache_clear()
+    _digest.cache_clear()
 
 
 def path(backend: Backend) -> Path:
     """The file for this machine and what computes on it."""
-    name = hashlib.sha256(json.dumps(build(backend), sort_keys=True).encode()).hexdigest()[:16]
-    return settings.cache_folder() / "tuned" / f"{backend.name}-{name}.json"
+    return _folder() / f"{backend.name}-{_digest(backend, backend.device())}.json"
+
+
+def _folder() -> Path:
+    return settings.cache_folder() / "tuned"
+
+
+@lru_cache(maxsize=16)
+def _digest(backend: Backend, device: Device) -> str:
+    return hashlib.sha256(json.dumps(build(backend), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _key(geometry: Geometry, dtype: numpy.dtype, direction: Direction) -> str:

@@ -190,6 +190,7 @@ def _plain_environment(monkeypatch):
     for variable in {*gpuconv.settings.DEFAULTS, "CUPY_TF32"} - {"GPUCONV_CACHE_DIR"}:
         monkeypatch.delenv(variable, raising=False)
     gpuconv.set_backend(None)
+    replay.clear()  # nor does a call of another one
 
 
 @pytest.fixture

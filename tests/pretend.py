@@ -100,7 +100,7 @@ def gpu():
     with (
         mock.patch.dict(sys.modules, {"cupy": cupy}),
         mock.patch.object(gpuconv.call, "backend_for", return_value=place),
-        mock.patch.object(command, "place", return_value=place),
+        mock.patch.object(command, "backend_named", return_value=place),
         launcher.using(order="natural"),
         _torch_without_streams(),
     ):

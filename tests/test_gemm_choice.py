@@ -159,7 +159,7 @@ def test_auto_takes_it_where_half_a_tile_is_filled(arrays):
 
 @EMULATED
 def test_explain_lists_the_tiles_with_their_times(arrays, monkeypatch):
-    monkeypatch.setattr("gpuconv.choose.cupy_backend", lambda: arrays.backend)
+    monkeypatch.setattr("gpuconv.choose.backend_named", lambda _: arrays.backend)
     text = str(gpuconv.explain((8, 64, 28, 28), (64, 64, 3, 3), padding=1, dtype="float16", backend="cupy"))
     lines = text.splitlines()
     start = lines.index("takes implicit_gemm: there is enough of each group to fill half a tile or more")

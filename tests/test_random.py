@@ -18,7 +18,7 @@ from tests.tolerances import assert_within, bound_of
 def convolutions(draw_from, transformable=False):
     """Shapes and settings of a valid convolution of 1 to 3 axes, with any padding that leaves something of x.
 
-    Those that winograd takes have kernels of extent 3 or 1, and stride and dilation 1.
+    Those that winograd takes have kernels of extent 3 or 1, stride 1, and dilations that divide extents and padding.
     """
     rank = draw_from(st.integers(1, 2 if transformable else 3))
 
@@ -33,12 +33,17 @@ def convolutions(draw_from, transformable=False):
     x = (draw_from(st.integers(1, 3)), groups * draw_from(st.integers(1, 3)), *extent)
     w = (groups * draw_from(st.integers(1, 3)), x[1] // groups, *kernel)
     padding = per_axis(st.tuples(st.integers(-3, 4), st.integers(-3, 4)))
+    dilation = per_axis(st.integers(1, 3))
+    if transformable:
+        extent = tuple(n * d for n, d in zip(extent, dilation, strict=True))
+        padding = tuple((low * d, high * d) for (low, high), d in zip(padding, dilation, strict=True))
+        x = (*x[:2], *extent)
     for n, (low, high) in zip(extent, padding, strict=True):
         assume(n + min(low, 0) + min(high, 0) > 0)
     settings = {
         "stride": per_axis(st.integers(1, 1 if transformable else 4)),
         "padding": padding,
-        "dilation": per_axis(st.integers(1, 1 if transformable else 3)),
+        "dilation": dilation,
         "groups": groups,
         "flip": draw_from(st.booleans()),
     }

@@ -162,11 +162,53 @@ def test_settings_make_another_call(monkeypatch, rng):
     assert not replay._known
 
 
-def test_large_calls_are_not_remembered(rng):
-    """To choose takes no time beside theirs."""
-    x, w = np.zeros((4, 64, 32, 32), np.float32), np.zeros((64, 64, 3, 3), np.float32)
-    gpuconv.conv(x, w)
-    assert not replay._known
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(
+    "x_shape, w_shape, options",
+    [
+        ((4, 64, 32, 32), (64, 64, 3, 3), {"algorithm": "winograd"}),
+        ((4, 64, 32, 32), (64, 64, 3, 3), {"algorithm": "im2col"}),
+        ((8, 32, 32, 32), (32, 32, 3, 3), {"algorithm": "scatter", "stride": 2}),
+        ((8, 96, 28, 28), (96, 1, 5, 5), {"algorithm": "depthwise", "groups": 96}),
+        ((16, 3, 64, 64), (32, 3, 7, 7), {"stride": 2, "algorithm": "im2col"}),
+        ((8, 256, 7, 7), (256, 256, 1, 1), {"algorithm": "im2col"}),
+        ((4, 128, 32, 32), (64, 128, 2, 2), {"algorithm": "im2col", "stride": 2}),
+    ],
+    ids=["winograd", "im2col", "scatter", "depthwise", "stem", "1x1", "patches"],
+)
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_calls_on_several_threads_are_made_again_with_the_same_bits(
+    layout, x_shape, w_shape, options, direction, monkeypatch, rng
+):
+    monkeypatch.setenv("GPUCONV_NUM_THREADS", "3")
+    y_shape = gpuconv.conv(np.zeros(x_shape, np.float32), np.zeros(w_shape, np.float32), **options).shape
+    replay.clear()
+    for _ in range(3):
+        arrays = (rng.standard_normal(shape, dtype=np.float32) for shape in (x_shape, w_shape, y_shape))
+        lying = [laid_out(array, layout, role) for array, role in zip(arrays, "xwx", strict=True)]
+        again = computed(direction, *lying, layout=layout, **options)
+        assert any(replay._known.values())
+        known = dict(replay._known)
+        replay.clear()
+        np.testing.assert_array_equal(again, computed(direction, *lying, layout=layout, **options))
+        replay._known.update(known)
+
+
+def test_calls_of_more_steps_than_the_limit_has_room_for_are_not_made_again(monkeypatch, rng):
+    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "128KiB")
+    x, w, _ = whole_numbers(rng)
+    for _ in range(2):
+        y = gpuconv.conv(x, w, padding=1)
+        np.testing.assert_array_equal(y, reference.forward(x.astype(float), w.astype(float), **GEOMETRY))
+    assert not any(replay._known.values())
+
+
+def test_only_so_many_steps_are_remembered(monkeypatch, rng):
+    monkeypatch.setattr(replay, "_MOST", 20)
+    x, w, _ = whole_numbers(rng)
+    for rows in range(3, 16):
+        gpuconv.conv(np.ascontiguousarray(x[:, :, :rows]), w, padding=1)
+        assert sum(known.size for known in replay._known.values()) <= 20 + 8
 
 
 def test_many_threads_make_calls_again(rng):

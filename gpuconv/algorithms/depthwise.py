@@ -35,7 +35,7 @@ from gpuconv.workspace import Run, shaped
 
 FEWEST, MOST = 7, 16  # outputs of a row that are done at once: m
 BLOCK_BYTES = 1 << 20  # of windows, which should stay in the cache
-SUM_BYTES = 8 << 20  # of windows and sums of weight_grad
+SUM_BYTES = 2 << 20  # of windows and sums of weight_grad
 
 
 def why_not(

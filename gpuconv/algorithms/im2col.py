@@ -49,6 +49,7 @@ SHORT_PRODUCT = 256
 # Of weight_grad's outputs or channels where threads share it, and how many make one of them worth while.
 SLICES, SHORT_SLICE, FEW_CHANNELS = 8, 512, 128
 FEWEST_OUTPUTS = 256  # of a task
+LONGEST = 1 << 16  # sum of a product of weight_grad: more terms that are alike would drift
 # Outputs for each channel, below which to add up the products of single taps is quicker than to exchange the channels
 # and filters of all weights first.
 FEW_OUTPUTS = 8
@@ -169,8 +170,7 @@ def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, ru
         Space(order.images.copies(dy, run), dy.temporaries),
         dx.temporaries,
     )
-    if not _covers(geometry):
-        dx.fill(xp)
+    leaves_gaps = not _covers(geometry)
     cropped = (slice(-low, None) for low, _ in geometry.padding)
     inputs = dx.view[(*(slice(None) for _ in geometry.batch), *cropped)]
     windows = sliding(xp, inputs, geometry, geometry.output)
@@ -181,6 +181,8 @@ def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, ru
             def work(indices: Iterable[Index], channels: slice = channels, weights: Array = weights) -> None:
                 with run.workspace(*sizes.block) as (dy_space, cols_space):
                     for index in indices:
+                        if leaves_gaps:
+                            dx.of_channels(channels).part(_inputs_of(index, geometry)).fill(xp)
                         sums = order.images.load(dy, index, dy_space, run)
                         target = windows[(*index, ..., channels)]
                         block, cols = order.windows.empty(target.shape, cols_space)
@@ -189,6 +191,16 @@ def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, ru
                         xp.copyto(target, block, casting="unsafe")
 
             run.spread(boxes((*geometry.batch, *geometry.output), sizes.box), work, team.workers)
+
+
+def _inputs_of(index: Index, geometry: Geometry) -> Index:
+    """The inputs from a block of outputs to the next one, where windows do not overlap."""
+    batch, inputs = len(geometry.batch), []
+    axes = zip(index[batch:], geometry.input, geometry.output, geometry.stride, geometry.padding, strict=True)
+    for outputs, n, m, s, (low, _) in axes:
+        start = outputs.start * s - low if outputs.start else 0
+        inputs.append(slice(start, outputs.stop * s - low if outputs.stop < m else n))
+    return (*index[:batch], *inputs)
 
 
 def _covers(geometry: Geometry) -> bool:
@@ -337,7 +349,8 @@ def _forward_sizes(
     per_filter = geometry.channels * geometry.taps if weights else 0
     filters = largest(geometry.group_filters, budget // 2, per_filter)
     limit = min((budget - per_filter * filters) // team.workers, block)
-    return _box_sizes(geometry, limit, team, filters, per_filter * filters, reading, sums, Space(terms))
+    most = _most_outputs(geometry, team)
+    return _box_sizes(geometry, limit, most, filters, per_filter * filters, reading, sums, Space(terms))
 
 
 @lru_cache(maxsize=1024)
@@ -349,13 +362,14 @@ def _weight_grad_sizes(
     # Each block adds a whole dw to the sum: it should be worth that.
     limit = (budget - copies * per_filter * filters) // team.workers
     limit = min(limit, max(block, 4 * per_filter * filters))
-    return _box_sizes(geometry, limit, team, filters, per_filter * filters, reading, gradients, Space(False))
+    most = min(LONGEST, _most_outputs(geometry, team))
+    return _box_sizes(geometry, limit, most, filters, per_filter * filters, reading, gradients, Space(False))
 
 
 def _box_sizes(
     geometry: Geometry,
     limit: int,
-    team: Team,
+    most: float,
     filters: int,
     weights: int,
     reading: _Reading,
@@ -376,7 +390,6 @@ def _box_sizes(
         return (tap, *parts(box)[1:])
 
     extents = (*geometry.batch, *geometry.output)
-    most = _most_outputs(geometry, team)
     box, spaces = fitting_box(extents, limit, parts, most)
     if reading.patch.needed and spaces[0] > spaces[1]:  # far more lies between the taps than under them
         box, spaces = fitting_box(extents, limit, parts_tap_by_tap, most)
