@@ -63,7 +63,10 @@ class _Blas:
     def set(self) -> None:
         """Gives every library the threads that all let it have."""
         for library, threads in zip(self.libraries(), self.before, strict=True):
-            library.set_num_threads(min([threads, *self.limits]))
+            # Newer threadpoolctl lets only the thread that was first set OpenBLAS, and passes over others in silence,
+            # lest they fight. Here they do not: the lock and the limits are all calls' together.
+            set_num_threads = getattr(library, "_real_set_num_threads", library.set_num_threads)
+            set_num_threads(min([threads, *self.limits]))
 
 
 class _Helpers:

@@ -27,7 +27,7 @@ from gpuconv.geometry import Direction, Geometry
 
 def recalled(backend: Backend, geometry: Geometry, dtype: numpy.dtype, direction: Direction) -> str | None:
     """The algorithm that was fastest for this convolution, None where nobody has asked."""
-    if not _folder().exists():
+    if not _folder(backend).exists():
         return None
     return _answers(path(backend)).get(_key(geometry, dtype, direction))
 
@@ -58,11 +58,11 @@ def clear() -> None:
 
 def path(backend: Backend) -> Path:
     """The file for this machine and what computes on it."""
-    return _folder() / f"{backend.name}-{_digest(backend, backend.device())}.json"
+    return _folder(backend) / f"{_digest(backend, backend.device())}.json"
 
 
-def _folder() -> Path:
-    return settings.cache_folder() / "tuned"
+def _folder(backend: Backend) -> Path:
+    return settings.cache_folder() / "tuned" / backend.name
 
 
 @lru_cache(maxsize=16)

@@ -28,6 +28,7 @@ _LARGE = 256 << 20  # bytes of a buffer that nobody has asked for
 _MOST_KEPT = 8  # buffers, of calls that were at work at the same time
 _SMALL = 8 << 20  # multiplications and additions that one thread does faster than two
 _TASK = 64 << 20  # of a task, if there are enough: a millisecond, beside which to start one takes no time
+_SHARES = 8
 _TASKS = 16  # at the most, which end at about the same time
 
 # Buffers between calls; CuPy's memory pool keeps its own. Any thread takes the last one or adds one, in one step of the
@@ -131,7 +132,7 @@ class Run:
         item = self.dtype.itemsize
         steps = [-(-size * item // _ALIGNMENT) * _ALIGNMENT for size in sizes]
         total = sum(steps)
-        on_numpy = self.backend.kind == "numpy"
+        on_numpy = self.backend.name == "numpy"
         buffer = self.arena.take(total) if on_numpy else self.backend.xp.empty(total, numpy.uint8)
         arrays, start = [], 0
         for size, step in zip(sizes, steps, strict=True):
@@ -168,7 +169,7 @@ class Run:
 
     def share(self, team: Team) -> Run:
         """What one of the team works with."""
-        return replace(self, limit=self.limit // team.workers, thread_limit=1)
+        return replace(self, limit=self.limit // team.shares, thread_limit=1)
 
 
 def is_small(geometry: Geometry) -> bool:
@@ -181,6 +182,11 @@ class Team(NamedTuple):
 
     workers: int = 1
     tasks: int = 1
+
+    @property
+    def shares(self) -> int:
+        """Into how many parts memory is cut for sums that should have the same bits at any number of threads."""
+        return max(self.workers, _SHARES)
 
 
 def shaped(flat: Array, shape: tuple[int, ...]) -> Array:

@@ -77,6 +77,23 @@ def test_helpers_at_work_for_another_call_are_not_taken():
     assert len({thread for _, thread in inner}) <= 2
 
 
+def test_blas_is_held_in_any_thread():
+    """Also where another one was first: threadpoolctl by itself would pass over this one in silence."""
+    seen = []
+
+    def in_thread():
+        with threads._blas.held(1):
+            seen.append(blas_threads())
+
+    with threads._blas.held(1):
+        pass
+    for _ in range(2):
+        thread = threading.Thread(target=in_thread)
+        thread.start()
+        thread.join()
+    assert seen == [[1] * len(LIBRARIES)] * 2
+
+
 @pytest.mark.parametrize("failing", ["the caller", "a helper", "all"])
 def test_an_error_ends_the_work_and_is_raised(failing):
     caller, meeting, done = threading.get_ident(), threading.Barrier(2, timeout=20), []
@@ -151,37 +168,53 @@ def test_an_interpreter_that_has_no_more_threads_computes_alone(xw, monkeypatch)
     np.testing.assert_array_equal(gpuconv.conv(*xw, **LAYER), y)
 
 
-def test_results_are_the_same_bits_at_any_number_of_threads(rng, monkeypatch):
-    for channels, extent, batch in ((32, 56, 3), (128, 14, 5), (64, 7, 9)):
-        x = rng.standard_normal((batch, channels, extent, extent), np.float32)
-        w = rng.standard_normal((channels, channels, 3, 3), np.float32)
+# Of each algorithm some layers that several threads share.
+LAYERS = {
+    "winograd": [((3, 32, 56, 56), (32, 32, 3, 3)), ((5, 128, 14, 14), (128, 128, 3, 3))],
+    "im2col": [((3, 32, 30, 30), (64, 32, 3, 3)), ((9, 256, 7, 7), (64, 256, 3, 3)), ((4, 3, 60, 60), (64, 3, 7, 7))],
+    "scatter": [((3, 32, 30, 30), (32, 32, 3, 3)), ((9, 64, 9, 9), (64, 64, 3, 3))],
+    "depthwise": [((4, 96, 28, 28), (96, 1, 7, 7)), ((3, 64, 57, 59), (64, 1, 5, 5))],
+    "fft": [((2, 4, 48, 48), (4, 4, 15, 15)), ((3, 8, 32, 32), (4, 8, 9, 9))],
+}
+
+
+def drawn(algorithm, rng):
+    """Layers of an algorithm with their arrays and options."""
+    for x_shape, w_shape in LAYERS[algorithm]:
+        groups = x_shape[1] // w_shape[1]
+        options = {"padding": w_shape[-1] // 2, "algorithm": algorithm, "groups": groups}
+        yield rng.standard_normal(x_shape, np.float32), rng.standard_normal(w_shape, np.float32), options
+
+
+@pytest.mark.parametrize("algorithm", LAYERS)
+def test_results_are_the_same_bits_at_any_number_of_threads(algorithm, rng, monkeypatch):
+    for x, w, options in drawn(algorithm, rng):
         results = []
         for number in (1, 2, 3, 4):
             monkeypatch.setenv("GPUCONV_NUM_THREADS", str(number))
-            y = gpuconv.conv(x, w, **LAYER)
-            results.append((y, *gpuconv.conv_backward(y, x, w, **LAYER)))
+            y = gpuconv.conv(x, w, **options)
+            results.append((y, *gpuconv.conv_backward(y, x, w, **options)))
         for others in results[1:]:
             for one, other in zip(results[0], others, strict=True):
                 np.testing.assert_array_equal(one, other)
 
 
-def test_calls_from_many_threads_at_once(rng, monkeypatch):
-    """The same layer and different ones, with bounded workspaces."""
-    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "4MiB")
-    layers = [((2, 32, 28, 28), (32, 32, 3, 3)), ((1, 16, 40, 33), (24, 16, 3, 3)), ((4, 48, 14, 14), (32, 48, 3, 3))]
+@pytest.mark.parametrize("algorithm", LAYERS)
+def test_calls_from_many_threads_at_once(algorithm, rng, monkeypatch):
+    """The same layer and different ones, with bounded workspaces, some made again and some not."""
+    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "16MiB")
     problems = []
-    for x_shape, w_shape in layers * 2:
-        x, w = rng.standard_normal(x_shape, np.float32), rng.standard_normal(w_shape, np.float32)
-        y = gpuconv.conv(x, w, **LAYER)
-        problems.append((x, w, y, gpuconv.conv_backward(y, x, w, **LAYER)))
+    for x, w, options in [*drawn(algorithm, rng), *drawn(algorithm, rng)]:
+        y = gpuconv.conv(x, w, **options)
+        problems.append((x, w, y, gpuconv.conv_backward(y, x, w, **options), options))
 
     def hammer(number):
-        for repeat in range(12):
-            x, w, y, gradients = problems[(number + repeat) % len(problems)]
-            np.testing.assert_array_equal(gpuconv.conv(x, w, **LAYER), y)
-            for one, other in zip(gpuconv.conv_backward(y, x, w, **LAYER), gradients, strict=True):
+        for repeat in range(6):
+            x, w, y, gradients, options = problems[(number + repeat) % len(problems)]
+            np.testing.assert_array_equal(gpuconv.conv(x, w, **options), y)
+            for one, other in zip(gpuconv.conv_backward(y, x, w, **options), gradients, strict=True):
                 np.testing.assert_array_equal(one, other)
-            if repeat == 6:
+            if repeat == 3:
                 gpuconv.clear_cache()
 
     with ThreadPoolExecutor(8) as pool:

@@ -36,6 +36,7 @@ from gpuconv.workspace import Run, shaped
 FEWEST, MOST = 7, 16  # outputs of a row that are done at once: m
 BLOCK_BYTES = 1 << 20  # of windows, which should stay in the cache
 SUM_BYTES = 2 << 20  # of windows and sums of weight_grad
+CHUNKS = 16  # of the channels, for threads to share
 
 
 def why_not(
@@ -207,9 +208,9 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Ru
 def _work(geometry: Geometry, run: Run, most: int) -> tuple[tuple[_Part, ...], list[slice], Run]:
     """The parts, the channels that are done at a time, and what each of several threads works with."""
     parts, team = _parts(geometry), run.team(geometry)
-    limit = run.limit // team.workers // 2
+    limit = run.limit // team.shares // 2
     fitting = min(BLOCK_BYTES, limit) // run.dtype.itemsize // max(max(part.windows, part.bands) for part in parts)
-    size = max(1, min(fitting, -(-geometry.groups // team.tasks)))
+    size = max(1, min(fitting, -(-geometry.groups // CHUNKS)))
     return parts, list(pieces(geometry.groups, size)), replace(run.share(team), limit=min(most, limit))
 
 

@@ -357,12 +357,12 @@ def _forward_sizes(
 def _weight_grad_sizes(
     geometry: Geometry, budget: int, block: int, team: Team, reading: _Reading, gradients: Space
 ) -> _Sizes:
-    per_filter, copies = geometry.channels * geometry.taps, _slices(geometry) + team.workers
+    per_filter, copies = geometry.channels * geometry.taps, _slices(geometry) + team.shares
     filters = largest(geometry.group_filters, budget // 2, copies * per_filter)
     # Each block adds a whole dw to the sum: it should be worth that.
-    limit = (budget - copies * per_filter * filters) // team.workers
+    limit = (budget - copies * per_filter * filters) // team.shares
     limit = min(limit, max(block, 4 * per_filter * filters))
-    most = min(LONGEST, _most_outputs(geometry, team))
+    most = min(LONGEST, -(-geometry.reduction_length("weight_grad") // _slices(geometry)))
     return _box_sizes(geometry, limit, most, filters, per_filter * filters, reading, gradients, Space(False))
 
 

@@ -352,6 +352,6 @@ def _weight_grad_sizes(
         )
 
     term, total = geometry.channels * filters, summed * weights * filters
-    limit = min((budget - total) // team.workers - term, block)
+    limit = min((budget - total) // team.shares - term, block)
     box, (of_tap, of_dy) = fitting_box((*geometry.batch, *geometry.output), limit, parts)
     return _Sizes(filters, box, (of_tap, term, of_dy, total))
