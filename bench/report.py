@@ -69,6 +69,10 @@ def project_page(folders):
             f" means: above 1 gpuconv is faster. Of {len(found)} rows gpuconv is faster in {wins} and slower in"
             f" {losses}; the rest are within 2 % or cannot be told apart.",
             report.means(found).markdown(),
+            "The share of the rate of a matrix product of NumPy or CuPy, as measured in the same run, in operations of"
+            " the direct algorithm, geometric means: near 1 the product is the limit, above 1 fewer operations are done"
+            " than the direct algorithm has.",
+            report.of_product(made).markdown(),
             "Where gpuconv loses most: " + "; ".join(lost(ratio) for ratio in report.worst(found)) + ".",
         ]
         if picture(folder).exists():

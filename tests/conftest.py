@@ -12,7 +12,7 @@ from hypothesis import settings
 
 import gpuconv
 import gpuconv.call
-from gpuconv import dtypes, replay
+from gpuconv import dtypes, replay, tuned
 from gpuconv.algorithms import direct, scatter, scatter_plain
 from gpuconv.backend import NUMPY, Backend, cupy_backend
 from gpuconv.choose import MODULES, TRANSFORMS
@@ -191,6 +191,14 @@ def _plain_environment(monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     gpuconv.set_backend(None)
     replay.clear()  # nor does a call of another one
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tuned_elsewhere(tmp_path_factory):
+    """What the machine's owner has had tuned decides no test, and tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("tuned")
+    with mock.patch.object(tuned, "_folder", lambda backend: folder / backend.name):
+        yield
 
 
 @pytest.fixture

@@ -16,15 +16,25 @@ from tests import reference
 
 X, W = (1, 8, 24, 24), (8, 8, 3, 3)
 GEOMETRY = Geometry.infer(X, W, padding=1)
+FOLDER = tuned._folder  # before tests have one of their own
 FLOAT32 = np.dtype(np.float32)
 
 
 @pytest.fixture(autouse=True)
 def _own_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("GPUCONV_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuned, "_folder", lambda backend: tmp_path / backend.name)
     gpuconv.clear_cache()
     yield
     gpuconv.clear_cache()
+
+
+def test_answers_lie_in_the_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(tuned, "_folder", FOLDER)
+    monkeypatch.setenv("GPUCONV_CACHE_DIR", str(tmp_path / "cache"))
+    remember("scatter")
+    assert tuned.path(NUMPY).parent == tmp_path / "cache" / "tuned" / "numpy"
+    assert tuned.path(NUMPY).exists()
+    assert explained().algorithm == "scatter"
 
 
 def explained(direction="forward", dtype="float32"):

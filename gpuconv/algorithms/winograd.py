@@ -44,9 +44,10 @@ from gpuconv.workspace import Run, shaped
 POINTS = {1: (), 2: (0.0, 1.0, -1.0), 4: (0.0, 2**-0.5, -(2**-0.5), 2**0.5, -(2**0.5))}
 # Outputs along an axis from which tiles of 4 waste little.
 WIDE = 12
-# Tiles of a block: fewer make short products, more do not stay in the cache.
-TILES = 128
-BLOCKS = 8  # from which on each thread has some of its own
+# Tiles of a block: fewer make short products, more do not stay in the cache. The second number is for where the first
+# leaves too few blocks for each thread to have some of its own.
+TILES = 128, 32
+BLOCKS = 8
 UNIT_BYTES = 1 << 20  # of a unit's U
 PAGE, APART = 4096, 16  # bytes, elements
 FEW_WEIGHTS = 1 << 16  # of a tap, up to which copying them in another order is quick
@@ -274,9 +275,10 @@ def _sizes(geometry: Geometry, direction: Direction, budget: int, threads: int, 
         _most(rows.tiles, budget, lambda unit: together(filters, unit, 1, workers)),
     )
     units = math.prod(geometry.batch) * -(-rows.tiles // unit)
-    block = min(units, -(-TILES // (unit * columns.tiles)))
-    if -(-units // block) >= BLOCKS and alone(filters, unit, block, threads) <= budget:
-        return _Sizes(filters, unit, block, False, threads)
+    for tiles_of_block in TILES:
+        block = min(units, -(-tiles_of_block // (unit * columns.tiles)))
+        if -(-units // block) >= BLOCKS and alone(filters, unit, block, threads) <= budget:
+            return _Sizes(filters, unit, block, False, threads)
     block = _most(units, budget, lambda block: together(filters, unit, block, workers))
     return _Sizes(filters, unit, block, True, workers)
 

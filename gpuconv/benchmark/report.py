@@ -127,6 +127,25 @@ def means(found: Sequence[Ratio]) -> Table:
     return table
 
 
+def of_product(runs: Iterable[Results]) -> Table:
+    """The share of a matrix product's rate that gpuconv's rows reach, geometric means for each suite and direction."""
+    table = Table(["suite", "dtype", "layout", "algorithm", *DIRECTIONS], 4)
+    groups: dict[tuple[str, ...], dict[str, list[float]]] = {}
+    for run in runs:
+        for row in run.rows:
+            limits = run.limits.get(row.backend)
+            peak = limits.peaks.get(row.dtype) if limits else None
+            if row.by != OURS or not row.timed or not peak:
+                continue
+            for suite in row.suites or (row.case,):
+                kind = groups.setdefault((suite, row.dtype, row.layout, row.asked), {})
+                kind.setdefault(row.direction, []).append(row.flops / row.summary.median / peak)
+    for key, shares in groups.items():
+        line = [f"{geometric_mean(shares[name]):.2f}" if name in shares else "-" for name in DIRECTIONS]
+        table.lines.append([*key, *line])
+    return table
+
+
 def worst(found: Iterable[Ratio]) -> list[Ratio]:
     """The five rows in which gpuconv loses most."""
     return sorted((ratio for ratio in found if ratio.value < 1), key=lambda ratio: ratio.value)[:WORST]
