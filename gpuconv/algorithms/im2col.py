@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from gpuconv.algorithms import col2im, cost, slices
+from gpuconv.algorithms import col2im, cost, lines, slices
 from gpuconv.algorithms.blocks import (
     Arrangement,
     Space,
@@ -74,6 +74,9 @@ def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> f
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
     """y[o] = sum over taps t and channels c of x[o * stride + t * dilation - low, c] w[t, c]."""
+    if lines.pays(x, y, geometry, run):
+        lines.forward(x, w, y, geometry, run)
+        return
     xp = run.backend.xp
     order, team = _order_of(x.view, y.view, geometry, math.prod(geometry.output) >= SHORT_PRODUCT), run.team(geometry)
     by_taps = order.by_rows and _by_taps(w, order, geometry, run)
@@ -211,6 +214,9 @@ def _covers(geometry: Geometry) -> bool:
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
     """dw[t, c] = sum over outputs o of x[o * stride + t * dilation - low, c] dy[o]."""
+    if lines.pays(x, dy, geometry, run):
+        lines.weight_grad(dy, x, dw, geometry, run)
+        return
     team = run.team(geometry)
     if not _has_short_slices(geometry, run):
         _weight_grad(dy, x, dw, geometry, run, team)

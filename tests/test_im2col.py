@@ -1,0 +1,84 @@
+"""im2col's ways for few channels, in small and awkward cases that would not take them: exact on small integers."""
+
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+import gpuconv
+from gpuconv import replay
+from gpuconv.algorithms import col2im, lines
+from tests import reference
+from tests.cases import channels_first, draw, laid_out, named_dtype
+from tests.test_random import convolutions, limited
+
+TAKEN = {"lines": 0, "col2im": 0}
+
+
+def counted(name, function):
+    def call(*arguments):
+        TAKEN[name] += 1
+        function(*arguments)
+
+    return call
+
+
+@hypothesis_settings(max_examples=500)
+@given(
+    convolutions(),
+    st.sampled_from(["float32", "float16", "complex64", "float64"]),
+    st.sampled_from(["channels_first", "channels_last", "channels_last_memory"]),
+    st.sampled_from([20_000, 10**7]),
+    st.integers(0, 2**32 - 1),
+)
+def test_few_channels_are_exact_on_small_integers(convolution, dtype, layout, limit, seed):
+    x_shape, w_shape, settings = convolution
+    rng = np.random.default_rng(seed)
+    x, w = draw(rng, x_shape, dtype, True), draw(rng, w_shape, dtype, True)
+    y = reference.forward(x, w, **settings)
+    dy = draw(rng, y.shape, dtype, True)
+    exact = (
+        y,
+        reference.data_grad(dy, w, x_shape, **settings),
+        reference.weight_grad(dy, x, w_shape, **settings),
+    )
+    x, w, dy = (laid_out(a.astype(named_dtype(dtype)), layout, r) for a, r in ((x, "x"), (w, "w"), (dy, "x")))
+    axes = "channels_last" if layout == "channels_last" else "channels_first"
+    options = {**settings, "algorithm": "im2col", "layout": axes}
+    replay.clear()
+    with (
+        limited(limit),
+        mock.patch.object(lines, "LONG", 1),
+        mock.patch.object(lines, "forward", counted("lines", lines.forward)),
+        mock.patch.object(lines, "weight_grad", counted("lines", lines.weight_grad)),
+        mock.patch.object(col2im, "data_grad", counted("col2im", col2im.data_grad)),
+    ):
+        results = gpuconv.conv(x, w, **options), *gpuconv.conv_backward(dy, x, w, needs=("dx", "dw"), **options)[:2]
+    for result, expected, role in zip(results, exact, "xxw", strict=True):
+        np.testing.assert_array_equal(channels_first(result, layout, role), expected.astype(named_dtype(dtype)))
+
+
+def test_they_were_taken():
+    """By the test above, if it ran."""
+    if not any(TAKEN.values()):
+        pytest.skip("the convolutions of this file were not run")
+    assert min(TAKEN.values()) > 20
+
+
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_a_stem_takes_them(layout):
+    x, w = np.ones((2, 3, 128, 120), np.float32), np.ones((16, 3, 7, 7), np.float32)
+    x, w = laid_out(x, layout), laid_out(w, layout, "w")
+    options = {"stride": 2, "padding": 3, "layout": layout, "algorithm": "im2col"}
+    before = dict(TAKEN)
+    with (
+        mock.patch.object(lines, "forward", counted("lines", lines.forward)),
+        mock.patch.object(lines, "weight_grad", counted("lines", lines.weight_grad)),
+        mock.patch.object(col2im, "data_grad", counted("col2im", col2im.data_grad)),
+    ):
+        y = gpuconv.conv(x, w, **options)
+        gpuconv.conv_backward(y, x, w, **options)
+    assert {"lines": before["lines"] + 2, "col2im": before["col2im"] + 1} == TAKEN
