@@ -4,13 +4,14 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import gpuconv
 from gpuconv import replay
 from gpuconv.algorithms import col2im, lines
+from gpuconv.geometry import Geometry
 from tests import reference
 from tests.cases import channels_first, draw, laid_out, named_dtype
 from tests.test_random import convolutions, limited
@@ -26,9 +27,28 @@ def counted(name, function):
     return call
 
 
-@hypothesis_settings(max_examples=500)
+@st.composite
+def over_lines(draw_from):
+    """Convolutions of images whose kernel reaches over several lines side by side."""
+    x = (draw_from(st.integers(1, 3)), draw_from(st.integers(1, 3)), *(draw_from(st.integers(5, 12)) for _ in range(2)))
+    w = (draw_from(st.integers(1, 5)), x[1], draw_from(st.integers(3, 5)), draw_from(st.integers(1, 4)))
+    settings = {
+        "stride": (draw_from(st.integers(1, 4)), draw_from(st.integers(1, 3))),
+        "padding": tuple((draw_from(st.integers(0, 3)), draw_from(st.integers(-1, 3))) for _ in range(2)),
+        "dilation": (1, draw_from(st.integers(1, 2))),
+        "groups": 1,
+        "flip": draw_from(st.booleans()),
+    }
+    try:
+        Geometry.infer(x, w, **settings)
+    except ValueError:
+        assume(False)
+    return x, w, settings
+
+
+@hypothesis_settings(max_examples=400)
 @given(
-    convolutions(),
+    st.one_of(convolutions(), over_lines()),
     st.sampled_from(["float32", "float16", "complex64", "float64"]),
     st.sampled_from(["channels_first", "channels_last", "channels_last_memory"]),
     st.sampled_from([20_000, 10**7]),
