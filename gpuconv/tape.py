@@ -92,6 +92,7 @@ class Replay(NamedTuple):
     """All that a call does."""
 
     steps: Sequence[Step | Shared]
+    orders: Sequence[Shape | None]  # of the axes of each array, in which it is contiguous, unless it is so as it lies
     space: int  # bytes of workspace
     limit: int
     size: int  # steps in all
@@ -103,7 +104,9 @@ class Replay(NamedTuple):
         if arrays[-1] is None:
             arrays[-1] = self.empty()
         buffer = workspace.buffer(self.space, self.limit) if self.space else None
-        wholes = (*arrays, buffer)
+        in_order = zip(arrays, self.orders, strict=True)
+        contiguous = (array if array is None or order is None else array.transpose(order) for array, order in in_order)
+        wholes = [*contiguous, buffer]
         try:
             with SILENCE() if self.is_silent else nullcontext():
                 for step in self.steps:
@@ -158,7 +161,12 @@ class Tape:
         self._local.scene = self._main
         self._count = 0
         self._is_silent = False
-        self._is_whole = all(array is None or array.flags.c_contiguous for array in arrays) and _are_apart(arrays)
+        self._orders = [None if array is None or array.flags.c_contiguous else _order(array) for array in arrays]
+        dense = (
+            array is None or array.flags.c_contiguous or array.transpose(order).flags.c_contiguous
+            for array, order in zip(arrays, self._orders, strict=True)
+        )
+        self._is_whole = all(dense) and _are_apart(arrays)
 
     @property
     def _scene(self) -> _Scene:
@@ -255,7 +263,7 @@ class Tape:
         scene = self._main
         if not self._is_whole:
             return None
-        return Replay(scene.steps, scene.most, limit, self._count, self._is_silent, empty)
+        return Replay(scene.steps, self._orders, scene.most, limit, self._count, self._is_silent, empty)
 
     def _note(
         self, function: Callable[..., Any], inputs: Sequence[Any], out: Any = None, is_question: bool = False
@@ -283,6 +291,11 @@ class Tape:
         if not any(0 <= where - address(constant) < constant.nbytes for constant in self._constants):
             self.lose()
         return value
+
+
+def _order(array: Array) -> Shape:
+    """The axes from the one that steps furthest on."""
+    return tuple(sorted(range(array.ndim), key=lambda axis: -array.strides[axis]))
 
 
 def _are_apart(arrays: Sequence[Array | None]) -> bool:

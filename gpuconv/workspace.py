@@ -28,7 +28,7 @@ _LARGE = 256 << 20  # bytes of a buffer that nobody has asked for
 _MOST_KEPT = 8  # buffers, of calls that were at work at the same time
 _SMALL = 8 << 20  # multiplications and additions that one thread does faster than two
 _TASK = 64 << 20  # of a task, if there are enough: a millisecond, beside which to start one takes no time
-_SHARES = 8
+_SHARES = 4  # at the least
 _TASKS = 16  # at the most, which end at about the same time
 
 # Buffers between calls; CuPy's memory pool keeps its own. Any thread takes the last one or adds one, in one step of the
@@ -100,6 +100,7 @@ class Run:
     thread_limit: int | None = None  # None: the cores that this process may use
     recorder: Recorder | Tape | None = None  # of what the algorithm does, for the next call of the kind
     arena: Arena = field(default_factory=lambda: Arena(0))  # of NumPy workspaces
+    is_share: bool = False  # of another one, for one of its threads
 
     @property
     def budget(self) -> int:
@@ -155,12 +156,14 @@ class Run:
 
     def team(self, geometry: Geometry) -> Team:
         """Who computes a convolution."""
-        if is_small(geometry) or self.threads == 1:
+        if is_small(geometry) or self.is_share:
             return Team()
+        if self.threads == 1:
+            return Team(shares=_SHARES)
         work = geometry.multiply_adds()
         workers = min(self.threads, 2 * work // _SMALL)
         turns = min(max(1, _TASKS // workers, 2), max(1, work // (_TASK * workers)))
-        return Team(workers, workers * turns)
+        return Team(workers, workers * turns, max(workers, _SHARES))
 
     def spread(self, tasks: Iterable[T], worker: Callable[[Iterator[T]], None], workers: int) -> None:
         """Has a worker in each of so many threads take tasks and do them: threads.spread, within what the call may."""
@@ -169,7 +172,7 @@ class Run:
 
     def share(self, team: Team) -> Run:
         """What one of the team works with."""
-        return replace(self, limit=self.limit // team.shares, thread_limit=1)
+        return replace(self, limit=self.limit // team.shares, thread_limit=1, is_share=True)
 
 
 def is_small(geometry: Geometry) -> bool:
@@ -182,11 +185,7 @@ class Team(NamedTuple):
 
     workers: int = 1
     tasks: int = 1
-
-    @property
-    def shares(self) -> int:
-        """Into how many parts memory is cut for sums that should have the same bits at any number of threads."""
-        return max(self.workers, _SHARES)
+    shares: int = 1  # of memory, for sums that should have the same bits at any number of threads
 
 
 def shaped(flat: Array, shape: tuple[int, ...]) -> Array:

@@ -342,7 +342,7 @@ def _weight_grad_sizes(
     geometry: Geometry, budget: int, block: int, team: Team, temporaries: int, dy_temporaries: int, summed: bool
 ) -> _Sizes:
     weights = geometry.channels * geometry.taps  # per filter of each group
-    filters = largest(geometry.group_filters, budget // 2, (1 + summed) * weights)
+    filters = largest(geometry.group_filters, budget // 2, (1 + summed) * weights + team.shares * geometry.channels)
 
     def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
         outputs = math.prod(box)
