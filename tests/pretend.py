@@ -101,6 +101,7 @@ def gpu():
         mock.patch.dict(sys.modules, {"cupy": cupy}),
         mock.patch.object(gpuconv.call, "backend_for", return_value=place),
         mock.patch.object(command, "backend_named", return_value=place),
+        mock.patch.object(sys.modules["gpuconv.backend"], "backend_named", return_value=place),
         launcher.using(order="natural"),
         _torch_without_streams(),
     ):
