@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
+from gpuconv.algorithms import cost
 from gpuconv.algorithms.blocks import Arrangement, boxes, largest
 from gpuconv.algorithms.windows import taps_of
 from gpuconv.arguments import Shape
@@ -29,17 +30,25 @@ from gpuconv.workspace import Run, shaped
 
 BLOCK_BYTES = 1 << 20  # of dcols, which should stay in the cache
 MOST_TAPS = 64  # added up one after the other: more terms that are alike would drift
-FEW = 32  # channels
+FEW = 8  # channels
+
+
+def suits(geometry: Geometry) -> bool:
+    """Whether x has few channels beside y."""
+    few = geometry.group_channels <= min(FEW, geometry.group_filters // 2)
+    return few and 1 < geometry.taps <= MOST_TAPS
+
+
+def nanoseconds(geometry: Geometry, is_complex: bool) -> float:
+    """An estimate: one product, and the additions of what it makes."""
+    product = cost.product(geometry.group_filters, geometry.group_channels * geometry.taps, is_complex)
+    added = geometry.reduction_length("weight_grad") * geometry.channels * geometry.taps
+    return geometry.multiply_adds() * product + added * cost.ACCUMULATE
 
 
 def pays(geometry: Geometry, run: Run) -> bool:
-    """Whether x has few channels beside y, and there is room for its planes."""
-    sizes = _sizes(geometry, run.budget // run.team(geometry).workers)
-    return (
-        geometry.group_channels <= min(FEW, geometry.group_filters // 2)
-        and geometry.taps <= MOST_TAPS
-        and sizes is not None
-    )
+    """Whether it suits, and there is room for the planes."""
+    return suits(geometry) and _sizes(geometry, run.budget // run.team(geometry).workers) is not None
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:

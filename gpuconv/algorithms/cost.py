@@ -9,6 +9,7 @@ from __future__ import annotations
 PRODUCT = 0.022  # a multiplication and addition in a long matrix product
 COPY = 0.4  # an element that is copied in another order
 ADD = 0.5  # an element that a tap multiplies and adds, or adds
+ACCUMULATE = 2.5  # an element of a product that is added to a plane
 FOURIER = 0.9  # an element of a transform, for each doubling of its length
 MULTIPLY = 10.0  # two complex elements of spectra multiplied and added
 TRANSFORM = 0.25  # an element that a small matrix makes
@@ -29,6 +30,11 @@ def copied(run: float) -> float:
 def transform(run: int, is_whole: bool) -> float:
     """An element that a small matrix makes, so many of which lie side by side, whole lines of them or parts."""
     return TRANSFORM * (1 + (24 if is_whole else 96) / max(1, run))
+
+
+def exchanged(elements: int) -> float:
+    """So many elements copied with their channels to the other side of their pixels."""
+    return 2.5 * COPY * elements
 
 
 def added(run: int) -> float:

@@ -56,7 +56,7 @@ def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> f
     product = 2 * cost.PRODUCT * (cost.COMPLEX if is_complex else 1)  # a short one
     windows = sum(part.windows * (cost.COPY + part.m * product) for part in _parts(geometry))
     planes = math.prod(geometry.input) + math.prod(geometry.output) if geometry.layout == "channels_last" else 0
-    return images * (windows + 2 * planes * cost.COPY)
+    return images * windows + cost.exchanged(images * planes)
 
 
 @dataclass(frozen=True)

@@ -64,10 +64,14 @@ def why_not(
 
 def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> float:
     """An estimate: products, and windows copied out of x, or of dy."""
+    if direction == "data_grad" and col2im.suits(geometry):
+        return col2im.nanoseconds(geometry, is_complex)
     width = geometry.group_channels if direction == "data_grad" else geometry.group_filters
     product = cost.product(geometry.reduction_length(direction), width, is_complex)
     channels = geometry.filters if direction == "data_grad" else geometry.channels
     windows = 0 if geometry.is_pointwise else geometry.reduction_length("weight_grad") * channels * geometry.taps
+    if direction != "data_grad" and lines.suits(geometry):
+        windows = lines.elements(geometry)
     run = geometry.group_channels if geometry.layout == "channels_last" and geometry.groups > 1 else math.inf
     return geometry.multiply_adds() * product + windows * cost.copied(run)
 

@@ -35,14 +35,23 @@ BLOCK_BYTES = 1 << 20  # of lines, which should stay in the cache
 SLICES = 8  # of weight_grad's sum
 
 
-def pays(images: Operand, results: Operand | Result, geometry: Geometry, run: Run) -> bool:
+def suits(geometry: Geometry) -> bool:
     """Whether windows of a line are few and long, and a kernel reaches over several lines that lie side by side."""
     if geometry.rank != 2 or geometry.groups > 1 or geometry.dilation[0] > 1:
         return False
     few = geometry.kernel[1] * geometry.channels <= FEW and math.prod(geometry.w_shape) <= FEW_WEIGHTS
-    long = geometry.kernel[0] > 2 and geometry.output[1] >= LONG
+    return few and geometry.kernel[0] > 2 and geometry.output[1] >= LONG
+
+
+def elements(geometry: Geometry) -> int:
+    """Of all lines laid out."""
+    return math.prod(geometry.batch) * _lines_seen(geometry.output[0], geometry) * _line(geometry)
+
+
+def pays(images: Operand, results: Operand | Result, geometry: Geometry, run: Run) -> bool:
+    """Whether it suits, with nothing to be made of what is read or written, and there is room."""
     plain = not images.temporaries and not results.temporaries
-    return few and long and plain and _rows(geometry, _budget(geometry, run)) > 0
+    return suits(geometry) and plain and _rows(geometry, _budget(geometry, run)) > 0
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:

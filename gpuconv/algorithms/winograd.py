@@ -88,7 +88,11 @@ def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> f
     transformed = tiles * (points + lines) * (geometry.channels + geometry.filters) + 2 * points * weights
     product = cost.product(geometry.group_channels, geometry.group_filters)
     transform = cost.transform(geometry.group_channels, is_whole)
-    return tiles * points * weights * product + transformed * transform + 20 * geometry.groups * cost.STEP
+    images = math.prod((*geometry.batch, geometry.channels, *geometry.input))
+    results = math.prod((*geometry.batch, geometry.filters, *geometry.output))
+    exchanged = cost.exchanged(images + results) if geometry.layout == "channels_first" else 0
+    steps = 20 * geometry.groups * cost.STEP
+    return tiles * points * weights * product + transformed * transform + exchanged + steps
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:

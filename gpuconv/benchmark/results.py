@@ -167,6 +167,8 @@ def write_csv(path: Path, results: Results) -> None:
 def machine() -> dict[str, Any]:
     """The versions, the devices and, where the driver's tool says so, clocks and power limit."""
     facts: dict[str, Any] = config()
+    if kernels := os.environ.get("OPENBLAS_CORETYPE"):  # of another CPU: it is not this one that is measured
+        facts["CPU"] += f" with OPENBLAS_CORETYPE={kernels}"
     query = (
         "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,power.draw,temperature.gpu,ecc.mode.current"
     )

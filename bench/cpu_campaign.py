@@ -1,0 +1,66 @@
+"""Measures suites on a CPU beside PyTorch, several times each, and keeps the median run: bench/cpu_campaign.py OUT
+
+Results go to OUT/<device>-<date>-<commit>/SUITE.json; such a folder belongs in bench/results. The median run is that
+with the median geometric mean of all ratios. Under OPENBLAS_CORETYPE=Haswell, for CPUs without AVX-512, the device has
+another name. A suite whose file is there is left out, so that an interrupted campaign goes on where it was.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from gpuconv.benchmark import compare, report, results
+
+SUITES = (
+    *("resnet50", "vgg16", "quick", "stems", "mobilenet", "convnext", "grouped", "dilated", "audio1d", "transposed"),
+    *("unet3d", "replknet", "patch", "jsense", "deepbench"),
+)
+
+
+def measured(suite, seconds):
+    """One run, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "run.json"
+        words = ["bench", suite, "--peer", "torch", "--layout", "channels_last,channels_first", "--backend", "numpy"]
+        subprocess.run(
+            [sys.executable, "-m", "gpuconv", *words, "--seconds", str(seconds), "--json", str(file)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        return results.read_json(file)
+
+
+def overall(run):
+    return compare.geometric_mean(ratio.value for ratio in compare.ratios(run.rows))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--suite", nargs="+", default=SUITES, metavar="NAME")
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="of each suite (default 3)")
+    parser.add_argument("--seconds", type=float, default=0.1, metavar="S", help="of each row (default 0.1)")
+    options = parser.parse_args()
+    commit, device = (results.commit() or "wheel")[:7], results.machine()["CPU"]
+    for suite in options.suite:
+        found = list(options.out.glob(f"*-{commit}/{suite}.json"))
+        if found:
+            print(f"{suite}: {found[0]} is there")
+            continue
+        runs = sorted((measured(suite, options.seconds) for _ in range(options.runs)), key=overall)
+        kept = runs[len(runs) // 2]
+        name = "".join(letter if letter.isalnum() else "-" for letter in device)
+        folder = options.out / f"{name}-{kept.date[:10]}-{commit}"
+        folder.mkdir(parents=True, exist_ok=True)
+        results.write_json(folder / f"{suite}.json", kept)
+        print(f"{suite}: {', '.join(f'{overall(run):.3f}' for run in runs)}, the median is kept")
+        print(report.means(compare.ratios(kept.rows)).markdown(), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONPATH", str(Path(__file__).parent.parent))
+    sys.exit(main())
