@@ -177,7 +177,7 @@ def _forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) ->
                     outputs = replace(results, view=part.outputs(results.view))
                     im2col.forward(images, Operand(_as_weight(bands)), outputs, part.of(number), share)
 
-    run.spread(chunks, work, run.threads)
+    run.spread(chunks, work, run.team(geometry).workers)
 
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
@@ -202,7 +202,7 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Ru
                         xp.add(total, term, out=total)
                 xp.copyto(dw.view[..., groups, 0, 0], total.transpose(*range(1, total.ndim), 0), casting="unsafe")
 
-    run.spread(chunks, work, run.threads)
+    run.spread(chunks, work, run.team(geometry).workers)
 
 
 def _work(geometry: Geometry, run: Run, most: int) -> tuple[tuple[_Part, ...], list[slice], Run]:
