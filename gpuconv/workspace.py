@@ -27,9 +27,9 @@ _ALIGNMENT = 64  # bytes: a cache line
 _LARGE = 256 << 20  # bytes of a buffer that nobody has asked for
 _MOST_KEPT = 8  # buffers, of calls that were at work at the same time
 _SMALL = 8 << 20  # multiplications and additions that one thread does faster than two
-_TASK = 64 << 20  # of a task, if there are enough: a millisecond, beside which to start one takes no time
+_TASK = 64 << 20  # of a task: a millisecond, beside which to start one takes no time
+_TASKS, _SHORT_TASK = 16, 16 << 20  # up to so many tasks they may be shorter, so that every core has some
 _SHARES = 4  # at the least
-_TASKS = 16  # at the most, which end at about the same time
 
 # Buffers between calls; CuPy's memory pool keeps its own. Any thread takes the last one or adds one, in one step of the
 # interpreter.
@@ -158,12 +158,11 @@ class Run:
         """Who computes a convolution."""
         if is_small(geometry) or self.is_share:
             return Team()
-        if self.threads == 1:
-            return Team(shares=_SHARES)
         work = geometry.multiply_adds()
-        workers = min(self.threads, 2 * work // _SMALL)
-        turns = min(max(1, _TASKS // workers, 2), max(1, work // (_TASK * workers)))
-        return Team(workers, workers * turns, max(workers, _SHARES))
+        # However many threads there are: the bits of a product may depend on where it is cut.
+        tasks = max(2, min(_TASKS, work // _SHORT_TASK), work // _TASK)
+        workers = min(self.threads, tasks)
+        return Team(workers, tasks, max(workers, _SHARES))
 
     def spread(self, tasks: Iterable[T], worker: Callable[[Iterator[T]], None], workers: int) -> None:
         """Has a worker in each of so many threads take tasks and do them: threads.spread, within what the call may."""

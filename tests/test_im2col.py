@@ -1,4 +1,4 @@
-"""im2col's ways for few channels, in small and awkward cases that would not take them: exact on small integers."""
+"""im2col's ways for special cases, in small and awkward ones that would not take them: exact on small integers."""
 
 from unittest import mock
 
@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 import gpuconv
 from gpuconv import replay
-from gpuconv.algorithms import col2im, lines
+from gpuconv.algorithms import col2im, lines, residues
 from gpuconv.geometry import Geometry
 from tests import reference
 from tests.cases import channels_first, draw, laid_out, named_dtype
 from tests.test_random import convolutions, limited
 
-TAKEN = {"lines": 0, "col2im": 0}
+TAKEN = {"lines": 0, "col2im": 0, "residues": 0}
 
 
 def counted(name, function):
@@ -52,9 +52,10 @@ def over_lines(draw_from):
     st.sampled_from(["float32", "float16", "complex64", "float64"]),
     st.sampled_from(["channels_first", "channels_last", "channels_last_memory"]),
     st.sampled_from([20_000, 10**7]),
+    st.booleans(),
     st.integers(0, 2**32 - 1),
 )
-def test_few_channels_are_exact_on_small_integers(convolution, dtype, layout, limit, seed):
+def test_they_are_exact_on_small_integers(convolution, dtype, layout, limit, few, seed):
     x_shape, w_shape, settings = convolution
     rng = np.random.default_rng(seed)
     x, w = draw(rng, x_shape, dtype, True), draw(rng, w_shape, dtype, True)
@@ -74,7 +75,9 @@ def test_few_channels_are_exact_on_small_integers(convolution, dtype, layout, li
         mock.patch.object(lines, "LONG", 1),
         mock.patch.object(lines, "forward", counted("lines", lines.forward)),
         mock.patch.object(lines, "weight_grad", counted("lines", lines.weight_grad)),
+        mock.patch.object(col2im, "FEW", 8 * few),
         mock.patch.object(col2im, "data_grad", counted("col2im", col2im.data_grad)),
+        mock.patch.object(residues, "data_grad", counted("residues", residues.data_grad)),
     ):
         results = gpuconv.conv(x, w, **options), *gpuconv.conv_backward(dy, x, w, needs=("dx", "dw"), **options)[:2]
     for result, expected, role in zip(results, exact, "xxw", strict=True):
@@ -101,4 +104,31 @@ def test_a_stem_takes_them(layout):
     ):
         y = gpuconv.conv(x, w, **options)
         gpuconv.conv_backward(y, x, w, **options)
-    assert {"lines": before["lines"] + 2, "col2im": before["col2im"] + 1} == TAKEN
+    assert {**before, "lines": before["lines"] + 2, "col2im": before["col2im"] + 1} == TAKEN
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "seen", "products"),
+    [
+        ((3, 3), 2, 1, (2, 2), 5),  # of nine taps; one residue sees a column of the four outputs: two products
+        ((4, 4), 2, 1, (3, 3), 8),  # of sixteen
+        ((16,), 8, 4, (3,), 8),
+        ((2, 2), 2, (1, 0), (2, 1), 4),  # padding moves the rows of one residue
+        ((3,), (2,), 0, (2,), 2),
+    ],
+)
+def test_residues_share_the_outputs_around_them(kernel, stride, padding, seen, products):
+    shapes = (1, 4, *(16,) * len(kernel)), (8, 4, *kernel)
+    plan = residues.plan(Geometry.infer(*shapes, stride=stride, padding=padding))
+    assert plan.gathered.kernel == seen
+    assert sum(len(part.stretches) for part in plan.parts) == products
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation"),
+    [((3, 3), 1, 1), ((3,), 2, 2), ((5,), 2, 3)],
+)
+def test_residues_that_share_nothing_stand_alone(kernel, stride, dilation):
+    """One residue, or residues whose outputs lie between one another's."""
+    shapes = (1, 4, *(32,) * len(kernel)), (8, 4, *kernel)
+    assert residues.plan(Geometry.infer(*shapes, stride=stride, dilation=dilation)) is None

@@ -26,6 +26,14 @@ class Arrangement(NamedTuple):
     row_axes: int
     column_axes: int
 
+    @property
+    def turned(self) -> Arrangement:
+        """With rows and columns exchanged."""
+        rows = len(self.axes) - self.column_axes
+        lead = rows - self.row_axes
+        axes = (*self.axes[:lead], *self.axes[rows:], *self.axes[lead:rows])
+        return Arrangement(axes, self.column_axes, self.row_axes)
+
     def matrix(self, view: Array) -> Array | None:
         """The view as matrices where that takes no copy, else None."""
         return as_matrix(view.transpose(self.axes), self.row_axes, self.column_axes)

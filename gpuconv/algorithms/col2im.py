@@ -48,13 +48,13 @@ def nanoseconds(geometry: Geometry, is_complex: bool) -> float:
 
 def pays(geometry: Geometry, run: Run) -> bool:
     """Whether it suits, and there is room for the planes."""
-    return suits(geometry) and _sizes(geometry, run.budget // run.team(geometry).workers) is not None
+    return suits(geometry) and _sizes(geometry, run.budget // run.team(geometry).shares) is not None
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
     """dx[o * stride + t * dilation - low, c] += dcols[t, c, o], image by image."""
     xp, rank, team = run.backend.xp, geometry.rank, run.team(geometry)
-    sizes = _sizes(geometry, run.budget // team.workers)
+    sizes = _sizes(geometry, run.budget // team.shares)
     assert sizes is not None
     weights_order = Arrangement((rank, *range(rank), rank + 1, rank + 2), rank + 1, 1)
     images_order = Arrangement((rank, rank + 1, *range(rank)), 1, rank)

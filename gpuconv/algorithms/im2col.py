@@ -4,12 +4,9 @@ Works in blocks of outputs, so that the unfolded windows never exist as a whole,
 Each direction is a product with unfolded windows ``cols``, K = C / G * T * R * S long:
 
     forward      y  = cols(x) w         over blocks of outputs
-    data_grad    dx = cols(dy) w        a forward convolution of dy for every residue of the stride (Geometry.residues)
+    data_grad    dx = cols(dy) w        with w turned round; for each residue of the stride with some of the taps
                  cols(dx) = dy w'       where windows do not overlap
     weight_grad  dw = cols(x)' dy       summed over blocks of outputs
-
-A block lies in memory the way x does: with a row of ``cols`` per output where the channels of x are innermost, with
-a column per output where space is. So neither memory order is ever transposed.
 """
 
 from __future__ import annotations
@@ -19,40 +16,34 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
-from typing import Any, NamedTuple
 
 import numpy
 
-from gpuconv.algorithms import col2im, cost, lines, slices
-from gpuconv.algorithms.blocks import (
-    Arrangement,
-    Space,
-    as_matrix,
-    boxes,
-    channels_innermost,
-    fitting_box,
-    largest,
-    pieces,
-)
+from gpuconv.algorithms import col2im, cost, lines, residues, slices
+from gpuconv.algorithms.blocks import Space, boxes, fitting_box, largest, pieces
 from gpuconv.algorithms.finite import has_finite_sum
-from gpuconv.algorithms.windows import reaches_beyond, read_tap, region_elements, sliding, taps_of, windows_of
+from gpuconv.algorithms.unfold import (
+    BLOCK_BYTES,
+    SHORT_PRODUCT,
+    Reading,
+    Sizes,
+    box_sizes,
+    forward_sizes,
+    most_outputs,
+    order_of,
+    reading,
+    unfold,
+)
+from gpuconv.algorithms.windows import reaches_beyond, sliding
 from gpuconv.arguments import Shape
 from gpuconv.backend import Array, Backend
 from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import Index, Operand, Result, in_place
 from gpuconv.workspace import Run, Team, is_small, shaped
 
-# Larger blocks make longer products, smaller ones stay in the cache.
-BLOCK_BYTES = 8 << 20
-# Below this many outputs per image, the images of a block share one product, and the result is copied into place.
-SHORT_PRODUCT = 256
 # Of weight_grad's outputs or channels where threads share it, and how many make one of them worth while.
 SLICES, SHORT_SLICE, FEW_CHANNELS = 8, 512, 128
-FEWEST_OUTPUTS = 256  # of a task
 LONGEST = 1 << 16  # sum of a product of weight_grad: more terms that are alike would drift
-# Outputs for each channel, below which to add up the products of single taps is quicker than to exchange the channels
-# and filters of all weights first.
-FEW_OUTPUTS = 8
 
 
 def why_not(
@@ -68,12 +59,20 @@ def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> f
         return col2im.nanoseconds(geometry, is_complex)
     width = geometry.group_channels if direction == "data_grad" else geometry.group_filters
     product = cost.product(geometry.reduction_length(direction), width, is_complex)
-    channels = geometry.filters if direction == "data_grad" else geometry.channels
-    windows = 0 if geometry.is_pointwise else geometry.reduction_length("weight_grad") * channels * geometry.taps
-    if direction != "data_grad" and lines.suits(geometry):
-        windows = lines.elements(geometry)
     run = geometry.group_channels if geometry.layout == "channels_last" and geometry.groups > 1 else math.inf
-    return geometry.multiply_adds() * product + windows * cost.copied(run)
+    return geometry.multiply_adds() * product + _unfolded(geometry, direction) * cost.copied(run)
+
+
+def _unfolded(geometry: Geometry, direction: Direction) -> int:
+    """Elements of the windows that are unfolded, of x or of dy."""
+    if geometry.is_pointwise:
+        return 0
+    if direction != "data_grad":
+        windows = geometry.reduction_length("weight_grad") * geometry.channels * geometry.taps
+        return lines.elements(geometry) if lines.suits(geometry) else windows
+    shared = residues.plan(geometry)
+    seen = geometry if shared is None else shared.gathered
+    return seen.reduction_length("weight_grad") * geometry.filters * seen.taps
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
@@ -82,56 +81,33 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> 
         lines.forward(x, w, y, geometry, run)
         return
     xp = run.backend.xp
-    order, team = _order_of(x.view, y.view, geometry, math.prod(geometry.output) >= SHORT_PRODUCT), run.team(geometry)
-    by_taps = order.by_rows and _by_taps(w, order, geometry, run)
-    sizes = _forward_sizes(
+    order, team = order_of(x.view, y.view, geometry, math.prod(geometry.output) >= SHORT_PRODUCT), run.team(geometry)
+    sizes = forward_sizes(
         geometry,
         run.budget,
         BLOCK_BYTES // run.dtype.itemsize,
         team,
-        _reading(x, order, geometry, run),
-        weights=order.weights.copies(w, run) and not by_taps,
-        terms=by_taps,
+        reading(x, order, geometry, run),
+        per_filter=geometry.channels * geometry.taps if order.weights.copies(w, run) else 0,
         sums=Space(not in_place(y.view, run.dtype) or order.images.matrix(y.view) is None, y.temporaries),
+        terms=Space(False),
     )
     with run.workspace(sizes.weights) as (weight_space,):
         for filters in pieces(geometry.group_filters, sizes.pieces):
-            weights = w.view[..., filters] if by_taps else order.weights.load(w, (..., filters), weight_space, run)
+            weights = order.load_weights(w.part(w.view[..., filters]), weight_space, run)
 
             def work(indices: Iterable[Index], filters: slice = filters, weights: Array = weights) -> None:
-                with run.workspace(*sizes.block) as (patch_space, cols_space, sums_space, term_space):
+                with run.workspace(*sizes.block) as (patch_space, cols_space, sums_space, _):
                     for index in indices:
-                        cols = _unfold(x, index, geometry, order, sizes.tap_by_tap, patch_space, cols_space, run)
+                        cols = unfold(x, index, geometry, order, sizes.tap_by_tap, patch_space, cols_space, run)
                         target = y.view[(*index, slice(None), filters)]
                         block, sums = order.images.place(target, sums_space, run)
-                        if by_taps:
-                            _sum_of_taps(xp, cols, weights, sums, shaped(term_space, sums.shape))
-                        else:
-                            xp.matmul(*((cols, weights) if order.by_rows else (weights, cols)), out=sums)
+                        xp.matmul(*((cols, weights) if order.by_rows else (weights, cols)), out=sums)
                         y.finish(xp, block, filters)
                         if block is not target:
                             xp.copyto(target, block, casting="unsafe")
 
             run.spread(boxes((*geometry.batch, *geometry.output), sizes.box), work, team.workers)
-
-
-def _by_taps(w: Operand, order: _Order, geometry: Geometry, run: Run) -> bool:
-    """Whether weights are multiplied tap by tap, since as a matrix they would take a copy that is not worth it."""
-    if geometry.taps == 1 or not order.weights.copies(w, run) or not w.is_plain(run.dtype):
-        return False
-    outputs = geometry.reduction_length("weight_grad")
-    return outputs < FEW_OUTPUTS * geometry.group_channels and as_matrix(w.view[(0,) * geometry.rank], 1, 1) is not None
-
-
-def _sum_of_taps(xp: Any, cols: Array, weights: Array, sums: Array, term: Array) -> None:
-    """sums = cols (G, outputs, taps * C / G) times weights (*kernel, G, C / G, F / G)."""
-    *kernel, _, channels, _ = weights.shape
-    for number, tap in enumerate(numpy.ndindex(*kernel)):
-        factors = cols[..., number * channels : (number + 1) * channels], weights[tap]
-        if number == 0:
-            xp.matmul(*factors, out=sums)
-        else:
-            xp.add(sums, xp.matmul(*factors, out=term), out=sums)
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
@@ -145,6 +121,8 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run)
     # By residues, NaN and Inf in w would meet zeros beyond dy, and NaN spread where none belongs.
     elif _has_many_residues(geometry) or not run.holds(has_finite_sum, w.view):
         slices.data_grad(dy, w, dx, geometry, run)
+    elif residues.plan(geometry) is not None:
+        residues.data_grad(dy, w, dx, geometry, run)
     else:
         _data_grad_by_residues(dy, w, dx, geometry, run)
 
@@ -167,7 +145,7 @@ def _data_grad_by_residues(dy: Operand, w: Operand, dx: Result, geometry: Geomet
 
 def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
     """Windows that do not overlap, as in patch embeddings and their transposes: each is a product of its own."""
-    xp, order, team = run.backend.xp, _order_of(dy.view, dy.view, geometry, stack=False), run.team(geometry)
+    xp, order, team = run.backend.xp, order_of(dy.view, dy.view, geometry, stack=False), run.team(geometry)
     sizes = _apart_sizes(
         geometry,
         run.budget,
@@ -183,7 +161,8 @@ def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, ru
     windows = sliding(xp, inputs, geometry, geometry.output)
     with run.workspace(sizes.weights) as (weight_space,):
         for channels in pieces(geometry.group_channels, sizes.pieces):
-            weights = order.weights.load(w, (..., channels, slice(None)), weight_space, run).swapaxes(-1, -2)
+            taps = w.part(w.view[..., channels, :])
+            weights = order.load_weights(taps, weight_space, run).swapaxes(-1, -2)
 
             def work(indices: Iterable[Index], channels: slice = channels, weights: Array = weights) -> None:
                 with run.workspace(*sizes.block) as (dy_space, cols_space):
@@ -256,10 +235,10 @@ def _slices(geometry: Geometry) -> int:
 
 def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run, team: Team) -> None:
     """The outputs in slices, which are added up in order, however many threads there are."""
-    xp, order = run.backend.xp, _order_of(x.view, dy.view, geometry, stack=False)
+    xp, order = run.backend.xp, order_of(x.view, dy.view, geometry, stack=False)
     gradients = Space(order.images.copies(dy, run), dy.temporaries)
     sizes = _weight_grad_sizes(
-        geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, team, _reading(x, order, geometry, run), gradients
+        geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, team, reading(x, order, geometry, run), gradients
     )
     extents = (*geometry.batch, *geometry.output)
     count = math.prod(-(-extent // size) for extent, size in zip(extents, sizes.box, strict=True))
@@ -275,7 +254,7 @@ def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: R
                         total, is_first = totals[number], True
                         ends = (count * end // len(totals) for end in (number, number + 1))
                         for index in islice(boxes(extents, sizes.box), *ends):
-                            cols = _unfold(x, index, geometry, order, sizes.tap_by_tap, patch_space, cols_space, run)
+                            cols = unfold(x, index, geometry, order, sizes.tap_by_tap, patch_space, cols_space, run)
                             sums = order.images.load(dy, (*index, slice(None), filters), dy_space, run)
                             factors = (cols.swapaxes(-1, -2), sums) if order.by_rows else (sums, cols.swapaxes(-1, -2))
                             if is_first:
@@ -291,126 +270,23 @@ def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: R
                 xp.copyto(target, block, casting="unsafe")
 
 
-class _Order(NamedTuple):
-    """How x's windows (*batch, *output, *kernel, G, C/G), y and w lie as matrices, G of them in a stack."""
-
-    by_rows: bool  # a row of cols per output, else a column
-    windows: Arrangement
-    images: Arrangement
-    weights: Arrangement
-
-
-@lru_cache(maxsize=64)
-def _order(batch: int, rank: int, by_rows: bool, stack: bool) -> _Order:
-    positions = tuple(range(batch + rank))
-    kernel = tuple(range(batch + rank, batch + 2 * rank))
-    taps = tuple(range(rank))
-    if by_rows:
-        return _Order(
-            True,
-            Arrangement((kernel[-1] + 1, *positions, *kernel, kernel[-1] + 2), batch + rank, rank + 1),
-            Arrangement((batch + rank, *positions, batch + rank + 1), batch + rank, 1),
-            Arrangement((rank, *taps, rank + 1, rank + 2), rank + 1, 1),
-        )
-    stacked = positions[:batch] if stack else ()
-    columns = positions[len(stacked) :]
-    return _Order(
-        False,
-        Arrangement((*stacked, kernel[-1] + 1, kernel[-1] + 2, *kernel, *columns), rank + 1, len(columns)),
-        Arrangement((*stacked, batch + rank, batch + rank + 1, *columns), 1, len(columns)),
-        Arrangement((rank, rank + 2, rank + 1, *taps), 1, rank + 1),
-    )
-
-
-def _order_of(x: Array, y: Array, geometry: Geometry, stack: bool) -> _Order:
-    """By rows where the channels of x are innermost; with one channel in a group, where the filters of y are."""
-    by_rows = channels_innermost(y if geometry.group_channels == 1 < geometry.group_filters else x)
-    return _order(len(geometry.batch), geometry.rank, by_rows, stack)
-
-
-class _Reading(NamedTuple):
-    """What reading windows of x takes: cols, unless they are a matrix as they lie, and a patch."""
-
-    cols: Space
-    patch: Space
-
-
-def _reading(x: Operand, order: _Order, geometry: Geometry, run: Run) -> _Reading:
-    if not x.is_plain(run.dtype) or reaches_beyond(geometry):
-        return _Reading(Space(), Space(True, x.temporaries))
-    unfolded = order.windows.matrix(sliding(run.backend.xp, x.view, geometry, geometry.output))
-    return _Reading(Space(unfolded is None), Space(False))
-
-
-class _Sizes(NamedTuple):
-    """The filters (or channels) per group and the block of outputs done at once, and the elements of each workspace."""
-
-    pieces: int
-    box: Shape
-    weights: int
-    block: tuple[int, ...]  # patch, cols, a block of y or dy, and terms of one of y
-    tap_by_tap: bool = False  # cols are read tap by tap, without a patch
-
-
-@lru_cache(maxsize=1024)
-def _forward_sizes(
-    geometry: Geometry, budget: int, block: int, team: Team, reading: _Reading, weights: bool, terms: bool, sums: Space
-) -> _Sizes:
-    per_filter = geometry.channels * geometry.taps if weights else 0
-    filters = largest(geometry.group_filters, budget // 2, per_filter)
-    limit = min((budget - per_filter * filters) // team.workers, block)
-    most = _most_outputs(geometry, team)
-    return _box_sizes(geometry, limit, most, filters, per_filter * filters, reading, sums, Space(terms))
-
-
 @lru_cache(maxsize=1024)
 def _weight_grad_sizes(
-    geometry: Geometry, budget: int, block: int, team: Team, reading: _Reading, gradients: Space
-) -> _Sizes:
+    geometry: Geometry, budget: int, block: int, team: Team, reading: Reading, gradients: Space
+) -> Sizes:
     per_filter, copies = geometry.channels * geometry.taps, _slices(geometry) + team.shares
     filters = largest(geometry.group_filters, budget // 2, copies * per_filter)
     # Each block adds a whole dw to the sum: it should be worth that.
     limit = (budget - copies * per_filter * filters) // team.shares
     limit = min(limit, max(block, 4 * per_filter * filters))
     most = min(LONGEST, -(-geometry.reduction_length("weight_grad") // _slices(geometry)))
-    return _box_sizes(geometry, limit, most, filters, per_filter * filters, reading, gradients, Space(False))
-
-
-def _box_sizes(
-    geometry: Geometry,
-    limit: int,
-    most: float,
-    filters: int,
-    weights: int,
-    reading: _Reading,
-    images: Space,
-    terms: Space,
-) -> _Sizes:
-    def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
-        outputs = math.prod(box)
-        return (
-            (region_elements(geometry, box), reading.patch),
-            (outputs * geometry.channels * geometry.taps, reading.cols),
-            (outputs * geometry.groups * filters, images),
-            (outputs * geometry.groups * filters, terms),
-        )
-
-    def parts_tap_by_tap(box: Shape) -> tuple[tuple[int, Space], ...]:
-        tap = math.prod(box) * geometry.channels, Space(False, reading.patch.temporaries)
-        return (tap, *parts(box)[1:])
-
-    extents = (*geometry.batch, *geometry.output)
-    box, spaces = fitting_box(extents, limit, parts, most)
-    if reading.patch.needed and spaces[0] > spaces[1]:  # far more lies between the taps than under them
-        box, spaces = fitting_box(extents, limit, parts_tap_by_tap, most)
-        return _Sizes(filters, box, weights, spaces, True)
-    return _Sizes(filters, box, weights, spaces)
+    return box_sizes(geometry, limit, most, filters, per_filter * filters, reading, gradients, Space(False))
 
 
 @lru_cache(maxsize=1024)
 def _apart_sizes(
     geometry: Geometry, budget: int, block: int, team: Team, copies_weights: bool, gradients: Space, temporaries: int
-) -> _Sizes:
+) -> Sizes:
     per_channel = geometry.filters * geometry.taps if copies_weights else 0
     channels = largest(geometry.group_channels, budget // 2, per_channel)
 
@@ -421,41 +297,7 @@ def _apart_sizes(
             (outputs * geometry.groups * channels * geometry.taps, Space(True, temporaries)),
         )
 
-    limit = min((budget - per_channel * channels) // team.workers, block)
+    limit = min((budget - per_channel * channels) // team.shares, block)
     extents = (*geometry.batch, *geometry.output)
-    box, spaces = fitting_box(extents, limit, parts, _most_outputs(geometry, team))
-    return _Sizes(channels, box, per_channel * channels, spaces)
-
-
-def _most_outputs(geometry: Geometry, team: Team) -> float:
-    """Outputs of a task: an even share, but not so few that the product with all weights gets slow."""
-    if team.tasks == 1:
-        return math.inf
-    return max(FEWEST_OUTPUTS, -(-math.prod((*geometry.batch, *geometry.output)) // team.tasks))
-
-
-def _unfold(
-    x: Operand,
-    index: Index,
-    geometry: Geometry,
-    order: _Order,
-    tap_by_tap: bool,
-    patch_space: Array,
-    cols_space: Array,
-    run: Run,
-) -> Array:
-    """cols: the windows of a block of outputs as matrices."""
-    if tap_by_tap:
-        sizes = (axis.stop - axis.start for axis in index)
-        shape = (*sizes, *geometry.kernel, geometry.groups, geometry.group_channels)
-        block, cols = order.windows.empty(shape, cols_space)
-        for tap in taps_of(geometry):
-            read_tap(x, tap, index, geometry, block[(..., *tap, slice(None), slice(None))], run)
-        return cols
-    windows = windows_of(x, index, geometry, order.images, patch_space, run)
-    lying = order.windows.matrix(windows)
-    if lying is not None:
-        return lying
-    block, cols = order.windows.empty(windows.shape, cols_space)
-    run.backend.xp.copyto(block, windows)
-    return cols
+    box, spaces = fitting_box(extents, limit, parts, most_outputs(geometry, team))
+    return Sizes(channels, box, per_channel * channels, spaces)

@@ -305,7 +305,7 @@ def _forward_sizes(geometry: Geometry, budget: int, block: int, team: Team, temp
             (terms, sums),
         )
 
-    limit, extents = min((budget - weights * filters) // team.workers, block), (*geometry.batch, *geometry.output)
+    limit, extents = min((budget - weights * filters) // team.shares, block), (*geometry.batch, *geometry.output)
     return _Sizes(filters, *fitting_box(extents, limit, parts, _share(extents, team)), weights * filters)
 
 
@@ -328,7 +328,7 @@ def _data_grad_sizes(geometry: Geometry, budget: int, block: int, team: Team, gr
             (terms, sums),
         )
 
-    limit, extents = min((budget - weights * channels) // team.workers, block), (*geometry.batch, *geometry.input)
+    limit, extents = min((budget - weights * channels) // team.shares, block), (*geometry.batch, *geometry.input)
     return _Sizes(channels, *fitting_box(extents, limit, parts, _share(extents, team)), weights * channels)
 
 
