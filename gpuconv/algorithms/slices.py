@@ -29,7 +29,7 @@ from gpuconv.algorithms.blocks import (
     largest,
     pieces,
 )
-from gpuconv.algorithms.windows import inputs_seen, read_tap, taps_of
+from gpuconv.algorithms.windows import inputs_seen, taps_of
 from gpuconv.arguments import Shape
 from gpuconv.backend import Array
 from gpuconv.geometry import Direction, Geometry
@@ -38,6 +38,7 @@ from gpuconv.workspace import Run, Team, shaped
 
 # A tap passes over the whole block: smaller ones stay in the cache, larger ones make longer inner loops.
 BLOCK_BYTES = 4 << 20
+FEWEST = 256  # positions of a task
 # Up to this many taps are added up one after the other.
 ONE_RUN = 64
 
@@ -141,7 +142,8 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run)
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
     """Adds to each tap of dw the products of dy with what the tap read."""
     xp, order, team = run.backend.xp, _by_groups(len(geometry.batch) + geometry.rank), run.team(geometry)
-    summed = not in_place(dw.view, run.dtype)
+    everything = (slice(None),) * len(geometry.batch)
+    summed = not in_place(dw.view, run.dtype) or as_matrix(dw.view[(0,) * geometry.rank], 1, 1) is None
     block = BLOCK_BYTES // run.dtype.itemsize
     sizes = _weight_grad_sizes(geometry, run.budget, block, team, x.temporaries, dy.temporaries, summed)
     *own, dy_size, sums_size = sizes.spaces
@@ -151,22 +153,23 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Ru
             total = shaped(sums_space, target.shape) if summed else target
             xp.copyto(total, 0)
             for index in boxes((*geometry.batch, *geometry.output), sizes.box):
-                gradients = order.load(dy, (*index, slice(None), filters), dy_space, run)
-                shape = (*(axis.stop - axis.start for axis in index), geometry.groups, geometry.group_channels)
+                gradients = _loaded(dy, (*index, slice(None), filters), dy_space, run)
 
                 def work(
                     taps: Iterable[Shape],
                     index: Index = index,
-                    shape: Shape = shape,
                     gradients: Array = gradients,
                     total: Array = total,
                 ) -> None:
-                    with run.workspace(*own) as (slice_space, term_space):
+                    with run.workspace(*own) as (slice_space, gradient_space, term_space):
                         for tap in taps:
-                            images, rows = order.empty(shape, slice_space)
-                            read_tap(x, tap, index, geometry, images, run)
-                            term = shaped(term_space, total[tap].shape)
-                            xp.add(total[tap], xp.matmul(rows.swapaxes(-1, -2), gradients, out=term), out=total[tap])
+                            meeting, seen = inputs_seen(tap, index, geometry)
+                            images = _read(x, (*index[: len(everything)], *seen), order, slice_space, run)
+                            if images.size:
+                                rows = _as_rows(xp, images, order, slice_space).swapaxes(-1, -2)
+                                share = _as_rows(xp, gradients[(*everything, *meeting)], order, gradient_space)
+                                term = xp.matmul(rows, share, out=shaped(term_space, total[tap].shape))
+                                xp.add(total[tap], term, out=total[tap])
 
                 run.spread(list(taps_of(geometry)), work, team.workers)
             if summed:
@@ -316,14 +319,16 @@ def _data_grad_sizes(geometry: Geometry, budget: int, block: int, team: Team, gr
     batch = len(geometry.batch)
 
     def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
-        axes = zip(box[batch:], geometry.stride, geometry.window, geometry.output, strict=True)
-        reaching = (min(m, (size + window - 2) // s + 1) for size, s, window, m in axes)
-        outputs = math.prod(box[:batch]) * math.prod(reaching)
+        axes = list(zip(box[batch:], geometry.stride, geometry.window, geometry.output, strict=True))
+        reaching = math.prod(box[:batch]) * math.prod(
+            min(m, (size + window - 2) // s + 1) for size, s, window, m in axes
+        )
+        of_tap = math.prod(box[:batch]) * math.prod(min(m, (size - 1) // s + 1) for size, s, _, m in axes)
         terms = math.prod(box) * geometry.groups * channels
         return (
-            (outputs * geometry.filters, gradients),
-            (outputs * geometry.filters, Space()),
-            (outputs * geometry.groups * channels, Space()),
+            (reaching * geometry.filters, gradients),
+            (of_tap * geometry.filters, Space()),
+            (of_tap * geometry.groups * channels, Space()),
             (terms, Space(geometry.taps > ONE_RUN)),
             (terms, sums),
         )
@@ -333,8 +338,8 @@ def _data_grad_sizes(geometry: Geometry, budget: int, block: int, team: Team, gr
 
 
 def _share(extents: Shape, team: Team) -> int:
-    """Positions of a task."""
-    return -(-math.prod(extents) // team.tasks)
+    """Positions of a task: an even share, but not so few that the product with a tap's weights gets slow."""
+    return max(FEWEST, -(-math.prod(extents) // team.tasks))
 
 
 @lru_cache(maxsize=1024)
@@ -348,10 +353,11 @@ def _weight_grad_sizes(
         outputs = math.prod(box)
         return (
             (outputs * geometry.channels, Space(True, temporaries)),
+            (outputs * geometry.groups * filters, Space()),
             (outputs * geometry.groups * filters, Space(True, dy_temporaries)),
         )
 
     term, total = geometry.channels * filters, summed * weights * filters
     limit = min((budget - total) // team.shares - term, block)
-    box, (of_tap, of_dy) = fitting_box((*geometry.batch, *geometry.output), limit, parts)
-    return _Sizes(filters, box, (of_tap, term, of_dy, total))
+    box, (of_tap, of_share, of_dy) = fitting_box((*geometry.batch, *geometry.output), limit, parts)
+    return _Sizes(filters, box, (of_tap, of_share, term, of_dy, total))
