@@ -208,7 +208,7 @@ class Geometry:
         sub-pixel convolution, Shi et al. 2016, arXiv:1609.07009, for any stride and dilation.)
         """
         parts = []
-        for axes in product(*(self._axis_residues(axis) for axis in range(self.rank))):
+        for axes in product(*(self.axis_residues(axis) for axis in range(self.rank))):
             inputs = tuple(axis.inputs for axis in axes)
             taps = tuple(axis.taps for axis in axes)
             geometry = None
@@ -226,7 +226,8 @@ class Geometry:
             parts.append(Residue(inputs, taps, geometry))
         return tuple(parts)
 
-    def _axis_residues(self, axis: int) -> list[_AxisResidue]:
+    def axis_residues(self, axis: int) -> list[AxisResidue]:
+        """The residues of one axis, also those that no tap reaches."""
         n, k, s, d = self.input[axis], self.kernel[axis], self.stride[axis], self.dilation[axis]
         low, outputs = self.padding[axis][0], self.output[axis]
         apart = s // math.gcd(s, d)  # the next tap that meets the same residue
@@ -239,11 +240,13 @@ class Geometry:
             origin = (start + low - first * d) // s  # the output that the first tap brings to input `start`
             span = reach * (count - 1)
             padding = (span - origin, length - outputs + origin)
-            residues.append(_AxisResidue(slice(start, n, s), slice(first, k, apart), count, padding, reach))
+            residues.append(AxisResidue(slice(start, n, s), slice(first, k, apart), count, padding, reach))
         return residues
 
 
-class _AxisResidue(NamedTuple):
+class AxisResidue(NamedTuple):
+    """The same of one axis, with the convolution's numbers for it."""
+
     inputs: slice
     taps: slice
     reaching: int  # how many taps

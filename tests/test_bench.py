@@ -27,7 +27,19 @@ from gpuconv.geometry import DIRECTIONS, Geometry
 from tests import pretend
 
 SUITES = (
-    *("quick", "resnet50", "vgg16", "mobilenet", "convnext", "replknet", "unet3d", "audio1d", "stems", "grouped"),
+    *(
+        "quick",
+        "resnet50",
+        "vgg16",
+        "mobilenet",
+        "convnext",
+        "replknet",
+        "large",
+        "unet3d",
+        "audio1d",
+        "stems",
+        "grouped",
+    ),
     *("dilated", "transposed", "patch", "jsense", "deepbench"),
 )
 SMALL = "n=2 c=4 h=9 w=8 k=6 r=3 s=3 pad=1"

@@ -112,8 +112,8 @@ def test_a_stem_takes_them(layout):
     [
         ((3, 3), 2, 1, (2, 2), 5),  # of nine taps; one residue sees a column of the four outputs: two products
         ((4, 4), 2, 1, (3, 3), 8),  # of sixteen
-        ((16,), 8, 4, (3,), 8),
-        ((2, 2), 2, (1, 0), (2, 1), 4),  # padding moves the rows of one residue
+        ((16,), 8, 4, (3,), 2),  # four residues see two of them, four the other two
+        ((2, 2), 2, (1, 0), (2, 1), 2),  # padding moves the rows of one residue; columns are together
         ((3,), (2,), 0, (2,), 2),
     ],
 )

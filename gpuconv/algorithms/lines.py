@@ -32,6 +32,7 @@ FEW = 64  # rows of a line's matrix: taps of the last axis times channels
 LONG = 56  # outputs of a line, from which on its products are worth their call
 FEW_WEIGHTS = 1 << 16  # of which a line's products are added up
 BLOCK_BYTES = 1 << 20  # of lines, which should stay in the cache
+SEEN = 1 << 16  # elements of the lines that a line of outputs sees: with more, each would be laid out again and again
 SLICES = 8  # of weight_grad's sum
 
 
@@ -40,7 +41,8 @@ def suits(geometry: Geometry) -> bool:
     if geometry.rank != 2 or geometry.groups > 1 or geometry.dilation[0] > 1:
         return False
     few = geometry.kernel[1] * geometry.channels <= FEW and math.prod(geometry.w_shape) <= FEW_WEIGHTS
-    return few and geometry.kernel[0] > 2 and geometry.output[1] >= LONG
+    are_long = geometry.output[1] >= LONG and geometry.kernel[0] * _line(geometry) <= SEEN
+    return few and geometry.kernel[0] > 2 and are_long
 
 
 def elements(geometry: Geometry) -> int:

@@ -16,15 +16,16 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy
 
-from gpuconv.algorithms.blocks import Space, boxes, pieces
-from gpuconv.algorithms.unfold import BLOCK_BYTES, SHORT_PRODUCT, Order, forward_sizes, order_of, reading, unfold
+from gpuconv.algorithms.blocks import Arrangement, Space, boxes, pieces
+from gpuconv.algorithms.unfold import BLOCK_BYTES, SHORT_PRODUCT, forward_sizes, order_of, reading, unfold
 from gpuconv.arguments import Shape
 from gpuconv.backend import Array
-from gpuconv.geometry import Geometry
+from gpuconv.geometry import AxisResidue, Geometry
 from gpuconv.operands import Index, Operand, Result
 from gpuconv.workspace import Run, shaped
 
@@ -37,12 +38,24 @@ class Stretch(NamedTuple):
     length: int
 
 
-class Part(NamedTuple):
-    """A residue: its inputs, its taps of w, and where what it sees lies in a row of the matrix."""
+class Side(NamedTuple):
+    """Residues of an axis that lie side by side and see the same outputs around u."""
 
-    inputs: tuple[slice, ...]
-    taps: tuple[slice, ...]
+    inputs: slice  # of the first of them
+    taps: tuple[slice, ...]  # of each
+    seen: slice
+
+
+class Part(NamedTuple):
+    """Residues that see the same outputs: one product. Where what they see lies in a row of the matrix."""
+
+    sides: tuple[Side, ...]
     stretches: tuple[Stretch, ...]
+
+    @property
+    def widths(self) -> Shape:
+        """How many residues on each axis."""
+        return tuple(len(side.taps) for side in self.sides)
 
 
 class Plan(NamedTuple):
@@ -51,41 +64,72 @@ class Plan(NamedTuple):
     gathered: Geometry
     parts: tuple[Part, ...]
 
+    @property
+    def widest(self) -> int:
+        """The most residues of a part."""
+        return max(math.prod(part.widths) for part in self.parts)
+
 
 @lru_cache(maxsize=1024)
 def plan(geometry: Geometry) -> Plan | None:
     """How residues share what they see; None where there is one, or where they see outputs that lie between others'."""
-    found = [(residue, residue.geometry) for residue in geometry.residues if residue.geometry is not None]
-    if len(found) < 2:
+    reached = [[of for of in geometry.axis_residues(axis) if of.reaching] for axis in range(geometry.rank)]
+    axes = [_sides(residues) for residues in reached]
+    if not all(axes) or math.prod(map(len, reached)) == 1:
         return None
-    kernel, padding, firsts = [], [], []
-    for axis in range(geometry.rank):
-        apart = found[0][1].dilation[axis]
-        lows = [of.padding[axis][0] for _, of in found]  # tap t of a residue meets output u + t * apart - low
-        if any((max(lows) - low) % apart for low in lows):
-            return None
-        firsts.append([(max(lows) - low) // apart for low in lows])
-        count = max(first + of.kernel[axis] for first, (_, of) in zip(firsts[-1], found, strict=True))
-        positions = -(-geometry.input[axis] // geometry.stride[axis])
-        kernel.append(count)
-        padding.append((max(lows), positions + (count - 1) * apart - max(lows) - geometry.output[axis]))
-    parts = tuple(
-        Part(residue.inputs, residue.taps, tuple(_stretches(first, of.kernel, tuple(kernel))))
-        for first, (residue, of) in zip(zip(*firsts, strict=True), found, strict=True)
+    kernel = tuple(max(side.seen.stop for side in sides) for sides in axes)
+    padding = []
+    for residues, extent, n, s, m in zip(
+        reached, kernel, geometry.input, geometry.stride, geometry.output, strict=True
+    ):
+        low, span = max(of.padding[0] for of in residues), (extent - 1) * residues[0].dilation
+        padding.append((low, -(-n // s) + span - low - m))
+    gathered = replace(
+        geometry,
+        channels=geometry.filters,
+        filters=geometry.channels,
+        input=geometry.output,
+        kernel=kernel,
+        stride=(1,) * geometry.rank,
+        padding=tuple(padding),
+        dilation=tuple(residues[0].dilation for residues in reached),
     )
-    return Plan(replace(found[0][1], kernel=tuple(kernel), padding=tuple(padding)), parts)
+    return Plan(gathered, tuple(Part(sides, tuple(_stretches(sides, kernel))) for sides in product(*axes)))
 
 
-def _stretches(first: Shape, extents: Shape, kernel: Shape) -> Iterator[Stretch]:
-    """A box among the taps of a kernel, as stretches of taps."""
-    axis = len(kernel) - 1
+def _sides(residues: Sequence[AxisResidue]) -> list[Side]:
+    """The residues of an axis, those together that see the same; none where some see outputs between others'."""
+    sides: list[Side] = []
+    for residue in residues:
+        # Tap t of a residue meets output u + t * dilation - low.
+        first, between = divmod(max(of.padding[0] for of in residues) - residue.padding[0], residue.dilation)
+        if between:
+            return []
+        side = Side(residue.inputs, (residue.taps,), slice(first, first + residue.reaching))
+        if sides and _are_alike(sides[-1], side):
+            before = sides.pop()
+            side = before._replace(taps=(*before.taps, residue.taps))
+        sides.append(side)
+    return sides
+
+
+def _are_alike(before: Side, side: Side) -> bool:
+    """Whether a residue comes next to others, has as many inputs, and sees the same."""
+    is_next = side.inputs.start == before.inputs.start + len(before.taps)
+    lengths = {len(range(of.inputs.start, of.inputs.stop, of.inputs.step)) for of in (before, side)}
+    return is_next and len(lengths) == 1 and side.seen == before.seen
+
+
+def _stretches(sides: tuple[Side, ...], kernel: Shape) -> Iterator[Stretch]:
+    """What residues see of all that is unfolded, as stretches of outputs."""
+    extents, axis = [side.seen.stop - side.seen.start for side in sides], len(kernel) - 1
     while axis and extents[axis] == kernel[axis]:
         axis -= 1
     length = math.prod(extents[axis:])
     for number, lead in enumerate(numpy.ndindex(*extents[:axis])):
         row = 0
-        for extent, begin, step in zip(kernel, first, (*lead, *(0,) * (len(kernel) - axis)), strict=True):
-            row = row * extent + begin + step
+        for extent, side, step in zip(kernel, sides, (*lead, *(0,) * (len(kernel) - axis)), strict=True):
+            row = row * extent + side.seen.start + step
         yield Stretch(row, number * length, length)
 
 
@@ -108,46 +152,97 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run)
         per_filter=geometry.filters * geometry.taps,
         sums=Space(True, dx.temporaries),
         terms=Space(any(len(part.stretches) > 1 for part in shared.parts)),
+        wide=shared.widest,
     )
+    own_order = _order(len(geometry.batch), geometry.rank, order.by_rows, stack)
     with run.workspace(sizes.weights) as (weight_space,):
         for channels in pieces(geometry.group_channels, sizes.pieces):
-            weights = _weights(w, channels, shared, order, weight_space, run)
+            weights = _weights(w, channels, shared, own_order, weight_space, run)
 
             def work(indices: Iterable[Index], channels: slice = channels, weights: Sequence[Array] = weights) -> None:
                 with run.workspace(*sizes.block) as (patch_space, cols_space, sums_space, term_space):
                     for index in indices:
                         cols = unfold(dy, index, gathered, order, sizes.tap_by_tap, patch_space, cols_space, run)
                         for part, own in zip(shared.parts, weights, strict=True):
-                            inputs, kept = _inputs(part, index, geometry)
-                            target = dx.view[(*inputs, slice(None), channels)]
-                            extents = (axis.stop - axis.start for axis in index)
-                            block, sums = order.images.empty((*extents, *target.shape[-2:]), sums_space)
+                            target = _inputs(xp, dx.view[..., channels], part, index, geometry)
+                            extents = tuple(axis.stop - axis.start for axis in index)
+                            shape = (*extents, *part.widths, *target.shape[-2:])
+                            block, sums = own_order.images.empty(shape, sums_space)
                             _multiply(xp, cols, own, part, order.by_rows, sums, term_space)
                             dx.finish(xp, block, channels)
+                            kept = tuple(slice(0, size) for size in target.shape[: len(extents)])
                             xp.copyto(target, block[kept], casting="unsafe")
 
             run.spread(boxes((*geometry.batch, *gathered.output), sizes.box), work, team.workers)
 
 
-def _weights(w: Operand, channels: slice, shared: Plan, order: Order, space: Array, run: Run) -> list[Array]:
-    """The taps of each residue, turned round, as matrices."""
-    weights, start = [], 0
+class _Order(NamedTuple):
+    """How the inputs (*batch, *u, *residues, G, C/G) of a part and its taps (*kernel, *residues, G, F/G, C/G) lie."""
+
+    by_rows: bool
+    images: Arrangement
+    weights: Arrangement
+
+
+@lru_cache(maxsize=64)
+def _order(batch: int, rank: int, by_rows: bool, stack: bool) -> _Order:
+    positions = tuple(range(batch + rank))
+    residues, of_weights = tuple(range(batch + rank, batch + 2 * rank)), tuple(range(rank, 2 * rank))
+    group, kernel = batch + 2 * rank, tuple(range(rank))
+    if by_rows:
+        return _Order(
+            True,
+            Arrangement((group, *positions, *residues, group + 1), batch + rank, rank + 1),
+            Arrangement((2 * rank, *kernel, 2 * rank + 1, *of_weights, 2 * rank + 2), rank + 1, rank + 1),
+        )
+    stacked = positions[:batch] if stack else ()
+    columns = positions[len(stacked) :]
+    return _Order(
+        False,
+        Arrangement((*stacked, group, *residues, group + 1, *columns), rank + 1, len(columns)),
+        Arrangement((2 * rank, *of_weights, 2 * rank + 2, *kernel, 2 * rank + 1), rank + 1, rank + 1),
+    )
+
+
+def _weights(w: Operand, channels: slice, shared: Plan, order: _Order, space: Array, run: Run) -> list[Array]:
+    """The taps of each part, turned round, as matrices; all threads copy, what lies side by side staying so."""
+    step_c, step_f = map(abs, w.view.strides[-2:])
+    turn = order.by_rows == (step_f < step_c)
+    lying = order.weights.turned if turn else order.weights
+    weights, copies, start = [], list[tuple[Operand, Array]](), 0
     for part in shared.parts:
-        taps = w.view[(*part.taps, ..., channels, slice(None))]
-        turned = taps[(slice(None, None, -1),) * len(part.taps)].swapaxes(-1, -2)
-        weights.append(order.load_weights(w.part(turned), space[start:], run))
-        start += taps.size
+        kernel = tuple(side.seen.stop - side.seen.start for side in part.sides)
+        everything, backwards = (slice(None),) * len(kernel), (slice(None, None, -1),) * len(kernel)
+        groups, extent, filters = w.view[..., channels, :].shape[-3:]
+        block, matrix = lying.empty((*kernel, *part.widths, groups, filters, extent), space[start:])
+        weights.append(matrix.swapaxes(-1, -2) if turn else matrix)
+        start += block.size
+        for place in numpy.ndindex(*part.widths):
+            taps = (side.taps[number] for side, number in zip(part.sides, place, strict=True))
+            turned = w.view[(*taps, slice(None), channels)][backwards].swapaxes(-1, -2)
+            copies.append((w.part(turned), block[(*everything, *place)]))
+
+    def copy(mine: Iterable[tuple[Operand, Array]]) -> None:
+        for taps, into in mine:
+            taps.read(run.backend.xp, (...,), into)
+
+    run.spread(copies, copy, run.threads)
     return weights
 
 
-def _inputs(part: Part, index: Index, geometry: Geometry) -> tuple[Index, Index]:
-    """The inputs of a residue in a block of u, and which u of the block have one."""
-    batch, inputs, kept = len(geometry.batch), [], []
-    for positions, own in zip(index[batch:], part.inputs, strict=True):
-        found = range(own.start, own.stop, own.step)[positions]
-        inputs.append(slice(found.start, found.stop, found.step))
-        kept.append(slice(0, len(found)))
-    return (*index[:batch], *inputs), (*(slice(None),) * batch, *kept)
+def _inputs(xp: Any, images: Array, part: Part, index: Index, geometry: Geometry) -> Array:
+    """The inputs (*batch, *u, *residues, G, C/G) of a part in a block of u, of those that it has."""
+    batch, rank = len(geometry.batch), geometry.rank
+    ranges = (
+        range(side.inputs.start, side.inputs.stop, side.inputs.step)[positions]
+        for side, positions in zip(part.sides, index[batch:], strict=True)
+    )
+    first = images[(*index[:batch], *(slice(found.start, found.stop, found.step) for found in ranges))]
+    return xp.lib.stride_tricks.as_strided(
+        first,
+        (*first.shape[:-2], *part.widths, *first.shape[-2:]),
+        (*first.strides[:-2], *images.strides[batch : batch + rank], *first.strides[-2:]),
+    )
 
 
 def _multiply(xp: Any, cols: Array, weights: Array, part: Part, by_rows: bool, sums: Array, space: Array) -> None:

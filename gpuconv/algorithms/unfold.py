@@ -119,12 +119,16 @@ def forward_sizes(
     per_filter: int,
     sums: Space,
     terms: Space,
+    wide: int = 1,
 ) -> Sizes:
-    """Those of a forward convolution that takes so much for the weights of a filter of every group."""
+    """Those of a forward convolution that takes so much for the weights of a filter of every group.
+
+    ``wide`` is how many results of a filter an output stands for.
+    """
     filters = largest(geometry.group_filters, budget // 2, per_filter)
     limit = min((budget - per_filter * filters) // team.shares, block)
     most = most_outputs(geometry, team)
-    return box_sizes(geometry, limit, most, filters, per_filter * filters, reading, sums, terms)
+    return box_sizes(geometry, limit, most, filters, per_filter * filters, reading, sums, terms, wide)
 
 
 def box_sizes(
@@ -136,14 +140,15 @@ def box_sizes(
     reading: Reading,
     images: Space,
     terms: Space,
+    wide: int = 1,
 ) -> Sizes:
     def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
         outputs = math.prod(box)
         return (
             (region_elements(geometry, box), reading.patch),
             (outputs * geometry.channels * geometry.taps, reading.cols),
-            (outputs * geometry.groups * filters, images),
-            (outputs * geometry.groups * filters, terms),
+            (outputs * geometry.groups * filters * wide, images),
+            (outputs * geometry.groups * filters * wide, terms),
         )
 
     def parts_tap_by_tap(box: Shape) -> tuple[tuple[int, Space], ...]:
