@@ -1,12 +1,14 @@
 """Measures suites on a CPU beside PyTorch, several times each, and keeps the median run: bench/cpu_campaign.py OUT
 
 Results go to OUT/<device>-<date>-<commit>/SUITE.json; such a folder belongs in bench/results. The median run is that
-with the median geometric mean of all ratios. Under OPENBLAS_CORETYPE=Haswell, for CPUs without AVX-512, the device has
-another name. A suite whose file is there is left out, so that an interrupted campaign goes on where it was.
+with the median geometric mean of all ratios. The kernels of OpenBLAS belong to the name of a device: those for CPUs
+without AVX-512, which OPENBLAS_CORETYPE=Haswell asks for, make another one of it. A suite whose file is there is left
+out, so that an interrupted campaign goes on where it was. ``textbook`` is the layer on which loops are measured.
 """
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -15,18 +17,20 @@ from pathlib import Path
 from gpuconv.benchmark import compare, report, results
 
 SUITES = (
-    *("resnet50", "vgg16", "quick", "stems", "mobilenet", "convnext", "grouped", "dilated", "audio1d", "transposed"),
-    *("unet3d", "replknet", "patch", "jsense", "deepbench"),
+    *("resnet50", "vgg16", "audio1d", "unet3d", "transposed", "dilated", "large", "mobilenet", "convnext", "textbook"),
+    *("quick", "stems", "grouped", "replknet", "patch", "jsense", "deepbench"),
 )
+TEXTBOOK = ["--case", "n=8 c=16 h=32 w=32 k=32 r=3 s=3 pad=1", "--peer", "loops,scipy,torch"]
 
 
 def measured(suite, seconds):
     """One run, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.json"
-        words = ["bench", suite, "--peer", "torch", "--layout", "channels_last,channels_first", "--backend", "numpy"]
+        words = TEXTBOOK if suite == "textbook" else [suite, "--peer", "torch"]
+        options = ["--layout", "channels_last,channels_first", "--backend", "numpy", "--seconds", str(seconds)]
         subprocess.run(
-            [sys.executable, "-m", "gpuconv", *words, "--seconds", str(seconds), "--json", str(file)],
+            [sys.executable, "-m", "gpuconv", "bench", *words, *options, "--json", str(file)],
             check=True,
             stdout=subprocess.DEVNULL,
         )
@@ -52,7 +56,7 @@ def main():
             continue
         runs = sorted((measured(suite, options.seconds) for _ in range(options.runs)), key=overall)
         kept = runs[len(runs) // 2]
-        name = "".join(letter if letter.isalnum() else "-" for letter in device)
+        name = re.sub("[^0-9A-Za-z]+", "-", device)
         folder = options.out / f"{name}-{kept.date[:10]}-{commit}"
         folder.mkdir(parents=True, exist_ok=True)
         results.write_json(folder / f"{suite}.json", kept)

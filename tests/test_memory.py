@@ -65,8 +65,6 @@ def skip_where_refused(x_shape, w_shape, settings, dtype, algorithm):
     "dtype, memory, limit",
     [
         ("float32", "channels_first", 64),
-        ("float32", "channels_first", 1),
-        ("float32", "channels_last", 1),
         ("float16", "channels_first", 1),
         ("complex64", "channels_last", 1),
     ],

@@ -164,11 +164,20 @@ def write_csv(path: Path, results: Results) -> None:
             writer.writerow([*values, " ".join(row.suites), len(row.samples), *summary, results.limit(row)])
 
 
+def _blas_kernels() -> str | None:
+    """The CPU that the matrix products of NumPy are made for, as OpenBLAS calls it; None where nothing tells."""
+    try:
+        from threadpoolctl import threadpool_info
+    except ImportError:
+        return None
+    return next((library["architecture"] for library in threadpool_info() if "architecture" in library), None)
+
+
 def machine() -> dict[str, Any]:
     """The versions, the devices and, where the driver's tool says so, clocks and power limit."""
     facts: dict[str, Any] = config()
-    if kernels := os.environ.get("OPENBLAS_CORETYPE"):  # of another CPU: it is not this one that is measured
-        facts["CPU"] += f" with OPENBLAS_CORETYPE={kernels}"
+    if kernels := _blas_kernels():  # CPUs of one name may have others, and OPENBLAS_CORETYPE asks for some
+        facts["CPU"] += f" with {kernels} kernels"
     query = (
         "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,power.draw,temperature.gpu,ecc.mode.current"
     )
