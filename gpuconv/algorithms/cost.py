@@ -1,7 +1,8 @@
 """What NumPy takes for the parts of a convolution: the measure by which algorithms are compared.
 
 Nanoseconds of one core of an AMD EPYC with AVX-512 and NumPy 2.4 (OpenBLAS), in float32. On other machines they differ;
-it is their proportions that decide, and these differ less.
+it is their proportions that decide, and these differ less. bench/results has the times of all algorithms beside each
+other on machines with and without AVX-512 (sweep.json), and tests/test_choice.py holds the choice against them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ ADD = 0.5  # an element that a tap multiplies and adds, or adds
 ACCUMULATE = 2.5  # an element of a product that is added to a plane
 FOURIER = 0.9  # an element of a transform, for each doubling of its length
 MULTIPLY = 10.0  # two complex elements of spectra multiplied and added
-TRANSFORM = 0.25  # an element that a small matrix makes
+TRANSFORM = 0.32  # an element that a small matrix makes: 0.25 with AVX-512, 0.5 without
 STEP = 2000  # a function called, and what Python does for it
 COMPLEX = 4  # times as long for a product of complex numbers
 

@@ -54,13 +54,15 @@ def why_not(
 
 
 def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> float:
-    """An estimate: products, and windows copied out of x, or of dy."""
+    """An estimate: products, and windows copied out of x, or of dy, and for data_grad weights."""
     if direction == "data_grad" and col2im.suits(geometry):
         return col2im.nanoseconds(geometry, is_complex)
     width = geometry.group_channels if direction == "data_grad" else geometry.group_filters
     product = cost.product(geometry.reduction_length(direction), width, is_complex)
     run = geometry.group_channels if geometry.layout == "channels_last" and geometry.groups > 1 else math.inf
-    return geometry.multiply_adds() * product + _unfolded(geometry, direction) * cost.copied(run)
+    weights = math.prod(geometry.w_shape) if direction == "data_grad" and not geometry.is_pointwise else 0
+    copied = _unfolded(geometry, direction) * cost.copied(run) + 2 * cost.COPY * weights
+    return geometry.multiply_adds() * product + copied
 
 
 def _unfolded(geometry: Geometry, direction: Direction) -> int:
@@ -114,7 +116,7 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run)
     """dx[i] = sum over the taps t and outputs o with o * stride + t * dilation - low = i of dy[o] w[t]'."""
     if geometry.is_pointwise:
         _data_grad_by_residues(dy, w, dx, geometry, run)
-    elif not reaches_beyond(geometry) and all(s >= k for s, k in zip(geometry.stride, geometry.window, strict=True)):
+    elif _lie_apart(geometry):
         _data_grad_apart(dy, w, dx, geometry, run)
     elif col2im.pays(geometry, run):
         col2im.data_grad(dy, w, dx, geometry, run)
@@ -125,6 +127,12 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run)
         residues.data_grad(dy, w, dx, geometry, run)
     else:
         _data_grad_by_residues(dy, w, dx, geometry, run)
+
+
+def _lie_apart(geometry: Geometry) -> bool:
+    """Whether windows lie inside x and do not overlap."""
+    axes = zip(geometry.stride, geometry.window, geometry.output, strict=True)
+    return not reaches_beyond(geometry) and all(s >= k or m == 1 for s, k, m in axes)
 
 
 def _has_many_residues(geometry: Geometry) -> bool:
@@ -192,7 +200,8 @@ def _inputs_of(index: Index, geometry: Geometry) -> Index:
 def _covers(geometry: Geometry) -> bool:
     """Whether windows that do not overlap leave nothing of x out."""
     axes = zip(geometry.input, geometry.output, geometry.kernel, geometry.stride, strict=True)
-    return not any(map(any, geometry.padding)) and all(n == m * s and s == k for n, m, k, s in axes)
+    whole = all(n == (m - 1) * s + k and (s == k or m == 1) for n, m, k, s in axes)
+    return whole and not any(map(any, geometry.padding))
 
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:

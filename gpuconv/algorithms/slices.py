@@ -49,11 +49,14 @@ def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> f
     if geometry.group_channels == geometry.group_filters == 1:
         slowness = 4 if direction == "weight_grad" else 2 if geometry.layout == "channels_first" else 1
         return met * geometry.channels * cost.ADD * slowness
-    product = 1.5 * cost.product(geometry.group_channels, geometry.group_filters, is_complex)  # one tap is short
+    product = 1.1 * cost.product(geometry.group_channels, geometry.group_filters, is_complex)  # one tap is short
     moved = geometry.filters if direction == "forward" else geometry.channels
     copied = geometry.channels + (geometry.filters if geometry.layout == "channels_first" else 0)
     added = moved * cost.added(moved) + copied * cost.COPY
-    return met * (geometry.channels * geometry.group_filters * product + added)
+    # Gradients of weights are added to weights; where all taps of a channel lie side by side, one thread gathers them.
+    passes = 16 if geometry.layout == "channels_first" and geometry.taps > 1 else 5 if direction == "weight_grad" else 0
+    around = passes * cost.COPY * math.prod(geometry.w_shape) + 4 * geometry.taps * cost.STEP
+    return met * (geometry.channels * geometry.group_filters * product + added) + around
 
 
 def _outputs_met(geometry: Geometry) -> Iterator[list[int]]:

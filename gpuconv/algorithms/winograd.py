@@ -50,6 +50,7 @@ TILES = 128, 32
 BLOCKS = 8
 UNIT_BYTES = 1 << 20  # of a unit's U
 PAGE, APART = 4096, 16  # bytes, elements
+USUAL = 16 << 20  # elements of workspace, for the estimate
 FEW_WEIGHTS = 1 << 16  # of a tap, up to which copying them in another order is quick
 WEIGHTS = 1 << 13  # weights of a tap that are transformed at a time
 TERM = 1 << 16  # elements of weight_grad's products that are added at a time
@@ -85,9 +86,13 @@ def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> f
     points, tiles = rows.a * columns.a, math.prod(geometry.batch) * rows.tiles * columns.tiles
     weights = geometry.channels * geometry.group_filters
     lines = rows.a * columns.m  # elements of a tile half transformed
-    transformed = tiles * (points + lines) * (geometry.channels + geometry.filters) + 2 * points * weights
+    role = "weight_grad" if direction == "weight_grad" else "forward"
+    passes = -(-geometry.group_filters // _sizes(geometry, role, USUAL, 1, 4).filters)  # over x
+    transformed = tiles * (points + lines) * (passes * geometry.channels + geometry.filters) + 2 * points * weights
     product = cost.product(geometry.group_channels, geometry.group_filters)
     transform = cost.transform(geometry.group_channels, is_whole)
+    if geometry.rank == 1:  # a line is not cut into blocks, and does not stay in the cache
+        transform *= 3
     images = math.prod((*geometry.batch, geometry.channels, *geometry.input))
     results = math.prod((*geometry.batch, geometry.filters, *geometry.output))
     exchanged = cost.exchanged(images + results) if geometry.layout == "channels_first" else 0
@@ -280,7 +285,7 @@ def _sizes(geometry: Geometry, direction: Direction, budget: int, threads: int, 
     )
     units = math.prod(geometry.batch) * -(-rows.tiles // unit)
     for tiles_of_block in TILES:
-        block = min(units, -(-tiles_of_block // (unit * columns.tiles)))
+        block = max(1, min(units, -(-tiles_of_block // (unit * columns.tiles))))
         if -(-units // block) >= BLOCKS and alone(filters, unit, block, threads) <= budget:
             return _Sizes(filters, unit, block, False, threads)
     block = _most(units, budget, lambda block: together(filters, unit, block, workers))
