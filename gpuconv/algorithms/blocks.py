@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from gpuconv.workspace import Run, shaped
 
 # Blocks of fewer outputs are not worth their overhead, where fewer groups at a time make them longer.
 FEWEST_OUTPUTS = 64
+COPIED = 1 << 18  # weights that a thread copies at a time
 
 
 class Arrangement(NamedTuple):
@@ -64,6 +65,25 @@ class Arrangement(NamedTuple):
         """Where matrix products that belong in target may be formed: target itself if that will do, else workspace."""
         matrix = self.matrix(target) if in_place(target, run.dtype) else None
         return (target, matrix) if matrix is not None else self.empty(target.shape, flat)
+
+
+def lies_by_filters(w: Array) -> bool:
+    """Whether w (*kernel, G, C/G, F/G) has its filters farther apart in memory than its channels."""
+    step_c, step_f = map(abs, w.strides[-2:])
+    return bool(step_f > step_c)
+
+
+def copy_weights(w: Operand, into: Array, run: Run) -> None:
+    """Reads w into an array of its shape, by all threads."""
+    by_filters = lies_by_filters(w.view)
+
+    def work(parts: Iterable[slice]) -> None:
+        for part in parts:
+            outer = (..., part) if by_filters else (..., part, slice(None))
+            w.read(run.backend.xp, outer, into[outer])
+
+    extent = w.view.shape[-1 if by_filters else -2]
+    run.spread(list(pieces(extent, max(1, COPIED * extent // w.view.size))), work, run.threads)
 
 
 @lru_cache(maxsize=256)

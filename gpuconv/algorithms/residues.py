@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from gpuconv.algorithms.blocks import Arrangement, Space, boxes, pieces
+from gpuconv.algorithms.blocks import Arrangement, Space, boxes, copy_weights, lies_by_filters, pieces
 from gpuconv.algorithms.unfold import BLOCK_BYTES, SHORT_PRODUCT, forward_sizes, order_of, reading, unfold
 from gpuconv.arguments import Shape
 from gpuconv.backend import Array
@@ -79,9 +79,8 @@ def plan(geometry: Geometry) -> Plan | None:
         return None
     kernel = tuple(max(side.seen.stop for side in sides) for sides in axes)
     padding = []
-    for residues, extent, n, s, m in zip(
-        reached, kernel, geometry.input, geometry.stride, geometry.output, strict=True
-    ):
+    extents = zip(kernel, geometry.input, geometry.stride, geometry.output, strict=True)
+    for residues, (extent, n, s, m) in zip(reached, extents, strict=True):
         low, span = max(of.padding[0] for of in residues), (extent - 1) * residues[0].dilation
         padding.append((low, -(-n // s) + span - low - m))
     gathered = replace(
@@ -205,11 +204,10 @@ def _order(batch: int, rank: int, by_rows: bool, stack: bool) -> _Order:
 
 
 def _weights(w: Operand, channels: slice, shared: Plan, order: _Order, space: Array, run: Run) -> list[Array]:
-    """The taps of each part, turned round, as matrices; all threads copy, what lies side by side staying so."""
-    step_c, step_f = map(abs, w.view.strides[-2:])
-    turn = order.by_rows == (step_f < step_c)
+    """The taps of each part, turned round, as matrices; what lies side by side stays so."""
+    turn = order.by_rows == (not lies_by_filters(w.view))
     lying = order.weights.turned if turn else order.weights
-    weights, copies, start = [], list[tuple[Operand, Array]](), 0
+    weights, start = [], 0
     for part in shared.parts:
         kernel = tuple(side.seen.stop - side.seen.start for side in part.sides)
         everything, backwards = (slice(None),) * len(kernel), (slice(None, None, -1),) * len(kernel)
@@ -220,13 +218,7 @@ def _weights(w: Operand, channels: slice, shared: Plan, order: _Order, space: Ar
         for place in numpy.ndindex(*part.widths):
             taps = (side.taps[number] for side, number in zip(part.sides, place, strict=True))
             turned = w.view[(*taps, slice(None), channels)][backwards].swapaxes(-1, -2)
-            copies.append((w.part(turned), block[(*everything, *place)]))
-
-    def copy(mine: Iterable[tuple[Operand, Array]]) -> None:
-        for taps, into in mine:
-            taps.read(run.backend.xp, (...,), into)
-
-    run.spread(copies, copy, run.threads)
+            copy_weights(w.part(turned), block[(*everything, *place)], run)
     return weights
 
 

@@ -25,8 +25,10 @@ from gpuconv.algorithms.blocks import (
     as_matrix,
     boxes,
     channels_innermost,
+    copy_weights,
     fitting_box,
     largest,
+    lies_by_filters,
     pieces,
 )
 from gpuconv.algorithms.windows import inputs_seen, taps_of
@@ -53,9 +55,9 @@ def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> f
     moved = geometry.filters if direction == "forward" else geometry.channels
     copied = geometry.channels + (geometry.filters if geometry.layout == "channels_first" else 0)
     added = moved * cost.added(moved) + copied * cost.COPY
-    # Gradients of weights are added to weights; where all taps of a channel lie side by side, one thread gathers them.
-    passes = 16 if geometry.layout == "channels_first" and geometry.taps > 1 else 5 if direction == "weight_grad" else 0
-    around = passes * cost.COPY * math.prod(geometry.w_shape) + 4 * geometry.taps * cost.STEP
+    # Taps that lie side by side are taken apart, and gradients of weights added to weights.
+    moves_weights = direction == "weight_grad" or (geometry.layout == "channels_first" and geometry.taps > 1)
+    around = 5 * cost.COPY * math.prod(geometry.w_shape) * moves_weights + 4 * geometry.taps * cost.STEP
     return met * (geometry.channels * geometry.group_filters * product + added) + around
 
 
@@ -153,7 +155,7 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Ru
     with run.workspace(dy_size, sums_size) as (dy_space, sums_space):
         for filters in pieces(geometry.group_filters, sizes.pieces):
             target = dw.view[..., filters]
-            total = shaped(sums_space, target.shape) if summed else target
+            total = _lying_like(target, sums_space) if summed else target
             xp.copyto(total, 0)
             for index in boxes((*geometry.batch, *geometry.output), sizes.box):
                 gradients = _loaded(dy, (*index, slice(None), filters), dy_space, run)
@@ -171,7 +173,7 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Ru
                             if images.size:
                                 rows = _as_rows(xp, images, order, slice_space).swapaxes(-1, -2)
                                 share = _as_rows(xp, gradients[(*everything, *meeting)], order, gradient_space)
-                                term = xp.matmul(rows, share, out=shaped(term_space, total[tap].shape))
+                                term = xp.matmul(rows, share, out=_lying_like(total[tap], term_space))
                                 xp.add(total[tap], term, out=total[tap])
 
                 run.spread(list(taps_of(geometry)), work, team.workers)
@@ -221,9 +223,17 @@ def _loaded_weights(w: Operand, index: Index, space: Array, run: Run) -> Array:
     piece = w.view[index]
     if w.is_plain(run.dtype) and as_matrix(piece[(0,) * (piece.ndim - 3)], 1, 1) is not None:
         return piece
-    block = shaped(space, piece.shape)
-    w.read(run.backend.xp, index, block)
+    block = _lying_like(piece, space)
+    copy_weights(w.part(piece), block, run)
     return block
+
+
+def _lying_like(weights: Array, space: Array) -> Array:
+    """Workspace in the shape of weights, tap after tap, with the channels and filters of a tap as they lie."""
+    *taps, channels, filters = weights.shape
+    if lies_by_filters(weights):
+        return shaped(space, (*taps, filters, channels)).swapaxes(-1, -2)
+    return shaped(space, weights.shape)
 
 
 def _loaded(operand: Operand, index: Index, space: Array, run: Run) -> Array:

@@ -7,11 +7,18 @@ a column per output where space is. So neither memory order is ever transposed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
-from gpuconv.algorithms.blocks import Arrangement, Space, channels_innermost, fitting_box, largest, pieces
+from gpuconv.algorithms.blocks import (
+    Arrangement,
+    Space,
+    channels_innermost,
+    copy_weights,
+    fitting_box,
+    largest,
+    lies_by_filters,
+)
 from gpuconv.algorithms.windows import reaches_beyond, read_tap, region_elements, sliding, taps_of, windows_of
 from gpuconv.arguments import Shape
 from gpuconv.backend import Array
@@ -24,7 +31,6 @@ BLOCK_BYTES = 8 << 20
 # Below this many outputs per image, the images of a block share one product, and the result is copied into place.
 SHORT_PRODUCT = 256
 FEWEST_OUTPUTS = 256  # of a task
-COPIED = 1 << 18  # weights that a thread copies at a time
 
 
 class Order(NamedTuple):
@@ -39,17 +45,9 @@ class Order(NamedTuple):
         """w as matrices: where it lies, else copied by all threads, what lies side by side staying so."""
         if not self.weights.copies(w, run):
             return self.weights.load(w, (...,), flat, run)
-        step_c, step_f = map(abs, w.view.strides[-2:])
-        turn = self.by_rows != (step_c > step_f)
+        turn = self.by_rows == lies_by_filters(w.view)
         block, matrix = (self.weights.turned if turn else self.weights).empty(w.view.shape, flat)
-
-        def work(parts: Iterable[slice]) -> None:
-            for part in parts:
-                outer = (..., part, slice(None)) if step_c > step_f else (..., part)
-                w.read(run.backend.xp, outer, block[outer])
-
-        extent = w.view.shape[-2 if step_c > step_f else -1]
-        run.spread(list(pieces(extent, max(1, COPIED * extent // w.view.size))), work, run.threads)
+        copy_weights(w, block, run)
         return matrix.swapaxes(-1, -2) if turn else matrix
 
 
@@ -72,14 +70,14 @@ def _order(batch: int, rank: int, by_rows: bool, stack: bool, taps_first: bool) 
         False,
         Arrangement((*stacked, kernel[-1] + 1, *of_cols, *columns), rank + 1, len(columns)),
         Arrangement((*stacked, batch + rank, batch + rank + 1, *columns), 1, len(columns)),
-        Arrangement((rank, rank + 2, *((*taps, rank + 1) if taps_first else (rank + 1, *taps))), 1, rank + 1),
+        Arrangement((rank, rank + 2, rank + 1, *taps), 1, rank + 1),
     )
 
 
 def order_of(x: Array, y: Array, geometry: Geometry, stack: bool, taps_first: bool = False) -> Order:
     """By rows where the channels of x are innermost; with one channel in a group, where the filters of y are.
 
-    By rows cols have all channels of a tap side by side; by columns w has all taps of a channel, if not told otherwise.
+    By rows cols have all channels of a tap side by side; by columns all taps of a channel, as w has, or as told.
     """
     by_rows = channels_innermost(y if geometry.group_channels == 1 < geometry.group_filters else x)
     return _order(len(geometry.batch), geometry.rank, by_rows, stack, taps_first)
@@ -93,6 +91,7 @@ class Reading(NamedTuple):
 
 
 def reading(x: Operand, order: Order, geometry: Geometry, run: Run) -> Reading:
+    """What reading the windows of this x takes."""
     if not x.is_plain(run.dtype) or reaches_beyond(geometry):
         return Reading(Space(), Space(True, x.temporaries))
     unfolded = order.windows.matrix(sliding(run.backend.xp, x.view, geometry, geometry.output))

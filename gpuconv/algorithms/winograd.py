@@ -88,7 +88,8 @@ def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> f
     lines = rows.a * columns.m  # elements of a tile half transformed
     role = "weight_grad" if direction == "weight_grad" else "forward"
     passes = -(-geometry.group_filters // _sizes(geometry, role, USUAL, 1, 4).filters)  # over x
-    transformed = tiles * (points + lines) * (passes * geometry.channels + geometry.filters) + 2 * points * weights
+    # Transformed weights are too many for the cache.
+    transformed = tiles * (points + lines) * (passes * geometry.channels + geometry.filters) + 4 * points * weights
     product = cost.product(geometry.group_channels, geometry.group_filters)
     transform = cost.transform(geometry.group_channels, is_whole)
     if geometry.rank == 1:  # a line is not cut into blocks, and does not stay in the cache
