@@ -182,9 +182,9 @@ def explain(
     ``backend`` is "numpy" or "cupy"; None stands for the one in force. The other arguments are those of
     :func:`gpuconv.conv`.
 
-    >>> explanation = explain((8, 96, 56, 56), (96, 1, 3, 3), padding=1, groups=96, backend="numpy")
+    >>> explanation = explain((8, 64, 56, 56), (64, 64, 3, 3), padding=1, backend="numpy")
     >>> explanation.algorithm
-    'depthwise'
+    'winograd'
     >>> "ms of one core by its estimate, the least" in explanation.reason
     True
     """

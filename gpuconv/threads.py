@@ -31,6 +31,7 @@ class _Blas:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.limits: list[int] = []
+        self.limit: int | None = None  # the least of them, once it has been set
         self.before: list[int] = []  # the threads of each library when nobody limits them
         self._libraries: list[Any] | None = None  # None: not looked for yet
 
@@ -61,12 +62,16 @@ class _Blas:
                 self.set()
 
     def set(self) -> None:
-        """Gives every library the threads that all let it have."""
+        """Gives every library the threads that all let it have, where that has changed."""
+        limit = min(self.limits, default=None)
+        if limit == self.limit:
+            return
+        self.limit = limit
         for library, threads in zip(self.libraries(), self.before, strict=True):
             # Newer threadpoolctl lets only the thread that was first set OpenBLAS, and passes over others in silence,
             # lest they fight. Here they do not: the lock and the limits are all calls' together.
             set_num_threads = getattr(library, "_real_set_num_threads", library.set_num_threads)
-            set_num_threads(min([threads, *self.limits]))
+            set_num_threads(threads if limit is None else min(threads, limit))
 
 
 class _Helpers:

@@ -40,7 +40,8 @@ from gpuconv.workspace import Run, Team, shaped
 
 # A tap passes over the whole block: smaller ones stay in the cache, larger ones make longer inner loops.
 BLOCK_BYTES = 4 << 20
-FEWEST = 256  # positions of a task
+# Positions of a task where there are many; and where there are few, so that two threads have some.
+FEWEST, LEAST = 256, 64
 # Up to this many taps are added up one after the other.
 ONE_RUN = 64
 
@@ -352,7 +353,8 @@ def _data_grad_sizes(geometry: Geometry, budget: int, block: int, team: Team, gr
 
 def _share(extents: Shape, team: Team) -> int:
     """Positions of a task: an even share, but not so few that the product with a tap's weights gets slow."""
-    return max(FEWEST, -(-math.prod(extents) // team.tasks))
+    positions = math.prod(extents)
+    return max(LEAST, min(FEWEST, -(-positions // 2)), -(-positions // team.tasks))
 
 
 @lru_cache(maxsize=1024)

@@ -30,7 +30,8 @@ from gpuconv.workspace import Run, Team
 BLOCK_BYTES = 8 << 20
 # Below this many outputs per image, the images of a block share one product, and the result is copied into place.
 SHORT_PRODUCT = 256
-FEWEST_OUTPUTS = 256  # of a task
+# Of a task where there are many; and where there are few, so that two threads have some.
+FEWEST_OUTPUTS, LEAST_OUTPUTS = 256, 64
 
 
 class Order(NamedTuple):
@@ -166,7 +167,9 @@ def most_outputs(geometry: Geometry, team: Team) -> float:
     """Outputs of a task: an even share, but not so few that the product with all weights gets slow."""
     if team.tasks == 1:
         return math.inf
-    return max(FEWEST_OUTPUTS, -(-math.prod((*geometry.batch, *geometry.output)) // team.tasks))
+    outputs = math.prod((*geometry.batch, *geometry.output))
+    fewest = max(LEAST_OUTPUTS, min(FEWEST_OUTPUTS, -(-outputs // 2)))
+    return max(fewest, -(-outputs // team.tasks))
 
 
 def unfold(
