@@ -16,7 +16,7 @@ MIB = 2**20
 
 
 def of_threads(dtype=np.float32):
-    """Bytes that threads take whatever the arrays: each some of the interpreter's, and NumPy's buffers of 8,192 elements.
+    """Bytes that threads take whatever the arrays: some of the interpreter's, and NumPy's buffers of 8,192 elements.
 
     A ufunc takes one for each of its three operands where inner loops are short, even if nothing is cast.
     """
