@@ -11,7 +11,7 @@ import threadpoolctl
 
 import gpuconv
 from gpuconv import threads
-from gpuconv.algorithms import winograd
+from gpuconv.algorithms import winograd_tiles
 
 LAYER = {"padding": 1, "algorithm": "winograd"}
 
@@ -126,13 +126,13 @@ def test_settings_of_numpy_errors_hold_in_every_thread():
 
 def test_no_more_threads_than_asked_for(xw, monkeypatch):
     seen = set()
-    into = winograd._Tiling._into
+    into = winograd_tiles.Tiling._into
 
     def spied(self, *arguments):
         seen.add((threading.get_ident(), *blas_threads()))
         into(self, *arguments)
 
-    monkeypatch.setattr(winograd._Tiling, "_into", spied)
+    monkeypatch.setattr(winograd_tiles.Tiling, "_into", spied)
     for number in (1, 2, 5):
         monkeypatch.setenv("GPUCONV_NUM_THREADS", str(number))
         seen.clear()

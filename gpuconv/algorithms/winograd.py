@@ -20,41 +20,24 @@ that the products remain long. NaN and Inf would spread over a tile: what holds 
 
 from __future__ import annotations
 
-import contextlib
 import math
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, TypeAlias
 
 import numpy
 
 from gpuconv import dtypes
 from gpuconv.algorithms import containment, cost
-from gpuconv.algorithms.blocks import as_matrix, pieces
-from gpuconv.algorithms.finite import has_finite_square
+from gpuconv.algorithms.blocks import pieces
+from gpuconv.algorithms.winograd_plan import axes, sizes
+from gpuconv.algorithms.winograd_tiles import Tiling
 from gpuconv.arguments import Shape
 from gpuconv.backend import Array, Backend
 from gpuconv.geometry import Direction, Geometry
-from gpuconv.operands import Index, Operand, Result, in_place
-from gpuconv.workspace import Run, shaped
+from gpuconv.operands import Operand, Result
+from gpuconv.workspace import Run
 
-# The points of F(m, r) beside infinity. 1/sqrt(2) and sqrt(2) in the place of 1 and 2 make the error a fourth.
-POINTS = {1: (), 2: (0.0, 1.0, -1.0), 4: (0.0, 2**-0.5, -(2**-0.5), 2**0.5, -(2**0.5))}
-# Outputs along an axis from which tiles of 4 waste little.
-WIDE = 12
-# Tiles of a block: fewer make short products, more do not stay in the cache. The second number is for where the first
-# leaves too few blocks for each thread to have some of its own.
-TILES = 128, 32
-BLOCKS = 8
-UNIT_BYTES = 1 << 20  # of a unit's U
-PAGE, APART = 4096, 16  # bytes, elements
 USUAL = 16 << 20  # elements of workspace, for the estimate
-FEW_WEIGHTS = 1 << 16  # of a tap, up to which copying them in another order is quick
-WEIGHTS = 1 << 13  # weights of a tap that are transformed at a time
-TERM = 1 << 16  # elements of weight_grad's products that are added at a time
-SLICES = 8  # of weight_grad's sum at the most; they are added up in order, however many threads there are
 
 
 def why_not(
@@ -82,12 +65,12 @@ def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> f
         (residue,) = geometry.residues
         assert residue.geometry is not None
         geometry = residue.geometry
-    rows, columns = _axes(geometry)
+    rows, columns = axes(geometry)
     points, tiles = rows.a * columns.a, math.prod(geometry.batch) * rows.tiles * columns.tiles
     weights = geometry.channels * geometry.group_filters
     lines = rows.a * columns.m  # elements of a tile half transformed
     role = "weight_grad" if direction == "weight_grad" else "forward"
-    passes = -(-geometry.group_filters // _sizes(geometry, role, USUAL, 1, 4).filters)  # over x
+    passes = -(-geometry.group_filters // sizes(geometry, role, USUAL, 1, 4).filters)  # over x
     # Transformed weights are too many for the cache.
     transformed = tiles * (points + lines) * (passes * geometry.channels + geometry.filters) + 4 * points * weights
     product = cost.product(geometry.group_channels, geometry.group_filters)
@@ -124,8 +107,8 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Ru
 
 
 def _is_even(geometry: Geometry) -> bool:
-    axes = zip(geometry.input, geometry.output, geometry.padding, _steps(geometry), strict=True)
-    return not any(n % d or m % d or low % d for n, m, (low, _), d in axes)
+    of_axes = zip(geometry.input, geometry.output, geometry.padding, _steps(geometry), strict=True)
+    return not any(n % d or m % d or low % d for n, m, (low, _), d in of_axes)
 
 
 def _steps(geometry: Geometry) -> Shape:
@@ -160,503 +143,13 @@ def _every_dth(view: Array, geometry: Geometry) -> Array:
 
 
 def _forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> set[Shape]:
-    tiling, spoilt = _Tiling.of(geometry, "forward", run), set[Shape]()
+    tiling, spoilt = Tiling.of(geometry, "forward", run), set[Shape]()
     for group in pieces(geometry.groups, 1):
         spoilt |= tiling.forward(x.of_groups(group, "x"), w.of_groups(group, "w"), y.of_groups(group, "y"))
     return spoilt
 
 
 def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
-    tiling = _Tiling.of(geometry, "weight_grad", run)
+    tiling = Tiling.of(geometry, "weight_grad", run)
     for group in pieces(geometry.groups, 1):
         tiling.weight_grad(dy.of_groups(group, "y"), x.of_groups(group, "x"), dw.of_groups(group, "w"))
-
-
-# ------------------------------------------------------------------------------------------------- plans
-
-
-class Matrices(NamedTuple):
-    """y = AT [(G w) * (BT x)]: m outputs of r taps."""
-
-    AT: Array  # (m, a)
-    G: Array  # (a, r)
-    BT: Array  # (a, a)
-
-
-@lru_cache(maxsize=64)
-def matrices(m: int, r: int, dtype: numpy.dtype) -> Matrices:
-    """Those of F(m, r), a = m + r - 1, by Toom and Cook.
-
-    In float64 until the end, since the points are irrational.
-    """
-    points, a = POINTS[m], m + r - 1
-    AT, G, BT = numpy.zeros((m, a)), numpy.zeros((a, r)), numpy.zeros((a, a))
-    for j, p in enumerate(points):
-        others = [q for q in points if q != p]
-        AT[:, j] = [p**i for i in range(m)]
-        G[j] = [p**k / math.prod(p - q for q in others) for k in range(r)]
-        BT[j, : len(points)] = numpy.poly(others)[::-1]
-    AT[-1, -1] = G[-1, -1] = 1
-    BT[-1] = numpy.atleast_1d(numpy.poly(points))[::-1]
-    return Matrices(AT.astype(dtype), G.astype(dtype), BT.astype(dtype))
-
-
-class _Axis(NamedTuple):
-    """A spatial axis in tiles of m outputs; a 1-D convolution has rows too: one."""
-
-    m: int
-    r: int  # taps
-    tiles: int
-    inputs: slice  # those of x that no negative padding crops
-    low: int  # zeros before them
-    output: int
-
-    @property
-    def a(self) -> int:
-        """Points, and inputs that a tile sees."""
-        return self.m + self.r - 1
-
-
-@lru_cache(maxsize=1024)
-def _axes(geometry: Geometry) -> tuple[_Axis, _Axis]:
-    """Rows and columns."""
-    axes = [_Axis(1, 1, 1, slice(0, 1), 0, 1)] * (2 - geometry.rank)
-    of_geometry = zip(geometry.input, geometry.kernel, geometry.padding, geometry.output, strict=True)
-    for n, k, (low, high), output in of_geometry:
-        m = 1 if k == 1 else 4 if output >= WIDE else 2
-        inputs = slice(max(0, -low), n - max(0, -high))
-        axes.append(_Axis(m, k, -(-output // m), inputs, max(0, low), output))
-    return axes[0], axes[1]
-
-
-class _Unit(NamedTuple):
-    """Some rows of tiles of one image, and where these tiles stand in the block."""
-
-    image: Shape  # its index on the batch axes
-    rows: slice
-    tiles: slice
-
-
-class _Sizes(NamedTuple):
-    """How the work is cut up."""
-
-    filters: int  # done at a time
-    unit: int  # rows of tiles
-    block: int  # units
-    shared: bool  # whether all threads work on one block, step by step
-    workers: int
-
-
-@lru_cache(maxsize=1024)
-def _sizes(geometry: Geometry, direction: Direction, budget: int, threads: int, itemsize: int) -> _Sizes:
-    (rows, columns), C, F = _axes(geometry), geometry.group_channels, geometry.group_filters
-    points, width = rows.a * columns.a, columns.tiles * columns.m + columns.r - 1
-
-    def lines(unit: int, filters: int) -> int:
-        """Elements of U or Z, and of lines copied twice."""
-        return (unit * rows.a + 2 * (unit * rows.m + rows.r - 1)) * width * max(C, filters) + APART * max(C, filters)
-
-    def weights(filters: int) -> int:
-        """Elements of weights half transformed."""
-        return rows.r * columns.a * min(WEIGHTS, C * filters)
-
-    def term(filters: int) -> int:
-        return 0 if direction == "forward" else C * filters * _points_at_once(points, C * filters)
-
-    def tiles(unit: int, block: int, filters: int) -> int:
-        return block * unit * columns.tiles * points * (C + filters)
-
-    def together(filters: int, unit: int = 1, block: int = 1, workers: int = 1) -> int:
-        """Elements of workspace where threads share a block."""
-        own = lines(unit, filters) + weights(filters) + term(filters)
-        return (points + geometry.taps) * C * filters + tiles(unit, block, filters) + workers * own
-
-    def alone(filters: int, unit: int, block: int, workers: int) -> int:
-        """The same where each thread has a block of its own."""
-        own = lines(unit, filters) + weights(filters) + tiles(unit, block, filters)
-        if direction == "forward":
-            return (points + geometry.taps) * C * filters + workers * own
-        return SLICES * geometry.taps * C * filters + workers * (own + points * C * filters + term(filters))
-
-    filters = _most(F, budget, together)
-    workers = _most(threads, budget, lambda workers: together(filters, workers=workers))
-    unit = min(
-        _most(rows.tiles, UNIT_BYTES // itemsize, lambda unit: unit * rows.a * width * max(C, filters)),
-        _most(rows.tiles, budget, lambda unit: together(filters, unit, 1, workers)),
-    )
-    units = math.prod(geometry.batch) * -(-rows.tiles // unit)
-    for tiles_of_block in TILES:
-        block = max(1, min(units, -(-tiles_of_block // (unit * columns.tiles))))
-        if -(-units // block) >= BLOCKS and alone(filters, unit, block, threads) <= budget:
-            return _Sizes(filters, unit, block, False, threads)
-    block = _most(units, budget, lambda block: together(filters, unit, block, workers))
-    return _Sizes(filters, unit, block, True, workers)
-
-
-def _points_at_once(points: int, term: int) -> int:
-    return max(1, min(points, TERM // term)) if term else points
-
-
-def _most(extent: int, limit: int, cost: Callable[[int], int]) -> int:
-    """The largest number up to an extent whose cost is within the limit; at least 1."""
-    return max(1, bisect_right(range(1, extent + 1), limit, key=cost))
-
-
-@lru_cache(maxsize=256)
-def _blocks(geometry: Geometry, unit: int, block: int) -> tuple[tuple[_Unit, ...], ...]:
-    """All units, in blocks."""
-    rows, columns = _axes(geometry)
-    places = [(image, part) for image in numpy.ndindex(*geometry.batch) for part in pieces(rows.tiles, unit)]
-    blocks = []
-    for part in pieces(len(places), block):
-        units, start = [], 0
-        for image, lines in places[part]:
-            stop = start + (lines.stop - lines.start) * columns.tiles
-            units.append(_Unit(image, lines, slice(start, stop)))
-            start = stop
-        blocks.append(tuple(units))
-    return tuple(blocks)
-
-
-# ------------------------------------------------------------------------------------------------- steps
-
-# Has the tasks of a step done: by the caller, or by several threads that each call the worker.
-_Share: TypeAlias = Callable[[Iterable[Any], Callable[[Iterator[Any]], None]], None]
-
-
-def _alone(tasks: Iterable[Any], worker: Callable[[Iterator[Any]], None]) -> None:
-    worker(iter(tasks))
-
-
-class _Images(NamedTuple):
-    """x, or dy, and how it becomes tiles: windows of some length, m apart, times a matrix, along either axis."""
-
-    operand: Operand
-    rows: Array  # (a, length)
-    columns: Array
-    low: tuple[int, int]  # zeros before the images
-    inside: tuple[slice, slice]  # of the operand
-
-
-class _Taps(NamedTuple):
-    """A weight as it lies in memory."""
-
-    view: Array  # (*kernel, C, F), or F before C
-    swapped: bool
-    steps: tuple[int, int]  # -1 where an axis of the kernel is turned round
-    lines: Array | None  # (R, S, C * F), if that takes no copy
-
-
-@dataclass(frozen=True)
-class _Tiling:
-    """One group of a convolution in tiles."""
-
-    geometry: Geometry
-    run: Run
-    rows: _Axis
-    columns: _Axis
-    sizes: _Sizes
-    blocks: Sequence[Sequence[_Unit]]
-
-    @classmethod
-    def of(cls, geometry: Geometry, direction: Direction, run: Run) -> _Tiling:
-        sizes = _sizes(geometry, direction, run.budget, run.team(geometry).workers, run.dtype.itemsize)
-        return cls(geometry, run, *_axes(geometry), sizes, _blocks(geometry, sizes.unit, sizes.block))
-
-    @property
-    def points(self) -> int:
-        return self.rows.a * self.columns.a
-
-    def forward(self, x: Operand, w: Operand, y: Result) -> set[Shape]:
-        """Computes y; the images that NaN or Inf is in."""
-        images, spoilt = self._x(x), set[Shape]()
-        for filters in pieces(y.view.shape[-1], self.sizes.filters):
-            with self._transformed(w.part(w.view[..., filters])) as weights:
-                self._forward(images, weights, y.of_channels(filters), spoilt)
-        return spoilt
-
-    def _forward(self, images: _Images, weights: Array, y: Result, spoilt: set[Shape]) -> None:
-        def through(blocks: Iterable[Sequence[_Unit]], share: _Share) -> None:
-            with self._room(*weights.shape[1:]) as spaces:
-                for block in blocks:
-                    V, M = self._tiles(block, spaces, weights.shape[1:])
-                    share(block, partial(self._into, images, V))
-                    share(self._some_points(), partial(self._multiply, V, weights, M))
-                    share(block, partial(self._out, M, y, spoilt))
-
-        self._spread(self.blocks, through)
-
-    def weight_grad(self, dy: Operand, x: Operand, dw: Result) -> None:
-        """Computes dw."""
-        images = self._x(x)
-        for filters in pieces(dw.view.shape[-1], self.sizes.filters):
-            self._weight_grad(self._dy(dy.of_channels(filters)), images, dw.view[..., 0, :, filters])
-
-    def _weight_grad(self, gradients: _Images, images: _Images, dw: Array) -> None:
-        run, taps = self.run, self._as_taps(dw)
-        channels = taps.view.shape[-2:]
-        parts = list(pieces(len(self.blocks), -(-len(self.blocks) // (1 if self.sizes.shared else SLICES))))
-        lines = taps.lines if len(parts) == 1 and dw.dtype == run.dtype else None
-        with run.workspace(0 if lines is not None else len(parts) * dw.size) as (space,):
-            sums = [lines] if lines is not None else list(space.reshape(len(parts), *self.kernel, -1))
-
-            def through(numbers: Iterator[int], share: _Share) -> None:
-                room = run.workspace(self.points * math.prod(channels))
-                with self._room(*dw.shape[-2:]) as spaces, room as (sum_space,):
-                    E = sum_space.reshape(self.points, *channels)
-                    for number in numbers:
-                        for block in self.blocks[parts[number]]:
-                            V, D = self._tiles(block, spaces, dw.shape[-2:])
-                            share(block, partial(self._into, images, V))
-                            share(block, partial(self._into, gradients, D))
-                            factors = (D, V) if taps.swapped else (V, D)
-                            add = block is not self.blocks[parts[number].start]
-                            share(self._some_points(E[0].size), partial(self._accumulate, *factors, E, add))
-                        points = E.reshape(self.rows.a, self.columns.a, -1)
-                        share(list(pieces(points.shape[2], WEIGHTS)), partial(self._back, points, taps, sums[number]))
-
-            self._spread(range(len(parts)), through)
-            if lines is None:
-                xp = run.backend.xp
-                for term in sums[1:]:
-                    xp.add(sums[0], term, out=sums[0])
-                xp.copyto(taps.view, sums[0].reshape(taps.view.shape), casting="unsafe")
-
-    def _spread(self, tasks: Sequence[Any], through: Callable[[Iterator[Any], _Share], None]) -> None:
-        """Takes tasks through all steps: each thread its own, or one after the other, with all threads at each step."""
-        run = self.run
-        if self.sizes.shared:
-            through(iter(tasks), partial(run.spread, workers=self.sizes.workers))
-        else:
-            run.spread(tasks, lambda mine: through(mine, _alone), workers=self.sizes.workers)
-
-    # What tiles lie in.
-
-    def _room(self, *channels: int) -> contextlib.AbstractContextManager[list[Array]]:
-        """Workspace for the tiles of a block, once for each of these numbers of channels."""
-        most = max(block[-1].tiles.stop for block in self.blocks)
-        return self.run.workspace(*(self.points * most * number for number in channels))
-
-    def _tiles(self, block: Sequence[_Unit], spaces: Sequence[Array], channels: Sequence[int]) -> list[Array]:
-        """Tiles (a, a, tiles, channels) of a block."""
-        shape = self.rows.a, self.columns.a, block[-1].tiles.stop
-        return [shaped(space, (*shape, number)) for space, number in zip(spaces, channels, strict=True)]
-
-    def _by_rows(self, tiles: Array, unit: _Unit) -> Array:
-        """The tiles of a unit as (a, rows of tiles, tiles of a row, a, channels)."""
-        part = tiles[:, :, unit.tiles]
-        return part.reshape(*part.shape[:2], -1, self.columns.tiles, part.shape[-1]).transpose(0, 2, 3, 1, 4)
-
-    # Into tiles.
-
-    def _x(self, x: Operand) -> _Images:
-        rows, columns = self._matrices("BT")
-        return _Images(x, rows, columns, (self.rows.low, self.columns.low), (self.rows.inputs, self.columns.inputs))
-
-    def _dy(self, dy: Operand) -> _Images:
-        rows, columns = (matrix.swapaxes(0, 1) for matrix in self._matrices("AT"))
-        return _Images(dy, rows, columns, (0, 0), (slice(0, self.rows.output), slice(0, self.columns.output)))
-
-    def _into(self, images: _Images, tiles: Array, units: Iterable[_Unit]) -> None:
-        """Brings units of images into their tiles."""
-        xp, channels, column = self.run.backend.xp, tiles.shape[-1], self.columns
-        width = (column.tiles - 1) * column.m + images.columns.shape[1]
-        before, inside = images.low[1], images.inside[1].stop - images.inside[1].start
-        shape = self.rows.a, self.sizes.unit, width, channels
-        copied = 2 * (self.sizes.unit * self.rows.m + self.rows.r - 1) * inside * channels + APART * channels
-        with self.run.workspace(math.prod(shape), copied) as (space, lines_space):
-            U = space.reshape(shape)
-            for beside in (U[:, :, :before], U[:, :, before + inside :]):
-                xp.copyto(beside, 0)
-            lines_of = U.reshape(*shape[:2], -1)[..., before * channels : (before + inside) * channels]
-            windows = xp.lib.stride_tricks.as_strided(
-                U,
-                (*shape[:2], column.tiles, images.columns.shape[1], channels),
-                (*U.strides[:2], column.m * U.strides[2], *U.strides[2:]),
-            )
-            for unit in units:
-                self._rows_into(images, unit, lines_of, lines_space)
-                count = unit.rows.stop - unit.rows.start
-                xp.matmul(images.columns, windows[:, :count], out=self._by_rows(tiles, unit))
-
-    def _rows_into(self, images: _Images, unit: _Unit, U: Array, space: Array) -> None:
-        """The first half: windows of rows, times the matrix, into U (a, rows of tiles, columns * channels)."""
-        xp, m, length = self.run.backend.xp, self.rows.m, images.rows.shape[1]
-        low, extent, top = images.low[0], images.inside[0].stop - images.inside[0].start, images.inside[0].start
-        start = min(extent, max(0, unit.rows.start * m - low))
-        stop = max(start, min(extent, (unit.rows.stop - 1) * m - low + length))
-        lines = self._lines(images, unit.image, slice(top + start, top + stop), space)
-        # Windows inside the image are one product; over its edges, columns of the matrix that have no line drop out.
-        first = min(max(unit.rows.start, -(-low // m)), unit.rows.stop)
-        last = max(first, min(unit.rows.stop, (extent + low - length) // m + 1))
-        if first < last:
-            shape, step = (last - first, length, lines.shape[1]), lines.strides[0]
-            windows = xp.lib.stride_tricks.as_strided(
-                lines[first * m - low - start :], shape, (m * step, *lines.strides)
-            )
-            target = U[:, first - unit.rows.start : last - unit.rows.start].transpose(1, 0, 2)
-            xp.matmul(images.rows, windows, out=target)
-        for row in (*range(unit.rows.start, first), *range(last, unit.rows.stop)):
-            origin = row * m - low
-            begin, end = max(start, origin), min(stop, origin + length)
-            target = U[:, row - unit.rows.start]
-            if begin < end:
-                part = images.rows[:, begin - origin : end - origin]
-                xp.matmul(part, lines[begin - start : end - start], out=target)
-            else:
-                xp.copyto(target, 0)
-
-    def _lines(self, images: _Images, image: Shape, rows: slice, space: Array) -> Array:
-        """Lines (rows, columns * channels) of an image: where they lie if that will do, else in the workspace."""
-        index = self._index(image, rows, images.inside[1])
-        piece = images.operand.view[index]
-        lines = self._as_lines(piece) if images.operand.is_plain(self.run.dtype) else None
-        if lines is None:
-            block = shaped(space, piece.shape)
-            self._read(images.operand, index, block, space[block.size :])
-            lines = block.reshape(rows.stop - rows.start, math.prod(piece.shape[-3:]))
-        return lines
-
-    def _read(self, images: Operand, index: Index, block: Array, space: Array) -> None:
-        """Reads a block (*pixels, 1, C) of images.
-
-        Where the channels of a pixel lie apart by multiples of a page they share few lines of the cache, and drive each
-        other out: such a block is first copied as it lies, with the channels less far apart.
-        """
-        xp, channels = self.run.backend.xp, block.shape[-1]
-        if block.size and images.view.strides[-1] % PAGE == 0 and channels > 1:
-            pixels = block.size // channels
-            staged = shaped(space, (channels, pixels + APART))[:, :pixels]
-            staged = staged.reshape(channels, *block.shape[:-1]).transpose(*range(1, block.ndim), 0)
-            images.read(xp, index, staged)
-            xp.copyto(block, staged)
-        else:
-            images.read(xp, index, block)
-
-    def _index(self, image: Shape, rows: slice, columns: slice) -> Index:
-        return (*image, columns) if self.geometry.rank == 1 else (*image, rows, columns)
-
-    def _as_lines(self, piece: Array) -> Array | None:
-        lines = as_matrix(piece[None] if self.geometry.rank == 1 else piece, 1, 3)
-        return lines if lines is not None and lines.strides[1] == lines.itemsize else None
-
-    # At the points.
-
-    def _some_points(self, term: int = 0) -> list[slice]:
-        """The points that are done by one product of stacks, where each takes a term of so many elements."""
-        most = _points_at_once(self.points, term)
-        if self.sizes.shared:
-            most = min(most, -(-self.points // (9 * self.sizes.workers)))
-        return list(pieces(self.points, most))
-
-    def _multiply(self, V: Array, weights: Array, M: Array, parts: Iterable[slice]) -> None:
-        factors, products = (tiles.reshape(-1, *tiles.shape[2:]) for tiles in (V, M))
-        for points in parts:
-            self.run.backend.xp.matmul(factors[points], weights[points], out=products[points])
-
-    def _accumulate(self, V: Array, D: Array, E: Array, add: bool, parts: Iterable[slice]) -> None:
-        """E (a * a, C, F) = or += V' D."""
-        xp = self.run.backend.xp
-        V, D = (tiles.reshape(-1, *tiles.shape[2:]) for tiles in (V, D))
-        V = V.swapaxes(1, 2)
-        with self.run.workspace(E[0].size * _points_at_once(self.points, E[0].size)) as (space,):
-            for points in parts:
-                if add:
-                    terms = xp.matmul(V[points], D[points], out=shaped(space, E[points].shape))
-                    xp.add(E[points], terms, out=E[points])
-                else:
-                    xp.matmul(V[points], D[points], out=E[points])
-
-    # Out of tiles.
-
-    def _out(self, M: Array, y: Result, spoilt: set[Shape], units: Iterable[_Unit]) -> None:
-        """Brings units of products into y, and notes the images that NaN or Inf is in."""
-        xp, (row, column), F = self.run.backend.xp, (self.rows, self.columns), M.shape[-1]
-        AT_rows, AT_columns = self._matrices("AT")
-        shape, width = (row.a, self.sizes.unit, column.tiles * column.m * F), column.output * F
-        copied = self.sizes.unit * row.m * width
-        with self.run.workspace(math.prod(shape), copied) as (space, lines_space):
-            Z = space.reshape(shape)
-            for unit in units:
-                count = unit.rows.stop - unit.rows.start
-                tiles = Z[:, :count].reshape(row.a, count, column.tiles, column.m, F)
-                xp.matmul(AT_columns, self._by_rows(M, unit), out=tiles)
-                kept = Z[:, :count, :width].transpose(1, 0, 2)
-                outputs = slice(unit.rows.start * row.m, min(row.output, unit.rows.stop * row.m))
-                target = y.view[self._index(unit.image, outputs, slice(None))]
-                lines, block = self._as_lines(target) if in_place(target, self.run.dtype) else None, target
-                if lines is None:
-                    block = shaped(lines_space, target.shape)
-                    lines = block.reshape(outputs.stop - outputs.start, width)
-                full, rest = divmod(outputs.stop - outputs.start, row.m)
-                xp.matmul(AT_rows, kept[:full], out=lines[: full * row.m].reshape(full, row.m, width))
-                if rest:
-                    xp.matmul(AT_rows[:rest], kept[full], out=lines[full * row.m :])
-                if not self.run.holds(has_finite_square, lines):
-                    spoilt.add(unit.image)
-                y.finish(xp, block)
-                if block is not target:
-                    xp.copyto(target, block, casting="unsafe")
-
-    # Weights, transformed along columns and along rows: less work than by the Kronecker product of the matrices.
-
-    @property
-    def kernel(self) -> tuple[int, int]:
-        return self.rows.r, self.columns.r
-
-    def _as_taps(self, w: Array, swap: bool = True) -> _Taps:
-        """w (*kernel, C, F) as it lies in memory, but for the order of C and F where that should not be swapped."""
-        rank = self.geometry.rank
-        steps = tuple(-1 if step < 0 else 1 for step in w.strides[:rank])
-        view = w[tuple(slice(None, None, step) for step in steps)]
-        swapped = swap and bool(view.strides[-1] > view.strides[-2])
-        view = view.swapaxes(-1, -2) if swapped else view
-        lines = as_matrix(view[None] if rank == 1 else view, 1, 2)
-        return _Taps(view, swapped, (steps[0] if rank == 2 else 1, steps[-1]), lines)
-
-    @contextlib.contextmanager
-    def _transformed(self, w: Operand) -> Iterator[Array]:
-        """G w G' as (a * a, C, F)."""
-        view = w.view[..., 0, :, :]
-        # Swapped factors make matrix products slower, but to exchange the axes of many weights takes even longer.
-        run, taps = self.run, self._as_taps(view, swap=view.shape[-1] * view.shape[-2] > FEW_WEIGHTS)
-        lines = taps.lines if w.is_plain(run.dtype) else None
-        channels = taps.view.shape[-2:]
-        sizes = self.points * math.prod(channels), 0 if lines is not None else taps.view.size
-        with run.workspace(*sizes) as (weight_space, copy_space):
-            if lines is None:
-                copy = copy_space.reshape(taps.view.shape)
-                w.part(taps.view).read(run.backend.xp, (...,), copy)
-                lines = copy.reshape(*self.kernel, -1)
-            weights = weight_space.reshape(self.rows.a, self.columns.a, -1)
-            run.spread(
-                list(pieces(lines.shape[2], WEIGHTS)), partial(self._forth, lines, taps, weights), self.sizes.workers
-            )
-            weights = weights.reshape(self.points, *channels)
-            yield weights.swapaxes(-1, -2) if taps.swapped else weights
-
-    def _forth(self, lines: Array, taps: _Taps, weights: Array, parts: Iterable[slice]) -> None:
-        """weights (a, a, C * F) = G w G', w being (R, S, C * F)."""
-        xp, (rows, columns) = self.run.backend.xp, self._G(taps.steps)
-        with self.run.workspace(self.rows.r * self.columns.a * min(WEIGHTS, lines.shape[2])) as (space,):
-            for part in parts:
-                half = shaped(space, (self.rows.r, self.columns.a, part.stop - part.start))
-                xp.matmul(columns, lines[:, :, part], out=half)
-                xp.matmul(rows, half.swapaxes(0, 1), out=weights[:, :, part].swapaxes(0, 1))
-
-    def _back(self, points: Array, taps: _Taps, lines: Array, parts: Iterable[slice]) -> None:
-        """The transpose of _forth: dw (R, S, C * F) = G' points G."""
-        xp, (rows, columns) = self.run.backend.xp, (G.swapaxes(0, 1) for G in self._G(taps.steps))
-        with self.run.workspace(self.rows.r * self.columns.a * min(WEIGHTS, lines.shape[2])) as (space,):
-            for part in parts:
-                half = shaped(space, (self.rows.r, self.columns.a, part.stop - part.start))
-                xp.matmul(rows, points[:, :, part].swapaxes(0, 1), out=half.swapaxes(0, 1))
-                xp.matmul(columns, half, out=lines[:, :, part])
-
-    def _G(self, steps: tuple[int, int]) -> list[Array]:
-        return [G[:, ::step] for G, step in zip(self._matrices("G"), steps, strict=True)]
-
-    def _matrices(self, name: str) -> list[Array]:
-        """The matrices of this name for rows and columns."""
-        axes = (getattr(matrices(axis.m, axis.r, self.run.dtype), name) for axis in (self.rows, self.columns))
-        return [self.run.backend.xp.asarray(matrix) for matrix in axes]

@@ -1,0 +1,148 @@
+"""How winograd cuts a convolution up: axes into tiles, rows of tiles into units, units into blocks.
+
+A unit is some rows of tiles of one image, which are brought into tiles at once. A block is some units, which share the
+products at each point.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy
+
+from gpuconv.algorithms.blocks import pieces
+from gpuconv.arguments import Shape
+from gpuconv.geometry import Direction, Geometry
+
+# Outputs along an axis from which tiles of 4 waste little.
+WIDE = 12
+# Tiles of a block: fewer make short products, more do not stay in the cache. The second number is for where the first
+# leaves too few blocks for each thread to have some of its own.
+TILES = 128, 32
+BLOCKS = 8
+UNIT_BYTES = 1 << 20  # of a unit, half transformed
+APART = 16  # elements between channels that are copied, lest they lie a multiple of a page apart
+WEIGHTS = 1 << 13  # weights of a tap that are transformed at a time
+TERM = 1 << 16  # elements of weight_grad's products that are added at a time
+SLICES = 8  # of weight_grad's sum at the most; they are added up in order, however many threads there are
+
+
+class Axis(NamedTuple):
+    """A spatial axis in tiles of m outputs; a 1-D convolution has rows too: one."""
+
+    m: int
+    r: int  # taps
+    tiles: int
+    inputs: slice  # those of x that no negative padding crops
+    low: int  # zeros before them
+    output: int
+
+    @property
+    def a(self) -> int:
+        """Points, and inputs that a tile sees."""
+        return self.m + self.r - 1
+
+
+@lru_cache(maxsize=1024)
+def axes(geometry: Geometry) -> tuple[Axis, Axis]:
+    """Rows and columns."""
+    found = [Axis(1, 1, 1, slice(0, 1), 0, 1)] * (2 - geometry.rank)
+    of_geometry = zip(geometry.input, geometry.kernel, geometry.padding, geometry.output, strict=True)
+    for n, k, (low, high), output in of_geometry:
+        m = 1 if k == 1 else 4 if output >= WIDE else 2
+        inputs = slice(max(0, -low), n - max(0, -high))
+        found.append(Axis(m, k, -(-output // m), inputs, max(0, low), output))
+    return found[0], found[1]
+
+
+class Unit(NamedTuple):
+    """Some rows of tiles of one image, and where these tiles stand in the block."""
+
+    image: Shape  # its index on the batch axes
+    rows: slice
+    tiles: slice
+
+
+class Sizes(NamedTuple):
+    """How the work is cut up."""
+
+    filters: int  # done at a time
+    unit: int  # rows of tiles
+    block: int  # units
+    shared: bool  # whether all threads work on one block, step by step
+    workers: int
+
+
+@lru_cache(maxsize=1024)
+def sizes(geometry: Geometry, direction: Direction, budget: int, threads: int, itemsize: int) -> Sizes:
+    (rows, columns), C, F = axes(geometry), geometry.group_channels, geometry.group_filters
+    points, width = rows.a * columns.a, columns.tiles * columns.m + columns.r - 1
+
+    def lines(unit: int, filters: int) -> int:
+        """Elements of U or Z, and of lines copied twice."""
+        return (unit * rows.a + 2 * (unit * rows.m + rows.r - 1)) * width * max(C, filters) + APART * max(C, filters)
+
+    def weights(filters: int) -> int:
+        """Elements of weights half transformed."""
+        return rows.r * columns.a * min(WEIGHTS, C * filters)
+
+    def term(filters: int) -> int:
+        return 0 if direction == "forward" else C * filters * points_at_once(points, C * filters)
+
+    def tiles(unit: int, block: int, filters: int) -> int:
+        return block * unit * columns.tiles * points * (C + filters)
+
+    def together(filters: int, unit: int = 1, block: int = 1, workers: int = 1) -> int:
+        """Elements of workspace where threads share a block."""
+        own = lines(unit, filters) + weights(filters) + term(filters)
+        return (points + geometry.taps) * C * filters + tiles(unit, block, filters) + workers * own
+
+    def alone(filters: int, unit: int, block: int, workers: int) -> int:
+        """The same where each thread has a block of its own."""
+        own = lines(unit, filters) + weights(filters) + tiles(unit, block, filters)
+        if direction == "forward":
+            return (points + geometry.taps) * C * filters + workers * own
+        return SLICES * geometry.taps * C * filters + workers * (own + points * C * filters + term(filters))
+
+    filters = _most(F, budget, together)
+    workers = _most(threads, budget, lambda workers: together(filters, workers=workers))
+    unit = min(
+        _most(rows.tiles, UNIT_BYTES // itemsize, lambda unit: unit * rows.a * width * max(C, filters)),
+        _most(rows.tiles, budget, lambda unit: together(filters, unit, 1, workers)),
+    )
+    units = math.prod(geometry.batch) * -(-rows.tiles // unit)
+    for tiles_of_block in TILES:
+        block = max(1, min(units, -(-tiles_of_block // (unit * columns.tiles))))
+        if -(-units // block) >= BLOCKS and alone(filters, unit, block, threads) <= budget:
+            return Sizes(filters, unit, block, False, threads)
+    block = _most(units, budget, lambda block: together(filters, unit, block, workers))
+    return Sizes(filters, unit, block, True, workers)
+
+
+def points_at_once(points: int, term: int) -> int:
+    return max(1, min(points, TERM // term)) if term else points
+
+
+def _most(extent: int, limit: int, cost: Callable[[int], int]) -> int:
+    """The largest number up to an extent whose cost is within the limit; at least 1."""
+    return max(1, bisect_right(range(1, extent + 1), limit, key=cost))
+
+
+@lru_cache(maxsize=256)
+def blocks(geometry: Geometry, unit: int, block: int) -> tuple[tuple[Unit, ...], ...]:
+    """All units, in blocks."""
+    rows, columns = axes(geometry)
+    places = [(image, part) for image in numpy.ndindex(*geometry.batch) for part in pieces(rows.tiles, unit)]
+    blocks = []
+    for part in pieces(len(places), block):
+        units, start = [], 0
+        for image, lines in places[part]:
+            stop = start + (lines.stop - lines.start) * columns.tiles
+            units.append(Unit(image, lines, slice(start, stop)))
+            start = stop
+        blocks.append(tuple(units))
+    return tuple(blocks)
