@@ -53,7 +53,7 @@ def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> f
     if direction == "data_grad" and set(geometry.stride) != {1}:
         return slices.nanoseconds(geometry, direction, is_complex)
     images = geometry.channels * math.prod(geometry.batch)
-    product = 3 * cost.PRODUCT * (cost.COMPLEX if is_complex else 1)  # a short one
+    product = 4 * cost.PRODUCT * (cost.COMPLEX if is_complex else 1)  # a short one
     windows = sum(part.windows * (1.4 * cost.COPY + part.m * product) for part in _parts(geometry))
     planes = math.prod(geometry.input) + math.prod(geometry.output) if geometry.layout == "channels_last" else 0
     return images * windows + cost.exchanged(images * planes)

@@ -51,11 +51,15 @@ def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> f
     met = math.prod(geometry.batch) * math.prod(map(sum, _outputs_met(geometry)))
     if geometry.group_channels == geometry.group_filters == 1:
         slowness = 4 if direction == "weight_grad" else 2 if geometry.layout == "channels_first" else 1
-        return met * geometry.channels * cost.ADD * slowness
+        called = 4 * geometry.taps * math.prod(geometry.batch) * cost.STEP
+        return met * geometry.channels * cost.ADD * slowness + called
     product = 1.1 * cost.product(geometry.group_channels, geometry.group_filters, is_complex)  # one tap is short
     moved = geometry.filters if direction == "forward" else geometry.channels
     copied = geometry.channels + (geometry.filters if geometry.layout == "channels_first" else 0)
-    added = moved * cost.added(moved) + copied * cost.COPY
+    # Where channels are innermost, those of a group lie side by side, and products and x are moved in such short runs.
+    is_cut = geometry.layout == "channels_last" and geometry.groups > 1
+    run = min(geometry.group_channels, geometry.group_filters) if is_cut else math.inf
+    added = moved * (cost.added(moved) + 2 * cost.copied(run) * is_cut) + copied * cost.copied(run)
     # Taps that lie side by side are taken apart, and gradients of weights added to weights.
     moves_weights = direction == "weight_grad" or (geometry.layout == "channels_first" and geometry.taps > 1)
     around = 5 * cost.COPY * math.prod(geometry.w_shape) * moves_weights + 4 * geometry.taps * cost.STEP
