@@ -20,6 +20,7 @@ from gpuconv import dtypes
 from gpuconv.algorithms import depthwise
 from gpuconv.backend import NUMPY
 from gpuconv.benchmark import compare, layers, limits, plots, reference, report, results, run, timing
+from gpuconv.benchmark.command import FILES
 from gpuconv.benchmark.peers.worker import Worker
 from gpuconv.benchmark.problem import Problem
 from gpuconv.cli import main
@@ -322,6 +323,11 @@ def test_bench_verifies_times_prints_and_writes(bench, tmp_path, capsys):
     assert files["md"].read_text().count("\n| ") >= len(found.rows)
 
 
+def test_the_files_of_a_run_are_not_in_its_command():
+    command = "gpuconv bench quick --json '/a b/c.json' --peer torch --plot=x.png --csv c.csv --seconds 1"
+    assert FILES.sub("", command) == "gpuconv bench quick --peer torch --seconds 1"
+
+
 def test_a_row_s_command_gives_that_row_alone(bench):
     found, _ = bench("--case", "dw 3x3 144 @56", "--batch", "1", "--direction", "forward,weight_grad")
     row = found.rows[-1]
@@ -341,6 +347,7 @@ def test_what_was_measured_before_an_interruption_is_kept(how, tmp_path):
 import signal
 from gpuconv import cli
 from gpuconv.benchmark import command, limits
+from gpuconv.benchmark.command import FILES
 command.SAVE_SECONDS = 0
 limits.EXTENT["numpy"], limits.COPY_BYTES["numpy"] = 64, 2**20
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored

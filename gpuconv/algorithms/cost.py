@@ -30,7 +30,7 @@ def copied(run: float) -> float:
 
 def transform(run: int, is_whole: bool) -> float:
     """An element that a small matrix makes, so many of which lie side by side, whole lines of them or parts."""
-    return TRANSFORM * (1 + (24 if is_whole else 96) / max(1, run))
+    return TRANSFORM * (1 + (64 if is_whole else 96) / max(1, run))
 
 
 def exchanged(elements: int) -> float:

@@ -71,17 +71,18 @@ def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> f
     lines = rows.a * columns.m  # elements of a tile half transformed
     role = "weight_grad" if direction == "weight_grad" else "forward"
     passes = -(-geometry.group_filters // sizes(geometry, role, USUAL, 1, 4).filters)  # over x
+    into = passes * geometry.channels * cost.transform(geometry.group_channels, is_whole)
+    out = geometry.filters * cost.transform(geometry.group_filters, is_whole)
     # Transformed weights are too many for the cache.
-    transformed = tiles * (points + lines) * (passes * geometry.channels + geometry.filters) + 4 * points * weights
+    transformed = tiles * (points + lines) * (into + out) + 4 * points * weights * cost.TRANSFORM
     product = cost.product(geometry.group_channels, geometry.group_filters)
-    transform = cost.transform(geometry.group_channels, is_whole)
     if geometry.rank == 1:  # a line is not cut into blocks, and does not stay in the cache
-        transform *= 3
+        transformed *= 3
     images = math.prod((*geometry.batch, geometry.channels, *geometry.input))
     results = math.prod((*geometry.batch, geometry.filters, *geometry.output))
     exchanged = cost.exchanged(images + results) if geometry.layout == "channels_first" else 0
     steps = 20 * geometry.groups * cost.STEP
-    return tiles * points * weights * product + transformed * transform + exchanged + steps
+    return tiles * points * weights * product + transformed + exchanged + steps
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:

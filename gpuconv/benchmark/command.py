@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import re
 import shlex
 import signal
 import sys
@@ -28,6 +29,8 @@ from gpuconv.tune import Tuned, tuned_geometry
 SAVE_SECONDS = 10  # how often the JSON file is brought up to date
 DEFAULT_SUITE = "quick"
 WIDE = 400  # columns where there is no terminal: no line is broken
+# Options of a command that say where its results go, and nothing of what they are.
+FILES = re.compile(r" --(json|csv|markdown|plot)[ =]('[^']*'|\S+)")
 
 
 def add_bench(commands: Any) -> None:
@@ -187,8 +190,8 @@ def tune_command(options: argparse.Namespace) -> int:
                     found.append({"case": case.name, "spec": case.text(batch), "layout": layout, **one._asdict()})
     finally:
         if options.json:
-            facts = {"machine": results.machine(), "commit": results.commit(), "command": shlex.join(sys.argv[1:])}
-            rows = [{**row, "geometry": str(row["geometry"])} for row in found]
+            facts = {"machine": results.machine(), "commit": results.commit()}
+            rows = [{name: value for name, value in row.items() if name != "geometry"} for row in found]
             options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     print(f"remembered in {tuned.path(where)}")
     return 1 if any(row["wrong"] for row in found) else 0
@@ -262,7 +265,8 @@ def bench(options: argparse.Namespace, place: Backend) -> int:
 def _run(plan: run.Plan, cases: Sequence[layers.Case], options: argparse.Namespace) -> results.Results:
     """The results, those till then where the run was interrupted."""
     facts = results.machine() | {f"peer {name}": peers.module(name).about() for name in plan.peers}
-    found = results.Results(facts, command=shlex.join(["gpuconv", *sys.argv[1:]]), commit=results.commit())
+    command = FILES.sub("", shlex.join(["gpuconv", *sys.argv[1:]]))
+    found = results.Results(facts, command=command, commit=results.commit())
     found.cold = plan.place.kind == "cupy" if plan.cold is None else plan.cold
     print(f"{'commit':<10} {found.commit or 'of a wheel'}")
     for name in ("gpuconv", "CPU", "cores", "NumPy", "CuPy", "GPU", "nvidia-smi", *(f"peer {n}" for n in plan.peers)):

@@ -173,9 +173,12 @@ def _blas_kernels() -> str | None:
     return next((library["architecture"] for library in threadpool_info() if "architecture" in library), None)
 
 
+FOLDERS = ("GPUCONV_CACHE_DIR", "GPUCONV_DUMP")  # where they are says nothing of a result
+
+
 def machine() -> dict[str, Any]:
-    """The versions, the devices and, where the driver's tool says so, clocks and power limit."""
-    facts: dict[str, Any] = config()
+    """The versions, the devices and, where the driver's tool says so, clocks and power limit; no folders."""
+    facts: dict[str, Any] = {name: value for name, value in config().items() if name not in FOLDERS}
     if kernels := _blas_kernels():  # CPUs of one name may have others, and OPENBLAS_CORETYPE asks for some
         facts["CPU"] += f" with {kernels} kernels"
     query = (

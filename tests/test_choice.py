@@ -1,0 +1,38 @@
+"""What auto takes on NumPy by the algorithms' estimates, held against the times of ``gpuconv tune``."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gpuconv import choose, dtypes
+from gpuconv.backend import NUMPY
+from gpuconv.benchmark import layers
+from gpuconv.benchmark.compare import geometric_mean
+from gpuconv.geometry import DIRECTIONS
+
+SWEEPS = sorted((Path(__file__).parent.parent / "bench" / "results").glob("*/sweep.json"))
+
+
+def losses(rows):
+    """The time of what auto takes over that of the fastest, with the row."""
+    for row in rows:
+        case = layers.parsed(row["spec"])
+        geometry = case.geometry(case.batches[0], row["layout"])
+        taken = choose.untuned(geometry, dtypes.named(row["dtype"]), row["direction"], NUMPY).algorithm
+        if taken in row["seconds"]:
+            yield row["seconds"][taken] / min(row["seconds"].values()), row
+
+
+@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_estimates_lose_little_against_a_sweep(direction, sweep):
+    rows = [row for row in json.loads(sweep.read_text())["rows"] if row["direction"] == direction]
+    found = list(losses(rows))
+    assert len(found) > 100
+    assert len(found) > 0.95 * len(rows)
+    assert geometric_mean(loss for loss, _ in found) < 1.05
+
+
+def test_there_is_a_sweep():
+    assert SWEEPS
