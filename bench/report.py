@@ -12,6 +12,7 @@ import json
 import re
 import sys
 import xml.etree.ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 from gpuconv.benchmark import compare, plots, report, results
@@ -22,11 +23,16 @@ PICTURED = "resnet50"
 
 
 def runs(folder):
-    """The runs of ``gpuconv bench`` in a folder."""
+    """The runs of ``gpuconv bench`` in a folder. A layer of several suites counts for those that a run was asked for."""
     found = []
     for path in sorted(folder.glob("*.json")):
         if "rows" in (document := json.loads(path.read_text())) and document.get("schema") == results.SCHEMA:
-            found.append(results.read_json(path))
+            run = results.read_json(path)
+            asked = run.command.split()
+            run.rows = [
+                replace(row, suites=[suite for suite in row.suites if suite in asked] or row.suites) for row in run.rows
+            ]
+            found.append(run)
     return found
 
 
@@ -61,7 +67,7 @@ def project_page(folders):
     """What the README of the project says."""
     parts = []
     for folder, made in folders:
-        found = compare.ratios(all_rows(made))
+        found = [ratio for run in made for ratio in compare.ratios(run.rows)]  # of what took turns with each other
         wins = sum(ratio.verdict == "FAST" for ratio in found)
         losses = sum(ratio.verdict == "SLOW" for ratio in found)
         parts += [
