@@ -23,7 +23,7 @@ PICTURED = "resnet50"
 
 
 def runs(folder):
-    """The runs of ``gpuconv bench`` in a folder. A layer of several suites counts for those that a run was asked for."""
+    """The runs of ``gpuconv bench`` in a folder; a layer of several suites counts for those a run was asked for."""
     found = []
     for path in sorted(folder.glob("*.json")):
         if "rows" in (document := json.loads(path.read_text())) and document.get("schema") == results.SCHEMA:
