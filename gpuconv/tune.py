@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,14 +31,14 @@ class Tuned(NamedTuple):
     dtype: str
     backend: str
     default: str  # what is taken untuned
-    fastest: str
+    fastest: str  # of those whose results are right; the default where none is
     seconds: dict[str, float]  # of each algorithm that was tried: the median
     wrong: tuple[str, ...] = ()  # whose results were beyond their bound: never taken
 
     @property
     def gain(self) -> float:
-        """The default's time over that of the fastest."""
-        return self.seconds[self.default] / self.seconds[self.fastest]
+        """The default's time over that of the fastest; NaN where one of them was wrong, and not timed."""
+        return self.seconds.get(self.default, math.nan) / self.seconds.get(self.fastest, math.nan)
 
 
 def tune(
@@ -122,10 +123,11 @@ def _tuned(
         for name, call in calls.items():
             samples[name] += clock.samples(call, counts[name])
     medians = {name: float(numpy.median(taken)) for name, taken in samples.items()}
-    fastest = min(medians, key=medians.__getitem__)
+    fastest = min(medians, key=medians.__getitem__, default=default)
     if default in medians and medians[fastest] > MARGIN * medians[default]:
         fastest = default
-    tuned.remember(backend, direction, geometry, problem.dtype, fastest)
+    if medians:
+        tuned.remember(backend, direction, geometry, problem.dtype, fastest)
     return Tuned(geometry, direction, problem.dtype.name, backend.name, default, fastest, medians, tuple(wrong))
 
 

@@ -1,5 +1,6 @@
 """What tune finds is remembered and taken; what is damaged, foreign or wrong is not."""
 
+import contextlib
 import json
 import os
 from unittest import mock
@@ -11,10 +12,11 @@ import gpuconv
 from gpuconv import cli, tuned
 from gpuconv.algorithms import winograd
 from gpuconv.backend import NUMPY
+from gpuconv.choose import MODULES
 from gpuconv.geometry import Geometry
 from tests import reference
 
-X, W = (1, 8, 24, 24), (8, 8, 3, 3)
+X, W = (1, 64, 28, 28), (64, 64, 3, 3)
 GEOMETRY = Geometry.infer(X, W, padding=1)
 FOLDER = tuned._folder  # before tests have one of their own
 FLOAT32 = np.dtype(np.float32)
@@ -87,6 +89,8 @@ def test_a_wrong_result_is_never_taken():
         (found,) = gpuconv.tune(X, W, padding=1, directions="forward", backend="numpy", seconds=0.002)
     assert found.wrong == ("winograd",)
     assert "winograd" not in found.seconds
+    assert found.default == "winograd"
+    assert np.isnan(found.gain)
     assert explained().algorithm != "winograd"
 
 
@@ -166,7 +170,31 @@ def test_the_command_fails_where_a_result_is_wrong(capsys):
     def wrong(x, w, y, geometry, run):
         y.view[...] = 0
 
-    options = ["tune", "--case", "n=1 c=8 h=24 w=24 k=8 r=3 s=3 pad=1", "--direction", "forward", "--seconds", "0.001"]
+    options = [
+        "tune",
+        "--case",
+        "n=1 c=64 h=28 w=28 k=64 r=3 s=3 pad=1",
+        "--direction",
+        "forward",
+        "--seconds",
+        "0.001",
+    ]
     with mock.patch.object(winograd, "forward", wrong):
         assert cli.main([*options, "--backend", "numpy"]) == 1
-    assert "WRONG: winograd" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "WRONG: winograd" in printed
+    assert "times as fast as winograd" not in printed
+
+
+def test_nothing_is_remembered_where_all_are_wrong():
+    def wrong(x, w, y, geometry, run):
+        y.view[...] = 0
+
+    with contextlib.ExitStack() as patched:
+        for module in MODULES.values():
+            patched.enter_context(mock.patch.object(module, "forward", wrong))
+        (found,) = gpuconv.tune(X, W, padding=1, directions="forward", backend="numpy", seconds=0.002)
+    assert found.fastest == found.default
+    assert found.default in found.wrong
+    assert np.isnan(found.gain)
+    assert not tuned.path(NUMPY).exists()

@@ -199,8 +199,9 @@ def tune_command(options: argparse.Namespace) -> int:
 
 def _tuned_line(name: str, layout: str, one: Tuned) -> str:
     times = ", ".join(f"{algorithm} {taken * 1e3:.3g} ms" for algorithm, taken in one.seconds.items())
-    changed = one.fastest != one.default
-    verdict = f"{one.fastest}, {one.gain:.2f} times as fast as {one.default}" if changed else one.default
+    verdict = one.fastest
+    if one.fastest != one.default and one.default not in one.wrong:
+        verdict += f", {one.gain:.2f} times as fast as {one.default}"
     wrong = f"; WRONG: {', '.join(one.wrong)}" if one.wrong else ""
     return f"{name:<36} {one.direction:<11} {layout:<14} {verdict}  ({times}{wrong})"
 
