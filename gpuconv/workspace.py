@@ -179,12 +179,23 @@ def is_small(geometry: Geometry) -> bool:
     return geometry.multiply_adds() < _SMALL
 
 
+FEWEST, LEAST = 256, 64  # positions of a task: where there are many, and where there are few
+
+
 class Team(NamedTuple):
     """How many threads compute something, and into how many tasks it should be cut for them."""
 
     workers: int = 1
     tasks: int = 1
     shares: int = 1  # of memory, for sums that should have the same bits at any number of threads
+
+    def share(self, positions: int) -> int:
+        """Of so many outputs, or inputs, those of a task: an even share, but not so few that products get slow.
+
+        Where there are few at all, two threads still have some each.
+        """
+        fewest = max(LEAST, min(FEWEST, -(-positions // 2)))
+        return max(fewest, -(-positions // self.tasks))
 
 
 def shaped(flat: Array, shape: tuple[int, ...]) -> Array:

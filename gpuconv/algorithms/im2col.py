@@ -29,7 +29,6 @@ from gpuconv.algorithms.unfold import (
     Sizes,
     box_sizes,
     forward_sizes,
-    most_outputs,
     order_of,
     reading,
     unfold,
@@ -308,5 +307,5 @@ def _apart_sizes(
 
     limit = min((budget - per_channel * channels) // team.shares, block)
     extents = (*geometry.batch, *geometry.output)
-    box, spaces = fitting_box(extents, limit, parts, most_outputs(geometry, team))
+    box, spaces = fitting_box(extents, limit, parts, team.share(math.prod(extents)))
     return Sizes(channels, box, per_channel * channels, spaces)

@@ -40,8 +40,6 @@ from gpuconv.workspace import Run, Team, shaped
 
 # A tap passes over the whole block: smaller ones stay in the cache, larger ones make longer inner loops.
 BLOCK_BYTES = 4 << 20
-# Positions of a task where there are many; and where there are few, so that two threads have some.
-FEWEST, LEAST = 256, 64
 # Up to this many taps are added up one after the other.
 ONE_RUN = 64
 
@@ -327,7 +325,7 @@ def _forward_sizes(geometry: Geometry, budget: int, block: int, team: Team, temp
         )
 
     limit, extents = min((budget - weights * filters) // team.shares, block), (*geometry.batch, *geometry.output)
-    return _Sizes(filters, *fitting_box(extents, limit, parts, _share(extents, team)), weights * filters)
+    return _Sizes(filters, *fitting_box(extents, limit, parts, team.share(math.prod(extents))), weights * filters)
 
 
 @lru_cache(maxsize=1024)
@@ -352,13 +350,7 @@ def _data_grad_sizes(geometry: Geometry, budget: int, block: int, team: Team, gr
         )
 
     limit, extents = min((budget - weights * channels) // team.shares, block), (*geometry.batch, *geometry.input)
-    return _Sizes(channels, *fitting_box(extents, limit, parts, _share(extents, team)), weights * channels)
-
-
-def _share(extents: Shape, team: Team) -> int:
-    """Positions of a task: an even share, but not so few that the product with a tap's weights gets slow."""
-    positions = math.prod(extents)
-    return max(LEAST, min(FEWEST, -(-positions // 2)), -(-positions // team.tasks))
+    return _Sizes(channels, *fitting_box(extents, limit, parts, team.share(math.prod(extents))), weights * channels)
 
 
 @lru_cache(maxsize=1024)

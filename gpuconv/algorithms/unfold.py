@@ -30,8 +30,6 @@ from gpuconv.workspace import Run, Team
 BLOCK_BYTES = 8 << 20
 # Below this many outputs per image, the images of a block share one product, and the result is copied into place.
 SHORT_PRODUCT = 256
-# Of a task where there are many; and where there are few, so that two threads have some.
-FEWEST_OUTPUTS, LEAST_OUTPUTS = 256, 64
 
 
 class Order(NamedTuple):
@@ -127,7 +125,7 @@ def forward_sizes(
     """
     filters = largest(geometry.group_filters, budget // 2, per_filter)
     limit = min((budget - per_filter * filters) // team.shares, block)
-    most = most_outputs(geometry, team)
+    most = team.share(math.prod((*geometry.batch, *geometry.output)))
     return box_sizes(geometry, limit, most, filters, per_filter * filters, reading, sums, terms, wide)
 
 
@@ -161,15 +159,6 @@ def box_sizes(
         box, spaces = fitting_box(extents, limit, parts_tap_by_tap, most)
         return Sizes(filters, box, weights, spaces, True)
     return Sizes(filters, box, weights, spaces)
-
-
-def most_outputs(geometry: Geometry, team: Team) -> float:
-    """Outputs of a task: an even share, but not so few that the product with all weights gets slow."""
-    if team.tasks == 1:
-        return math.inf
-    outputs = math.prod((*geometry.batch, *geometry.output))
-    fewest = max(LEAST_OUTPUTS, min(FEWEST_OUTPUTS, -(-outputs // 2)))
-    return max(fewest, -(-outputs // team.tasks))
 
 
 def unfold(
