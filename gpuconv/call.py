@@ -151,7 +151,7 @@ class Call:
     ) -> Hashable:
         """All that decides which launches there are."""
         chosen = self.algorithm, self.deterministic, self.precision, self.limit, self.threads
-        dump = os.environ.get("GPUCONV_DUMP")
+        dump = None if self.backend.launch is None else os.environ.get("GPUCONV_DUMP")
         how = direction, role, activation, first.conjugate, first.activation, second.conjugate, second.activation
         device = first.array.device.id if self.kind == "cupy" else None
         lying = _lying if self.backend.launch is None else _lying_for_kernels
