@@ -155,7 +155,7 @@ def spread(tasks: Iterable[T], worker: Callable[[Iterator[T]], None], workers: i
     """Has tasks done by so many workers at most, each in a thread of its own, the caller's among them.
 
     ``worker(tasks)`` does the tasks that it takes from an iterator; who takes which is left to chance, so no result may
-    depend on it. Coarse tasks only: to start a helper takes some 20 microseconds. Helpers that other calls of this
+    depend on it. Coarse tasks only: to start a helper takes 20 to 100 microseconds. Helpers that other calls of this
     process have at work are theirs, so there may be fewer, or none. An error ends the work of all, and is raised here.
     """
     wanted = min(workers, len(tasks)) if isinstance(tasks, Sized) else workers
