@@ -2,7 +2,7 @@
 
 Nanoseconds of one core of an AMD EPYC with AVX-512 and NumPy 2.4 (OpenBLAS), in float32. On other machines they differ;
 it is their proportions that decide, and these differ less. bench/results has the times of all algorithms beside each
-other on machines with and without AVX-512 (sweep.json), and tests/test_choice.py holds the choice against them.
+other on a machine without AVX-512 (sweep.json), and tests/test_choice.py holds the choice against them.
 """
 
 from __future__ import annotations
