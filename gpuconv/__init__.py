@@ -15,6 +15,7 @@ from gpuconv.conv import (
     conv_weight_grad,
 )
 from gpuconv.cuda.compiler import CompileError
+from gpuconv.linear_operator import linear_operator
 from gpuconv.sparse import conv_matrix
 from gpuconv.tune import Tuned, tune
 
@@ -37,6 +38,7 @@ __all__ = [
     "conv_weight_grad",
     "explain",
     "get_backend",
+    "linear_operator",
     "set_backend",
     "show_config",
     "tune",

@@ -172,7 +172,7 @@ class Call:
         geometry, backend = self.geometry, self.backend
         algorithm = choose(geometry, self.dtype, direction, backend, self.algorithm, self.deterministic).algorithm
         shape = {"x": geometry.x_shape, "w": geometry.w_shape, "y": geometry.y_shape}[role]
-        channels_last = role != "w" and _has_channels_last_memory(first.array, geometry)
+        channels_last = role != "w" and has_channels_last_memory(first.array, geometry)
         empty = partial(_empty, backend.xp, shape, self.dtype, channels_last, geometry)
         target = out
         if out is None or backend.kind != self.kind or not (backend.launch is None or addressable(out)):
@@ -326,7 +326,7 @@ def _needed(needs: str | Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _has_channels_last_memory(array: Array, geometry: Geometry) -> bool:
+def has_channels_last_memory(array: Array, geometry: Geometry) -> bool:
     """Whether a channels_first array lies in memory as a contiguous channels_last one (and not as both)."""
     if geometry.layout == "channels_last" or array.flags.c_contiguous:
         return False

@@ -1,0 +1,224 @@
+"""The convolutions that CuPy had from cuDNN until version 13, by their names and with their arguments.
+
+One changed import moves old code over::
+
+    from gpuconv.compat import cupy_cudnn as cudnn  # was: from cupy import cudnn
+
+Every function writes into the array that the caller gives, and returns None. Arrays are CuPy's or NumPy's, with one to
+three spatial axes and any strides, real or complex. In layout 0 x is (N, C, *spatial), W (F, C/G, *kernel) and y
+(N, F, *output); in layout 1 x is (N, *spatial, C), W (F, *kernel, C/G) and y (N, *output, F). ``d_layout`` is that of
+x and y, ``w_layout`` that of W. pad, stride and dilation are ints, or one int per spatial axis.
+
+``tensor_core`` is "never", "always", which permits TensorFloat-32, or "auto", which leaves that to GPUCONV_PRECISION.
+``deterministic`` is that of :func:`gpuconv.conv`. ``auto_tune`` changes nothing: no call times anything, and what
+``gpuconv tune`` has found is used in any case. (After cupyx/cudnn.pyx of CuPy 13.6.)
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import numbers
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gpuconv
+from gpuconv import settings
+from gpuconv.backend import INSTALL_HINT, Array, kind_of
+from gpuconv.call import checked
+from gpuconv.compat import named
+
+CUDNN_TENSOR_NCHW = 0
+CUDNN_TENSOR_NHWC = 1
+
+PRECISIONS = {"auto": None, "always": "tf32", "never": "ieee"}
+PACKAGES = ("cupy", "cupyx", "cupy.cuda")  # whose module cudnn programs look for
+
+
+def convolution_forward(
+    x: Array,
+    W: Array,  # noqa: N803
+    b: Array | None,
+    y: Array,
+    pad: int | Sequence[int],
+    stride: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    auto_tune: bool = False,
+    tensor_core: str = "auto",
+    d_layout: int = CUDNN_TENSOR_NCHW,
+    w_layout: int = CUDNN_TENSOR_NCHW,
+) -> None:
+    """Writes the convolution of x with W, plus b, into y. b has one element per filter, in any shape, or is None.
+
+    Raises ValueError for shapes and values and TypeError for kinds and dtypes, and then y is as it was.
+
+    >>> import numpy
+    >>> x, W, y = numpy.ones((2, 3, 8, 8)), numpy.ones((4, 3, 3, 3)), numpy.empty((2, 4, 8, 8))
+    >>> convolution_forward(x, W, None, y, pad=(1, 1), stride=(1, 1))
+    >>> y[0, 0, 0, :3]
+    array([12., 18., 18.])
+    """
+    images, filters = _channels_first(d_layout, "d_layout"), _channels_first(w_layout, "w_layout")
+    _check_ranks(x=x, W=W, y=y)
+    if b is not None:
+        kind_of(x=x, b=b)
+        b = b.reshape(-1)
+    with named(w="W", padding="pad", out="y"):
+        gpuconv.conv(
+            images(x), filters(W), b, out=images(y), precision=_precision(tensor_core),
+            stride=stride, padding=pad, dilation=dilation, groups=groups,
+        )  # fmt: skip
+
+
+def convolution_backward_filter(
+    x: Array,
+    gy: Array,
+    gW: Array,  # noqa: N803
+    pad: int | Sequence[int],
+    stride: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    deterministic: bool | None = None,
+    auto_tune: bool = False,
+    tensor_core: str = "auto",
+    d_layout: int = CUDNN_TENSOR_NCHW,
+    w_layout: int = CUDNN_TENSOR_NCHW,
+) -> None:
+    """Writes the gradient in W into gW, from x and the gradient gy in y; for complex arrays the adjoint.
+
+    >>> import numpy
+    >>> x, gy, gW = numpy.ones((2, 3, 8, 8)), numpy.ones((2, 4, 6, 6)), numpy.empty((4, 3, 3, 3))
+    >>> convolution_backward_filter(x, gy, gW, pad=(0, 0), stride=(1, 1))
+    >>> float(gW[0, 0, 0, 0])
+    72.0
+    """
+    images, filters = _channels_first(d_layout, "d_layout"), _channels_first(w_layout, "w_layout")
+    _check_ranks(x=x, gy=gy, gW=gW)
+    out = filters(gW)
+    with named(dy="gy", w_shape="gW", padding="pad", out="gW"):
+        gpuconv.conv_weight_grad(
+            images(gy), images(x), out.shape, out=out, deterministic=deterministic, precision=_precision(tensor_core),
+            stride=stride, padding=pad, dilation=dilation, groups=groups,
+        )  # fmt: skip
+
+
+def convolution_backward_data(
+    W: Array,  # noqa: N803
+    x: Array,
+    b: Array | None,
+    y: Array,
+    pad: int | Sequence[int],
+    stride: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    deterministic: bool | None = None,
+    auto_tune: bool = False,
+    tensor_core: str = "auto",
+    d_layout: int = CUDNN_TENSOR_NCHW,
+    w_layout: int = CUDNN_TENSOR_NCHW,
+) -> None:
+    """Writes the gradient in what W was convolved with into y, from x, the gradient in the result; plus b.
+
+    That is a transposed convolution of x, (N, F, *output), to y, (N, C, *spatial); b has one element for each of the C
+    channels, in any shape, or is None. For complex arrays it is the adjoint.
+
+    >>> import numpy
+    >>> W, x, y = numpy.ones((4, 3, 3, 3)), numpy.ones((2, 4, 6, 6)), numpy.empty((2, 3, 8, 8))
+    >>> convolution_backward_data(W, x, numpy.arange(3.0), y, pad=(0, 0), stride=(1, 1))
+    >>> y[0, :, 0, 0]
+    array([4., 5., 6.])
+    """
+    images, filters = _channels_first(d_layout, "d_layout"), _channels_first(w_layout, "w_layout")
+    _check_ranks(W=W, x=x, y=y)
+    out = images(y)
+    if b is not None:
+        _check_bias(b, W, x, out)
+    with named(dy="x", w="W", x_shape="y", padding="pad", out="y"):
+        gpuconv.conv_data_grad(
+            images(x), filters(W), out.shape, out=out, deterministic=deterministic, precision=_precision(tensor_core),
+            stride=stride, padding=pad, dilation=dilation, groups=groups,
+        )  # fmt: skip
+    if b is not None:
+        out += b.reshape(-1, *(1,) * (out.ndim - 2))
+
+
+def get_max_workspace_size() -> int:
+    """The bytes that a call may take beside its result: GPUCONV_WORKSPACE_LIMIT.
+
+    >>> get_max_workspace_size()
+    67108864
+    """
+    return settings.workspace_limit()
+
+
+def set_max_workspace_size(size: int) -> None:
+    """Sets GPUCONV_WORKSPACE_LIMIT, for this process."""
+    if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 0:
+        raise ValueError(f"size must be a number of bytes, at least 0; got {size!r}")
+    os.environ["GPUCONV_WORKSPACE_LIMIT"] = str(int(size))
+
+
+def install() -> None:
+    """Registers this module as cupy.cudnn, cupyx.cudnn and cupy.cuda.cudnn, for libraries that look there.
+
+    Raises ImportError without CuPy, and RuntimeError where CuPy has the real one, which is left alone.
+    """
+    try:
+        packages: list[Any] = [importlib.import_module(package) for package in PACKAGES]
+    except ImportError:
+        raise ImportError(f"install() needs CuPy: {INSTALL_HINT}") from None
+    this = sys.modules[__name__]
+    for place in PACKAGES:
+        name = f"{place}.cudnn"
+        if sys.modules.get(name) is not this and importlib.util.find_spec(name) is not None:
+            raise RuntimeError(f"CuPy {packages[0].__version__} has {name}, which install() does not replace")
+    for package in packages:
+        sys.modules[f"{package.__name__}.cudnn"] = this
+        package.cudnn = this
+
+
+def uninstall() -> None:
+    """Undoes :func:`install`; nothing where nothing was installed."""
+    this = sys.modules[__name__]
+    for package in PACKAGES:
+        if sys.modules.get(f"{package}.cudnn") is this:
+            del sys.modules[f"{package}.cudnn"]
+            delattr(sys.modules[package], "cudnn")
+
+
+def _channels_first(layout: int, name: str) -> Callable[[Array], Array]:
+    """What makes views of arrays in a layout, with channels on the second axis."""
+    if layout == CUDNN_TENSOR_NCHW:
+        return lambda array: array
+    if layout == CUDNN_TENSOR_NHWC:
+        return lambda array: array.transpose(0, array.ndim - 1, *range(1, array.ndim - 1))
+    raise ValueError(f"{name} must be {CUDNN_TENSOR_NCHW} (NCHW) or {CUDNN_TENSOR_NHWC} (NHWC), got {layout!r}")
+
+
+def _check_ranks(**arrays: Array) -> None:
+    kind_of(**arrays)
+    ranks = {array.ndim for array in arrays.values()}
+    if len(ranks) > 1 or not ranks <= {3, 4, 5}:
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        raise ValueError(f"{', '.join(arrays)} must have as many axes as each other, 3, 4 or 5 ({shapes})")
+
+
+def _check_bias(b: Array, W: Array, x: Array, y: Array) -> None:  # noqa: N803
+    """What gpuconv.conv checks of a bias, for the gradient that is added to one."""
+    _, dtype = checked(W=W, x=x, b=b)
+    if b.size != y.shape[1]:
+        raise ValueError(f"b must have one element for each of y's {y.shape[1]} channels, but its shape is {b.shape}")
+    if dtype != y.dtype:
+        raise TypeError(f"y must have the dtype of the result, {dtype.name}, not {y.dtype}")
+
+
+def _precision(tensor_core: str) -> str | None:
+    if tensor_core not in PRECISIONS:
+        raise ValueError(f"tensor_core must be one of {', '.join(PRECISIONS)}; got {tensor_core!r}")
+    return PRECISIONS[tensor_core]

@@ -1,0 +1,298 @@
+"""The convolutions under PyTorch's autograd, on its CPU and CUDA tensors, without a copy.
+
+    from gpuconv.torch import conv
+
+    y = conv(x, w, b, padding=1)  # x, w and b are tensors
+    y.sum().backward()
+
+Each gradient is a convolution itself, so it has gradients in turn. CUDA tensors are computed on PyTorch's current
+stream, into memory of PyTorch's allocator. torch.compile leaves the calls as they are: its graph breaks there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeAlias
+
+from gpuconv import dtypes
+from gpuconv.backend import INSTALL_HINT, Array, Kind
+from gpuconv.call import Call, Source, check_bias, has_channels_last_memory
+from gpuconv.geometry import Direction, Geometry
+from gpuconv.operands import Role
+
+try:
+    import torch
+    from torch.autograd.forward_ad import unpack_dual
+except ImportError:
+    raise ImportError("gpuconv.torch needs PyTorch: pip install 'gpuconv[torch]'") from None
+
+Tensor: TypeAlias = torch.Tensor
+
+# The two operands of a direction, and its result.
+ROLES: dict[Direction, tuple[Role, Role, Role]] = {
+    "forward": ("x", "w", "y"),
+    "data_grad": ("y", "w", "x"),
+    "weight_grad": ("y", "x", "w"),
+}
+
+
+@torch.compiler.disable
+def conv(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None = None,
+    *,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    layout: str = "channels_first",
+    flip: bool = False,
+    algorithm: str = "auto",
+    precision: str | None = None,
+    deterministic: bool | None = None,
+) -> Tensor:
+    """:func:`gpuconv.conv` of tensors, to be differentiated any number of times.
+
+    Shapes, dtypes, errors and arguments are those of :func:`gpuconv.conv`. The tensors are dense and on one device, the
+    CPU or a CUDA device, and so is y; where x has channels_last memory, y has. Gradients of complex tensors are as
+    PyTorch has them: the adjoints.
+
+    >>> import torch
+    >>> x, w = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2, requires_grad=True)
+    >>> conv(x, w).sum().backward()
+    >>> w.grad
+    tensor([[[[4., 4.],
+              [4., 4.]]]])
+    """
+    _check(x=x, w=w, b=b)
+    geometry = Geometry.infer(
+        tuple(x.shape), tuple(w.shape), stride=stride, padding=padding, dilation=dilation, groups=groups,
+        layout=layout, flip=flip,
+    )  # fmt: skip
+    check_bias(b, geometry.filters)
+    problem = _Problem(geometry, algorithm, precision, deterministic)
+    if not _has_gradients(x, w, b):
+        return problem.computed("forward", x, w, b)
+    return _Forward.apply(x, w, b, problem)  # type: ignore[no-any-return]
+
+
+@torch.compiler.disable
+def conv_transpose(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None = None,
+    *,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    layout: str = "channels_first",
+    flip: bool = False,
+    output_padding: Any = 0,
+    algorithm: str = "auto",
+    precision: str | None = None,
+    deterministic: bool | None = None,
+) -> Tensor:
+    """:func:`gpuconv.conv_transpose` of tensors, like :func:`conv`.
+
+    >>> import torch
+    >>> conv_transpose(torch.ones(1, 1, 2), torch.ones(1, 1, 3), stride=2)
+    tensor([[[1., 1., 2., 1., 1.]]])
+    """
+    _check(x=x, w=w, b=b)
+    geometry = Geometry.infer_transposed(
+        tuple(x.shape), tuple(w.shape), stride=stride, padding=padding, dilation=dilation, groups=groups,
+        layout=layout, flip=flip, output_padding=output_padding,
+    )  # fmt: skip
+    check_bias(b, geometry.channels)
+    problem = _Problem(geometry, algorithm, precision, deterministic)
+    w = w.conj()  # the transpose is the adjoint with that
+    if not _has_gradients(x, w, b):
+        return problem.computed("data_grad", x, w, b)
+    return _DataGrad.apply(x, w, b, problem)  # type: ignore[no-any-return]
+
+
+class _Problem(NamedTuple):
+    """A convolution and how it is computed: what all its directions have in common."""
+
+    geometry: Geometry
+    algorithm: str
+    precision: str | None
+    deterministic: bool | None
+
+    def computed(self, direction: Direction, first: Tensor, second: Tensor, b: Tensor | None = None) -> Tensor:
+        """The result of a direction; w and x are conjugated in the gradients."""
+        one, other, role = ROLES[direction]
+        with _on_stream_of(first.device) if first.is_cuda else contextlib.nullcontext():
+            arrays = [_array(tensor) for tensor in (first, second, b) if tensor is not None]
+            kind: Kind = "cupy" if first.is_cuda else "numpy"
+            call = Call(self.geometry, kind, dtypes.promoted(*(array.dtype for array in arrays)), *self[1:])
+            out = None
+            if first.is_cuda:  # in memory of PyTorch's allocator, which knows until when streams use it
+                out = self._empty(role, getattr(torch, call.dtype.name), first.device, arrays[0])
+            result = call.compute(
+                direction,
+                Source(arrays[0], one),
+                Source(arrays[1], other, conjugate=direction != "forward"),
+                role,
+                out=None if out is None else _array(out),
+                bias=None if b is None else arrays[2],
+            )
+            return _tensor(result) if out is None else out
+
+    def _empty(self, role: Role, dtype: torch.dtype, device: torch.device, like: Array) -> Tensor:
+        """A tensor for the result; x and y in the order in which the array ``like`` lies."""
+        geometry = self.geometry
+        shape = {"x": geometry.x_shape, "w": geometry.w_shape, "y": geometry.y_shape}[role]
+        if role == "w" or not has_channels_last_memory(like, geometry):
+            return torch.empty(shape, dtype=dtype, device=device)
+        channel = len(geometry.batch)
+        memory = torch.empty((*shape[:channel], *shape[channel + 1 :], shape[channel]), dtype=dtype, device=device)
+        return memory.movedim(-1, channel)
+
+    def bias_grad(self, gradient: Tensor) -> Tensor:
+        """The sum over all but the channels."""
+        axis = gradient.ndim - 1 if self.geometry.layout == "channels_last" else len(self.geometry.batch)
+        return gradient.sum([other for other in range(gradient.ndim) if other != axis])
+
+
+# The three directions as functions of their operands. Each gradient of one is another of them.
+
+
+class _Forward(torch.autograd.Function):
+    """y of x, w and b."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, problem: _Problem) -> Tensor:
+        _keep(ctx, problem, x, w, b)
+        return problem.computed("forward", x, w, b)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x, w), problem, needs = ctx.saved_tensors, ctx.problem, ctx.needs_input_grad
+        return (
+            _cast(_DataGrad.apply(dy, w, None, problem), x.dtype) if needs[0] else None,
+            _cast(_WeightGrad.apply(dy, x, problem), w.dtype) if needs[1] else None,
+            _cast(problem.bias_grad(dy), ctx.bias) if needs[2] else None,
+            None,
+        )
+
+
+class _DataGrad(torch.autograd.Function):
+    """dx of dy and w, plus b."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, w: Tensor, b: Tensor | None, problem: _Problem) -> Tensor:
+        _keep(ctx, problem, dy, w, b)
+        return problem.computed("data_grad", dy, w, b)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (dy, w), problem, needs = ctx.saved_tensors, ctx.problem, ctx.needs_input_grad
+        return (
+            _cast(_Forward.apply(gradient, w, None, problem), dy.dtype) if needs[0] else None,
+            _cast(_WeightGrad.apply(dy, gradient, problem), w.dtype) if needs[1] else None,
+            _cast(problem.bias_grad(gradient), ctx.bias) if needs[2] else None,
+            None,
+        )
+
+
+class _WeightGrad(torch.autograd.Function):
+    """dw of dy and x."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, x: Tensor, problem: _Problem) -> Tensor:
+        _keep(ctx, problem, dy, x)
+        return problem.computed("weight_grad", dy, x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (dy, x), problem, needs = ctx.saved_tensors, ctx.problem, ctx.needs_input_grad
+        return (
+            _cast(_Forward.apply(x, gradient, None, problem), dy.dtype) if needs[0] else None,
+            _cast(_DataGrad.apply(dy, gradient, None, problem), x.dtype) if needs[1] else None,
+            None,
+        )
+
+
+def _keep(ctx: Any, problem: _Problem, first: Tensor, second: Tensor, b: Tensor | None = None) -> None:
+    ctx.save_for_backward(first, second)
+    ctx.problem, ctx.bias = problem, None if b is None else b.dtype
+
+
+def _cast(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient in an operand that was promoted."""
+    if gradient.is_complex() and not dtype.is_complex:
+        gradient = gradient.real
+    return gradient.to(dtype)
+
+
+# Tensors as arrays.
+
+
+# What conv takes, with the names that gpuconv has for them.
+DTYPES = {getattr(torch, name): name for name in dtypes.NAMES}
+
+
+def _check(**tensors: Tensor | None) -> None:
+    """TypeError or ValueError unless these are tensors that arrays can be made of, on one device."""
+    device = None
+    for name, tensor in tensors.items():
+        if tensor is None and name == "b":
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
+        if tensor.layout is not torch.strided or not (tensor.is_cpu or tensor.is_cuda):
+            raise TypeError(
+                f"{name} must be dense and on the CPU or a CUDA device, not {tensor.layout} on {tensor.device}"
+            )
+        if tensor.dtype not in DTYPES:
+            hint = f"; {name}.float() makes one of it" if not tensor.dtype.is_floating_point else ""
+            raise TypeError(f"{name} must be one of {', '.join(dtypes.NAMES)}, not {tensor.dtype}{hint}")
+        if device is not None and tensor.device != device:
+            raise ValueError(f"tensors must be on one device, but x is on {device} and {name} on {tensor.device}")
+        device = tensor.device
+
+
+def _has_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to know of a function of these, backwards or forwards; its bookkeeping takes time."""
+    backwards = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and ((backwards and tensor.requires_grad) or unpack_dual(tensor).tangent is not None):
+            return True
+    return False
+
+
+@contextlib.contextmanager
+def _on_stream_of(device: torch.device) -> Iterator[None]:
+    """Has CuPy compute on a CUDA device, in PyTorch's current stream there."""
+    try:
+        import cupy
+    except ImportError:
+        raise ImportError(f"CUDA tensors need CuPy: {INSTALL_HINT}") from None
+    stream = torch.cuda.current_stream(device)
+    with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream.cuda_stream, device.index):
+        yield
+
+
+def _array(tensor: Tensor) -> Array:
+    """The memory of a tensor as an array of NumPy or CuPy; conjugated or negated views are resolved."""
+    if tensor.dtype == torch.bfloat16:  # which neither takes from other libraries
+        return _array(tensor.detach().view(torch.int16)).view(dtypes.named("bfloat16"))
+    if tensor.is_cuda:
+        import cupy
+
+        return cupy.from_dlpack(tensor.detach().resolve_conj().resolve_neg())
+    try:
+        return tensor.numpy(force=True)
+    except RuntimeError:
+        raise TypeError("tensors must have memory of their own: no torch.func transforms here") from None
+
+
+def _tensor(array: Array) -> Tensor:
+    """The memory of a NumPy array as a tensor."""
+    if array.dtype.kind == "V":  # bfloat16
+        return _tensor(array.view("int16")).view(torch.bfloat16)
+    return torch.from_numpy(array)

@@ -1,0 +1,253 @@
+"""CuPy 13's convolutions, by its names and arguments, against the reference."""
+
+import importlib
+import importlib.util
+import itertools
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from gpuconv import settings
+from gpuconv.compat import cupy_cudnn
+from tests import reference
+from tests.cases import CASES, draw, named_dtype
+
+# cuDNN pads alike on both ends and does not turn kernels round.
+CASES_OF_CUDNN = [
+    case for case in CASES if len(case.x) <= 5 and not case.flip and all(low == high >= 0 for low, high in case.padding)
+]
+
+
+def in_layout(array, layout):
+    """(N, C, *spatial) or (F, C/G, *kernel) as it lies in layout 0 or 1."""
+    return np.ascontiguousarray(np.moveaxis(array, 1, -1)) if layout else array
+
+
+def from_layout(array, layout):
+    return np.moveaxis(array, -1, 1) if layout else array
+
+
+@pytest.mark.every_nth(3)
+@pytest.mark.parametrize("d_layout, w_layout", [(0, 0), (0, 1), (1, 0), (1, 1)])
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+@pytest.mark.parametrize("case", CASES_OF_CUDNN, ids=lambda case: case.name)
+def test_results_are_written_into_the_callers_array(case, dtype, d_layout, w_layout, arrays, rng):
+    geometry = case.geometry()
+    wide = "complex128" if dtype.startswith("complex") else "float64"
+    x, w, dy = (draw(rng, shape, wide, True) for shape in (case.x, case.w, geometry.y_shape))
+    exact = case.stride, case.padding, case.dilation, case.groups
+    given = [low for low, _ in case.padding], case.stride, case.dilation, case.groups
+    layouts = {"d_layout": d_layout, "w_layout": w_layout}
+
+    def made(array, layout):
+        return arrays.asarray(in_layout(array, layout).astype(named_dtype(dtype)))
+
+    X, W, DY = made(x, d_layout), made(w, w_layout), made(dy, d_layout)  # noqa: N806
+    b = rng.integers(-3, 4, case.w[0]).astype(float).reshape(1, -1, *(1,) * (len(case.x) - 2))
+    out = made(np.full(dy.shape, np.nan), d_layout)
+    result = cupy_cudnn.convolution_forward(X, W, made(b, 0), out, *given, **layouts)
+    assert result is None
+    np.testing.assert_array_equal(from_layout(arrays.asnumpy(out), d_layout), reference.forward(x, w, *exact) + b)
+
+    out = made(np.full(w.shape, np.nan), w_layout)
+    assert cupy_cudnn.convolution_backward_filter(X, DY, out, *given, **layouts) is None
+    np.testing.assert_array_equal(
+        from_layout(arrays.asnumpy(out), w_layout), reference.weight_grad(dy, x, w.shape, *exact)
+    )
+
+    b = rng.integers(-3, 4, case.x[1]).astype(float)
+    out = made(np.full(x.shape, np.nan), d_layout)
+    assert cupy_cudnn.convolution_backward_data(W, DY, made(b, 0), out, *given, **layouts) is None
+    expected = reference.data_grad(dy, w, x.shape, *exact) + b.reshape(-1, *(1,) * (x.ndim - 2))
+    np.testing.assert_array_equal(from_layout(arrays.asnumpy(out), d_layout), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_what_the_tests_of_cupy_13_go_through(dtype, arrays, rng):
+    """Dilations, groups, workspaces, biases, layouts, auto_tune, tensor_core and deterministic; here with values."""
+    before = cupy_cudnn.get_max_workspace_size()
+    options = itertools.product((1, 2), (1, 2), (0, 1 << 22), (True, False), (True, False), (0, 1))
+    tensor_cores = itertools.cycle(("auto", "always", "never"))  # 3 and 64 have no factor in common
+    for dilation, groups, workspace, auto_tune, with_bias, layout in options:
+        x, w = draw(rng, (2, 4, 6, 5), "float64", True), draw(rng, (6, 4 // groups, 2, 2), "float64", True)
+        b = rng.integers(-3, 4, (1, 6, 1, 1)).astype(float)
+        exact = (1, 2), ((1, 1), (0, 0)), (dilation, dilation), groups
+        y = reference.forward(x, w, *exact) + (b if with_bias else 0)
+        given = (1, 0), (1, 2), (dilation, dilation), groups
+        how = {"auto_tune": auto_tune, "tensor_core": next(tensor_cores), "d_layout": layout, "w_layout": layout}
+        X, W, Y = (arrays.asarray(in_layout(a, layout).astype(dtype)) for a in (x, w, y))  # noqa: N806
+        B = arrays.asarray(b.astype(dtype))  # noqa: N806
+        cupy_cudnn.set_max_workspace_size(workspace)
+        try:
+            out = arrays.asarray(np.full(in_layout(y, layout).shape, np.nan, dtype))
+            cupy_cudnn.convolution_forward(X, W, B if with_bias else None, out, *given, **how)
+            np.testing.assert_array_equal(arrays.asnumpy(out), in_layout(y, layout))
+            how["deterministic"] = auto_tune == with_bias
+            out = arrays.asarray(np.full(in_layout(w, layout).shape, np.nan, dtype))
+            cupy_cudnn.convolution_backward_filter(X, Y, out, *given, **how)
+            expected = in_layout(reference.weight_grad(y, x, w.shape, *exact), layout)
+            np.testing.assert_array_equal(arrays.asnumpy(out), expected)
+            out = arrays.asarray(np.full(in_layout(x, layout).shape, np.nan, dtype))
+            cupy_cudnn.convolution_backward_data(W, Y, None, out, *given, **how)
+            expected = in_layout(reference.data_grad(y, w, x.shape, *exact), layout)
+            np.testing.assert_array_equal(arrays.asnumpy(out), expected)
+        finally:
+            cupy_cudnn.set_max_workspace_size(before)
+
+
+def test_views_with_any_strides():
+    x, w, memory = np.arange(96.0).reshape(2, 2, 4, 6)[:, :, ::-1, ::2], np.ones((3, 2, 2, 2)), np.zeros((3, 6, 1, 2))
+    y = memory.transpose(1, 0, 3, 2)[::3]
+    cupy_cudnn.convolution_forward(x, w, None, y, 0, 2)
+    np.testing.assert_array_equal(y, reference.forward(x, w, (2, 2), ((0, 0),) * 2, (1, 1)))
+    assert not memory[:, 1:3].any()
+
+
+def test_the_workspace_is_the_librarys(monkeypatch):
+    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "3MiB")
+    assert cupy_cudnn.get_max_workspace_size() == 3 << 20
+    cupy_cudnn.set_max_workspace_size(np.int64(5))
+    assert settings.workspace_limit() == cupy_cudnn.get_max_workspace_size() == 5
+    for wrong in (-1, 1.5, "8MiB", True):
+        with pytest.raises(ValueError, match="size must be a number of bytes, at least 0"):
+            cupy_cudnn.set_max_workspace_size(wrong)
+
+
+X, W, B, Y = np.ones((2, 4, 6, 6)), np.ones((3, 4, 3, 3)), np.ones(3), np.ones((2, 3, 4, 4))
+ERRORS = {
+    "axes": (
+        lambda: cupy_cudnn.convolution_forward(X[0], W, B, Y, 0, 1),
+        ValueError,
+        r"x, W, y must have .* \(x \(4, 6, 6\)",
+    ),
+    "rank": (lambda: cupy_cudnn.convolution_forward(X[0, 0], W[0, 0], B, Y[0, 0], 0, 1), ValueError, "3, 4 or 5"),
+    "list": (lambda: cupy_cudnn.convolution_forward(X.tolist(), W, B, Y, 0, 1), TypeError, "x must be"),
+    "list y": (lambda: cupy_cudnn.convolution_forward(X, W, B, Y.tolist(), 0, 1), TypeError, "y must be"),
+    "list b": (lambda: cupy_cudnn.convolution_forward(X, W, [1.0] * 3, Y, 0, 1), TypeError, "b must be"),
+    "channels": (
+        lambda: cupy_cudnn.convolution_forward(X[:, :2], W, B, Y, 0, 1),
+        ValueError,
+        r"x has 2 channels but W expects 4",
+    ),
+    "y's shape": (
+        lambda: cupy_cudnn.convolution_forward(X, W, B, Y, 1, 1),
+        ValueError,
+        r"y must have the shape \(2, 3, 6, 6\)",
+    ),
+    "y's dtype": (
+        lambda: cupy_cudnn.convolution_forward(X, W, B, Y.astype("f"), 0, 1),
+        TypeError,
+        "y must have the dtype",
+    ),
+    "y is x": (
+        lambda: cupy_cudnn.convolution_forward(X, W[:, :, 1:2, 1:2], B, X[:, :3], 0, 1),
+        ValueError,
+        "y must not overlap x",
+    ),
+    "b": (lambda: cupy_cudnn.convolution_forward(X, W, B[:2], Y, 0, 1), ValueError, "b must have one element"),
+    "pad": (lambda: cupy_cudnn.convolution_forward(X, W, B, Y, 0.5, 1), TypeError, "pad must be"),
+    "d_layout": (
+        lambda: cupy_cudnn.convolution_forward(X, W, B, Y, 0, 1, d_layout=2),
+        ValueError,
+        r"d_layout must be 0 \(NCHW\)",
+    ),
+    "w_layout": (
+        lambda: cupy_cudnn.convolution_forward(X, W, B, Y, 0, 1, w_layout=None),
+        ValueError,
+        "w_layout must be",
+    ),
+    "tensor_core": (
+        lambda: cupy_cudnn.convolution_forward(X, W, B, Y, 0, 1, tensor_core="no"),
+        ValueError,
+        "tensor_core must be one of auto",
+    ),
+    "gy's shape": (
+        lambda: cupy_cudnn.convolution_backward_filter(X, Y[:, :, 1:], W, 0, 1),
+        ValueError,
+        "gy must have the shape",
+    ),
+    "gW's channels": (lambda: cupy_cudnn.convolution_backward_filter(X, Y, W[:, :2], 0, 1), ValueError, "gW expects 2"),
+    "gW's dtype": (
+        lambda: cupy_cudnn.convolution_backward_filter(X, Y, W.astype("f"), 0, 1),
+        TypeError,
+        "gW must have the dtype",
+    ),
+    "gradient's shape": (
+        lambda: cupy_cudnn.convolution_backward_data(W, Y[:, :, 1:], None, X, 0, 1),
+        ValueError,
+        "x must have the shape",
+    ),
+    "data's channels": (
+        lambda: cupy_cudnn.convolution_backward_data(W, Y, None, X[:, :3], 0, 1),
+        ValueError,
+        "y has 3 channels but W expects 4",
+    ),
+    "data's b": (
+        lambda: cupy_cudnn.convolution_backward_data(W, Y, B, X, 0, 1),
+        ValueError,
+        "b must have one element for each of y's 4 channels",
+    ),
+    "data's dtype": (
+        lambda: cupy_cudnn.convolution_backward_data(W, Y, np.ones(4, complex), X, 0, 1),
+        TypeError,
+        "y must have the dtype of the result, complex128",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_name_the_argument_and_nothing_is_written(name):
+    call, kind, message = ERRORS[name]
+    with pytest.raises(kind, match=message):
+        call()
+    assert all((array == 1).all() for array in (X, W, B, Y))
+
+
+@pytest.fixture
+def cupy_without_cudnn(monkeypatch):
+    """Packages like those of CuPy 14, so far as install() looks at them."""
+    for name in ("cupy", "cupyx", "cupy.cuda"):
+        package = types.ModuleType(name)
+        package.__path__, package.__version__ = [], "14.2.0"
+        monkeypatch.setitem(sys.modules, name, package)
+    monkeypatch.setattr(sys.modules["cupy"], "cuda", sys.modules["cupy.cuda"], raising=False)
+    for name in ("cupy.cudnn", "cupyx.cudnn", "cupy.cuda.cudnn"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield sys.modules["cupy"]
+    cupy_cudnn.uninstall()
+
+
+def test_install_puts_the_module_where_programs_look(cupy_without_cudnn):
+    cupy_cudnn.install()
+    cupy_cudnn.install()  # once more is as well
+    from cupy import cudnn
+
+    assert cudnn is cupy_cudnn
+    for name in ("cupy.cudnn", "cupyx.cudnn", "cupy.cuda.cudnn"):
+        assert importlib.import_module(name) is cupy_cudnn
+        assert importlib.util.find_spec(name) is not None  # which is how some ask for it
+    cupy_cudnn.uninstall()
+    cupy_cudnn.uninstall()
+    for name in ("cupy.cudnn", "cupyx.cudnn", "cupy.cuda.cudnn"):
+        with pytest.raises(ImportError):
+            importlib.import_module(name)
+    assert not hasattr(cupy_without_cudnn, "cudnn")
+
+
+def test_the_real_one_is_left_alone(cupy_without_cudnn, tmp_path):
+    (tmp_path / "cudnn.py").write_text("real = True\n")
+    cupy_without_cudnn.__path__.append(str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"CuPy 14\.2\.0 has cupy\.cudnn, which install\(\) does not replace"):
+        cupy_cudnn.install()
+    assert importlib.import_module("cupy.cudnn").real
+    assert "cupyx.cudnn" not in sys.modules
+    cupy_cudnn.uninstall()
+    assert importlib.import_module("cupy.cudnn").real
+
+
+def test_install_without_cupy_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(ImportError, match=r"install\(\) needs CuPy: pip install 'gpuconv\[cuda12\]'"):
+        cupy_cudnn.install()
