@@ -231,7 +231,7 @@ ERRORS = {
     "transposed": (lambda: gpuconv_torch.conv_transpose(X, W), ValueError, "x has 3 channels but w expects 4"),
     "algorithm": (lambda: gpuconv_torch.conv(X, W, algorithm="best"), ValueError, "algorithm must be one of auto"),
     "vmap": (lambda: torch.vmap(lambda x: gpuconv_torch.conv(x, W))(X), TypeError, "tensors must have memory of their own"),
-    "jvp": (lambda: torch.func.jvp(lambda x: gpuconv_torch.conv(x, W), (X,), (X,)), TypeError, "tensors must have memory of their own"),
+    "jvp": (lambda: torch.func.jvp(lambda x: gpuconv_torch.conv(x, W), (X,), (X,)), RuntimeError, "functorch transforms"),
 }  # fmt: skip
 
 
