@@ -1,0 +1,81 @@
+"""SigPy, a library for MRI, by its own code for CuPy's cuDNN, against its own code for the CPU."""
+
+import importlib.util
+import warnings
+
+import numpy as np
+import pytest
+
+from gpuconv.compat import cupy_cudnn
+from tests.cases import draw
+
+for needed in ("sigpy", "cupy"):
+    if importlib.util.find_spec(needed) is None:
+        pytest.skip(f"{needed} is not installed", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def sigpy():
+    """SigPy, imported when cupy.cudnn is there."""
+    try:
+        cupy_cudnn.install()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of other libraries than these
+        import sigpy
+
+    assert sigpy.config.cudnn_enabled
+    yield sigpy
+    cupy_cudnn.uninstall()
+
+
+def of_data_and_filter(function, data, filt, out):
+    """The arguments of a function of SigPy's."""
+    return {
+        "convolve": (data, filt),
+        "convolve_data_adjoint": (out, filt, data.shape),
+        "convolve_filter_adjoint": (out, data, filt.shape),
+    }[function]
+
+
+def through_cudnn(sigpy, function, *given, **how):
+    """What SigPy does with arrays on a GPU, with those of NumPy."""
+    call = getattr(sigpy.conv, f"_{function}_cuda")
+    if not np.iscomplexobj(given[0]):
+        return call(*given, **how)
+    if function != "convolve":
+        given = given[0], given[1].conj(), *given[2:]
+    return sigpy.conv._complex(call, *given, **how)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+@pytest.mark.parametrize("function", ["convolve", "convolve_data_adjoint", "convolve_filter_adjoint"])
+@pytest.mark.parametrize("multi_channel", [False, True])
+@pytest.mark.parametrize("strides", [(1, 1, 1), (2, 2, 2), (1, 2, 3)])
+@pytest.mark.parametrize("mode", ["full", "valid"])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_its_convolutions_are_its_own(rank, mode, strides, multi_channel, function, dtype, sigpy, rng):
+    data, filt = (draw(rng, s[: rank + 2], dtype, True) for s in ((2, 3, 7, 6, 5), (4, 3, 3, 2, 3)))
+    if not multi_channel:
+        data, filt = data[:, 0], filt[0, 0]
+    how = {"mode": mode, "strides": strides[:rank], "multi_channel": multi_channel}
+    out = draw(rng, sigpy.convolve(data, filt, **how).shape, dtype, True)
+    given = of_data_and_filter(function, data, filt, out)
+    expected, found = getattr(sigpy, function)(*given, **how), through_cudnn(sigpy, function, *given, **how)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, expected.round())  # small integers, SigPy's perhaps by transforms
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("function", ["convolve", "convolve_data_adjoint", "convolve_filter_adjoint"])
+def test_on_a_gpu(function, sigpy, rng):
+    import cupy
+
+    data, filt = (draw(rng, shape, "complex128", True) for shape in ((2, 3, 7, 6), (4, 3, 3, 2)))
+    out = draw(rng, sigpy.convolve(data, filt, multi_channel=True).shape, "complex128", True)
+    given = of_data_and_filter(function, data, filt, out)
+    on_gpu = [cupy.asarray(a) if isinstance(a, np.ndarray) else a for a in given]
+    expected = getattr(sigpy, function)(*given, multi_channel=True)
+    found = getattr(sigpy, function)(*on_gpu, multi_channel=True).get()
+    np.testing.assert_array_equal(found, expected.round())  # small integers, SigPy's perhaps by transforms
