@@ -65,6 +65,8 @@ def main():
     parser.add_argument("--smooth", type=float, default=0.06, metavar="S", help="weight of differences (default 0.06)")
     parser.add_argument("--steps", type=int, default=30, metavar="N", help="at the most (default 30)")
     options = parser.parse_args()
+    if options.plot and not options.plot.parent.is_dir():
+        parser.error(f"--plot: there is no folder {options.plot.parent}")
 
     truth = np.moveaxis(load_sample_image("china.jpg") / 255.0, -1, 0)[:, None]  # three images of one channel
     shape, truth = truth.shape, truth.ravel()

@@ -147,6 +147,8 @@ def main():
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--plot", type=Path, default=Path("digits.png"), metavar="FILE")
     options = parser.parse_args()
+    if not options.plot.parent.is_dir():
+        parser.error(f"--plot: there is no folder {options.plot.parent}")
 
     xp = gpuconv.array_module()
     rng = np.random.default_rng(7)

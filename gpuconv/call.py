@@ -274,11 +274,18 @@ def check_shape(name: str, array: Array, shape: Shape) -> None:
         raise ValueError(f"{name} must have the shape {shape}, but it has {array.shape}")
 
 
+def check_gradient(dy: Array, shape: Shape, **shapes: Sequence[int]) -> None:
+    """ValueError unless dy has this shape, which follows from the others, of arguments by name."""
+    if dy.shape != shape:
+        given = " and ".join(f"{name} {tuple(of)}" for name, of in shapes.items())
+        raise ValueError(f"dy must have the shape {shape} that {given} give, but it has {dy.shape}")
+
+
 def check_bias(b: Array | None, channels: int) -> None:
     if b is not None and b.shape != (channels,):
         raise ValueError(
             f"b must have one element for each of the {channels} output channels, shape ({channels},),"
-            f" but it has {b.shape}"
+            f" but it has {tuple(b.shape)}"
         )
 
 
@@ -299,9 +306,10 @@ def check_backward(
     activation: Activation | None,
     y: Array | None,
     needs: str | Sequence[str],
+    **shapes: Sequence[int],
 ) -> tuple[str, ...]:
     """What is needed, once dy, y and the activation have been found to fit."""
-    check_shape("dy", dy, shape)
+    check_gradient(dy, shape, **shapes)
     check_activation(activation, dtype)
     if y is not None:
         checked(dy=dy, y=y)

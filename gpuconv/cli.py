@@ -103,7 +103,7 @@ def _names(text: str) -> list[str]:
 
 def _ints(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(int(part) for part in text.strip("()[] ").split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be ints with commas between them, got {text!r}") from None
 

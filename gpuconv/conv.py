@@ -22,7 +22,7 @@ from gpuconv.call import (
     check_activation,
     check_backward,
     check_bias,
-    check_shape,
+    check_gradient,
     checked,
     given,
 )
@@ -127,7 +127,7 @@ def conv_data_grad(
         x_shape, w.shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip,
         x_name="x_shape",
     )  # fmt: skip
-    check_shape("dy", dy, geometry.y_shape)
+    check_gradient(dy, geometry.y_shape, x_shape=geometry.x_shape, w=w.shape)
     call = Call(geometry, kind, dtype, algorithm, precision, deterministic)
     call.check_out(out, geometry.x_shape, dy=dy, w=w)
     return call.compute("data_grad", Source(dy, "y"), Source(w, "w", conjugate=True), "x", out=out)
@@ -164,7 +164,7 @@ def conv_weight_grad(
         x.shape, w_shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip,
         w_name="w_shape",
     )  # fmt: skip
-    check_shape("dy", dy, geometry.y_shape)
+    check_gradient(dy, geometry.y_shape, x=x.shape, w_shape=geometry.w_shape)
     call = Call(geometry, kind, dtype, algorithm, precision, deterministic)
     call.check_out(out, geometry.w_shape, dy=dy, x=x)
     return call.compute("weight_grad", Source(dy, "y"), Source(x, "x", conjugate=True), "w", out=out)
@@ -204,7 +204,7 @@ def conv_backward(
     geometry = Geometry.infer(
         x.shape, w.shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip
     )
-    needed = check_backward(kind, dtype, dy, geometry.y_shape, activation, y, needs)
+    needed = check_backward(kind, dtype, dy, geometry.y_shape, activation, y, needs, x=x.shape, w=w.shape)
     call = Call(geometry, kind, dtype, algorithm, precision, deterministic)
     gradient = Source(dy, "y", y=y if activation else None, activation=activation)
     return Gradients(
@@ -289,7 +289,7 @@ def conv_transpose_backward(
         x.shape, w.shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip,
         output_padding=output_padding,
     )  # fmt: skip
-    needed = check_backward(kind, dtype, dy, geometry.x_shape, activation, y, needs)
+    needed = check_backward(kind, dtype, dy, geometry.x_shape, activation, y, needs, x=x.shape, w=w.shape)
     call = Call(geometry, kind, dtype, algorithm, precision, deterministic)
     gradient = Source(dy, "x", y=y if activation else None, activation=activation)
     return Gradients(

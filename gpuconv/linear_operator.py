@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from gpuconv import dtypes
+import numpy
+
+from gpuconv.arguments import Shape
 from gpuconv.backend import Array
 from gpuconv.call import checked
 from gpuconv.conv import conv, conv_data_grad
@@ -28,8 +30,8 @@ def linear_operator(
 
     A is a scipy.sparse.linalg.LinearOperator for a NumPy w, and one of cupyx.scipy.sparse.linalg for a CuPy w, of shape
     (y.size, x.size) and of w's dtype. It has matvec, rmatvec, matmat and rmatmat, keeps no matrix, and follows w when w
-    is written to. Vectors of ints are taken as w's dtype; others are promoted with it, as by :func:`gpuconv.conv`,
-    which has the other arguments and the errors. Needs SciPy (``pip install 'gpuconv[sparse]'``).
+    is written to. Vectors of ints are taken as float64; all are promoted with w, as by :func:`gpuconv.conv`, which
+    has the other arguments and the errors. Needs SciPy (``pip install 'gpuconv[sparse]'``).
 
     >>> import numpy, gpuconv
     >>> from scipy.sparse.linalg import lsqr
@@ -44,33 +46,49 @@ def linear_operator(
         x_shape, w.shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip,
         x_name="x_shape",
     )  # fmt: skip
-    settings: dict[str, Any] = {
-        "stride": geometry.stride, "padding": geometry.padding, "dilation": geometry.dilation, "groups": groups,
-        "layout": layout, "flip": flip,
-    }  # fmt: skip
-    x_size, y_size = math.prod(geometry.x_shape), math.prod(geometry.y_shape)
-
-    def readable(vectors: Array) -> Array:
-        return vectors if dtypes.supported(vectors.dtype) else vectors.astype(dtype)
-
-    def forward(vectors: Array) -> Array:
-        """(x.size, K) to (y.size, K); the K vectors are a batch."""
-        x = readable(vectors).T.reshape(vectors.shape[1], *geometry.x_shape)
-        return conv(x, w, **settings).reshape(vectors.shape[1], y_size).T
-
-    def adjoint(vectors: Array) -> Array:
-        dy = readable(vectors).T.reshape(vectors.shape[1], *geometry.y_shape)
-        dx = conv_data_grad(dy, w, (vectors.shape[1], *geometry.x_shape), **settings)
-        return dx.reshape(vectors.shape[1], x_size).T
-
+    products = _Products(w, geometry)
     return _class_of(kind)(
-        (y_size, x_size),
-        matvec=lambda x: forward(x.reshape(-1, 1)).reshape(-1),
-        rmatvec=lambda y: adjoint(y.reshape(-1, 1)).reshape(-1),
-        matmat=forward,
-        rmatmat=adjoint,
+        (math.prod(geometry.y_shape), math.prod(geometry.x_shape)),
+        matvec=products.matvec,
+        rmatvec=products.rmatvec,
+        matmat=products.matmat,
+        rmatmat=products.rmatmat,
         dtype=dtype,
     )
+
+
+class _Products(NamedTuple):
+    """The products of a LinearOperator, to be pickled with it."""
+
+    w: Array
+    geometry: Geometry
+
+    def matmat(self, x: Array) -> Array:
+        """(y.size, K) of (x.size, K); the K vectors are a batch."""
+        y = conv(_batch(x, self.geometry.x_shape), self.w, **self._settings())
+        return y.reshape(x.shape[1], math.prod(self.geometry.y_shape)).T
+
+    def rmatmat(self, y: Array) -> Array:
+        dy = _batch(y, self.geometry.y_shape)
+        dx = conv_data_grad(dy, self.w, (y.shape[1], *self.geometry.x_shape), **self._settings())
+        return dx.reshape(y.shape[1], math.prod(self.geometry.x_shape)).T
+
+    def matvec(self, x: Array) -> Array:
+        return self.matmat(x.reshape(-1, 1)).reshape(-1)
+
+    def rmatvec(self, y: Array) -> Array:
+        return self.rmatmat(y.reshape(-1, 1)).reshape(-1)
+
+    def _settings(self) -> dict[str, Any]:
+        names = "stride", "padding", "dilation", "groups", "layout", "flip"
+        return {name: getattr(self.geometry, name) for name in names}
+
+
+def _batch(vectors: Array, shape: Shape) -> Array:
+    """The columns as a batch of arrays; ints in float64, as NumPy's products with floats are."""
+    if vectors.dtype.kind in "iub":
+        vectors = vectors.astype(numpy.float64)
+    return vectors.T.reshape(vectors.shape[1], *shape)
 
 
 def _class_of(kind: str) -> Any:

@@ -94,7 +94,7 @@ def workspace_limit() -> int:
 @lru_cache(maxsize=32)
 def _byte_count(value: str) -> int | None:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?b|)", value)
-    if not match or match[2] not in _UNITS or len(match[1]) > 18:
+    if not match or match[2] not in _UNITS or len(match[1]) > 30:
         return None
     return int(float(match[1]) * _UNITS[match[2]])
 

@@ -6,7 +6,8 @@
     y.sum().backward()
 
 Each gradient is a convolution itself, so it has gradients in turn. CUDA tensors are computed on PyTorch's current
-stream, into memory of PyTorch's allocator. torch.compile leaves the calls as they are: its graph breaks there.
+stream, into memory of PyTorch's allocator. torch.compile leaves the calls as they are: its graph breaks there. Autocast
+leaves the dtypes as they are. The transforms of torch.func and forward-mode gradients are refused.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
+
+import numpy
 
 from gpuconv import dtypes
 from gpuconv.backend import INSTALL_HINT, Array, Kind
@@ -37,7 +40,6 @@ ROLES: dict[Direction, tuple[Role, Role, Role]] = {
 }
 
 
-@torch.compiler.disable
 def conv(
     x: Tensor,
     w: Tensor,
@@ -66,19 +68,12 @@ def conv(
     tensor([[[[4., 4.],
               [4., 4.]]]])
     """
-    _check(x=x, w=w, b=b)
-    geometry = Geometry.infer(
-        tuple(x.shape), tuple(w.shape), stride=stride, padding=padding, dilation=dilation, groups=groups,
-        layout=layout, flip=flip,
-    )  # fmt: skip
-    check_bias(b, geometry.filters)
-    problem = _Problem(geometry, algorithm, precision, deterministic)
-    if not _has_gradients(x, w, b):
-        return problem.computed("forward", x, w, b)
-    return _Forward.apply(x, w, b, problem)  # type: ignore[no-any-return]
+    geometry = {
+        "stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "layout": layout, "flip": flip,
+    }  # fmt: skip
+    return _called("forward", x, w, b, geometry, algorithm, precision, deterministic)
 
 
-@torch.compiler.disable
 def conv_transpose(
     x: Tensor,
     w: Tensor,
@@ -101,17 +96,29 @@ def conv_transpose(
     >>> conv_transpose(torch.ones(1, 1, 2), torch.ones(1, 1, 3), stride=2)
     tensor([[[1., 1., 2., 1., 1.]]])
     """
+    geometry = {
+        "stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "layout": layout, "flip": flip,
+        "output_padding": output_padding,
+    }  # fmt: skip
+    return _called("data_grad", x, w, b, geometry, algorithm, precision, deterministic)
+
+
+@torch.compiler.disable
+def _called(
+    direction: Direction, x: Tensor, w: Tensor, b: Tensor | None, geometry: dict[str, Any], *how: Any
+) -> Tensor:
+    """The convolution forwards or, transposed, as data_grad; known to autograd where it has to be."""
     _check(x=x, w=w, b=b)
-    geometry = Geometry.infer_transposed(
-        tuple(x.shape), tuple(w.shape), stride=stride, padding=padding, dilation=dilation, groups=groups,
-        layout=layout, flip=flip, output_padding=output_padding,
-    )  # fmt: skip
-    check_bias(b, geometry.channels)
-    problem = _Problem(geometry, algorithm, precision, deterministic)
-    w = w.conj()  # the transpose is the adjoint with that
+    infer, function = _FUNCTIONS[direction]
+    problem = _Problem(infer(tuple(x.shape), tuple(w.shape), **geometry), *how)
+    if direction == "forward":
+        check_bias(b, problem.geometry.filters)
+    else:
+        check_bias(b, problem.geometry.channels)
+        w = w.conj_physical() if w.is_complex() else w  # the transpose is the adjoint with that
     if not _has_gradients(x, w, b):
-        return problem.computed("data_grad", x, w, b)
-    return _DataGrad.apply(x, w, b, problem)  # type: ignore[no-any-return]
+        return problem.computed(direction, x, w, b)
+    return function.apply(x, w, b, problem)  # type: ignore[no-any-return]
 
 
 class _Problem(NamedTuple):
@@ -125,7 +132,8 @@ class _Problem(NamedTuple):
     def computed(self, direction: Direction, first: Tensor, second: Tensor, b: Tensor | None = None) -> Tensor:
         """The result of a direction; w and x are conjugated in the gradients."""
         one, other, role = ROLES[direction]
-        with _on_stream_of(first.device) if first.is_cuda else contextlib.nullcontext():
+        # PyTorch says nothing of numbers that overflow.
+        with _on_stream_of(first.device) if first.is_cuda else numpy.errstate(over="ignore", invalid="ignore"):
             arrays = [_array(tensor) for tensor in (first, second, b) if tensor is not None]
             kind: Kind = "cupy" if first.is_cuda else "numpy"
             call = Call(self.geometry, kind, dtypes.promoted(*(array.dtype for array in arrays)), *self[1:])
@@ -149,8 +157,9 @@ class _Problem(NamedTuple):
         if role == "w" or not has_channels_last_memory(like, geometry):
             return torch.empty(shape, dtype=dtype, device=device)
         channel = len(geometry.batch)
-        memory = torch.empty((*shape[:channel], *shape[channel + 1 :], shape[channel]), dtype=dtype, device=device)
-        return memory.movedim(-1, channel)
+        memory = torch.empty((*shape[:channel], *shape[channel + 1 :], shape[channel]), device="meta")
+        # Not a view, which PyTorch would not let its user change in place.
+        return torch.empty_strided(shape, memory.movedim(-1, channel).stride(), dtype=dtype, device=device)
 
     def bias_grad(self, gradient: Tensor) -> Tensor:
         """The sum over all but the channels."""
@@ -217,6 +226,12 @@ class _WeightGrad(torch.autograd.Function):
         )
 
 
+_FUNCTIONS: dict[Direction, Any] = {
+    "forward": (Geometry.infer, _Forward),
+    "data_grad": (Geometry.infer_transposed, _DataGrad),
+}
+
+
 def _keep(ctx: Any, problem: _Problem, first: Tensor, second: Tensor, b: Tensor | None = None) -> None:
     ctx.save_for_backward(first, second)
     ctx.problem, ctx.bias = problem, None if b is None else b.dtype
@@ -234,6 +249,7 @@ def _cast(gradient: Tensor, dtype: torch.dtype) -> Tensor:
 
 # What conv takes, with the names that gpuconv has for them.
 DTYPES = {getattr(torch, name): name for name in dtypes.NAMES}
+INTS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _check(**tensors: Tensor | None) -> None:
@@ -244,12 +260,11 @@ def _check(**tensors: Tensor | None) -> None:
             continue
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
-        if tensor.layout is not torch.strided or not (tensor.is_cpu or tensor.is_cuda):
-            raise TypeError(
-                f"{name} must be dense and on the CPU or a CUDA device, not {tensor.layout} on {tensor.device}"
-            )
+        if tensor.layout is not torch.strided or tensor.is_nested or not (tensor.is_cpu or tensor.is_cuda):
+            layout = "nested" if tensor.is_nested else tensor.layout
+            raise TypeError(f"{name} must be dense and on the CPU or a CUDA device, not {layout} on {tensor.device}")
         if tensor.dtype not in DTYPES:
-            hint = f"; {name}.float() makes one of it" if not tensor.dtype.is_floating_point else ""
+            hint = f"; {name}.float() makes one of it" if tensor.dtype in INTS else ""
             raise TypeError(f"{name} must be one of {', '.join(dtypes.NAMES)}, not {tensor.dtype}{hint}")
         if device is not None and tensor.device != device:
             raise ValueError(f"tensors must be on one device, but x is on {device} and {name} on {tensor.device}")
@@ -288,7 +303,7 @@ def _array(tensor: Tensor) -> Array:
     try:
         return tensor.numpy(force=True)
     except RuntimeError:
-        raise TypeError("tensors must have memory of their own: no torch.func transforms here") from None
+        raise TypeError("tensors must have memory of their own: no transforms of torch.func, no tracing") from None
 
 
 def _tensor(array: Array) -> Tensor:

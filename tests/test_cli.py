@@ -70,7 +70,7 @@ def test_explain_says_which_algorithm_and_why_not_the_others(capsys):
     assert "y (8, 64, 56, 56), float32 on numpy" in printed
     assert "takes winograd: " in printed
     assert "not scatter: " in printed
-    assert main(["explain", "1,4,9", "4,1,3", "--groups", "4", "--padding", "2:0", "--stride", "2"]) == 0
+    assert main(["explain", "(1, 4, 9)", "4,1,3", "--groups", "4", "--padding", "2:0", "--stride", "2"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("takes ") == 3
     assert printed.count(" ms of one core by its estimate, the least") == 3

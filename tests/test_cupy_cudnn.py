@@ -10,6 +10,7 @@ import types
 import numpy as np
 import pytest
 
+import gpuconv
 from gpuconv import settings
 from gpuconv.compat import cupy_cudnn
 from tests import reference
@@ -134,11 +135,22 @@ def test_views_with_any_strides():
     assert not memory[:, 1:3].any()
 
 
+@pytest.mark.parametrize("dtype, of_b", [("float16", "float16"), ("float16", "float32"), ("float32", "complex64")])
+def test_a_bias_is_added_before_sums_are_rounded(dtype, of_b, rng):
+    x, w = draw(rng, (2, 5, 6), dtype, False).astype(dtype), draw(rng, (5, 8, 3), dtype, False).astype(dtype)
+    b = draw(rng, (8,), of_b, False).astype(of_b)
+    y = np.empty((2, 8, 8), np.result_type(dtype, of_b))
+    cupy_cudnn.convolution_backward_data(w, x, b, y, 0, 1)
+    np.testing.assert_array_equal(y, gpuconv.conv_transpose(x, w, b))
+
+
 def test_the_workspace_is_the_librarys(monkeypatch):
     monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "3MiB")
     assert cupy_cudnn.get_max_workspace_size() == 3 << 20
     cupy_cudnn.set_max_workspace_size(np.int64(5))
     assert settings.workspace_limit() == cupy_cudnn.get_max_workspace_size() == 5
+    cupy_cudnn.set_max_workspace_size(2**63 - 1)
+    assert cupy_cudnn.get_max_workspace_size() >= 2**63 - 1
     for wrong in (-1, 1.5, "8MiB", True):
         with pytest.raises(ValueError, match="size must be a number of bytes, at least 0"):
             cupy_cudnn.set_max_workspace_size(wrong)
@@ -195,7 +207,7 @@ ERRORS = {
     "gy's shape": (
         lambda: cupy_cudnn.convolution_backward_filter(X, Y[:, :, 1:], W, 0, 1),
         ValueError,
-        "gy must have the shape",
+        r"gy must have the shape \(2, 3, 4, 4\) that x \(2, 4, 6, 6\) and gW \(3, 4, 3, 3\) give",
     ),
     "gW's channels": (lambda: cupy_cudnn.convolution_backward_filter(X, Y, W[:, :2], 0, 1), ValueError, "gW expects 2"),
     "gW's dtype": (
@@ -206,7 +218,7 @@ ERRORS = {
     "gradient's shape": (
         lambda: cupy_cudnn.convolution_backward_data(W, Y[:, :, 1:], None, X, 0, 1),
         ValueError,
-        "x must have the shape",
+        r"x must have the shape \(2, 3, 4, 4\) that y \(2, 4, 6, 6\) and W \(3, 4, 3, 3\) give",
     ),
     "data's channels": (
         lambda: cupy_cudnn.convolution_backward_data(W, Y, None, X[:, :3], 0, 1),
@@ -216,7 +228,22 @@ ERRORS = {
     "data's b": (
         lambda: cupy_cudnn.convolution_backward_data(W, Y, B, X, 0, 1),
         ValueError,
-        "b must have one element for each of y's 4 channels",
+        "b must have one element for each of the 4 output channels",
+    ),
+    "b in y": (
+        lambda: cupy_cudnn.convolution_backward_data(W, Y, X[0, :, 0, 0], X, 0, 1),
+        ValueError,
+        "y must not overlap b",
+    ),
+    "no output": (
+        lambda: cupy_cudnn.convolution_backward_data(W, Y, None, X[:, :, :2], 0, 1),
+        ValueError,
+        "x would be empty on spatial axis 0",
+    ),
+    "tensor_core's kind": (
+        lambda: cupy_cudnn.convolution_forward(X, W, B, Y, 0, 1, tensor_core=["auto"]),
+        ValueError,
+        "tensor_core must be one of auto",
     ),
     "data's dtype": (
         lambda: cupy_cudnn.convolution_backward_data(W, Y, np.ones(4, complex), X, 0, 1),
@@ -274,6 +301,29 @@ def test_the_real_one_is_left_alone(cupy_without_cudnn, tmp_path):
     assert "cupyx.cudnn" not in sys.modules
     cupy_cudnn.uninstall()
     assert importlib.import_module("cupy.cudnn").real
+
+
+@pytest.mark.parametrize("is_imported", [False, True])
+def test_another_stand_in_is_left_alone(is_imported, cupy_without_cudnn, monkeypatch):
+    other = types.ModuleType("cudnn")  # without __spec__
+    if is_imported:
+        monkeypatch.setitem(sys.modules, "cupyx.cudnn", other)
+    else:
+        sys.modules["cupyx"].cudnn = other
+    with pytest.raises(RuntimeError, match=r"CuPy 14\.2\.0 has cupyx\.cudnn"):
+        cupy_cudnn.install()
+    assert not hasattr(cupy_without_cudnn, "cudnn")
+
+
+def test_uninstall_leaves_what_others_have_put_there(cupy_without_cudnn):
+    cupy_cudnn.install()
+    del cupy_without_cudnn.cudnn
+    other = sys.modules["cupyx"].cudnn = types.ModuleType("cudnn")
+    del sys.modules["cupy.cuda.cudnn"]
+    cupy_cudnn.uninstall()
+    assert sys.modules["cupyx"].cudnn is other
+    assert not hasattr(sys.modules["cupy.cuda"], "cudnn")
+    assert not {"cupy.cudnn", "cupyx.cudnn", "cupy.cuda.cudnn"} & set(sys.modules)
 
 
 def test_install_without_cupy_names_the_extra(monkeypatch):

@@ -24,7 +24,7 @@ BAD = {
     "bias": (lambda: C(X, W, np.ones(3)), ValueError, "b must have one element for each of the 4 output channels, shape (4,), but it has (3,)"),
     "bias of two axes": (lambda: C(X, W, np.ones((1, 4))), ValueError, "b must have"),
     "bias of transposed": (lambda: gpuconv.conv_transpose(Y, W, np.ones(4)), ValueError, "each of the 3 output channels"),
-    "dy": (lambda: gpuconv.conv_data_grad(X, W, X.shape), ValueError, "dy must have the shape (2, 4, 7, 6), but it has (2, 3, 9, 8)"),
+    "dy": (lambda: gpuconv.conv_data_grad(X, W, X.shape), ValueError, "dy must have the shape (2, 4, 7, 6) that x_shape (2, 3, 9, 8) and w (4, 3, 3, 3) give, but it has (2, 3, 9, 8)"),
     "dy of weight_grad": (lambda: gpuconv.conv_weight_grad(Y[:1], X, W.shape), ValueError, "dy must have the shape (2, 4, 7, 6)"),
     "dy of backward": (lambda: gpuconv.conv_backward(Y, X, W, padding=1), ValueError, "dy must have the shape (2, 4, 9, 8)"),
     "dy of transposed backward": (lambda: gpuconv.conv_transpose_backward(Y, Y, W), ValueError, "dy must have the shape (2, 3, 9, 8)"),

@@ -1,5 +1,6 @@
 """linear_operator against conv and its adjoint, against conv_matrix, and in solvers."""
 
+import pickle
 import sys
 
 import numpy as np
@@ -40,10 +41,24 @@ def test_batch_axes_and_any_number_of_vectors(batch, vectors, rng):
 def test_other_vectors_are_promoted(rng):
     w = rng.integers(-3, 4, (2, 1, 3)).astype(np.float32)
     operator, x = gpuconv.linear_operator(w, (1, 8)), rng.integers(-3, 4, 8)
-    assert (operator @ x).dtype == np.float32
-    np.testing.assert_array_equal(operator @ x, operator @ x.astype(np.float32))
+    assert (operator @ x.astype(np.float16)).dtype == np.float32
+    np.testing.assert_array_equal(operator @ (x + 2**24), gpuconv.conv_matrix(w, (1, 8)) @ (x + 2**24))
     assert (operator @ x.astype(complex)).dtype == complex
     np.testing.assert_array_equal(operator.H @ (operator @ (1j * x)), 1j * (operator.H @ (operator @ x.astype(float))))
+
+
+@pytest.mark.parametrize("dtype", ["clongdouble", "longdouble", "object", "U1"])
+def test_vectors_that_conv_refuses_are_refused(dtype):
+    operator = gpuconv.linear_operator(np.ones((1, 1, 3)), (1, 4))
+    with pytest.raises(TypeError, match="x must be one of float16"):
+        operator @ np.ones(4).astype(dtype)
+    with pytest.raises(TypeError, match="dy must be one of float16"):
+        operator.rmatvec(np.ones(2).astype(dtype))
+
+
+def test_it_can_be_pickled():
+    operator = pickle.loads(pickle.dumps(gpuconv.linear_operator(np.ones((1, 1, 2)), (1, 3), stride=2)))
+    np.testing.assert_array_equal(operator @ np.ones(3), [2])
 
 
 def test_it_follows_w():

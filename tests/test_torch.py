@@ -1,11 +1,14 @@
 """gpuconv.torch against PyTorch's own convolutions, and its gradients against differences."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from gpuconv.geometry import Geometry
 from tests import reference
 from tests.cases import CASES, draw, named_dtype
 
@@ -196,6 +199,43 @@ def test_conjugated_negated_expanded_and_detached_tensors(rng):
     assert x.grad.sum() == 24
 
 
+def test_gradients_of_complex_weights_are_ready_for_an_optimizer(rng):
+    """They are not conjugated lazily, which Adam and clipping refuse."""
+    x, w = tensors(rng, (1, 2, 5, 5), (2, 3, 3, 3), dtype="complex64")
+    gpuconv_torch.conv_transpose(x, w).abs().sum().backward()
+    assert not x.grad.is_conj()
+    assert not w.grad.is_conj()
+    torch.nn.utils.clip_grad_norm_([x, w], 1.0)
+    torch.optim.AdamW([x, w]).step()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_results_can_be_changed_in_place(memory_format, rng):
+    x, w = tensors(rng, (2, 3, 5, 5), (4, 3, 3, 3))
+    y = gpuconv_torch.conv(x.detach().contiguous(memory_format=memory_format), w)
+    torch.relu_(y).sum().backward()
+    expected = torch.autograd.grad(torch.relu(torch.nn.functional.conv2d(x, w)).sum(), w)[0]
+    torch.testing.assert_close(w.grad, expected)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_memory_of_pytorchs_lies_as_x_does_and_is_no_view(channels_last):
+    """What results on a GPU are written into."""
+    like = np.empty((2, 4, 5, 3)).transpose(0, 3, 1, 2) if channels_last else np.empty((2, 3, 4, 5))
+    problem = gpuconv_torch._Problem(Geometry.infer((2, 3, 4, 5), (6, 3, 1, 1)), "auto", None, None)
+    y = problem._empty("y", torch.float32, torch.device("cpu"), like)
+    assert not y._is_view()
+    assert y.shape == (2, 6, 4, 5)
+    assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [3, 48])  # for one thread, and for more
+def test_nothing_is_said_of_numbers_that_overflow(size):
+    x = torch.full((4, 16, size, size), 6e4, dtype=torch.float16)
+    assert gpuconv_torch.conv(x, torch.ones(32, 16, 3, 3, dtype=torch.float16)).isinf().all()
+
+
 def test_no_tensor_is_copied(rng, monkeypatch):
     x, w = tensors(rng, (2, 3, 5, 5), (4, 3, 3, 3), needs=False)
     seen = []
@@ -216,6 +256,17 @@ def test_under_compile_the_values_are_right(rng):
     y, expected = compiled(x, w), 2 * torch.relu(torch.nn.functional.conv2d(x + 1, w))
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(*(torch.autograd.grad(one.sum(), w)[0] for one in (y, expected)))
+    itself = torch.compile(gpuconv_torch.conv, backend="eager")
+    torch.testing.assert_close(itself(x, w, padding=1), torch.nn.functional.conv2d(x, w, padding=1))
+
+
+def test_the_example_of_the_readme_runs():
+    page = (Path(__file__).parents[1] / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(import torch\n.*?)```", page, re.DOTALL)
+    names = {}
+    exec(example, names)
+    y = torch.nn.functional.conv2d(names["x"], names["w"], padding=1)
+    torch.testing.assert_close(names["w"].grad, torch.autograd.grad(y.square().mean(), names["w"])[0])
 
 
 X, W = torch.ones(2, 3, 5, 5), torch.ones(4, 3, 3, 3)
@@ -224,10 +275,13 @@ ERRORS = {
     "b": (lambda: gpuconv_torch.conv(X, W, [1.0] * 4), TypeError, r"b must be a torch\.Tensor, not list"),
     "ints": (lambda: gpuconv_torch.conv(X, W.int()), TypeError, r"w must be one of float16, .*, not torch.int32; w\.float\(\) makes one"),
     "float8": (lambda: gpuconv_torch.conv(X.to(torch.float8_e5m2), W), TypeError, "x must be one of .* not torch.float8_e5m2$"),
+    "complex32": (lambda: gpuconv_torch.conv(X.to(torch.complex32), W), TypeError, "x must be one of .* not torch.complex32$"),
+    "quantized": (lambda: gpuconv_torch.conv(torch.quantize_per_tensor(X, 0.1, 0, torch.qint8), W), TypeError, "x must be one of .* not torch.qint8$"),
+    "nested": (lambda: gpuconv_torch.conv(torch.nested.nested_tensor([X[0]]), W), TypeError, "x must be dense .* not nested on cpu"),
     "sparse": (lambda: gpuconv_torch.conv(X.to_sparse(), W), TypeError, r"x must be dense .* not torch\.sparse_coo on cpu"),
     "meta": (lambda: gpuconv_torch.conv(X, W.to("meta")), TypeError, "w must be dense and on the CPU or a CUDA device, not .* on meta"),
     "channels": (lambda: gpuconv_torch.conv(X[:, :2], W), ValueError, "x has 2 channels but w expects 3"),
-    "b's shape": (lambda: gpuconv_torch.conv(X, W, torch.ones(3)), ValueError, "b must have one element for each of the 4"),
+    "b's shape": (lambda: gpuconv_torch.conv(X, W, torch.ones(3)), ValueError, r"b must have one element for each of the 4 .* but it has \(3,\)"),
     "transposed": (lambda: gpuconv_torch.conv_transpose(X, W), ValueError, "x has 3 channels but w expects 4"),
     "algorithm": (lambda: gpuconv_torch.conv(X, W, algorithm="best"), ValueError, "algorithm must be one of auto"),
     "vmap": (lambda: torch.vmap(lambda x: gpuconv_torch.conv(x, W))(X), TypeError, "tensors must have memory of their own"),
@@ -235,6 +289,7 @@ ERRORS = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch's own, of what is not finished there
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_name_the_argument(name):
     call, kind, message = ERRORS[name]

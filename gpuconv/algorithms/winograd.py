@@ -43,7 +43,7 @@ USUAL = 16 << 20  # elements of workspace, for the estimate
 def why_not(
     geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, deterministic: bool
 ) -> str | None:
-    """A reason but for real 1-D and 2-D convolutions of kernel extent 3 and stride 1, dilated evenly or not."""
+    """A reason but for real 1-D and 2-D convolutions of kernel extent 3, stride 1 and even dilations."""
     if geometry.rank > 2:
         return f"it is for one or two spatial axes, not {geometry.rank}"
     if 3 not in geometry.kernel or not set(geometry.kernel) <= {1, 3}:

@@ -27,8 +27,9 @@ from typing import Any
 import gpuconv
 from gpuconv import settings
 from gpuconv.backend import INSTALL_HINT, Array, kind_of
-from gpuconv.call import checked
+from gpuconv.call import Call, Source, check_bias, check_gradient, checked, given
 from gpuconv.compat import named
+from gpuconv.geometry import Geometry
 
 CUDNN_TENSOR_NCHW = 0
 CUDNN_TENSOR_NHWC = 1
@@ -100,7 +101,7 @@ def convolution_backward_filter(
     images, filters = _channels_first(d_layout, "d_layout"), _channels_first(w_layout, "w_layout")
     _check_ranks(x=x, gy=gy, gW=gW)
     out = filters(gW)
-    with named(dy="gy", w_shape="gW", padding="pad", out="gW"):
+    with named(dy="gy", y="gy", w_shape="gW", padding="pad", out="gW"):
         gpuconv.conv_weight_grad(
             images(gy), images(x), out.shape, out=out, deterministic=deterministic, precision=_precision(tensor_core),
             stride=stride, padding=pad, dilation=dilation, groups=groups,
@@ -136,16 +137,18 @@ def convolution_backward_data(
     """
     images, filters = _channels_first(d_layout, "d_layout"), _channels_first(w_layout, "w_layout")
     _check_ranks(W=W, x=x, y=y)
-    out = images(y)
-    if b is not None:
-        _check_bias(b, W, x, out)
-    with named(dy="x", w="W", x_shape="y", padding="pad", out="y"):
-        gpuconv.conv_data_grad(
-            images(x), filters(W), out.shape, out=out, deterministic=deterministic, precision=_precision(tensor_core),
-            stride=stride, padding=pad, dilation=dilation, groups=groups,
-        )  # fmt: skip
-    if b is not None:
-        out += b.reshape(-1, *(1,) * (out.ndim - 2))
+    dy, w, dx = images(x), filters(W), images(y)
+    with named(dy="x", w="W", x_shape="y", y="x", padding="pad", out="y"):
+        kind, dtype = checked(dy=dy, w=w, **given(b=b))
+        geometry = Geometry.infer(
+            dx.shape, w.shape, stride=stride, padding=pad, dilation=dilation, groups=groups, x_name="x_shape"
+        )
+        check_gradient(dy, geometry.y_shape, x_shape=dx.shape, w=w.shape)
+        b = None if b is None else b.reshape(-1)
+        check_bias(b, geometry.channels)
+        call = Call(geometry, kind, dtype, "auto", _precision(tensor_core), deterministic)
+        call.check_out(dx, geometry.x_shape, dy=dy, w=w, **given(b=b))
+    call.compute("data_grad", Source(dy, "y"), Source(w, "w", conjugate=True), "x", out=dx, bias=b)
 
 
 def get_max_workspace_size() -> int:
@@ -174,10 +177,10 @@ def install() -> None:
     except ImportError:
         raise ImportError(f"install() needs CuPy: {INSTALL_HINT}") from None
     this = sys.modules[__name__]
-    for place in PACKAGES:
-        name = f"{place}.cudnn"
-        if sys.modules.get(name) is not this and importlib.util.find_spec(name) is not None:
-            raise RuntimeError(f"CuPy {packages[0].__version__} has {name}, which install() does not replace")
+    for package in packages:
+        if not _is_free(package):
+            place = f"{package.__name__}.cudnn"
+            raise RuntimeError(f"CuPy {packages[0].__version__} has {place}, which install() does not replace")
     for package in packages:
         sys.modules[f"{package.__name__}.cudnn"] = this
         package.cudnn = this
@@ -186,10 +189,21 @@ def install() -> None:
 def uninstall() -> None:
     """Undoes :func:`install`; nothing where nothing was installed."""
     this = sys.modules[__name__]
-    for package in PACKAGES:
-        if sys.modules.get(f"{package}.cudnn") is this:
-            del sys.modules[f"{package}.cudnn"]
-            delattr(sys.modules[package], "cudnn")
+    for name in PACKAGES:
+        if sys.modules.get(f"{name}.cudnn") is this:
+            del sys.modules[f"{name}.cudnn"]
+        package = sys.modules.get(name)
+        if getattr(package, "cudnn", None) is this:
+            delattr(package, "cudnn")
+
+
+def _is_free(package: Any) -> bool:
+    """Whether a package of CuPy's has no module cudnn, or this one."""
+    place = f"{package.__name__}.cudnn"
+    found = sys.modules.get(place) or getattr(package, "cudnn", None)
+    if found is None:
+        return importlib.util.find_spec(place) is None
+    return found is sys.modules[__name__]
 
 
 def _channels_first(layout: int, name: str) -> Callable[[Array], Array]:
@@ -209,16 +223,7 @@ def _check_ranks(**arrays: Array) -> None:
         raise ValueError(f"{', '.join(arrays)} must have as many axes as each other, 3, 4 or 5 ({shapes})")
 
 
-def _check_bias(b: Array, W: Array, x: Array, y: Array) -> None:  # noqa: N803
-    """What gpuconv.conv checks of a bias, for the gradient that is added to one."""
-    _, dtype = checked(W=W, x=x, b=b)
-    if b.size != y.shape[1]:
-        raise ValueError(f"b must have one element for each of y's {y.shape[1]} channels, but its shape is {b.shape}")
-    if dtype != y.dtype:
-        raise TypeError(f"y must have the dtype of the result, {dtype.name}, not {y.dtype}")
-
-
 def _precision(tensor_core: str) -> str | None:
-    if tensor_core not in PRECISIONS:
+    if tensor_core not in tuple(PRECISIONS):
         raise ValueError(f"tensor_core must be one of {', '.join(PRECISIONS)}; got {tensor_core!r}")
     return PRECISIONS[tensor_core]
