@@ -269,10 +269,9 @@ def cupy_without_cudnn(monkeypatch):
         package.__path__, package.__version__ = [], "14.2.0"
         monkeypatch.setitem(sys.modules, name, package)
     monkeypatch.setattr(sys.modules["cupy"], "cuda", sys.modules["cupy.cuda"], raising=False)
-    for name in ("cupy.cudnn", "cupyx.cudnn", "cupy.cuda.cudnn"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
     yield sys.modules["cupy"]
-    cupy_cudnn.uninstall()
+    for name in ("cupy.cudnn", "cupyx.cudnn", "cupy.cuda.cudnn"):
+        sys.modules.pop(name, None)
 
 
 def test_install_puts_the_module_where_programs_look(cupy_without_cudnn):

@@ -15,9 +15,7 @@ from tests.cases import CASES, draw, named_dtype
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 gpuconv_torch = pytest.importorskip("gpuconv.torch")
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`torch.jit"
-)  # PyTorch's own, on its first dual number
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")  # PyTorch's own, on its first dual number
 
 FUNCTIONS = {"conv": gpuconv_torch.conv, "conv_transpose": gpuconv_torch.conv_transpose}
 SETTINGS = {
