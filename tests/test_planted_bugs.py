@@ -73,7 +73,7 @@ def sources(bug):
     return tuple(kernel("const float* x, float* y", body) for body in twins)
 
 
-@pytest.mark.parametrize("mode", ["fast", "checked"])
+@pytest.mark.parametrize("mode", ["fast", pytest.param("checked", marks=pytest.mark.checked)])
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.defect)
 def test_the_right_kernel_is_silent_in_every_schedule(bug, mode):
     right, _ = sources(bug)
@@ -86,6 +86,7 @@ def test_fast_mode_finds_what_is_stated(bug):
     assert summary(outcomes(bug, wrong, "fast")) == bug.fast
 
 
+@pytest.mark.checked
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.defect)
 def test_checked_mode_names_the_defect_and_its_line(bug):
     _, wrong = sources(bug)

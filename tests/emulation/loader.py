@@ -1,7 +1,7 @@
 """From a kernel's source to a library of the CPU: g++, and a cache of what it built.
 
-Fast mode compiles for speed; what it finds, guard pages and unset memory find. Checked mode lets the compiler call
-the hooks of checks.cpp at every load and store.
+Fast mode is fast to compile and to run; what it finds, guard pages and unset memory find. Checked mode lets the
+compiler call the hooks of checks.cpp at every load and store.
 """
 
 import collections
@@ -47,7 +47,7 @@ KERNEL = (
     "-Wno-attributes",
 )
 MODES = {
-    "fast": ("-O2",),
+    "fast": ("-Og",),  # with -O2 kernels run a sixth faster, but take half as long again to compile
     "debug": ("-O0", "-g3"),  # to step through
     "checked": (
         "-O1",
