@@ -107,18 +107,16 @@ def conv_transpose(
 def _called(
     direction: Direction, x: Tensor, w: Tensor, b: Tensor | None, geometry: dict[str, Any], *how: Any
 ) -> Tensor:
-    """The convolution forwards or, transposed, as data_grad; known to autograd where it has to be."""
+    """The convolution forwards or, transposed, as data_grad."""
     _check(x=x, w=w, b=b)
-    infer, function = _FUNCTIONS[direction]
+    infer = Geometry.infer if direction == "forward" else Geometry.infer_transposed
     problem = _Problem(infer(tuple(x.shape), tuple(w.shape), **geometry), *how)
     if direction == "forward":
         check_bias(b, problem.geometry.filters)
     else:
         check_bias(b, problem.geometry.channels)
         w = w.conj_physical() if w.is_complex() else w  # the transpose is the adjoint with that
-    if not _has_gradients(x, w, b):
-        return problem.computed(direction, x, w, b)
-    return function.apply(x, w, b, problem)  # type: ignore[no-any-return]
+    return problem.result(direction, x, w, b)
 
 
 class _Problem(NamedTuple):
@@ -129,8 +127,14 @@ class _Problem(NamedTuple):
     precision: str | None
     deterministic: bool | None
 
-    def computed(self, direction: Direction, first: Tensor, second: Tensor, b: Tensor | None = None) -> Tensor:
-        """The result of a direction; w and x are conjugated in the gradients."""
+    def result(self, direction: Direction, first: Tensor, second: Tensor, b: Tensor | None = None) -> Tensor:
+        """The result of a direction, known to autograd where it has to be: its bookkeeping takes time."""
+        if _has_gradients(first, second, b):
+            return _Differentiable.apply(self, direction, first, second, b)  # type: ignore[no-any-return]
+        return self.computed(direction, first, second, b)
+
+    def computed(self, direction: Direction, first: Tensor, second: Tensor, b: Tensor | None) -> Tensor:
+        """The same, unknown to autograd; w and x are conjugated in the gradients."""
         one, other, role = ROLES[direction]
         # PyTorch says nothing of numbers that overflow.
         with _on_stream_of(first.device) if first.is_cuda else numpy.errstate(over="ignore", invalid="ignore"):
@@ -167,74 +171,31 @@ class _Problem(NamedTuple):
         return gradient.sum([other for other in range(gradient.ndim) if other != axis])
 
 
-# The three directions as functions of their operands. Each gradient of one is another of them.
-
-
-class _Forward(torch.autograd.Function):
-    """y of x, w and b."""
+class _Differentiable(torch.autograd.Function):
+    """A direction as a function of its two operands and b. Each of its gradients is another direction."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, problem: _Problem) -> Tensor:
-        _keep(ctx, problem, x, w, b)
-        return problem.computed("forward", x, w, b)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (x, w), problem, needs = ctx.saved_tensors, ctx.problem, ctx.needs_input_grad
-        return (
-            _cast(_DataGrad.apply(dy, w, None, problem), x.dtype) if needs[0] else None,
-            _cast(_WeightGrad.apply(dy, x, problem), w.dtype) if needs[1] else None,
-            _cast(problem.bias_grad(dy), ctx.bias) if needs[2] else None,
-            None,
-        )
-
-
-class _DataGrad(torch.autograd.Function):
-    """dx of dy and w, plus b."""
-
-    @staticmethod
-    def forward(ctx: Any, dy: Tensor, w: Tensor, b: Tensor | None, problem: _Problem) -> Tensor:
-        _keep(ctx, problem, dy, w, b)
-        return problem.computed("data_grad", dy, w, b)
+    def forward(
+        ctx: Any, problem: _Problem, direction: Direction, first: Tensor, second: Tensor, b: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(first, second)
+        ctx.problem, ctx.direction, ctx.bias = problem, direction, None if b is None else b.dtype
+        return problem.computed(direction, first, second, b)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (dy, w), problem, needs = ctx.saved_tensors, ctx.problem, ctx.needs_input_grad
+        (first, second), problem, needs = ctx.saved_tensors, ctx.problem, ctx.needs_input_grad[2:]
+        of_first, of_second = {
+            "forward": (("data_grad", gradient, second), ("weight_grad", gradient, first)),
+            "data_grad": (("forward", gradient, second), ("weight_grad", first, gradient)),
+            "weight_grad": (("forward", second, gradient), ("data_grad", first, gradient)),
+        }[ctx.direction]
         return (
-            _cast(_Forward.apply(gradient, w, None, problem), dy.dtype) if needs[0] else None,
-            _cast(_WeightGrad.apply(dy, gradient, problem), w.dtype) if needs[1] else None,
+            *(None, None),
+            _cast(problem.result(*of_first), first.dtype) if needs[0] else None,
+            _cast(problem.result(*of_second), second.dtype) if needs[1] else None,
             _cast(problem.bias_grad(gradient), ctx.bias) if needs[2] else None,
-            None,
         )
-
-
-class _WeightGrad(torch.autograd.Function):
-    """dw of dy and x."""
-
-    @staticmethod
-    def forward(ctx: Any, dy: Tensor, x: Tensor, problem: _Problem) -> Tensor:
-        _keep(ctx, problem, dy, x)
-        return problem.computed("weight_grad", dy, x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (dy, x), problem, needs = ctx.saved_tensors, ctx.problem, ctx.needs_input_grad
-        return (
-            _cast(_Forward.apply(x, gradient, None, problem), dy.dtype) if needs[0] else None,
-            _cast(_DataGrad.apply(dy, gradient, None, problem), x.dtype) if needs[1] else None,
-            None,
-        )
-
-
-_FUNCTIONS: dict[Direction, Any] = {
-    "forward": (Geometry.infer, _Forward),
-    "data_grad": (Geometry.infer_transposed, _DataGrad),
-}
-
-
-def _keep(ctx: Any, problem: _Problem, first: Tensor, second: Tensor, b: Tensor | None = None) -> None:
-    ctx.save_for_backward(first, second)
-    ctx.problem, ctx.bias = problem, None if b is None else b.dtype
 
 
 def _cast(gradient: Tensor, dtype: torch.dtype) -> Tensor:
@@ -272,7 +233,7 @@ def _check(**tensors: Tensor | None) -> None:
 
 
 def _has_gradients(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to know of a function of these, backwards or forwards; its bookkeeping takes time."""
+    """Whether autograd has to know of a function of these, backwards or forwards."""
     backwards = torch.is_grad_enabled()
     for tensor in tensors:
         if tensor is not None and ((backwards and tensor.requires_grad) or unpack_dual(tensor).tangent is not None):
