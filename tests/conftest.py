@@ -302,14 +302,16 @@ def _libraries_built_ahead(request):
         for module in compile_report.launched(possible, [direct, scatter, scatter_plain]):
             build(module)
             build(module._replace(wide=True))
-        tests = [item for item in items if item.get_closest_marker("emulated") and _has_many_modules(item)]
+        tests = [item for item in items if item.get_closest_marker("emulated") and _has_modules_of_its_own(item)]
         ahead.rehearse(tests, arrays_of, build)
         yield
 
 
-def _has_many_modules(item):
+def _has_modules_of_its_own(item):
+    """Beside those of direct and scatter in all cases."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    return params.get("arrays") == "emulated" and params.get("algorithm", IN_TURNS) == IN_TURNS
+    is_of_cases = "case" in params and params.get("algorithm", IN_TURNS) != IN_TURNS
+    return params.get("arrays") == "emulated" and not is_of_cases
 
 
 def pytest_report_header():

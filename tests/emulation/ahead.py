@@ -36,7 +36,10 @@ def building():
 
 
 def rehearse(tests, arrays_of, build):
-    """Has built what tests launch, as far as they get where kernels do nothing; ``arrays_of`` makes their arrays."""
+    """Has built what tests launch, as far as they get where kernels compute nothing and nothing is compared.
+
+    ``arrays_of`` makes their arrays.
+    """
     seen = set()
 
     def remember(kernel, grid, block, arguments, shared_memory=0):
@@ -45,7 +48,12 @@ def rehearse(tests, arrays_of, build):
             build(kernel.module)
 
     idle = launcher.EMULATED._replace(launch=remember)
-    with mock.patch.object(launcher, "EMULATED", idle), arrays_of("emulated") as arrays, warnings.catch_warnings():
+    with (
+        mock.patch.object(launcher, "EMULATED", idle),
+        mock.patch.object(np.testing, "assert_array_equal"),
+        arrays_of("emulated") as arrays,
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         for test in tests:
             given = {**test.callspec.params, "arrays": arrays, "rng": np.random.default_rng(0)}
