@@ -187,9 +187,13 @@ def check_baseline(items):
 def same_code(mutant):
     """Whether a compiler that optimizes makes the same library of it, of every module of these dtypes."""
     modules = [module for module in report.modules() if module.stem in TRIED_BY[mutant.file]]
-    built = {module: loader.library_for(module, "fast").path for module in modules}
+
+    def code(module):
+        return loader.library_file(loader.emulated_source(module), "optimized").read_bytes()
+
+    built = [code(module) for module in modules]
     with edited(mutant.file, mutant.text):
-        return all(loader.library_for(m, "fast").path.read_bytes() == built[m].read_bytes() for m in modules)
+        return all(code(module) == before for module, before in zip(modules, built, strict=True))
 
 
 def in_child(function):

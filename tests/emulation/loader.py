@@ -48,6 +48,7 @@ KERNEL = (
 )
 MODES = {
     "fast": ("-Og",),  # with -O2 kernels run a sixth faster, but take half as long again to compile
+    "optimized": ("-O2",),
     "debug": ("-O0", "-g3"),  # to step through
     "checked": (
         "-O1",
