@@ -22,11 +22,11 @@ def sigpy():
     if int(cupy.__version__.split(".")[0]) < 14:
         pytest.skip(f"CuPy {cupy.__version__} has its own cupy.cudnn")
     cupy_cudnn.install()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of other libraries than these
-        import sigpy
-
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other libraries than these
+            import sigpy
+
         if not hasattr(sigpy.config, "cudnn_enabled"):
             pytest.skip(f"SigPy {sigpy.__version__} has no code for cuDNN any more")
         assert sigpy.config.cudnn_enabled
