@@ -27,17 +27,20 @@ def apply(xp: Any, name: Activation | None, z: Array) -> None:
         with numpy.errstate(over="ignore"):
             xp.negative(z, out=z)
             xp.exp(z, out=z)
-        z += 1
+        xp.add(z, 1, out=z)
         xp.divide(1, z, out=z)
 
 
 def apply_derivative(xp: Any, name: Activation, dy: Array, y: Array) -> None:
-    """Replaces dy by dy * activation'(z), in place, where y = activation(z)."""
+    """Replaces dy by dy * activation'(z), in place, where y = activation(z).
+
+    Results are written by functions of xp, not by operators: a call is made again from the functions that it called.
+    """
     if name == "relu":
         xp.copyto(dy, 0, where=y <= 0)
     elif name == "leaky_relu":
         xp.copyto(dy, LEAKY_SLOPE * dy, where=y <= 0)
     elif name == "tanh":
-        dy *= 1 - y * y
+        xp.multiply(dy, 1 - y * y, out=dy)
     else:
-        dy *= y * (1 - y)
+        xp.multiply(dy, y * (1 - y), out=dy)
