@@ -185,11 +185,13 @@ class Call:
             result.fill(backend.xp)
             return self._returned(target, out, channels_last)
         limit = self.limit
+        is_on_tape = backend.launch is None and algorithm in ON_TAPE
+        if is_on_tape:  # recorded or not, so that every call is cut into the same blocks and adds in the same order
+            limit -= limit // TAPE_SHARE
         recorder: replay.Recorder | tape.Tape | None = None
         if key is not None and (out is None or out is target):
             arrays = first.array, first.y, second.array, second.y, bias, target
-            if backend.launch is None and algorithm in ON_TAPE:
-                limit -= limit // TAPE_SHARE
+            if is_on_tape:
                 recorder = tape.Tape(arrays, self.limit - limit)
                 backend = backend._replace(xp=recorder)
             elif backend.launch is not None and direction in LAUNCHES_ONLY.get(algorithm, ()):
