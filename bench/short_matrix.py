@@ -13,6 +13,7 @@ from gpuconv.benchmark.check import GEOMETRIES
 from gpuconv.benchmark.problem import Problem
 from gpuconv.choose import MODULES
 from gpuconv.geometry import DIRECTIONS
+from gpuconv.request import Request
 
 KERNELS = {"implicit_gemm": implicit_gemm, "direct": direct, "scatter": scatter, "scatter_plain": scatter_plain}
 DTYPES = ("float16", "float32", "complex64")
@@ -33,7 +34,7 @@ def main():
                 for name, module in KERNELS.items():
                     if (name, direction) in (("scatter", "forward"), ("scatter_plain", "forward")):
                         continue  # has no kernel
-                    if module.why_not(geometry, dtype, direction, place, False):
+                    if module.why_not(Request(geometry, dtype, direction, place, False)):
                         continue
                     verdict = problem.verdict(problem.call(direction, algorithm=name)(), direction)
                     count += 1

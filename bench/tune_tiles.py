@@ -21,6 +21,7 @@ from gpuconv.backend import BackendError, backend_named
 from gpuconv.benchmark import command, layers, results, timing
 from gpuconv.benchmark.problem import Problem
 from gpuconv.geometry import DIRECTIONS
+from gpuconv.request import Request
 
 SUITES = ("resnet50",)
 DTYPES = ("float16", "tf32", "float32")
@@ -47,7 +48,7 @@ def measured(case, dtype, place, clock, seconds):
         geometry = case.geometry(batch, layout)
         for direction in DIRECTIONS:
             inner = problem.inner(direction)[0]
-            if implicit_gemm.why_not(geometry, kind, inner, place, True):
+            if implicit_gemm.why_not(Request(geometry, kind, inner, place)):
                 continue
             given = geometry, kind, inner, place.device(), precision, settings.workspace_limit()
             for number, plan in enumerate(implicit_gemm.plans(*given)[:CANDIDATES]):

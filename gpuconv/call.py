@@ -32,9 +32,9 @@ from gpuconv.backend import (
 from gpuconv.choose import LAUNCHES_ONLY, MODULES, ON_TAPE, check_name, choose, consent
 from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import Operand, Result, Role, canonical
+from gpuconv.request import Request, workspace_of
 
 NEEDS = ("dx", "dw", "db")
-TAPE_SHARE = 64  # of the workspace's limit, one part is for the tape of a call
 
 
 class Source(NamedTuple):
@@ -170,7 +170,8 @@ class Call:
     ) -> Array:
         """The long way, which is remembered by the key where its launches are all there is to it."""
         geometry, backend = self.geometry, self.backend
-        algorithm = choose(geometry, self.dtype, direction, backend, self.algorithm, self.deterministic).algorithm
+        request = Request(geometry, self.dtype, direction, backend, self.deterministic, self.limit)
+        algorithm = choose(request, self.algorithm).algorithm
         shape = {"x": geometry.x_shape, "w": geometry.w_shape, "y": geometry.y_shape}[role]
         channels_last = role != "w" and has_channels_last_memory(first.array, geometry)
         empty = partial(_empty, backend.xp, shape, self.dtype, channels_last, geometry)
@@ -184,14 +185,11 @@ class Call:
         if not (all(operand.view.size for operand in operands) and result.view.size):
             result.fill(backend.xp)
             return self._returned(target, out, channels_last)
-        limit = self.limit
-        is_on_tape = backend.launch is None and algorithm in ON_TAPE
-        if is_on_tape:  # recorded or not, so that every call is cut into the same blocks and adds in the same order
-            limit -= limit // TAPE_SHARE
+        limit = workspace_of(self.limit, backend)
         recorder: replay.Recorder | tape.Tape | None = None
         if key is not None and (out is None or out is target):
             arrays = first.array, first.y, second.array, second.y, bias, target
-            if is_on_tape:
+            if backend.launch is None and algorithm in ON_TAPE:
                 recorder = tape.Tape(arrays, self.limit - limit)
                 backend = backend._replace(xp=recorder)
             elif backend.launch is not None and direction in LAUNCHES_ONLY.get(algorithm, ()):

@@ -7,18 +7,17 @@ what gpuconv.tune has found fastest for just this convolution, else on NumPy the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, get_args
-
-import numpy
+from typing import Any, NamedTuple, get_args
 
 from gpuconv import dtypes, settings, tuned
 from gpuconv.algorithms import depthwise, direct, fft, im2col, implicit_gemm, scatter, winograd
-from gpuconv.backend import Backend, backend_named
+from gpuconv.backend import backend_named
 from gpuconv.geometry import DIRECTIONS, Direction, Geometry
+from gpuconv.request import Request
 
 MODULES: dict[str, ModuleType] = {
     "im2col": im2col,
@@ -70,72 +69,51 @@ class Explanation:
         return "\n".join(lines)
 
 
+class Choice(NamedTuple):
+    """An algorithm, and why it is taken."""
+
+    algorithm: str
+    reason: str
+
+
 @lru_cache(maxsize=4096)
-def choose(
-    geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, algorithm: str, deterministic: bool
-) -> Explanation:
+def choose(request: Request, algorithm: str) -> Choice:
     """The algorithm by name, by what was measured, or by rule; ValueError where the named one cannot do it."""
     check_name(algorithm)
-    if algorithm == "auto":
-        answer = tuned.recalled(backend, geometry, dtype, direction)
-        if answer not in able(geometry, dtype, direction, backend, deterministic):
-            return untuned(geometry, dtype, direction, backend, deterministic)
-        reason = "the fastest on this machine, as gpuconv tune has found"
-        return _explained(answer, reason, geometry, dtype, direction, backend, deterministic)
-    if reason := MODULES[algorithm].why_not(geometry, dtype, direction, backend, deterministic):
-        raise ValueError(f"algorithm={algorithm!r} cannot compute this {direction}: {reason}")
-    return _explained(algorithm, "asked for by name", geometry, dtype, direction, backend, deterministic)
+    if algorithm != "auto":
+        if reason := MODULES[algorithm].why_not(request):
+            raise ValueError(f"algorithm={algorithm!r} cannot compute this {request.direction}: {reason}")
+        return Choice(algorithm, "asked for by name")
+    answer = tuned.recalled(request.backend, request.geometry, request.dtype, request.direction)
+    if answer in MODULES and MODULES[answer].why_not(request) is None:
+        return Choice(answer, "the fastest on this machine, as gpuconv tune has found")
+    return untuned(request)
 
 
-def untuned(
-    geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, deterministic: bool = True
-) -> Explanation:
+def untuned(request: Request) -> Choice:
     """The algorithm by rule: on NumPy that of the least estimate."""
-    names = able(geometry, dtype, direction, backend, deterministic)
-    if backend.launch is None:
-        expected = estimates(names, geometry, dtype, direction)
+    names = able(request)
+    if request.backend.launch is None:
+        expected = {name: MODULES[name].nanoseconds(request) for name in names}
         name = min(names, key=expected.__getitem__)
-        reason = f"{_milliseconds(expected[name])}, the least"
-    else:
-        name, reason = next((name, reason) for name, reason in _preferences(geometry, direction) if name in names)
-    return _explained(name, reason, geometry, dtype, direction, backend, deterministic)
+        return Choice(name, f"{_milliseconds(expected[name])}, the least")
+    return next(choice for choice in _preferences(request) if choice.algorithm in names)
 
 
-def _explained(
-    name: str,
-    reason: str,
-    geometry: Geometry,
-    dtype: numpy.dtype,
-    direction: Direction,
-    backend: Backend,
-    deterministic: bool,
-) -> Explanation:
-    """The choice of an algorithm with its reason, and those of the others."""
-    refused = []
-    for other, module in MODULES.items():
-        if other == name:
-            continue
-        why = module.why_not(geometry, dtype, direction, backend, deterministic)
-        if why is None and backend.launch is None:
-            why = _milliseconds(estimates([other], geometry, dtype, direction)[other])
-        refused.append((other, why or f"it can, but {name} goes first here"))
-    return Explanation(name, reason, tuple(refused), direction, backend.name, dtype.name, geometry)
-
-
-def able(
-    geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, deterministic: bool
-) -> list[str]:
+def able(request: Request) -> list[str]:
     """The algorithms that can compute it."""
-    return [
-        name
-        for name, module in MODULES.items()
-        if module.why_not(geometry, dtype, direction, backend, deterministic) is None
-    ]
+    return [name for name, module in MODULES.items() if module.why_not(request) is None]
 
 
-def estimates(names: Sequence[str], geometry: Geometry, dtype: numpy.dtype, direction: Direction) -> dict[str, float]:
-    """Nanoseconds of one core on NumPy, by the algorithms' own estimates."""
-    return {name: MODULES[name].nanoseconds(geometry, direction, dtypes.is_complex(dtype)) for name in names}
+def _refused(request: Request, taken: str) -> Iterator[tuple[str, str]]:
+    """The algorithms that are not taken, each with the reason."""
+    for name, module in MODULES.items():
+        if name == taken:
+            continue
+        reason = module.why_not(request)
+        if reason is None and request.backend.launch is None:
+            reason = _milliseconds(module.nanoseconds(request))
+        yield name, reason or f"it can, but {taken} goes first here"
 
 
 def _milliseconds(nanoseconds: float) -> str:
@@ -143,14 +121,16 @@ def _milliseconds(nanoseconds: float) -> str:
     return f"{milliseconds:{'.2g' if milliseconds < 10 else '.0f'}} ms of one core by its estimate"
 
 
-def _preferences(geometry: Geometry, direction: Direction) -> list[tuple[str, str]]:
+def _preferences(request: Request) -> list[Choice]:
     """Algorithms from the most wanted on where there are kernels, each with the reason; the last accepts everything."""
     wanted = []
-    if implicit_gemm.fills_a_tile(geometry, direction):
-        wanted.append(("implicit_gemm", "there is enough of each group to fill half a tile or more"))
-    elif geometry.groups > 1:
-        wanted.append(("direct", "groups of few channels leave most of a tile empty, and are too many for products"))
-    wanted.append(("im2col", "one matrix product does all filters at once"))
+    if implicit_gemm.fills_a_tile(request.geometry, request.direction):
+        wanted.append(Choice("implicit_gemm", "there is enough of each group to fill half a tile or more"))
+    elif request.geometry.groups > 1:
+        wanted.append(
+            Choice("direct", "groups of few channels leave most of a tile empty, and are too many for products")
+        )
+    wanted.append(Choice("im2col", "one matrix product does all filters at once"))
     return wanted
 
 
@@ -198,14 +178,23 @@ def explain(
         x_name="x_shape", w_name="w_shape",
     )  # fmt: skip
     check_name(algorithm)
-    permitted = settings.precision(precision)
+    permitted, limit = settings.precision(precision), settings.workspace_limit()
     where = backend_named(backend)
-    explanation = choose(geometry, kind, direction, where, algorithm, consent(algorithm, deterministic))
-    plans = getattr(MODULES[explanation.algorithm], "plans", None)
-    if plans is None:
-        return explanation
-    found = plans(geometry, kind, direction, where.device(), permitted, settings.workspace_limit())
-    return replace(explanation, candidates=tuple(str(plan.choice) for plan in found))
+    request = Request(geometry, kind, direction, where, consent(algorithm, deterministic), limit)
+    choice = choose(request, algorithm)
+    plans = getattr(MODULES[choice.algorithm], "plans", None)
+    found = plans(geometry, kind, direction, where.device(), permitted, limit) if plans is not None else ()
+    note = im2col.exceeds(request) if choice.algorithm == "im2col" else None
+    return Explanation(
+        choice.algorithm,
+        f"{choice.reason}; {note}" if note else choice.reason,
+        refused=tuple(_refused(request, choice.algorithm)),
+        direction=direction,
+        backend=where.name,
+        dtype=kind.name,
+        geometry=geometry,
+        candidates=tuple(str(plan.choice) for plan in found),
+    )
 
 
 def consent(algorithm: str, deterministic: bool | None) -> bool:

@@ -230,11 +230,14 @@ class Geometry:
         """The residues of one axis, also those that no tap reaches."""
         n, k, s, d = self.input[axis], self.kernel[axis], self.stride[axis], self.dilation[axis]
         low, outputs = self.padding[axis][0], self.output[axis]
-        apart = s // math.gcd(s, d)  # the next tap that meets the same residue
+        common = math.gcd(s, d)
+        apart = s // common  # the next tap that meets the same residue
         reach = d * apart // s  # how far the output moves from one such tap to the next
         residues = []
         for start in range(min(s, n)):
-            first = next((t for t in range(min(k, apart)) if (start + low - t * d) % s == 0), k)
+            # The first t with t * d = start + low modulo s.
+            quotient, rest = divmod(start + low, common)
+            first = k if rest else min(k, quotient * pow(d // common, -1, apart) % apart)
             count = len(range(first, k, apart))
             length = len(range(start, n, s))
             origin = (start + low - first * d) // s  # the output that the first tap brings to input `start`

@@ -17,6 +17,8 @@ from gpuconv import activations
 from gpuconv.backend import Array
 from gpuconv.geometry import Geometry
 
+MOST_TEMPORARIES = 3  # that reading an operand or finishing a result takes
+
 Role: TypeAlias = Literal["x", "w", "y"]
 Index: TypeAlias = tuple[Any, ...]  # slices of a canonical view, an Ellipsis among them
 
@@ -66,7 +68,7 @@ class Operand:
     @property
     def temporaries(self) -> int:
         """How many arrays of a piece's size a read takes for itself, beside the one that it fills."""
-        return 0 if self.activation is None else 3
+        return 0 if self.activation is None else MOST_TEMPORARIES
 
     def read(self, xp: Any, index: Index, into: Array) -> None:
         """Puts the piece into an array of its shape."""

@@ -21,11 +21,13 @@ DEFAULTS = {
     "GPUCONV_BACKEND": "auto",
     "GPUCONV_DETERMINISTIC": "1",
     "GPUCONV_PRECISION": "ieee",
-    "GPUCONV_WORKSPACE_LIMIT": "64MiB",
+    "GPUCONV_WORKSPACE_LIMIT": "64MiB",  # DEFAULT_WORKSPACE_LIMIT
     "GPUCONV_NUM_THREADS": "the cores that this process may use",
     "GPUCONV_CACHE_DIR": "the user's cache folder",
     "GPUCONV_DUMP": "nowhere",
 }
+
+DEFAULT_WORKSPACE_LIMIT = 64 << 20
 
 _BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}

@@ -13,6 +13,7 @@ from gpuconv import choose, dtypes, replay, settings, tuned
 from gpuconv.backend import Backend, backend_named
 from gpuconv.backend import backend as within
 from gpuconv.geometry import DIRECTIONS, Direction, Geometry
+from gpuconv.request import Request
 
 if TYPE_CHECKING:
     from gpuconv.benchmark.problem import Problem
@@ -108,9 +109,10 @@ def _tuned(
     problem: Problem, geometry: Geometry, direction: Direction, backend: Backend, clock: Clock, seconds: float
 ) -> Tuned:
     """Times the algorithms in turns, and remembers the fastest."""
-    default = choose.untuned(geometry, problem.dtype, direction, backend).algorithm
+    request = Request(geometry, problem.dtype, direction, backend, limit=settings.workspace_limit())
+    default = choose.untuned(request).algorithm
     calls, counts, samples, wrong = {}, {}, {}, []
-    for name in _candidates(geometry, problem.dtype, direction, backend):
+    for name in _candidates(request):
         call = problem.call(direction, geometry.layout, name)
         result = clock.first(call)[1]
         if problem.verdict(result, direction, geometry.layout, loose=name in choose.TRANSFORMS).right:
@@ -131,10 +133,10 @@ def _tuned(
     return Tuned(geometry, direction, problem.dtype.name, backend.name, default, fastest, medians, tuple(wrong))
 
 
-def _candidates(geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend) -> list[str]:
+def _candidates(request: Request) -> list[str]:
     """The algorithms that can, in a fixed order of additions, and are not ruled out by their estimate."""
-    able = choose.able(geometry, dtype, direction, backend, deterministic=True)
-    if backend.launch is not None:
+    able = choose.able(request)
+    if request.backend.launch is not None:
         return able
-    estimates = choose.estimates(able, geometry, dtype, direction)
+    estimates = {name: choose.MODULES[name].nanoseconds(request) for name in able}
     return [name for name in able if estimates[name] <= PROMISING * min(estimates.values())]

@@ -154,15 +154,16 @@ class Run:
         """How many threads may compute."""
         return threads.most(self.thread_limit) if self.backend.name == "numpy" else 1
 
-    def team(self, geometry: Geometry) -> Team:
-        """Who computes a convolution."""
+    def team(self, geometry: Geometry, least: int) -> Team:
+        """Who computes a convolution; ``least``: elements that each of several threads needs at the least."""
         if is_small(geometry) or self.is_share:
             return Team()
         work = geometry.multiply_adds()
         # However many threads there are: the bits of a product may depend on where it is cut.
         tasks = max(2, min(_TASKS, work // _SHORT_TASK), work // _TASK)
-        workers = min(self.threads, tasks)
-        return Team(workers, tasks, max(workers, _SHARES))
+        most = max(1, self.budget // 2 // max(1, least))  # the other half is for what they share
+        workers = min(self.threads, tasks, most)
+        return Team(workers, tasks, min(max(workers, _SHARES), most))
 
     def spread(self, tasks: Iterable[T], worker: Callable[[Iterator[T]], None], workers: int) -> None:
         """Has a worker in each of so many threads take tasks and do them: threads.spread, within what the call may."""

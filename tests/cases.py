@@ -9,6 +9,7 @@ import pytest
 from gpuconv.backend import NUMPY
 from gpuconv.choose import ALGORITHMS, MODULES, TRANSFORMS
 from gpuconv.geometry import Geometry
+from gpuconv.request import Request
 from tests.emulation.launcher import EMULATED
 
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
@@ -175,7 +176,7 @@ def pairs():
     """Every case with each algorithm, but for those that are not made for it at all."""
     for case, (name, module) in itertools.product(CASES, MODULES.items()):
         whys = (
-            module.why_not(case.geometry(), np.dtype(np.float32), direction, place, False)
+            module.why_not(Request(case.geometry(), np.dtype(np.float32), direction, place, False))
             for direction, place in itertools.product(DIRECTIONS, (NUMPY, EMULATED))
         )
         if not all(whys):

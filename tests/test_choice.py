@@ -10,6 +10,7 @@ from gpuconv.backend import NUMPY
 from gpuconv.benchmark import layers
 from gpuconv.benchmark.compare import geometric_mean
 from gpuconv.geometry import DIRECTIONS
+from gpuconv.request import Request
 
 SWEEPS = sorted((Path(__file__).parent.parent / "bench" / "results").glob("*/sweep.json"))
 
@@ -19,7 +20,7 @@ def losses(rows):
     for row in rows:
         case = layers.parsed(row["spec"])
         geometry = case.geometry(case.batches[0], row["layout"])
-        taken = choose.untuned(geometry, dtypes.named(row["dtype"]), row["direction"], NUMPY).algorithm
+        taken = choose.untuned(Request(geometry, dtypes.named(row["dtype"]), row["direction"], NUMPY)).algorithm
         if taken in row["seconds"]:
             yield row["seconds"][taken] / min(row["seconds"].values()), row
 

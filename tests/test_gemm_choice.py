@@ -12,6 +12,7 @@ from gpuconv.algorithms.matrices import BY_TAP, Lines, View, matrices_of
 from gpuconv.choose import choose
 from gpuconv.cuda.device import MODEL, Device
 from gpuconv.geometry import Geometry
+from gpuconv.request import Request
 from tests.cases import DIRECTIONS, named_dtype
 from tests.conftest import BACKENDS
 
@@ -153,7 +154,7 @@ def test_auto_takes_it_where_half_a_tile_is_filled(arrays):
     }
     for (x, w, groups), expected in cases.items():
         geometry = Geometry.infer(x, w, padding=w[-1] // 2, groups=groups)
-        found = [choose(geometry, np.dtype("f4"), d, arrays.backend, "auto", True).algorithm for d in DIRECTIONS]
+        found = [choose(Request(geometry, np.dtype("f4"), d, arrays.backend), "auto").algorithm for d in DIRECTIONS]
         assert tuple(found) == expected, (x, w)
 
 

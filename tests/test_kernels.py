@@ -10,6 +10,7 @@ from gpuconv.algorithms import direct, scatter, scatter_plain
 from gpuconv.choose import MODULES
 from gpuconv.cuda import arguments
 from gpuconv.geometry import Geometry
+from gpuconv.request import Request
 from tests import reference
 from tests.cases import CASES, DIRECTIONS, draw, laid_out, named_dtype
 from tests.conftest import BACKENDS, KERNELS
@@ -86,6 +87,7 @@ def test_sums_are_formed_before_they_are_added_to_global_memory(x_shape, stride,
         assert 0 < privatised <= one_by_one / 8
 
 
+@pytest.mark.called_once("it counts what kernels do")
 @EMULATED
 def test_four_neighbours_are_added_at_once_where_they_lie_side_by_side(arrays, monkeypatch):
     """Of channels_last float32 arrays; half of the channels begin at no multiple of 16 bytes."""
@@ -127,6 +129,7 @@ def test_blocks_add_to_the_same_elements_atomically_in_fours_where_they_can(chan
         assert {access.width for access in launch.accesses if access.kind == "atomic"} == {width}
 
 
+@pytest.mark.called_once("it counts what kernels do")
 @EMULATED
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])
@@ -219,10 +222,10 @@ def test_boxes_fit_shared_memory_and_cover_the_outputs():
 def test_deterministic_refuses_the_kernels_that_scatter_and_nothing_else():
     geometry = Geometry.infer((1, 2, 5, 5), (3, 2, 3, 3))
     backend = launcher.EMULATED
-    reason = scatter.why_not(geometry, np.dtype("float32"), "data_grad", backend, True)
+    reason = scatter.why_not(Request(geometry, np.dtype("float32"), "data_grad", backend, True))
     assert reason == "it adds in no fixed order on a GPU, and deterministic=True was asked for"
-    assert scatter.why_not(geometry, np.dtype("float32"), "data_grad", backend, False) is None
-    assert direct.why_not(geometry, np.dtype("float32"), "data_grad", backend, True) is None
+    assert scatter.why_not(Request(geometry, np.dtype("float32"), "data_grad", backend, False)) is None
+    assert direct.why_not(Request(geometry, np.dtype("float32"), "data_grad", backend, True)) is None
 
 
 # ------------------------------------------------------------------------------------------------- arrays
@@ -436,6 +439,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.called_once("it measures the memory of a single call")
 @EMULATED
 @pytest.mark.parametrize("activation", [None, "sigmoid", "leaky_relu"])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -1,5 +1,6 @@
 """A call takes its result and at most GPUCONV_WORKSPACE_LIMIT beside it; measured by tracemalloc."""
 
+import re
 import tracemalloc
 
 import numpy as np
@@ -10,7 +11,11 @@ from gpuconv import threads
 from gpuconv.backend import NUMPY
 from gpuconv.choose import MODULES
 from gpuconv.geometry import Geometry
-from tests.cases import EXACT_ALGORITHMS, NUMPY_ALGORITHMS, named_dtype
+from gpuconv.request import Request
+from gpuconv.settings import workspace_limit
+from tests.cases import DIRECTIONS, NUMPY_ALGORITHMS, named_dtype
+
+pytestmark = pytest.mark.called_once("it measures the memory of a single call")
 
 MIB = 2**20
 
@@ -64,8 +69,10 @@ def skip_where_refused(x_shape, w_shape, settings, dtype, algorithm):
     geometry = Geometry.infer(x_shape, w_shape, **settings)
     if algorithm == "fft" and geometry.taps < 100:
         pytest.skip("kernels of few taps take very long in pieces of spectra")
-    if reason := MODULES[algorithm].why_not(geometry, np.dtype(dtype), "forward", NUMPY, True):
-        pytest.skip(reason)
+    for direction in DIRECTIONS:
+        request = Request(geometry, np.dtype(dtype), direction, NUMPY, limit=workspace_limit())
+        if reason := MODULES[algorithm].why_not(request):
+            pytest.skip(reason)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +171,12 @@ def test_a_limit_below_the_smallest_piece_still_computes(monkeypatch, rng):
     y = gpuconv.conv(x, w)
     gradients = gpuconv.conv_backward(y, x, w)
     monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "0")
-    for algorithm in set(NUMPY_ALGORITHMS) & set(EXACT_ALGORITHMS):
+    for algorithm in ("auto", "im2col"):
         np.testing.assert_array_equal(gpuconv.conv(x, w, algorithm=algorithm), y)
         for one, other in zip(gpuconv.conv_backward(y, x, w, algorithm=algorithm), gradients, strict=True):
             np.testing.assert_array_equal(one, other)
+    refusal = r"it needs \d+ bytes of workspace .*, and GPUCONV_WORKSPACE_LIMIT is 0 bytes"
+    for algorithm in ("winograd", "fft", "scatter"):
+        with pytest.raises(ValueError, match=refusal):
+            gpuconv.conv(x, w, algorithm=algorithm)
+    assert re.search(refusal, gpuconv.explain(x.shape, w.shape, backend="numpy").reason)

@@ -13,6 +13,7 @@ from gpuconv.arguments import Shape
 from gpuconv.backend import Array
 from gpuconv.geometry import Geometry
 from gpuconv.operands import Index, Operand, in_place
+from gpuconv.request import Request
 from gpuconv.workspace import Run, shaped
 
 # Blocks of fewer outputs are not worth their overhead, where fewer groups at a time make them longer.
@@ -96,6 +97,11 @@ def largest(extent: int, limit: int, each: int) -> int:
     return _evened(extent, limit // each if each else extent)
 
 
+def largest_fitting(extent: int, limit: float, cost: Callable[[int], float]) -> int:
+    """The largest number up to an extent whose cost is within the limit, evened out over the pieces; at least 1."""
+    return _evened(extent, bisect_right(range(1, extent + 1), limit, key=cost))
+
+
 def _evened(extent: int, size: int) -> int:
     pieces = -(-extent // max(1, size))
     return max(1, -(-extent // pieces))
@@ -113,6 +119,11 @@ def group_parts(geometry: Geometry, budget: int) -> tuple[tuple[slice, Geometry]
     per_output = 3 * max(geometry.group_channels, geometry.group_filters) * geometry.taps  # windows, weights and sums
     size = largest(geometry.groups, budget // FEWEST_OUTPUTS, per_output)
     return tuple((groups, _part_of(geometry, groups.stop - groups.start)) for groups in pieces(geometry.groups, size))
+
+
+def largest_part(request: Request) -> Geometry:
+    """The convolution of as many groups as are computed at once."""
+    return group_parts(request.geometry, request.budget)[0][1]
 
 
 def _part_of(geometry: Geometry, groups: int) -> Geometry:
@@ -148,7 +159,7 @@ def fitting_box(
         def cost_of(size: int, before: Shape = before, after: Shape = after) -> float:
             return cost((*before, size, *after))
 
-        box[axis] = _evened(extents[axis], bisect_right(range(1, extents[axis] + 1), limit, key=cost_of))
+        box[axis] = largest_fitting(extents[axis], limit, cost_of)
         if box[axis] < extents[axis]:
             break
     return tuple(box), tuple(elements * space.needed for elements, space in parts(tuple(box)))

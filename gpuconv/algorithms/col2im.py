@@ -46,15 +46,21 @@ def nanoseconds(geometry: Geometry, is_complex: bool) -> float:
     return geometry.multiply_adds() * product + added * cost.ACCUMULATE
 
 
-def pays(geometry: Geometry, run: Run) -> bool:
+def pays(dy: Operand, dx: Result, geometry: Geometry, run: Run) -> bool:
     """Whether it suits, and there is room for the planes."""
-    return suits(geometry) and _sizes(geometry, run.budget // run.team(geometry).shares) is not None
+    return suits(geometry) and _sizes(geometry, *_room(dy, dx, geometry, run)) is not None
+
+
+def _room(dy: Operand, dx: Result, geometry: Geometry, run: Run) -> tuple[int, int, int]:
+    """Elements for each thread, beside the weights, and the temporaries of what is read and what is finished."""
+    shared = run.budget - math.prod(geometry.w_shape)
+    return shared // run.team(geometry, 0).shares, dy.temporaries, dx.temporaries
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
     """dx[o * stride + t * dilation - low, c] += dcols[t, c, o], image by image."""
-    xp, rank, team = run.backend.xp, geometry.rank, run.team(geometry)
-    sizes = _sizes(geometry, run.budget // team.shares)
+    xp, rank, team = run.backend.xp, geometry.rank, run.team(geometry, 0)
+    sizes = _sizes(geometry, *_room(dy, dx, geometry, run))
     assert sizes is not None
     weights_order = Arrangement((rank, *range(rank), rank + 1, rank + 2), rank + 1, 1)
     images_order = Arrangement((rank, rank + 1, *range(rank)), 1, rank)
@@ -116,7 +122,7 @@ class _Sizes(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _sizes(geometry: Geometry, budget: int) -> _Sizes | None:
+def _sizes(geometry: Geometry, budget: int, read: int, finished: int) -> _Sizes | None:
     """None where the planes have no room."""
     planes, before = [], []
     axes = zip(
@@ -128,8 +134,8 @@ def _sizes(geometry: Geometry, budget: int) -> _Sizes | None:
         before.append(first)
     all_planes = math.prod((*geometry.stride, geometry.channels, *planes))
     rows, row = geometry.output[0], math.prod(geometry.output[1:])
-    each = row * (geometry.channels * geometry.taps + geometry.filters)
-    if all_planes + each > budget // 2:
+    each = row * (geometry.channels * geometry.taps + (1 + read) * geometry.filters)
+    if all_planes * (1 + finished) + each > budget // 2:
         return None
     size = largest(rows, min(budget // 2, BLOCK_BYTES // 4), each)
     outputs = size * row

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from gpuconv.algorithms import im2col
-from gpuconv.algorithms.finite import has_finite_sum
+from gpuconv.algorithms.finite import is_finite
 from gpuconv.arguments import Shape
 from gpuconv.geometry import Geometry
 from gpuconv.operands import Operand, Result
@@ -51,7 +51,7 @@ def weight_grad(
     """Computes dw."""
     with run.silence():
         compute(dy, x, dw, geometry, run)
-    if not run.holds(has_finite_sum, dw.view):
+    if not run.holds(is_finite, dw.view):
         im2col.weight_grad(dy, x, dw, geometry, run)
 
 

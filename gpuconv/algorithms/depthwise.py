@@ -23,15 +23,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-import numpy
-
 from gpuconv.algorithms import containment, cost, im2col, slices
 from gpuconv.algorithms.blocks import pieces
-from gpuconv.algorithms.finite import has_finite_sum
-from gpuconv.backend import Array, Backend
-from gpuconv.geometry import Direction, Geometry
+from gpuconv.algorithms.finite import is_finite
+from gpuconv.backend import Array
+from gpuconv.geometry import Geometry
 from gpuconv.operands import Operand, Result
-from gpuconv.workspace import Run, shaped
+from gpuconv.request import Request
+from gpuconv.workspace import Run, Team, shaped
 
 FEWEST, MOST = 7, 16  # outputs of a row that are done at once: m
 BLOCK_BYTES = 1 << 20  # of windows, which should stay in the cache
@@ -39,21 +38,27 @@ SUM_BYTES = 2 << 20  # of windows and sums of weight_grad
 CHUNKS = 16  # of the channels, for threads to share
 
 
-def why_not(
-    geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, deterministic: bool
-) -> str | None:
+def why_not(request: Request) -> str | None:
     """A reason unless a group has one channel and one filter."""
+    geometry = request.geometry
     if not geometry.group_channels == geometry.group_filters == 1:
         return f"it is for one filter per channel, not {geometry.group_channels} channels and {geometry.group_filters}"
-    return None
+    if (reason := slices.why_not(request)) or _is_tap_by_tap(request):
+        return reason
+    return request.lacks(max(map(_least, _parts(geometry))), "the matrices of one channel")
 
 
-def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> float:
+def _is_tap_by_tap(request: Request) -> bool:
+    return request.direction == "data_grad" and set(request.geometry.stride) != {1}
+
+
+def nanoseconds(request: Request) -> float:
     """An estimate: the windows of tiles copied, and multiplied by the matrices of taps."""
-    if direction == "data_grad" and set(geometry.stride) != {1}:
-        return slices.nanoseconds(geometry, direction, is_complex)
+    geometry = request.geometry
+    if _is_tap_by_tap(request):
+        return slices.nanoseconds(request)
     images = geometry.channels * math.prod(geometry.batch)
-    product = 4 * cost.PRODUCT * (cost.COMPLEX if is_complex else 1)  # a short one
+    product = 4 * cost.PRODUCT * (cost.COMPLEX if request.is_complex else 1)  # a short one
     windows = sum(part.windows * (1.4 * cost.COPY + part.m * product) for part in _parts(geometry))
     planes = math.prod(geometry.input) + math.prod(geometry.output) if geometry.layout == "channels_last" else 0
     return images * windows + cost.exchanged(images * planes)
@@ -157,7 +162,7 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run)
 
 def _are_finite(images: Operand, w: Operand, run: Run) -> bool:
     arrays = (images.view, w.view) if images.y is None else (images.view, images.y, w.view)
-    return all(run.holds(has_finite_sum, array) for array in arrays)
+    return all(run.holds(is_finite, array) for array in arrays)
 
 
 def _forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
@@ -177,7 +182,7 @@ def _forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) ->
                     outputs = replace(results, view=part.outputs(results.view))
                     im2col.forward(images, Operand(_as_weight(bands)), outputs, part.of(number), share)
 
-    run.spread(chunks, work, run.team(geometry).workers)
+    run.spread(chunks, work, _team(geometry, run).workers)
 
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
@@ -202,16 +207,26 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Ru
                         xp.add(total, term, out=total)
                 xp.copyto(dw.view[..., groups, 0, 0], total.transpose(*range(1, total.ndim), 0), casting="unsafe")
 
-    run.spread(chunks, work, run.team(geometry).workers)
+    run.spread(chunks, work, _team(geometry, run).workers)
 
 
 def _work(geometry: Geometry, run: Run, most: int) -> tuple[tuple[_Part, ...], list[slice], Run]:
     """The parts, the channels that are done at a time, and what each of several threads works with."""
-    parts, team = _parts(geometry), run.team(geometry)
+    parts, team = _parts(geometry), _team(geometry, run)
     limit = run.limit // team.shares // 2
     fitting = min(BLOCK_BYTES, limit) // run.dtype.itemsize // max(max(part.windows, part.bands) for part in parts)
     size = max(1, min(fitting, -(-geometry.groups // CHUNKS)))
     return parts, list(pieces(geometry.groups, size)), replace(run.share(team), limit=min(most, limit))
+
+
+def _team(geometry: Geometry, run: Run) -> Team:
+    return run.team(geometry, max(map(_least, _parts(geometry))))
+
+
+def _least(part: _Part) -> int:
+    """Elements that a thread needs for one channel: half of them for im2col."""
+    matrices = part.bands + 2 * part.geometry.taps
+    return 2 * max(matrices, im2col.smallest(part.of(1), "weight_grad"))
 
 
 def _spaces(parts: Sequence[_Part], chunks: Sequence[slice]) -> tuple[int, int]:

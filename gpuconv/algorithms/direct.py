@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 
-import numpy
-
 from gpuconv.algorithms.blocks import channels_innermost
-from gpuconv.backend import Array, Backend
+from gpuconv.backend import Array
 from gpuconv.cuda import arguments, structs
 from gpuconv.cuda.kernel import Kernel
 from gpuconv.cuda.launch import blocks
-from gpuconv.geometry import Direction, Geometry
+from gpuconv.geometry import Geometry
 from gpuconv.operands import Operand, Result
+from gpuconv.request import Request
 from gpuconv.workspace import Run, shaped
 
 THREADS = 128
@@ -27,11 +26,13 @@ SHORTEST_SLICE = 64
 MOST_SLICES = 1024
 
 
-def why_not(
-    geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, deterministic: bool
-) -> str | None:
+def why_not(request: Request) -> str | None:
     """A reason on NumPy, and for more than three spatial axes."""
-    return arguments.why_not_here(geometry, backend)
+    if reason := arguments.why_not_here(request.geometry, request.backend):
+        return reason
+    if request.direction != "weight_grad":
+        return None
+    return request.lacks(2 * math.prod(request.geometry.w_shape), "the sums of a slice and of all")
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:

@@ -1,6 +1,8 @@
-"""Whether NaN or Inf is in an array, in one pass over it; numbers too large to be added up count as such."""
+"""Whether NaN or Inf is in an array."""
 
 from __future__ import annotations
+
+import math
 
 import numpy
 
@@ -8,16 +10,26 @@ from gpuconv import dtypes
 from gpuconv.backend import Array
 
 
-def has_finite_sum(array: Array) -> bool:
-    """False where there is NaN or Inf."""
+def is_finite(array: Array) -> bool:
+    """False where NaN or Inf is in an array.
+
+    One pass over it finds a sum; only where that overflows do two more look for the extremes.
+    """
     with numpy.errstate(over="ignore", invalid="ignore"):
         total = array.sum(dtype=dtypes.accumulator(dtypes.native(array.dtype)))
-        return bool(total - total == 0)
+        return bool(total - total == 0) or _has_finite_extremes(array)
 
 
-def has_finite_square(block: Array) -> bool:
-    """The same of a contiguous block, quicker."""
+def is_finite_block(block: Array) -> bool:
+    """The same of a contiguous block in the dtype of the sums, quicker."""
     flat = block.reshape(-1)
     with numpy.errstate(over="ignore", invalid="ignore"):
         square = flat.dot(flat)
-        return bool(square - square == 0)
+        return bool(square - square == 0) or _has_finite_extremes(flat)
+
+
+def _has_finite_extremes(array: Array) -> bool:
+    """Whether the least and the greatest number are finite: a NaN is either of them."""
+    if array.dtype.kind == "c":
+        return _has_finite_extremes(array.real) and _has_finite_extremes(array.imag)
+    return math.isfinite(float(array.max())) and math.isfinite(float(array.min()))

@@ -17,11 +17,9 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 
-import numpy
-
 from gpuconv.algorithms import col2im, cost, lines, residues, slices
-from gpuconv.algorithms.blocks import Space, boxes, fitting_box, largest, pieces
-from gpuconv.algorithms.finite import has_finite_sum
+from gpuconv.algorithms.blocks import Space, boxes, fitting_box, largest, largest_part, pieces
+from gpuconv.algorithms.finite import is_finite
 from gpuconv.algorithms.unfold import (
     BLOCK_BYTES,
     SHORT_PRODUCT,
@@ -35,9 +33,10 @@ from gpuconv.algorithms.unfold import (
 )
 from gpuconv.algorithms.windows import reaches_beyond, sliding
 from gpuconv.arguments import Shape
-from gpuconv.backend import Array, Backend
+from gpuconv.backend import Array
 from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import Index, Operand, Result, in_place
+from gpuconv.request import Request
 from gpuconv.workspace import Run, Team, is_small, shaped
 
 # Of weight_grad's outputs or channels where threads share it, and how many make one of them worth while.
@@ -45,15 +44,32 @@ SLICES, SHORT_SLICE, FEW_CHANNELS = 8, 512, 128
 LONGEST = 1 << 16  # sum of a product of weight_grad: more terms that are alike would drift
 
 
-def why_not(
-    geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, deterministic: bool
-) -> str | None:
+def why_not(request: Request) -> str | None:
     """None: im2col accepts everything."""
     return None
 
 
-def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> float:
+def exceeds(request: Request) -> str | None:
+    """A note where the smallest piece may take more than the limit allows."""
+    part = largest_part(request)
+    pieces = [smallest(part, request.direction)]
+    if request.direction == "data_grad":
+        pieces.append(slices.least(part, "data_grad"))  # which takes over where w is not finite
+    return request.lacks(max(pieces), "its smallest piece")
+
+
+def smallest(geometry: Geometry, direction: Direction) -> int:
+    """Elements of workspace for one output, and one filter of every group, by one thread: 20 K.
+
+    K is how many products a sum of all groups has, C * T * R * S, or F * T * R * S for data_grad: K windows and as many
+    weights, those windows read with an activation, and for weight_grad the sums of up to 8 slices of the outputs.
+    """
+    return 20 * (geometry.filters if direction == "data_grad" else geometry.channels) * geometry.taps
+
+
+def nanoseconds(request: Request) -> float:
     """An estimate: products, and windows copied out of x, or of dy, and for data_grad weights."""
+    geometry, direction, is_complex = request.geometry, request.direction, request.is_complex
     if direction == "data_grad" and col2im.suits(geometry):
         return col2im.nanoseconds(geometry, is_complex)
     width = geometry.group_channels if direction == "data_grad" else geometry.group_filters
@@ -82,7 +98,8 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> 
         lines.forward(x, w, y, geometry, run)
         return
     xp = run.backend.xp
-    order, team = order_of(x.view, y.view, geometry, math.prod(geometry.output) >= SHORT_PRODUCT), run.team(geometry)
+    order = order_of(x.view, y.view, geometry, math.prod(geometry.output) >= SHORT_PRODUCT)
+    team = run.team(geometry, smallest(geometry, "forward"))
     sizes = forward_sizes(
         geometry,
         run.budget,
@@ -117,10 +134,10 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run)
         _data_grad_by_residues(dy, w, dx, geometry, run)
     elif _lie_apart(geometry):
         _data_grad_apart(dy, w, dx, geometry, run)
-    elif col2im.pays(geometry, run):
+    elif col2im.pays(dy, dx, geometry, run):
         col2im.data_grad(dy, w, dx, geometry, run)
     # By residues, NaN and Inf in w would meet zeros beyond dy, and NaN spread where none belongs.
-    elif _has_many_residues(geometry) or not run.holds(has_finite_sum, w.view):
+    elif _has_many_residues(geometry) or not run.holds(is_finite, w.view):
         slices.data_grad(dy, w, dx, geometry, run)
     elif residues.plan(geometry) is not None:
         residues.data_grad(dy, w, dx, geometry, run)
@@ -152,7 +169,8 @@ def _data_grad_by_residues(dy: Operand, w: Operand, dx: Result, geometry: Geomet
 
 def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
     """Windows that do not overlap, as in patch embeddings and their transposes: each is a product of its own."""
-    xp, order, team = run.backend.xp, order_of(dy.view, dy.view, geometry, stack=False), run.team(geometry)
+    xp, order = run.backend.xp, order_of(dy.view, dy.view, geometry, stack=False)
+    team = run.team(geometry, smallest(geometry, "data_grad"))
     sizes = _apart_sizes(
         geometry,
         run.budget,
@@ -205,10 +223,10 @@ def _covers(geometry: Geometry) -> bool:
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
     """dw[t, c] = sum over outputs o of x[o * stride + t * dilation - low, c] dy[o]."""
-    if lines.pays(x, dy, geometry, run):
+    if lines.pays(x, dy, geometry, run, math.prod(geometry.w_shape)):
         lines.weight_grad(dy, x, dw, geometry, run)
         return
-    team = run.team(geometry)
+    team = run.team(geometry, smallest(geometry, "weight_grad"))
     if not _has_short_slices(geometry, run):
         _weight_grad(dy, x, dw, geometry, run, team)
         return

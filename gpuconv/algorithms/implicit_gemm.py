@@ -19,24 +19,28 @@ from gpuconv.algorithms import gemm_tiles
 from gpuconv.algorithms.blocks import largest, pieces
 from gpuconv.algorithms.gemm_tiles import Choice, Problem, Products, Tile, Work
 from gpuconv.algorithms.matrices import View, matrices_of
-from gpuconv.backend import Array, Backend
+from gpuconv.backend import Array
 from gpuconv.cuda import arguments, structs
 from gpuconv.cuda.device import Device
 from gpuconv.cuda.kernel import Kernel, Module
 from gpuconv.cuda.launch import blocks
 from gpuconv.geometry import DIRECTIONS, Direction, Geometry
 from gpuconv.operands import Operand, Result
+from gpuconv.request import Request
 from gpuconv.workspace import Run
 
 SMALLEST = 32  # rows and columns of the smallest tile
 FEWEST_TURNS = 4  # of a slice: as many tiles as it is worth to begin for
 
 
-def why_not(
-    geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, deterministic: bool
-) -> str | None:
+def why_not(request: Request) -> str | None:
     """A reason on NumPy, and for more than three spatial axes."""
-    return arguments.why_not_here(geometry, backend)
+    geometry = request.geometry
+    if reason := arguments.why_not_here(geometry, request.backend):
+        return reason
+    if request.direction != "weight_grad":
+        return None
+    return request.lacks(2 * geometry.channels * geometry.taps, "the sums of a filter of every group")
 
 
 def fills_a_tile(geometry: Geometry, direction: Direction) -> bool:

@@ -50,18 +50,21 @@ def elements(geometry: Geometry) -> int:
     return math.prod(geometry.batch) * _lines_seen(geometry.output[0], geometry) * _line(geometry)
 
 
-def pays(images: Operand, results: Operand | Result, geometry: Geometry, run: Run) -> bool:
-    """Whether it suits, with nothing to be made of what is read or written, and there is room."""
+def pays(images: Operand, results: Operand | Result, geometry: Geometry, run: Run, products: int = 0) -> bool:
+    """Whether it suits, with nothing to be made of what is read or written, and there is room.
+
+    ``products``: elements that each line makes in weight_grad.
+    """
     plain = not images.temporaries and not results.temporaries
-    return suits(geometry) and plain and _rows(geometry, _budget(geometry, run)) > 0
+    return suits(geometry) and plain and _rows(geometry, _budget(geometry, run), products) > 0
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
     """y = lines(x) w, some lines of outputs of one image at a time."""
-    xp, team, by_rows = run.backend.xp, run.team(geometry), channels_innermost(y.view)
+    xp, team, by_rows = run.backend.xp, run.team(geometry, 0), channels_innermost(y.view)
     weights_order = Arrangement((2, 0, 1, 3, 4), 3, 1) if by_rows else Arrangement((2, 4, 0, 1, 3), 1, 3)
     results_order = Arrangement((2, 0, 1, 3), 1, 1) if by_rows else Arrangement((2, 0, 3, 1), 1, 1)
-    size, each = _rows(geometry, _budget(geometry, run)), math.prod(geometry.w_shape)
+    size, each = _rows(geometry, _budget(geometry, run), 0), math.prod(geometry.w_shape)
     copies = not (in_place(y.view, run.dtype) and results_order.matrix(y.view[(0,) * len(geometry.batch)]) is not None)
     with run.workspace(each * weights_order.copies(w, run)) as (weight_space,):
         weights = weights_order.load(w, (...,), weight_space, run)[:, None]
@@ -84,9 +87,9 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> 
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
     """dw = lines(x)' dy: products of single lines, which are added up in slices, in the same order in any thread."""
-    xp, team, weights = run.backend.xp, run.team(geometry), math.prod(geometry.w_shape)
+    xp, team, weights = run.backend.xp, run.team(geometry, 0), math.prod(geometry.w_shape)
     gradients_order = Arrangement((2, 0, 1, 3), 1, 1)
-    size = max(1, min(_rows(geometry, _budget(geometry, run)), BLOCK_BYTES // 4 // weights))
+    size = max(1, min(_rows(geometry, _budget(geometry, run), weights), BLOCK_BYTES // 4 // weights))
     tasks = list(product(numpy.ndindex(*geometry.batch), pieces(geometry.output[0], size)))
     slices = list(pieces(len(tasks), -(-len(tasks) // SLICES)))
     shape = 1, math.prod(geometry.kernel) * geometry.channels, geometry.filters
@@ -158,14 +161,15 @@ def _lines_seen(rows: int, geometry: Geometry) -> int:
 
 def _budget(geometry: Geometry, run: Run) -> int:
     """Elements that each thread may take, beside sums of weights."""
-    return run.budget // run.team(geometry).shares - 4 * math.prod(geometry.w_shape)
+    return run.budget // run.team(geometry, 0).shares - 4 * math.prod(geometry.w_shape)
 
 
 @lru_cache(maxsize=256)
-def _rows(geometry: Geometry, budget: int) -> int:
+def _rows(geometry: Geometry, budget: int, products: int) -> int:
     """How many lines of outputs are done at a time; 0 where the budget has no room for one."""
     line, results = _line(geometry), geometry.output[1] * geometry.filters
     first, further = _lines_seen(1, geometry) * line + results, geometry.stride[0] * line + results
-    if first > budget:
+    if first + products > budget:
         return 0
-    return min(geometry.output[0], 1 + max(0, min(budget, BLOCK_BYTES // 4) - first) // further)
+    fitting = 1 + (budget - first - products) // (further + products)
+    return min(geometry.output[0], fitting, 1 + max(0, BLOCK_BYTES // 4 - first) // further)

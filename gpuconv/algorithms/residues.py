@@ -136,7 +136,8 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run)
     """dx[u * stride + residue] = cols(dy)[u] w, for the residues of a block of u one after the other."""
     shared = plan(geometry)
     assert shared is not None
-    xp, team, gathered = run.backend.xp, run.team(geometry), shared.gathered
+    xp, gathered = run.backend.xp, shared.gathered
+    team = run.team(geometry, 20 * geometry.filters * geometry.taps)
     for residue in geometry.residues:
         if residue.geometry is None:
             dx.part((*(slice(None) for _ in geometry.batch), *residue.inputs)).fill(xp)

@@ -17,15 +17,17 @@ from typing import Any, NamedTuple
 
 import numpy
 
+from gpuconv import dtypes
 from gpuconv.algorithms import slices
 from gpuconv.algorithms.blocks import Space, boxes, channels_innermost, fitting_box, largest, pieces
 from gpuconv.arguments import Shape
-from gpuconv.backend import Array, Backend, address
+from gpuconv.backend import Array, address
 from gpuconv.cuda import arguments, structs
 from gpuconv.cuda.kernel import Kernel
 from gpuconv.cuda.launch import blocks
-from gpuconv.geometry import Direction, Geometry
+from gpuconv.geometry import Geometry
 from gpuconv.operands import Operand, Result, in_place
+from gpuconv.request import Request
 from gpuconv.workspace import Run, shaped
 
 THREADS = 128
@@ -58,20 +60,28 @@ def tile_for(channels: int, itemsize: int) -> Tile:
     return FEW if channels <= 8 or itemsize > 8 else MANY
 
 
-def why_not(
-    geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, deterministic: bool
-) -> str | None:
+def why_not(request: Request) -> str | None:
     """A reason on a GPU, where scattered additions have no fixed order and kernels take one to three axes."""
-    if backend.launch is None:
-        return None
-    if deterministic:
+    geometry = request.geometry
+    if request.backend.launch is None:
+        return slices.why_not(request)
+    if request.deterministic:
         return "it adds in no fixed order on a GPU, and deterministic=True was asked for"
-    return arguments.why_not(geometry)
+    if reason := arguments.why_not(geometry):
+        return reason
+    if request.direction == "forward":
+        return slices.why_not(request)
+    if request.dtype == dtypes.accumulator(request.dtype):
+        return None  # sums are formed in the result's own memory
+    if request.direction == "data_grad":
+        image = 2 * geometry.groups * math.prod(geometry.input)  # with a temporary for an activation
+        return request.lacks(image, "the sums of an image and a channel of every group")
+    return request.lacks(geometry.channels * geometry.taps, "the sums of a filter of every group")
 
 
-def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> float:
+def nanoseconds(request: Request) -> float:
     """An estimate, on NumPy."""
-    return slices.nanoseconds(geometry, direction, is_complex)
+    return slices.nanoseconds(request)
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:

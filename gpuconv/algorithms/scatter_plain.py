@@ -5,27 +5,24 @@ It is no algorithm that a caller may name. Tests and the benchmark put it among 
 
 from __future__ import annotations
 
-import numpy
-
 from gpuconv.algorithms import scatter
 from gpuconv.algorithms.blocks import channels_innermost
 from gpuconv.algorithms.scatter import THREADS
-from gpuconv.backend import Array, Backend
+from gpuconv.backend import Array
 from gpuconv.cuda import arguments
 from gpuconv.cuda.kernel import Kernel
 from gpuconv.cuda.launch import blocks
-from gpuconv.geometry import Direction, Geometry
+from gpuconv.geometry import Geometry
 from gpuconv.operands import Operand, Result
+from gpuconv.request import Request
 from gpuconv.workspace import Run
 
 
-def why_not(
-    geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, deterministic: bool
-) -> str | None:
+def why_not(request: Request) -> str | None:
     """A reason on NumPy, for the forward direction, and wherever scatter has one."""
-    if backend.launch is None or direction == "forward":
+    if request.backend.launch is None or request.direction == "forward":
         return "it is a CUDA kernel for the gradients"
-    return scatter.why_not(geometry, dtype, direction, backend, deterministic)
+    return scatter.why_not(request)
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:

@@ -28,6 +28,7 @@ from gpuconv.algorithms.blocks import (
     copy_weights,
     fitting_box,
     largest,
+    largest_part,
     lies_by_filters,
     pieces,
 )
@@ -35,18 +36,39 @@ from gpuconv.algorithms.windows import inputs_seen, taps_of
 from gpuconv.arguments import Shape
 from gpuconv.backend import Array
 from gpuconv.geometry import Direction, Geometry
-from gpuconv.operands import Index, Operand, Result, in_place
+from gpuconv.operands import MOST_TEMPORARIES, Index, Operand, Result, in_place
+from gpuconv.request import Request
 from gpuconv.workspace import Run, Team, shaped
 
 # A tap passes over the whole block: smaller ones stay in the cache, larger ones make longer inner loops.
 BLOCK_BYTES = 4 << 20
 # Up to this many taps are added up one after the other.
 ONE_RUN = 64
+COUNTED_TAPS = 256  # of an axis, for the estimate
 
 
-def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> float:
+def why_not(request: Request) -> str | None:
+    """A reason where one output (or input), with the weights of one filter of every group, does not fit the limit."""
+    return request.lacks(least(largest_part(request), request.direction), "the sums and weights of one position")
+
+
+def least(geometry: Geometry, direction: Direction) -> int:
+    """Elements of workspace for one filter (or channel) of every group and one output (or input)."""
+    channels, filters, sums = geometry.channels, geometry.filters, 3 + MOST_TEMPORARIES
+    read = 1 + MOST_TEMPORARIES
+    if direction == "forward":
+        return channels * geometry.taps + read * channels + sums * geometry.groups
+    if direction == "weight_grad":
+        return 2 * channels * geometry.taps + (1 + read) * channels + sums * geometry.groups
+    axes = zip(geometry.output, geometry.window, geometry.stride, strict=True)
+    reaching = math.prod(min(m, (window - 1) // s + 1) for m, window, s in axes)
+    return filters * geometry.taps + (read * reaching + 1) * filters + sums * geometry.groups
+
+
+def nanoseconds(request: Request) -> float:
     """An estimate: products of the outputs that a tap shows some input, and their additions, tap by tap."""
-    met = math.prod(geometry.batch) * math.prod(map(sum, _outputs_met(geometry)))
+    geometry, direction, is_complex = request.geometry, request.direction, request.is_complex
+    met = math.prod(geometry.batch) * math.prod(_outputs_met(geometry))
     if geometry.group_channels == geometry.group_filters == 1:
         slowness = 4 if direction == "weight_grad" else 2 if geometry.layout == "channels_first" else 1
         called = 4 * geometry.taps * math.prod(geometry.batch) * cost.STEP
@@ -64,15 +86,17 @@ def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> f
     return met * (geometry.channels * geometry.group_filters * product + added) + around
 
 
-def _outputs_met(geometry: Geometry) -> Iterator[list[int]]:
-    """On each axis and for each tap, how many outputs it shows some input."""
+def _outputs_met(geometry: Geometry) -> Iterator[float]:
+    """On each axis, to how many outputs all taps together show some input; of many taps some are counted for all."""
     axes = zip(
         geometry.input, geometry.output, geometry.kernel, geometry.stride, geometry.dilation, geometry.padding,
         strict=True,
     )  # fmt: skip
     for n, m, k, s, d, (low, _) in axes:
-        shifts = (t * d - low for t in range(k))
-        yield [max(0, min(m - 1, (n - 1 - shift) // s) - max(0, -(shift // s)) + 1) for shift in shifts]
+        taps = range(0, k, -(-k // COUNTED_TAPS))
+        shifts = (t * d - low for t in taps)
+        met = sum(max(0, min(m - 1, (n - 1 - shift) // s) - max(0, -(shift // s)) + 1) for shift in shifts)
+        yield met * k / len(taps)
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
@@ -80,7 +104,8 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> 
     xp, order = run.backend.xp, _order_of(x.view, geometry.group_channels)
     summed = not in_place(y.view, run.dtype)
     everything = (slice(None),) * len(geometry.batch)
-    team, block, sums = run.team(geometry), BLOCK_BYTES // run.dtype.itemsize, Space(summed, y.temporaries)
+    team = run.team(geometry, least(geometry, "forward"))
+    block, sums = BLOCK_BYTES // run.dtype.itemsize, Space(summed, y.temporaries)
     sizes = _forward_sizes(geometry, run.budget, block, team, x.temporaries, sums)
     with run.workspace(sizes.weights) as (weight_space,):
         for filters in pieces(geometry.group_filters, sizes.pieces):
@@ -116,7 +141,7 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run)
     summed = not in_place(dx.view, run.dtype)
     w = w.part(w.view.swapaxes(-1, -2))
     gradients, sums = Space(not dy.is_plain(run.dtype), dy.temporaries), Space(summed, dx.temporaries)
-    team, block = run.team(geometry), BLOCK_BYTES // run.dtype.itemsize
+    team, block = run.team(geometry, least(geometry, "data_grad")), BLOCK_BYTES // run.dtype.itemsize
     sizes = _data_grad_sizes(geometry, run.budget, block, team, gradients, sums)
     with run.workspace(sizes.weights) as (weight_space,):
         for channels in pieces(geometry.group_channels, sizes.pieces):
@@ -149,7 +174,8 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run)
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
     """Adds to each tap of dw the products of dy with what the tap read."""
-    xp, order, team = run.backend.xp, _by_groups(len(geometry.batch) + geometry.rank), run.team(geometry)
+    xp, order = run.backend.xp, _by_groups(len(geometry.batch) + geometry.rank)
+    team = run.team(geometry, least(geometry, "weight_grad"))
     everything = (slice(None),) * len(geometry.batch)
     summed = not in_place(dw.view, run.dtype) or as_matrix(dw.view[(0,) * geometry.rank], 1, 1) is None
     block = BLOCK_BYTES // run.dtype.itemsize

@@ -24,26 +24,21 @@ import math
 from dataclasses import replace
 from functools import lru_cache, partial
 
-import numpy
-
-from gpuconv import dtypes
 from gpuconv.algorithms import containment, cost
 from gpuconv.algorithms.blocks import pieces
-from gpuconv.algorithms.winograd_plan import axes, sizes
+from gpuconv.algorithms.winograd_plan import axes, least, sizes
 from gpuconv.algorithms.winograd_tiles import Tiling
 from gpuconv.arguments import Shape
-from gpuconv.backend import Array, Backend
+from gpuconv.backend import Array
 from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import Operand, Result
+from gpuconv.request import Request
 from gpuconv.workspace import Run
 
-USUAL = 16 << 20  # elements of workspace, for the estimate
 
-
-def why_not(
-    geometry: Geometry, dtype: numpy.dtype, direction: Direction, backend: Backend, deterministic: bool
-) -> str | None:
+def why_not(request: Request) -> str | None:
     """A reason but for real 1-D and 2-D convolutions of kernel extent 3, stride 1 and even dilations."""
+    geometry = request.geometry
     if geometry.rank > 2:
         return f"it is for one or two spatial axes, not {geometry.rank}"
     if 3 not in geometry.kernel or not set(geometry.kernel) <= {1, 3}:
@@ -52,25 +47,31 @@ def why_not(
         return f"it is for stride 1, not {geometry.stride}"
     if not _is_even(geometry):
         return f"it is for dilations that divide extents and padding, not {geometry.dilation}"
-    if dtypes.is_complex(dtype):
-        return f"it is for real numbers, not {dtype.name}"
-    return None
+    if request.is_complex:
+        return f"it is for real numbers, not {request.dtype.name}"
+    return request.lacks(least(*_tiled(request)), "a row of tiles")
 
 
-def nanoseconds(geometry: Geometry, direction: Direction, is_complex: bool) -> float:
+def _tiled(request: Request) -> tuple[Geometry, Direction]:
+    """The convolution that is cut into tiles: data_grad is a forward one."""
+    geometry = _undilated(request.geometry)
+    if request.direction != "data_grad":
+        return geometry, request.direction
+    (residue,) = geometry.residues
+    assert residue.geometry is not None
+    return residue.geometry, "forward"
+
+
+def nanoseconds(request: Request) -> float:
     """An estimate: the products at all points, and the transforms into tiles, out of them, and of weights."""
-    is_whole = geometry.groups == math.prod(_steps(geometry)) == 1  # lines of x can be read where they lie
-    geometry = _undilated(geometry)
-    if direction == "data_grad":
-        (residue,) = geometry.residues
-        assert residue.geometry is not None
-        geometry = residue.geometry
+    # Lines of x can be read where they lie.
+    is_whole = request.geometry.groups == math.prod(_steps(request.geometry)) == 1
+    geometry, direction = _tiled(request)
     rows, columns = axes(geometry)
     points, tiles = rows.a * columns.a, math.prod(geometry.batch) * rows.tiles * columns.tiles
     weights = geometry.channels * geometry.group_filters
     lines = rows.a * columns.m  # elements of a tile half transformed
-    role = "weight_grad" if direction == "weight_grad" else "forward"
-    passes = -(-geometry.group_filters // sizes(geometry, role, USUAL, 1, 4).filters)  # over x
+    passes = -(-geometry.group_filters // sizes(geometry, direction, request.budget, 1, 4).filters)  # over x
     into = passes * geometry.channels * cost.transform(geometry.group_channels, is_whole)
     out = geometry.filters * cost.transform(geometry.group_filters, is_whole)
     # Transformed weights are too many for the cache.
@@ -144,13 +145,13 @@ def _every_dth(view: Array, geometry: Geometry) -> Array:
 
 
 def _forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> set[Shape]:
-    tiling, spoilt = Tiling.of(geometry, "forward", run), set[Shape]()
+    tiling, spoilt = Tiling.of(geometry, "forward", run, max(x.temporaries, y.temporaries)), set[Shape]()
     for group in pieces(geometry.groups, 1):
         spoilt |= tiling.forward(x.of_groups(group, "x"), w.of_groups(group, "w"), y.of_groups(group, "y"))
     return spoilt
 
 
 def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
-    tiling = Tiling.of(geometry, "weight_grad", run)
+    tiling = Tiling.of(geometry, "weight_grad", run, max(x.temporaries, dy.temporaries))
     for group in pieces(geometry.groups, 1):
         tiling.weight_grad(dy.of_groups(group, "y"), x.of_groups(group, "x"), dw.of_groups(group, "w"))

@@ -17,6 +17,7 @@ import numpy
 from gpuconv.algorithms.blocks import pieces
 from gpuconv.arguments import Shape
 from gpuconv.geometry import Direction, Geometry
+from gpuconv.operands import MOST_TEMPORARIES
 
 # Outputs along an axis from which tiles of 4 waste little.
 WIDE = 12
@@ -28,6 +29,7 @@ UNIT_BYTES = 1 << 20  # of a unit, half transformed
 APART = 16  # elements between channels that are copied, lest they lie a multiple of a page apart
 WEIGHTS = 1 << 13  # weights of a tap that are transformed at a time
 TERM = 1 << 16  # elements of weight_grad's products that are added at a time
+FILTERS = 32  # done at a time: with fewer, x would be transformed too often
 SLICES = 8  # of weight_grad's sum at the most; they are added up in order, however many threads there are
 
 
@@ -77,49 +79,78 @@ class Sizes(NamedTuple):
     workers: int
 
 
+class _Room(NamedTuple):
+    """Elements of workspace that one group takes."""
+
+    geometry: Geometry
+    direction: Direction
+    temporaries: int  # of lines that are read or finished
+
+    def lines(self, unit: int, filters: int) -> int:
+        """Of U or Z, and of lines copied twice."""
+        rows, columns = axes(self.geometry)
+        width, channels = columns.tiles * columns.m + columns.r - 1, max(self.geometry.group_channels, filters)
+        copied = (2 + self.temporaries) * (unit * rows.m + rows.r - 1)
+        return (unit * rows.a + copied) * width * channels + APART * channels
+
+    def weights(self, filters: int) -> int:
+        """Of weights half transformed."""
+        rows, columns = axes(self.geometry)
+        return rows.r * columns.a * min(WEIGHTS, self.geometry.group_channels * filters)
+
+    def term(self, filters: int) -> int:
+        """Of products of weight_grad before they are added."""
+        weights = self.geometry.group_channels * filters
+        return 0 if self.direction == "forward" else weights * points_at_once(self.points, weights)
+
+    def tiles(self, unit: int, block: int, filters: int) -> int:
+        columns, channels = axes(self.geometry)[1], self.geometry.group_channels
+        return block * unit * columns.tiles * self.points * (channels + filters)
+
+    @property
+    def points(self) -> int:
+        rows, columns = axes(self.geometry)
+        return rows.a * columns.a
+
+    def together(self, filters: int, unit: int = 1, block: int = 1, workers: int = 1) -> int:
+        """Where threads share a block."""
+        own = self.lines(unit, filters) + self.weights(filters) + self.term(filters)
+        weights = self.geometry.group_channels * filters * (self.points + self.geometry.taps)
+        return weights + self.tiles(unit, block, filters) + workers * own
+
+    def alone(self, filters: int, unit: int, block: int, workers: int) -> int:
+        """Where each thread has a block of its own."""
+        weights = self.geometry.group_channels * filters
+        own = self.lines(unit, filters) + self.weights(filters) + self.tiles(unit, block, filters)
+        if self.direction == "forward":
+            return weights * (self.points + self.geometry.taps) + workers * own
+        own += weights * self.points + self.term(filters)
+        return SLICES * self.geometry.taps * weights + workers * own
+
+
+def least(geometry: Geometry, direction: Direction) -> int:
+    """Elements of workspace for one row of tiles and as few filters as are worth transforming x for."""
+    return _Room(geometry, direction, MOST_TEMPORARIES).together(min(FILTERS, geometry.group_filters))
+
+
 @lru_cache(maxsize=1024)
-def sizes(geometry: Geometry, direction: Direction, budget: int, threads: int, itemsize: int) -> Sizes:
-    (rows, columns), C, F = axes(geometry), geometry.group_channels, geometry.group_filters
-    points, width = rows.a * columns.a, columns.tiles * columns.m + columns.r - 1
-
-    def lines(unit: int, filters: int) -> int:
-        """Elements of U or Z, and of lines copied twice."""
-        return (unit * rows.a + 2 * (unit * rows.m + rows.r - 1)) * width * max(C, filters) + APART * max(C, filters)
-
-    def weights(filters: int) -> int:
-        """Elements of weights half transformed."""
-        return rows.r * columns.a * min(WEIGHTS, C * filters)
-
-    def term(filters: int) -> int:
-        return 0 if direction == "forward" else C * filters * points_at_once(points, C * filters)
-
-    def tiles(unit: int, block: int, filters: int) -> int:
-        return block * unit * columns.tiles * points * (C + filters)
-
-    def together(filters: int, unit: int = 1, block: int = 1, workers: int = 1) -> int:
-        """Elements of workspace where threads share a block."""
-        own = lines(unit, filters) + weights(filters) + term(filters)
-        return (points + geometry.taps) * C * filters + tiles(unit, block, filters) + workers * own
-
-    def alone(filters: int, unit: int, block: int, workers: int) -> int:
-        """The same where each thread has a block of its own."""
-        own = lines(unit, filters) + weights(filters) + tiles(unit, block, filters)
-        if direction == "forward":
-            return (points + geometry.taps) * C * filters + workers * own
-        return SLICES * geometry.taps * C * filters + workers * (own + points * C * filters + term(filters))
-
-    filters = _most(F, budget, together)
-    workers = _most(threads, budget, lambda workers: together(filters, workers=workers))
+def sizes(
+    geometry: Geometry, direction: Direction, budget: int, threads: int, itemsize: int, temporaries: int = 0
+) -> Sizes:
+    (rows, columns), room = axes(geometry), _Room(geometry, direction, temporaries)
+    filters = _most(geometry.group_filters, budget, room.together)
+    workers = _most(threads, budget, lambda workers: room.together(filters, workers=workers))
+    line = rows.a * (columns.tiles * columns.m + columns.r - 1) * max(geometry.group_channels, filters)
     unit = min(
-        _most(rows.tiles, UNIT_BYTES // itemsize, lambda unit: unit * rows.a * width * max(C, filters)),
-        _most(rows.tiles, budget, lambda unit: together(filters, unit, 1, workers)),
+        _most(rows.tiles, UNIT_BYTES // itemsize, lambda unit: unit * line),
+        _most(rows.tiles, budget, lambda unit: room.together(filters, unit, 1, workers)),
     )
     units = math.prod(geometry.batch) * -(-rows.tiles // unit)
     for tiles_of_block in TILES:
         block = max(1, min(units, -(-tiles_of_block // (unit * columns.tiles))))
-        if -(-units // block) >= BLOCKS and alone(filters, unit, block, threads) <= budget:
+        if -(-units // block) >= BLOCKS and room.alone(filters, unit, block, threads) <= budget:
             return Sizes(filters, unit, block, False, threads)
-    block = _most(units, budget, lambda block: together(filters, unit, block, workers))
+    block = _most(units, budget, lambda block: room.together(filters, unit, block, workers))
     return Sizes(filters, unit, block, True, workers)
 
 

@@ -13,7 +13,7 @@ import numpy
 
 from gpuconv.algorithms import winograd_plan as plan
 from gpuconv.algorithms.blocks import as_matrix, pieces
-from gpuconv.algorithms.finite import has_finite_square
+from gpuconv.algorithms.finite import is_finite_block
 from gpuconv.algorithms.winograd_plan import APART, SLICES, WEIGHTS, Unit
 from gpuconv.arguments import Shape
 from gpuconv.backend import Array
@@ -92,8 +92,9 @@ class Tiling:
     blocks: Sequence[Sequence[Unit]]
 
     @classmethod
-    def of(cls, geometry: Geometry, direction: Direction, run: Run) -> Tiling:
-        sizes = plan.sizes(geometry, direction, run.budget, run.team(geometry).workers, run.dtype.itemsize)
+    def of(cls, geometry: Geometry, direction: Direction, run: Run, temporaries: int) -> Tiling:
+        workers = run.team(geometry, 0).workers
+        sizes = plan.sizes(geometry, direction, run.budget, workers, run.dtype.itemsize, temporaries)
         return cls(geometry, run, *plan.axes(geometry), sizes, plan.blocks(geometry, sizes.unit, sizes.block))
 
     @property
@@ -325,7 +326,7 @@ class Tiling:
                 xp.matmul(AT_rows, kept[:full], out=lines[: full * row.m].reshape(full, row.m, width))
                 if rest:
                     xp.matmul(AT_rows[:rest], kept[full], out=lines[full * row.m :])
-                if not self.run.holds(has_finite_square, lines):
+                if not self.run.holds(is_finite_block, lines):
                     spoilt.add(unit.image)
                 y.finish(xp, block)
                 if block is not target:

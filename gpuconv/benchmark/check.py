@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from gpuconv import dtypes
+from gpuconv import dtypes, settings
 from gpuconv.backend import NUMPY, Backend, BackendError, cupy_backend, driver_devices
 from gpuconv.benchmark.problem import Problem
 from gpuconv.choose import MODULES, TRANSFORMS
 from gpuconv.geometry import DIRECTIONS, Direction, Geometry
+from gpuconv.request import Request
 
 GEOMETRIES = tuple(
     Geometry.infer(x, w, **settings)
@@ -68,7 +69,7 @@ def outcomes(places: list[Backend]) -> Iterator[Outcome]:
 def _outcome(place: Backend, name: str, module: Any, direction: Direction, dtype: numpy.dtype) -> Outcome:
     refused, worst, wrong = 0, 0.0, []
     for geometry in GEOMETRIES:
-        if module.why_not(geometry, dtype, direction, place, False):
+        if module.why_not(Request(geometry, dtype, direction, place, False, settings.workspace_limit())):
             refused += 1
             continue
         problem = Problem(geometry, dtype, place.xp)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import gpuconv
-from gpuconv import dtypes
+from gpuconv import dtypes, settings
 from gpuconv.arguments import LAYOUTS, Layout
 from gpuconv.backend import Array, Backend
 from gpuconv.benchmark import peers, timing
@@ -20,6 +20,7 @@ from gpuconv.benchmark.results import OURS, Row
 from gpuconv.benchmark.timing import GpuClock
 from gpuconv.choose import TRANSFORMS, choose, consent
 from gpuconv.geometry import DIRECTIONS, Direction
+from gpuconv.request import Request
 
 DTYPES = (*dtypes.NAMES, "tf32")
 TURNS = 4
@@ -127,7 +128,8 @@ class Bench:
         side.row["command"] = self._command(known, layout, algorithm)
         try:
             lying = replace(geometry, layout=layout)
-            choice = choose(lying, problem.dtype, inner, place, algorithm, consent(algorithm, None))
+            conditions = consent(algorithm, None), settings.workspace_limit()
+            choice = choose(Request(lying, problem.dtype, inner, place, *conditions), algorithm)
         except ValueError as error:
             side.row["refusal"] = str(error)
             return side

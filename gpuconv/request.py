@@ -1,0 +1,53 @@
+"""What an algorithm is asked for: one direction of a convolution, and the conditions under which to compute it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy
+
+from gpuconv import dtypes, settings
+from gpuconv.backend import Backend
+from gpuconv.geometry import Direction, Geometry
+
+# On NumPy one part in so many of the workspace limit is for the record by which a call is repeated.
+RECORD_SHARE = 64
+
+
+class Request(NamedTuple):
+    """A direction of a convolution, and its conditions. Algorithms refuse it (``why_not``) and estimate its time."""
+
+    geometry: Geometry
+    dtype: numpy.dtype  # of the result
+    direction: Direction
+    backend: Backend
+    deterministic: bool = True  # whether additions must have a fixed order
+    limit: int = settings.DEFAULT_WORKSPACE_LIMIT  # bytes: GPUCONV_WORKSPACE_LIMIT
+
+    @property
+    def is_complex(self) -> bool:
+        """Whether the numbers are complex."""
+        return dtypes.is_complex(self.dtype)
+
+    def lacks(self, elements: int, purpose: str) -> str | None:
+        """The reason why an algorithm that needs so many elements of workspace cannot keep within the limit, if so."""
+        if elements <= self.budget:
+            return None
+        needed = elements * dtypes.accumulator(self.dtype).itemsize
+        return (
+            f"it needs {_bytes(needed)} of workspace for {purpose}, and GPUCONV_WORKSPACE_LIMIT is {_bytes(self.limit)}"
+        )
+
+    @property
+    def budget(self) -> int:
+        """Elements of the dtype of the sums that an algorithm may take."""
+        return workspace_of(self.limit, self.backend) // dtypes.accumulator(self.dtype).itemsize
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 2**20:.1f} MiB" if number >= 2**20 else f"{number} bytes"
+
+
+def workspace_of(limit: int, backend: Backend) -> int:
+    """Bytes that an algorithm may take under a limit: on NumPy less than all, whether or not a call is recorded."""
+    return limit if backend.launch is not None else limit - limit // RECORD_SHARE
