@@ -4,6 +4,7 @@ import collections
 import contextlib
 import ctypes
 import sys
+import zlib
 from unittest import mock
 
 import numpy as np
@@ -20,11 +21,13 @@ from gpuconv.cuda import arguments, kernels_folder
 from gpuconv.cuda import report as compile_report
 from gpuconv.cuda.device import MODEL
 from gpuconv.geometry import Geometry
-from tests import standin
+from gpuconv.request import Request
+from tests import repeat, standin
 from tests.cases import CASES, LAYOUTS, in_turn, named_dtype
 from tests.emulation import ahead, launcher, loader
 from tests.golden import vectors
 
+repeat.install()
 settings.register_profile("gpuconv", deadline=None, derandomize=True)
 settings.load_profile("gpuconv")
 
@@ -42,6 +45,7 @@ def devices_by_driver():
 HAS_GPU = devices_by_driver() > 0
 NO_GPU = "the driver reports no CUDA device"
 NO_EMULATION = loader.why_not()
+TENTH = 10
 LEFT_OUT = pytest.StashKey()  # how many tests need a GPU that is not there
 
 
@@ -62,7 +66,7 @@ class NumpyArrays:
     def skip_where_refused(self, case, algorithm, dtype, direction="forward"):
         """Skips a test of what an algorithm says it cannot do here."""
         geometry = Geometry.infer(case.x, case.w, **case.settings)
-        reason = MODULES[algorithm].why_not(geometry, named_dtype(dtype), direction, self.backend, False)
+        reason = MODULES[algorithm].why_not(Request(geometry, named_dtype(dtype), direction, self.backend, False))
         if reason:
             pytest.skip(reason)
 
@@ -193,6 +197,18 @@ def _plain_environment(monkeypatch):
     replay.clear()  # nor does a call of another one
 
 
+@pytest.fixture(autouse=True)
+def _repeated_calls(request):
+    """Every call is repeated (tests/repeat.py), unless the test says why not; of tests of emulated kernels a tenth."""
+    backend = dict(request.node.user_properties).get("backend", "numpy")
+    drawn = zlib.crc32(f"{request.config.getoption('repeat_seed')} {request.node.nodeid}".encode()) % TENTH == 0
+    if request.node.get_closest_marker("called_once") or (backend in ("emulated", "stand-in") and not drawn):
+        yield
+        return
+    with repeat.repeating(adds_atomically=backend != "numpy"):
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _tuned_elsewhere(tmp_path_factory):
     """What the machine's owner has had tuned decides no test, and tests leave it as it is."""
@@ -209,6 +225,9 @@ def rng():
 def pytest_addoption(parser):
     parser.addoption(
         "--kernels", choices=loader.MODES, default="fast", help="how kernels are compiled for the CPU (default fast)"
+    )
+    parser.addoption(
+        "--repeat-seed", default="0", help="draws the tests of emulated kernels whose calls are repeated (default 0)"
     )
 
 

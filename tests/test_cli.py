@@ -40,6 +40,7 @@ def test_check_holds_every_algorithm_against_the_reference(capsys):
     assert " 0 wrong" in printed
 
 
+@pytest.mark.called_once("the library is broken for some of its calls")
 @pytest.mark.parametrize("wrong_value", [1.0, np.nan])
 def test_check_answers_1_where_a_result_is_wrong(wrong_value, monkeypatch, capsys):
     original = scatter.weight_grad

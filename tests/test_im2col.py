@@ -91,6 +91,7 @@ def test_they_were_taken():
     assert min(TAKEN.values()) > 20
 
 
+@pytest.mark.called_once("it counts steps")
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 def test_a_stem_takes_them(layout):
     x, w = np.ones((2, 3, 128, 120), np.float32), np.ones((16, 3, 7, 7), np.float32)

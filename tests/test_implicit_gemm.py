@@ -122,6 +122,7 @@ def planned():
         return made
 
     replay.clear()
+    plan.cache_clear = original.cache_clear
     with mock.patch.object(implicit_gemm, "planned", plan):
         yield found
 
@@ -578,6 +579,7 @@ def test_without_tensor_cores_halves_are_added_up_in_float32(direction, dtype, a
     assert_within(result, problem.exact(direction), problem.bound(direction))
 
 
+@pytest.mark.called_once("it counts plans")
 def test_a_plan_is_made_once_for_the_same_shapes(rng):
     from tests.conftest import arrays_of
 

@@ -13,6 +13,8 @@ from tests.cases import DIRECTIONS, channels_first, laid_out, named_dtype
 from tests.conftest import BACKENDS
 from tests.emulation import launcher
 
+pytestmark = pytest.mark.called_once("it repeats calls itself")
+
 ON_KERNELS = pytest.mark.parametrize("arrays", BACKENDS[1:], indirect=True)
 EMULATED = pytest.mark.parametrize("arrays", [BACKENDS[1]], indirect=True)
 X, W, Y = (2, 8, 7, 6), (16, 8, 3, 3), (2, 16, 7, 6)

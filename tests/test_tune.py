@@ -81,6 +81,7 @@ def test_an_algorithm_that_cannot_is_not_taken():
         assert explained().algorithm not in ("depthwise", "no such algorithm")
 
 
+@pytest.mark.called_once("the library is broken for some of its calls")
 def test_a_wrong_result_is_never_taken():
     def wrong(x, w, y, geometry, run):
         y.view[...] = 0
@@ -166,6 +167,7 @@ def test_the_command_tunes_and_writes(case, capsys, tmp_path):
     assert all(row["seconds"][row["fastest"]] > 0 for row in rows)
 
 
+@pytest.mark.called_once("the library is broken for some of its calls")
 def test_the_command_fails_where_a_result_is_wrong(capsys):
     def wrong(x, w, y, geometry, run):
         y.view[...] = 0
@@ -186,6 +188,7 @@ def test_the_command_fails_where_a_result_is_wrong(capsys):
     assert "times as fast as winograd" not in printed
 
 
+@pytest.mark.called_once("the library is broken for some of its calls")
 def test_nothing_is_remembered_where_all_are_wrong():
     def wrong(x, w, y, geometry, run):
         y.view[...] = 0
