@@ -8,7 +8,8 @@ A correlation of x with w is, frequency by frequency, the product of their spect
 
 It is a circular correlation of tiles: L inputs give those L - window + 1 outputs whose windows do not reach round the
 end (overlap and save, Stockham 1966). L has small primes only; among the tiles that fit the workspace those are taken
-that need the least time. NaN and Inf would spread over a tile: what holds some is computed again by im2col.
+that need the least time. A kernel that has no room is cut into segments, whose spectra are added up like those of
+channels. NaN and Inf would spread over a tile: what holds some is computed again by im2col.
 
 On NumPy the transforms are those of SciPy where it is installed, which are faster, and else NumPy's.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -43,17 +44,17 @@ def why_not(request: Request) -> str | None:
     if set(request.geometry.stride) != {1}:
         return f"it is for stride 1, not {request.geometry.stride}"
     problem = _Problem.of(request)
-    if problem.extent(request.budget) is not None:
+    if _cut(problem, request.budget) is not None:
         return None
-    return request.lacks(problem.shares * min(map(problem.elements, problem.extents())), "the smallest tiles")
+    return request.lacks(min(map(problem.elements, problem.segmented())), "the smallest tiles")
 
 
 def nanoseconds(request: Request) -> float:
     """An estimate: the transforms of x, w and y, and the products of spectra."""
     problem = _Problem.of(request)
-    extent = problem.extent(request.budget)
-    assert extent is not None
-    return problem.nanoseconds(extent, request.budget // problem.shares)
+    cut = _cut(problem, request.budget)
+    assert cut is not None
+    return problem.nanoseconds(cut.tile, request.budget // cut.shares)
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
@@ -75,18 +76,13 @@ def _forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) ->
     tiling, nonfinite = _Tiling.of(geometry, "forward", x.temporaries, run), set[Shape]()
 
     def compute(groups: slice, filters: slice) -> None:
-        weights = tiling.of_w(w.of_groups(groups, "w").of_channels(filters))
+        weights = _Weights(tiling, w.of_groups(groups, "w").of_channels(filters))
         images, results = x.of_groups(groups, "x"), y.of_groups(groups, "y").of_channels(filters)
         for image, start in tiling.tiles():
             if not tiling.store(tiling.sums(images, weights, image, start), results, image, start):
                 nonfinite.add(image)
 
-    def work(parts: Iterable[_Part]) -> None:
-        with tiling.threads():
-            for part in parts:
-                compute(*part)
-
-    run.spread(tiling.parts(), work, tiling.workers)
+    tiling.spread(compute)
     return nonfinite
 
 
@@ -95,18 +91,35 @@ def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: R
 
     def compute(groups: slice, filters: slice) -> None:
         images, gradients = x.of_groups(groups, "x"), dy.of_groups(groups, "y").of_channels(filters)
-        sums = tiling.spectra(dw.of_groups(groups, "w").of_channels(filters).view)
-        for number, (image, start) in enumerate(tiling.tiles()):
-            tiling.add(sums, images, tiling.of_dy(gradients, image, start), image, start, number == 0)
-        for channel in range(sums.shape[0]):
-            dw.view[..., groups, channel, filters] = tiling.lags(sums[channel])
+        part = dw.of_groups(groups, "w").of_channels(filters).view
+        sums = tiling.spectra(part)
+        for segment in tiling.segments():
+            for number, (image, start) in enumerate(tiling.tiles()):
+                of_dy = tiling.of_dy(gradients, image, start)
+                for channel in range(sums.shape[0]):
+                    inputs = tiling.of_x(images, channel, image, start, segment)[:, None]
+                    if number == 0:
+                        tiling.xp.multiply(inputs, of_dy, out=sums[channel])
+                    else:
+                        sums[channel] += tiling.xp.multiply(inputs, of_dy)
+            for channel in range(sums.shape[0]):
+                part[(*segment, slice(None), channel)] = tiling.lags(sums[channel], segment)
 
-    def work(parts: Iterable[_Part]) -> None:
-        with tiling.threads():
-            for part in parts:
-                compute(*part)
+    tiling.spread(compute)
 
-    run.spread(tiling.parts(), work, tiling.workers)
+
+class _Tile(NamedTuple):
+    """How many inputs and taps, along each axis, are transformed at once."""
+
+    extent: Shape  # L
+    taps: Shape  # of a segment of the kernel: all of them where there is room
+
+
+class _Cut(NamedTuple):
+    """How a correlation is cut up, and into how many parts the workspace is divided for several threads."""
+
+    tile: _Tile
+    shares: int
 
 
 class _Problem(NamedTuple):
@@ -127,51 +140,72 @@ class _Problem(NamedTuple):
             geometry, direction = residue.geometry, "forward"
         return cls(geometry, direction, request.is_complex, MOST_TEMPORARIES)
 
-    @property
-    def shares(self) -> int:
-        """Into how many parts the workspace is divided, however many threads there are."""
-        return max(1, min(SHARES, self.geometry.groups * self.geometry.group_filters))
-
-    def elements(self, extent: Shape, filters: int = 1) -> int:
+    def elements(self, tile: _Tile, filters: int = 1) -> int:
         """Of all arrays of a part of one group: spectra of weights, and what is alive at the same time beside them."""
         channels, read = self.geometry.group_channels, 3 + self.temporaries  # an array, its spectrum, and another one
         if self.direction == "weight_grad":
-            beside = max(read * filters, filters + read)
+            arrays = channels * filters + max(read * filters, filters + read)
+        elif tile.taps == self.geometry.kernel:
+            arrays = channels * filters + max(read, 3 * filters, (channels > 1) * (filters + read))
         else:
-            beside = max(read, 3 * filters, (channels > 1) * (filters + read))
-        size = math.prod(extent) if self.is_complex else math.prod(extent[:-1]) * (extent[-1] + 2)
-        return size * (channels * filters + beside)
+            arrays = filters + max(3 * filters, filters + read)
+        size = math.prod(tile.extent) if self.is_complex else math.prod(tile.extent[:-1]) * (tile.extent[-1] + 2)
+        return size * arrays
 
-    def nanoseconds(self, extent: Shape, share: int) -> float:
+    def nanoseconds(self, tile: _Tile, share: int) -> float:
         """An estimate for tiles of this extent, where the filters of a part have so many elements of workspace."""
-        geometry, size = self.geometry, math.prod(extent)
-        passes = -(-geometry.group_filters // max(1, share // self.elements(extent)))  # over x
-        steps = (length - window + 1 for length, window in zip(extent, geometry.window, strict=True))
-        tiles = math.prod((*geometry.batch, *(-(-m // step) for m, step in zip(geometry.output, steps, strict=True))))
+        geometry, size = self.geometry, math.prod(tile.extent)
+        tiles = math.prod((*geometry.batch, *map(_count, geometry.output, _steps(tile, geometry))))
+        segments = math.prod(map(_count, geometry.kernel, tile.taps))
+        passes = _count(geometry.group_filters, max(1, share // self.elements(tile)))  # over x
         weights = geometry.channels * geometry.group_filters
-        spectra = tiles * (passes * geometry.channels + geometry.filters) + weights
+        spectra = tiles * (passes * segments * geometry.channels + geometry.filters)
+        spectra += weights * (1 if segments == 1 else tiles * segments)
         transforms = spectra * math.log2(2 * size) * cost.FOURIER
-        products = tiles * weights / 2 * cost.MULTIPLY
-        called = tiles * passes * (80 + 10 * geometry.group_channels) * cost.STEP
+        products = tiles * segments * weights / 2 * cost.MULTIPLY
+        called = tiles * passes * segments * (80 + 10 * geometry.group_channels) * cost.STEP
         return (transforms + products) * size * (1 + self.is_complex) + called
 
-    def extents(self) -> Iterator[Shape]:
-        """Extents of tiles: along each axis all of the outputs, a half of them, a quarter and so on."""
-        axes = (_lengths(m, window) for m, window in zip(self.geometry.output, self.geometry.window, strict=True))
-        return product(*axes)
+    def whole(self) -> Iterator[_Tile]:
+        """Tiles for the whole kernel: along each axis of all the outputs, a half of them, a quarter and so on."""
+        axes = map(_lengths, self.geometry.output, self.geometry.window)
+        return (_Tile(extent, self.geometry.kernel) for extent in product(*axes))
 
-    def extent(self, budget: int) -> Shape | None:
-        """The extent that takes the least time of those for which there is room; None where there is none."""
-        return _extent(self, budget // self.shares)
+    def segmented(self) -> Iterator[_Tile]:
+        """Tiles for segments of the kernel, with as many outputs as a segment is wide."""
+        axes = map(_segments, self.geometry.output, self.geometry.kernel, self.geometry.dilation)
+        return (_Tile(*zip(*axes_of, strict=True)) for axes_of in product(*axes))
 
 
 @lru_cache(maxsize=1024)
-def _extent(problem: _Problem, share: int) -> Shape | None:
-    fitting = (extent for extent in problem.extents() if problem.elements(extent) <= share)
-    # Of tiles that take as long, those whose last axes are long lie best in memory.
-    return min(
-        fitting, key=lambda extent: (problem.nanoseconds(extent, share), [-n for n in reversed(extent)]), default=None
-    )
+def _cut(problem: _Problem, budget: int) -> _Cut | None:
+    """What takes the least time of that for which there is room; None where there is none.
+
+    The workspace is divided by a number that does not depend on that of the threads, and the kernel only where whole
+    it has no room.
+    """
+    shares = max(1, min(SHARES, problem.geometry.groups * problem.geometry.group_filters))
+    for tiles in (problem.whole, problem.segmented):
+        for divisor in range(shares, 0, -1):
+            share = budget // divisor
+            fitting = [tile for tile in tiles() if problem.elements(tile) <= share]
+            if fitting:
+                # Of tiles that take as long, those whose last axes are long lie best in memory.
+                best = min(
+                    fitting, key=lambda tile: (problem.nanoseconds(tile, share), [-n for n in tile.extent[::-1]])
+                )
+                return _Cut(best, divisor)
+    return None
+
+
+def _steps(tile: _Tile, geometry: Geometry) -> Shape:
+    """Outputs of a tile."""
+    axes = zip(tile.extent, tile.taps, geometry.dilation, strict=True)
+    return tuple(length - d * (k - 1) for length, k, d in axes)
+
+
+def _count(extent: int, size: int) -> int:
+    return -(-extent // size)
 
 
 @lru_cache(maxsize=4096)
@@ -186,11 +220,17 @@ def _lengths(outputs: int, window: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(lengths))
 
 
-class _Part(NamedTuple):
-    """Groups, and filters of each of them, that are done at once."""
-
-    groups: slice
-    filters: slice
+@lru_cache(maxsize=4096)
+def _segments(outputs: int, kernel: int, dilation: int) -> tuple[tuple[int, int], ...]:
+    """Lengths of tiles along an axis and the taps of their segments: all taps, a half of them and so on down to 16."""
+    found = []
+    for halvings in range(kernel.bit_length()):
+        taps = -(-kernel // 2**halvings)
+        window = dilation * (taps - 1) + 1
+        found.append((smooth(min(outputs, window) + window - 1), taps))
+        if taps <= 16:
+            break
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -199,7 +239,7 @@ class _Tiling:
 
     geometry: Geometry
     run: Run
-    extent: Shape  # L of each axis
+    tile: _Tile
     groups: int
     filters: int
     workers: int
@@ -208,23 +248,21 @@ class _Tiling:
     @classmethod
     def of(cls, geometry: Geometry, direction: Direction, temporaries: int, run: Run) -> _Tiling:
         problem = _Problem(geometry, direction, run.dtype.kind == "c", temporaries)
-        extent = problem.extent(run.budget)
-        assert extent is not None
-        workers = min(run.threads, problem.shares)
+        cut = _cut(problem, run.budget)
+        assert cut is not None
+        tile, workers = cut.tile, min(run.threads, cut.shares)
         share = run.budget // workers
-        filters = largest_fitting(geometry.group_filters, share, lambda filters: problem.elements(extent, filters))
-        groups = largest(geometry.groups, share, problem.elements(extent, filters))
+        filters = largest_fitting(geometry.group_filters, share, lambda filters: problem.elements(tile, filters))
+        groups = largest(geometry.groups, share, problem.elements(tile, filters))
         if groups == geometry.groups and workers > 1:  # something for each of them
-            groups = -(-geometry.groups // workers)
+            groups = _count(geometry.groups, workers)
         if geometry.groups == 1 and filters == geometry.group_filters:
-            filters = -(-geometry.group_filters // workers)
-        return cls(geometry, run, extent, groups, filters, workers, _transforms(run.backend.xp))
+            filters = _count(geometry.group_filters, workers)
+        return cls(geometry, run, tile, groups, filters, workers, _transforms(run.backend.xp))
 
-    def threads(self) -> contextlib.AbstractContextManager[Any]:
-        """A context in which transforms take the threads that parts leave idle."""
-        if self.transforms is self.run.backend.xp.fft:
-            return contextlib.nullcontext()
-        return self.transforms.set_workers(max(1, self.run.threads // self.workers))  # type: ignore[no-any-return]
+    @property
+    def xp(self) -> Any:
+        return self.run.backend.xp
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -233,29 +271,47 @@ class _Tiling:
     @property
     def steps(self) -> Shape:
         """Outputs of a tile."""
-        return tuple(size - window + 1 for size, window in zip(self.extent, self.geometry.window, strict=True))
+        return _steps(self.tile, self.geometry)
 
-    def parts(self) -> list[_Part]:
-        geometry = self.geometry
-        return [
-            _Part(groups, filters)
-            for groups in pieces(geometry.groups, self.groups)
-            for filters in pieces(geometry.group_filters, self.filters)
-        ]
+    def spread(self, compute: Callable[[slice, slice], None]) -> None:
+        """Has the parts computed, each of some groups and of some filters of each of them, by all threads."""
+
+        def work(parts: Iterable[tuple[slice, slice]]) -> None:
+            with self._idle_threads():
+                for groups, filters in parts:
+                    compute(groups, filters)
+
+        filters = list(pieces(self.geometry.group_filters, self.filters))
+        parts = [(groups, some) for groups in pieces(self.geometry.groups, self.groups) for some in filters]
+        self.run.spread(parts, work, self.workers)
+
+    def _idle_threads(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which transforms take the threads that parts leave idle."""
+        if self.transforms is self.xp.fft:
+            return contextlib.nullcontext()
+        return self.transforms.set_workers(max(1, self.run.threads // self.workers))  # type: ignore[no-any-return]
 
     def tiles(self) -> Iterator[tuple[Shape, Shape]]:
         """Images, and the first output of each tile."""
         starts = [range(0, m, step) for m, step in zip(self.geometry.output, self.steps, strict=True)]
         return ((image, start) for image in numpy.ndindex(*self.geometry.batch) for start in product(*starts))
 
-    def of_x(self, x: Operand, channel: int, image: Shape, start: Shape) -> Array:
-        """The spectrum (G, *L) of the inputs of a channel that a tile's outputs see."""
+    def segments(self) -> Iterator[tuple[slice, ...]]:
+        """The taps, so many at a time."""
+        return product(*(pieces(k, size) for k, size in zip(self.geometry.kernel, self.tile.taps, strict=True)))
+
+    def of_x(self, x: Operand, channel: int, image: Shape, start: Shape, segment: tuple[slice, ...]) -> Array:
+        """The spectrum (G, *L) of the inputs of a channel that a segment of the kernel shows a tile's outputs."""
         into, seen = [], []
         geometry = self.geometry
-        for first, size, (low, _), n in zip(start, self.extent, geometry.padding, geometry.input, strict=True):
-            begin, end = max(0, first - low), min(n, first - low + size)
+        axes = zip(
+            start, self.tile.extent, segment, geometry.dilation, geometry.padding, geometry.input, strict=True
+        )  # fmt: skip
+        for output, size, taps, d, (low, _), n in axes:
+            first = output + taps.start * d - low
+            begin, end = max(0, first), min(n, first + size)
             seen.append(slice(begin, max(begin, end)))
-            into.append(slice(begin - first + low, max(begin, end) - first + low))
+            into.append(slice(begin - first, max(begin, end) - first))
         return self._spectrum(x, (*image, *seen, slice(None), channel), x.view.shape[-2:-1], tuple(into))
 
     def of_dy(self, dy: Operand, image: Shape, start: Shape) -> Array:
@@ -263,22 +319,21 @@ class _Tiling:
         seen, into = self._outputs(start)
         return self._spectrum(dy, (*image, *seen), dy.view.shape[-2:], into, conjugate=True)
 
-    def of_w(self, w: Operand) -> Array:
-        """The conjugate spectra (C, G, F, *L) of weights, as far apart as dilation has them."""
-        spectra = self.spectra(w.view)
-        for channel in range(spectra.shape[0]):
-            of_channel = self._spectrum(
-                w, (..., channel, slice(None)), spectra.shape[1:3], self._taps(), conjugate=True
-            )
-            spectra[channel] = of_channel
-        return spectra
+    def of_w(self, w: Operand, channel: int, segment: tuple[slice, ...]) -> Array:
+        """The conjugate spectrum (G, F, *L) of a segment of the weights of a channel, as dilation spreads them."""
+        index = (*segment, slice(None), channel, slice(None))
+        return self._spectrum(
+            w, index, (w.view.shape[-3], w.view.shape[-1]), self._spread_taps(segment), conjugate=True
+        )
 
     def spectra(self, w: Array) -> Array:
         """Memory (C, G, F, *L) for the spectra of weights, or of their gradients."""
         groups, channels, filters = w.shape[-3:]
-        extent = self.extent if self.run.dtype.kind == "c" else (*self.extent[:-1], self.extent[-1] // 2 + 1)
+        extent = self.tile.extent
+        if self.run.dtype.kind != "c":
+            extent = (*extent[:-1], extent[-1] // 2 + 1)
         dtype = numpy.result_type(self.run.dtype, numpy.complex64)
-        return self.run.backend.xp.empty((channels, groups, filters, *extent), dtype)
+        return self.xp.empty((channels, groups, filters, *extent), dtype)
 
     def _outputs(self, start: Shape) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """The outputs of a tile, and where they are in it."""
@@ -286,16 +341,16 @@ class _Tiling:
         outputs = tuple(slice(first, end) for first, end in zip(start, ends, strict=True))
         return outputs, tuple(slice(0, axis.stop - axis.start) for axis in outputs)
 
-    def _taps(self) -> tuple[slice, ...]:
-        return tuple(
-            slice(0, window, d) for window, d in zip(self.geometry.window, self.geometry.dilation, strict=True)
-        )
+    def _spread_taps(self, segment: tuple[slice, ...]) -> tuple[slice, ...]:
+        """Where the taps of a segment are in a tile."""
+        axes = zip(segment, self.geometry.dilation, strict=True)
+        return tuple(slice(0, d * (taps.stop - taps.start - 1) + 1, d) for taps, d in axes)
 
     def _spectrum(
         self, operand: Operand, index: Any, channels: Shape, into: tuple[slice, ...], conjugate: bool = False
     ) -> Array:
-        xp = self.run.backend.xp
-        block = xp.zeros((*channels, *self.extent), self.run.dtype)
+        xp = self.xp
+        block = xp.zeros((*channels, *self.tile.extent), self.run.dtype)
         target = block[(..., *into)]
         if target.size:
             operand.read(xp, index, target.transpose(*range(len(channels), block.ndim), *range(len(channels))))
@@ -306,28 +361,19 @@ class _Tiling:
             spectrum = self.transforms.fftn(block, axes=self.axes)
         return xp.conjugate(spectrum, out=spectrum) if conjugate else spectrum
 
-    def sums(self, x: Operand, weights: Array, image: Shape, start: Shape) -> Array:
-        """The spectrum (G, F, *L) of a tile: the products of x and the weights, added up over channels."""
-        xp = self.run.backend.xp
-        total = xp.multiply(self.of_x(x, 0, image, start)[:, None], weights[0])
-        for channel in range(1, weights.shape[0]):
-            total += xp.multiply(self.of_x(x, channel, image, start)[:, None], weights[channel])
+    def sums(self, x: Operand, weights: _Weights, image: Shape, start: Shape) -> Array:
+        """The spectrum (G, F, *L) of a tile: products of x and the weights, added up over taps and channels."""
+        total = None
+        for segment, channel in product(self.segments(), range(x.view.shape[-1])):
+            of_w = weights.spectrum(channel, segment)
+            terms = self.xp.multiply(self.of_x(x, channel, image, start, segment)[:, None], of_w)
+            total = terms if total is None else self.xp.add(total, terms, out=total)
         return total
-
-    def add(self, sums: Array, x: Operand, gradients: Array, image: Shape, start: Shape, is_first: bool) -> None:
-        """Adds the products of a tile to the spectra (C, G, F, *L) of dw, or puts them there."""
-        xp = self.run.backend.xp
-        for channel in range(sums.shape[0]):
-            inputs = self.of_x(x, channel, image, start)[:, None]
-            if is_first:
-                xp.multiply(inputs, gradients, out=sums[channel])
-            else:
-                sums[channel] += xp.multiply(inputs, gradients)
 
     def _inverse(self, spectrum: Array) -> Array:
         if self.run.dtype.kind == "c":
             return self.transforms.ifftn(spectrum, axes=self.axes)
-        return self.transforms.irfftn(spectrum, s=self.extent, axes=self.axes)
+        return self.transforms.irfftn(spectrum, s=self.tile.extent, axes=self.axes)
 
     def store(self, spectrum: Array, y: Result, image: Shape, start: Shape) -> bool:
         """Finishes a tile's outputs and puts them into y; whether they are finite."""
@@ -335,14 +381,32 @@ class _Tiling:
         block = self._inverse(spectrum)[(..., *inside)]
         finite = is_finite(block)
         block = block.transpose(*range(2, block.ndim), 0, 1)
-        y.finish(self.run.backend.xp, block)
+        y.finish(self.xp, block)
         y.view[(*image, *outputs)] = block
         return finite
 
-    def lags(self, spectrum: Array) -> Array:
-        """dw (*kernel, G, F) of a channel, of its spectrum (G, F, *L)."""
-        block = self._inverse(spectrum)[(..., *self._taps())]
+    def lags(self, spectrum: Array, segment: tuple[slice, ...]) -> Array:
+        """dw (*taps, G, F) of a segment and a channel, of its spectrum (G, F, *L)."""
+        block = self._inverse(spectrum)[(..., *self._spread_taps(segment))]
         return block.transpose(*range(2, block.ndim), 0, 1)
+
+
+class _Weights:
+    """The conjugate spectra of weights: kept for all tiles where the kernel is whole."""
+
+    def __init__(self, tiling: _Tiling, w: Operand) -> None:
+        self._tiling, self._w, self._kept = tiling, w, None
+        if tiling.tile.taps == tiling.geometry.kernel:
+            self._kept = tiling.spectra(w.view)
+            (segment,) = tiling.segments()
+            for channel in range(w.view.shape[-2]):
+                self._kept[channel] = tiling.of_w(w, channel, segment)
+
+    def spectrum(self, channel: int, segment: tuple[slice, ...]) -> Array:
+        """That of a segment of the kernel and a channel: (G, F, *L)."""
+        if self._kept is not None:
+            return self._kept[channel]
+        return self._tiling.of_w(self._w, channel, segment)
 
 
 def _transforms(xp: Any) -> Any:
