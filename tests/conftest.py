@@ -45,7 +45,6 @@ def devices_by_driver():
 HAS_GPU = devices_by_driver() > 0
 NO_GPU = "the driver reports no CUDA device"
 NO_EMULATION = loader.why_not()
-TENTH = 10
 LEFT_OUT = pytest.StashKey()  # how many tests need a GPU that is not there
 
 
@@ -199,9 +198,10 @@ def _plain_environment(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _repeated_calls(request):
-    """Every call is repeated (tests/repeat.py), unless the test says why not; of tests of emulated kernels a tenth."""
+    """Every call is repeated (tests/repeat.py), unless a test says why not; of emulated kernels' tests some are."""
     backend = dict(request.node.user_properties).get("backend", "numpy")
-    drawn = zlib.crc32(f"{request.config.getoption('repeat_seed')} {request.node.nodeid}".encode()) % TENTH == 0
+    seed, every = request.config.getoption("repeat_seed"), request.config.getoption("repeat_every")
+    drawn = zlib.crc32(f"{seed} {request.node.nodeid}".encode()) % every == 0
     if request.node.get_closest_marker("called_once") or (backend in ("emulated", "stand-in") and not drawn):
         yield
         return
@@ -227,8 +227,9 @@ def pytest_addoption(parser):
         "--kernels", choices=loader.MODES, default="fast", help="how kernels are compiled for the CPU (default fast)"
     )
     parser.addoption(
-        "--repeat-seed", default="0", help="draws the tests of emulated kernels whose calls are repeated (default 0)"
+        "--repeat-every", type=int, default=10, help="of N tests of emulated kernels one repeats its calls (default 10)"
     )
+    parser.addoption("--repeat-seed", default="0", help="draws which one (default 0)")
 
 
 def pytest_configure(config):

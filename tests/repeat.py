@@ -159,16 +159,16 @@ class _ArrayCalls:
         terms = max(self._geometry().reduction_length(direction) for direction in DIRECTIONS)
         with np.errstate(all="ignore"):
             magnitudes = snapshot((self._called(mapped(self.given, absolute)), None))
-        for (one, dtype, _), (two, _, _), (magnitude, _, _) in zip(first, other, magnitudes, strict=False):
-            one, two, magnitude = (np.frombuffer(data, dtype) for data in (one, two, magnitude))
+        for (_, dtype, _), *of_all in zip(first, first, other, magnitudes, strict=False):
             wide = np.result_type(dtype, np.float64) if dtype.kind in "fc" else np.float64
-            bound = 2 * direct_bound(two.astype(wide), np.abs(magnitude.astype(wide)), terms, dtype)
-            assert (np.abs(one.astype(wide) - two.astype(wide)) <= bound).all(), "atomic additions are out of bounds"
+            one, two, magnitude = (np.frombuffer(data, of).astype(wide) for data, of, _ in of_all)
+            bound = 2 * direct_bound(two, np.abs(magnitude), terms, dtype)
+            assert (np.abs(one - two) <= bound).all(), "atomic additions are out of bounds"
 
     def _geometry(self):
         infer = Geometry.infer_transposed if "transpose" in self.function.__name__ else Geometry.infer
         x, w = (self.given.get(f"{name}_shape") or self.given[name].shape for name in "xw")
-        taken = inspect.signature(infer).parameters
+        taken = inspect.signature(infer).parameters.keys() - {"x_shape", "w_shape"}
         return infer(x, w, **{name: value for name, value in self.given.items() if name in taken})
 
 

@@ -36,6 +36,12 @@ class ndarray:  # noqa: N801
     def get(self):
         return np.ascontiguousarray(self._array)
 
+    real = property(lambda self: ndarray(self._array.real))
+    imag = property(lambda self: ndarray(self._array.imag))
+
+    def __float__(self):
+        return float(self._array)
+
     def __bool__(self):
         return bool(self._array)
 
@@ -74,7 +80,7 @@ def _method(name):
 
 for _name in (
     *("transpose", "reshape", "swapaxes", "astype", "view", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__"),
-    *("__rmul__", "__matmul__", "__neg__", "__le__", "__eq__", "sum", "dot"),
+    *("__rmul__", "__matmul__", "__neg__", "__le__", "__eq__", "sum", "dot", "max", "min"),
 ):
     setattr(ndarray, _name, _method(_name))
 

@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 
+import gpuconv
 from gpuconv import choose, dtypes
 from gpuconv.backend import NUMPY
 from gpuconv.benchmark import layers
@@ -33,6 +36,26 @@ def test_estimates_lose_little_against_a_sweep(direction, sweep):
     assert len(found) > 100
     assert len(found) > 0.95 * len(rows)
     assert geometric_mean(loss for loss, _ in found) < 1.05
+
+
+@pytest.mark.parametrize("name", ["im2col", "fft", "scatter"])
+def test_for_a_named_algorithm_only_its_own_reasons_are_asked(name, monkeypatch):
+    for other, module in choose.MODULES.items():
+        if other != name:
+            monkeypatch.setattr(module, "why_not", mock.Mock(side_effect=AssertionError(other)))
+        monkeypatch.setattr(module, "nanoseconds", mock.Mock(side_effect=AssertionError(other)), raising=False)
+    x, w = np.ones((1, 2, 6, 5)), np.ones((3, 2, 3, 3))
+    np.testing.assert_allclose(gpuconv.conv(x, w, algorithm=name), 18)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_choice_takes_no_step_for_each_tap(direction):
+    """A thousand million taps, for which a loop would take minutes."""
+    for channels in (1, 5):
+        found = gpuconv.explain(
+            (1, channels, 1_100_000_000), (1, channels, 10**9), direction=direction, backend="numpy"
+        )
+        assert found.algorithm in gpuconv.ALGORITHMS
 
 
 def test_there_is_a_sweep():

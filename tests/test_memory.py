@@ -1,15 +1,22 @@
 """A call takes its result and at most GPUCONV_WORKSPACE_LIMIT beside it; measured by tracemalloc."""
 
+import math
+import os
 import re
 import tracemalloc
+from unittest import mock
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, assume, given, reject
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 import gpuconv
 from gpuconv import threads
+from gpuconv.algorithms import im2col
 from gpuconv.backend import NUMPY
-from gpuconv.choose import MODULES
+from gpuconv.choose import MODULES, choose
 from gpuconv.geometry import Geometry
 from gpuconv.request import Request
 from gpuconv.settings import workspace_limit
@@ -180,3 +187,76 @@ def test_a_limit_below_the_smallest_piece_still_computes(monkeypatch, rng):
         with pytest.raises(ValueError, match=refusal):
             gpuconv.conv(x, w, algorithm=algorithm)
     assert re.search(refusal, gpuconv.explain(x.shape, w.shape, backend="numpy").reason)
+
+
+@st.composite
+def convolutions(draw):
+    """Wide and deep ones, whose smallest pieces are large, but which are computed in a moment."""
+    rank = draw(st.integers(1, 3))
+    groups, stride, dilation = (draw(st.sampled_from(of)) for of in ((1, 1, 1, 2, 8, 64), (1, 1, 2, 3), (1, 1, 2, 5)))
+    channels, filters = (groups * draw(st.sampled_from((1, 2, 3, 16, 64, 256, 1024))) for _ in range(2))
+    kernel = [draw(st.sampled_from((1, 2, 3, 3, 3, 5, 11))) for _ in range(rank)]
+    extent = [draw(st.sampled_from((1, 3, 4, 8, 16))) for _ in range(rank)]
+    extent[draw(st.integers(0, rank - 1))] = draw(st.sampled_from((16, 256, 1024, 4096, 16384, 65536)))
+    if draw(st.integers(0, 5)) == 0:
+        kernel[-1] = draw(st.sampled_from((64, 1000, 20000)))
+    x_shape, w_shape = (
+        (draw(st.sampled_from((1, 1, 8, 500))), channels, *extent),
+        (filters, channels // groups, *kernel),
+    )
+    settings = {"stride": stride, "dilation": dilation, "padding": draw(st.sampled_from((0, 1, 2, "same")))}
+    try:
+        geometry = Geometry.infer(x_shape, w_shape, **settings, groups=groups)
+    except ValueError:  # y would be empty
+        reject()
+    assume(geometry.multiply_adds() <= 10**8)
+    assume(max(map(math.prod, (x_shape, w_shape, geometry.y_shape))) <= 10**7)
+    return x_shape, w_shape, {**settings, "groups": groups}
+
+
+@hypothesis_settings(max_examples=120, suppress_health_check=list(HealthCheck))
+@given(
+    convolutions(),
+    st.sampled_from(("auto", *NUMPY_ALGORITHMS)),
+    st.sampled_from(DIRECTIONS),
+    st.sampled_from(("float32", "float32", "float16", "complex64")),
+    st.booleans(),
+    st.sampled_from((1, 1, 2, 4, 8, 16, 32, 64)),
+)
+def test_every_algorithm_keeps_the_limit_or_refuses(convolution, algorithm, direction, dtype, channels_last, limit):
+    x_shape, w_shape, settings = convolution
+    geometry = Geometry.infer(x_shape, w_shape, **settings)
+    with mock.patch.dict(os.environ, GPUCONV_WORKSPACE_LIMIT=f"{limit}MiB"):
+        request = Request(geometry, np.dtype(dtype), direction, NUMPY, limit=limit * MIB)
+        taken = choose(request, "auto").algorithm if algorithm == "auto" else algorithm
+        assume(MODULES[taken].why_not(request) is None)
+        assume(MODULES[taken].nanoseconds(request) < 5e8)
+        assume(taken != "im2col" or im2col.exceeds(request) is None)
+        x, w, dy = (np.full(shape, 1 / 64, dtype) for shape in (x_shape, w_shape, geometry.y_shape))
+        if channels_last:
+            x, dy = (np.moveaxis(np.ascontiguousarray(np.moveaxis(array, 1, -1)), -1, 1) for array in (x, dy))
+        options = {**settings, "algorithm": algorithm}
+        if direction == "forward":
+            assert_stays_within(limit * MIB, dy.nbytes, lambda: gpuconv.conv(x, w, **options), of_threads(dtype))
+        elif direction == "data_grad":
+            call = lambda: gpuconv.conv_data_grad(dy, w, x_shape, **options)  # noqa: E731
+            assert_stays_within(limit * MIB, x.nbytes, call, of_threads(dtype))
+        else:
+            call = lambda: gpuconv.conv_weight_grad(dy, x, w_shape, **options)  # noqa: E731
+            assert_stays_within(limit * MIB, w.nbytes, call, of_threads(dtype))
+
+
+@pytest.mark.parametrize(
+    "limit, x_shape, w_shape, direction",
+    [
+        (64, (1, 512, 8, 8192), (512, 512, 3, 3), "forward"),
+        (64, (1, 512, 8, 8192), (512, 512, 3, 3), "weight_grad"),
+        (64, (1, 64, 6, 65536), (64, 64, 3, 3), "data_grad"),
+        (4, (1, 256, 16, 512), (256, 256, 3, 3), "forward"),
+    ],
+)
+def test_winograd_refuses_a_row_of_tiles_beyond_the_limit(limit, x_shape, w_shape, direction, monkeypatch):
+    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", f"{limit}MiB")
+    found = gpuconv.explain(x_shape, w_shape, padding=1, direction=direction, backend="numpy")
+    assert found.algorithm == "im2col"
+    assert re.search(r"it needs [\d.]+ MiB of workspace for a row of tiles", dict(found.refused)["winograd"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from gpuconv.algorithms.blocks import channels_innermost
+from gpuconv.algorithms.blocks import channels_innermost, largest, pieces
 from gpuconv.backend import Array
 from gpuconv.cuda import arguments, structs
 from gpuconv.cuda.kernel import Kernel
@@ -32,7 +32,8 @@ def why_not(request: Request) -> str | None:
         return reason
     if request.direction != "weight_grad":
         return None
-    return request.lacks(2 * math.prod(request.geometry.w_shape), "the sums of a slice and of all")
+    sums = 4 * request.geometry.channels * request.geometry.taps  # those of a slice, and of all, in half of the limit
+    return request.lacks(sums, "the sums of a filter of every group")
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
@@ -75,17 +76,23 @@ def _gather(
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
     """dw[t, c] = sum over outputs o of x[o * stride + t * dilation - low, c] dy[o], slice by slice of the outputs."""
-    weights = dw.view.size
-    slices = _slices(geometry, run.budget)
-    with run.workspace(slices * weights, weights) as (partial_space, total_space):
-        partial, total = shaped(partial_space, (slices, weights)), shaped(total_space, (weights,))
+    filters = dw.view.shape[-1]
+    for part in pieces(filters, largest(filters, run.budget // 4, dw.view.size // filters)):
+        _weight_grad(dy.of_channels(part), x, dw.view[..., part], geometry, run)
+
+
+def _weight_grad(dy: Operand, x: Operand, dw: Array, geometry: Geometry, run: Run) -> None:
+    """The same of some filters."""
+    slices = _slices(geometry, dw.size, run.budget)
+    with run.workspace(slices * dw.size, dw.size) as (partial_space, total_space):
+        partial, total = shaped(partial_space, (slices, dw.size)), shaped(total_space, (dw.size,))
         total[...] = 0
         for (gradients, images), _ in arguments.image_pieces([dy, x], [], geometry, run):
-            _sum_slices(gradients, images, partial, total, dw.view, geometry, run)
-        *kernel, groups, channels, filters = dw.view.shape
+            _sum_slices(gradients, images, partial, total, dw, geometry, run)
+        *kernel, groups, channels, filters = dw.shape
         rank = len(kernel)
         by_groups = total.reshape(groups, *kernel, channels, filters)
-        dw.view[...] = by_groups.transpose(*range(1, rank + 1), 0, rank + 1, rank + 2)
+        dw[...] = by_groups.transpose(*range(1, rank + 1), 0, rank + 1, rank + 2)
 
 
 def _sum_slices(
@@ -119,9 +126,8 @@ def _sum_slices(
     )
 
 
-def _slices(geometry: Geometry, budget: int) -> int:
+def _slices(geometry: Geometry, weights: int, budget: int) -> int:
     """How many slices of the outputs have sums of their own: a matter of the shapes, and of the workspace."""
-    weights = geometry.filters * geometry.group_channels * geometry.taps
     outputs = math.prod((*geometry.batch, *geometry.output))
     room = min(budget // 2, arguments.NARROW) // weights - 1
     return max(1, min(MOST_SLICES, outputs // SHORTEST_SLICE, MOST_THREADS // weights, room))
