@@ -55,7 +55,7 @@ def install():
     """Puts the repeating functions in the place of the public ones, wherever a module has them."""
     for name in PUBLIC:
         original = getattr(gpuconv, name)
-        replacement = _repeated(original, _ArrayCalls)
+        replacement = repeated(original)
         for module in [module for path, module in sys.modules.items() if path.partition(".")[0] == "gpuconv"]:
             if getattr(module, name, None) is original:
                 setattr(module, name, replacement)
@@ -65,7 +65,7 @@ def install():
         (cupy_cudnn, ("convolution_forward", "convolution_backward_filter", "convolution_backward_data")),
     ):
         for name in names:
-            setattr(module, name, _repeated(getattr(module, name), _ArrayCalls))
+            setattr(module, name, repeated(getattr(module, name)))
     for name in ("conv_forward", "conv_backward"):
         for alias in (f"{name}_naive", f"{name}_fast"):
             setattr(cs231n, alias, getattr(cs231n, name))
@@ -76,17 +76,19 @@ def install_torch():
     import gpuconv.torch
 
     for name in ("conv", "conv_transpose"):
-        setattr(gpuconv.torch, name, _repeated(getattr(gpuconv.torch, name), _TensorCalls))
+        setattr(gpuconv.torch, name, repeated(getattr(gpuconv.torch, name), _TensorCalls))
 
 
-def _repeated(function, kind):
+def repeated(function, kind=None):
+    """A function that calls this one as described above."""
+
     @functools.wraps(function)
     def call(*arguments, **options):
         if not _is_on or getattr(_state, "is_inside", False):
             return function(*arguments, **options)
         _state.is_inside = True
         try:
-            return kind(function, arguments, options).repeat()
+            return (kind or _ArrayCalls)(function, arguments, options).repeat()
         finally:
             _state.is_inside = False
 
@@ -176,14 +178,15 @@ class _TensorCalls(_ArrayCalls):
     """The same of tensors, with the gradients of those that have some."""
 
     def repeat(self):
-        before, results = snapshot(self.given), []
         error = self._error_on_other_data()
-        if error is None:
-            results = [self._on_own_data() for _ in range(2)]
-            gpuconv.clear_cache()
-            results.append(self._on_own_data())
+        if error is not None:
+            self.function(*self.arguments, **self.options)
+            raise AssertionError("a call on other data of the same shapes was refused") from error
+        before = snapshot(self.given)
+        results = [self._on_own_data() for _ in range(2)]
+        gpuconv.clear_cache()
+        results.append(self._on_own_data())
         final = self.function(*self.arguments, **self.options)
-        assert error is None, f"a call on other data of the same shapes was refused: {error}"
         assert snapshot(self.given) == before, "a call changed an input"
         self._compare(results, ("the second call", "the third call", "the call after clear_cache()"))
         assert snapshot(final) == results[0][:1], "the call that autograd sees gave other bits"
@@ -207,8 +210,10 @@ class _TensorCalls(_ArrayCalls):
 
 
 def _is_tensor(value):
+    """Whether it is a tensor of PyTorch that gpuconv takes: dense and on a device with memory."""
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
+    is_tensor = torch is not None and isinstance(value, torch.Tensor)
+    return is_tensor and value.layout is torch.strided and not value.is_meta
 
 
 def _leaf(tensor):

@@ -1,9 +1,13 @@
 """A repeated call does what the first one did: the same bits, for other data too."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 import gpuconv
+from gpuconv import activations
+from tests import repeat
 from tests.cases import NUMPY_ALGORITHMS
 
 
@@ -34,3 +38,46 @@ def test_calls_that_cannot_be_recorded_keep_their_limit(monkeypatch, rng):
     first, second, third = (gpuconv.conv_weight_grad(dy, x, (4, 1, 3, 3), **settings) for _ in range(3))
     np.testing.assert_array_equal(second, first)
     np.testing.assert_array_equal(third, first)
+
+
+def test_a_result_of_other_bits_is_noticed():
+    calls = itertools.count()
+
+    def conv(x):
+        return x + next(calls)
+
+    with pytest.raises(AssertionError, match=r"the third call gave other bits than the second call"):
+        repeat.repeated(conv)(np.ones(3))
+
+
+def test_a_changed_input_is_noticed():
+    def conv(x):
+        x += 1
+        return x.copy()
+
+    with pytest.raises(AssertionError, match=r"a call changed an input|gave other bits"):
+        repeat.repeated(conv)(np.ones(3))
+
+
+def test_a_derivative_that_a_repeated_call_leaves_out_is_noticed(monkeypatch, rng):
+    """It is written by an operator, which the record of a call does not hold."""
+
+    def apply_derivative(xp, name, dy, y):
+        dy *= 1 - y * y
+
+    monkeypatch.setattr(activations, "apply_derivative", apply_derivative)
+    x, w = rng.standard_normal((2, 3, 8, 8)), rng.standard_normal((4, 3, 3, 3))
+    y = np.tanh(rng.standard_normal((2, 4, 6, 6)))
+    with pytest.raises(AssertionError, match=r"the call after clear_cache\(\) gave other bits than the second call"):
+        gpuconv.conv_backward(y, x, w, activation="tanh", y=y)
+
+
+def test_other_data_lie_as_their_own():
+    larger = np.zeros((4, 6, 10), np.float32)
+    for array in (larger, larger[:, ::-2, 1::3], larger.T, np.broadcast_to(larger[:1], (3, 6, 10)), larger[:0]):
+        other = repeat.twin(array)
+        assert (other.shape, other.strides, other.dtype) == (array.shape, array.strides, array.dtype)
+        assert other.flags.writeable == array.flags.writeable
+        addresses = [of.__array_interface__["data"][0] for of in (array, other)]
+        assert not array.size or (addresses[0] - addresses[1]) % repeat.ALIGNMENT == 0
+        assert not array.size or other.any()

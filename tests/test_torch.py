@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from gpuconv.geometry import Geometry
-from tests import reference
+from tests import reference, repeat
 from tests.cases import CASES, draw, named_dtype
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 gpuconv_torch = pytest.importorskip("gpuconv.torch")
+repeat.install_torch()
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")  # PyTorch's own, on its first dual number
 
@@ -49,6 +50,7 @@ def parts(name, function, rng, dtype):
     return (lambda x, w, b: call(x, w, b, **settings)), tensors(rng, x, w, (filters,), dtype=dtype)
 
 
+@pytest.mark.called_once("differences make hundreds of calls")
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
 @pytest.mark.parametrize("function, name", WAYS)
 def test_gradients_and_their_gradients(name, function, dtype, rng):
@@ -234,6 +236,7 @@ def test_nothing_is_said_of_numbers_that_overflow(size):
     assert gpuconv_torch.conv(x, torch.ones(32, 16, 3, 3, dtype=torch.float16)).isinf().all()
 
 
+@pytest.mark.called_once("it counts arrays")
 def test_no_tensor_is_copied(rng, monkeypatch):
     x, w = tensors(rng, (2, 3, 5, 5), (4, 3, 3, 3), needs=False)
     seen = []
@@ -247,6 +250,7 @@ def test_no_tensor_is_copied(rng, monkeypatch):
     assert original(half).ctypes.data == half.data_ptr()
 
 
+@pytest.mark.called_once("torch.compile would compile the repeating function")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # PyTorch's own, where graphs break
 def test_under_compile_the_values_are_right(rng):
     x, w = tensors(rng, (2, 3, 5, 5), (4, 3, 3, 3))
