@@ -6,7 +6,7 @@ against the float64 reference. Needs a GPU.
 
 import sys
 
-from gpuconv import dtypes
+from gpuconv import dtypes, settings
 from gpuconv.algorithms import direct, implicit_gemm, scatter, scatter_plain
 from gpuconv.backend import BackendError, backend_named
 from gpuconv.benchmark.check import GEOMETRIES
@@ -34,7 +34,7 @@ def main():
                 for name, module in KERNELS.items():
                     if (name, direction) in (("scatter", "forward"), ("scatter_plain", "forward")):
                         continue  # has no kernel
-                    if module.why_not(Request(geometry, dtype, direction, place, False)):
+                    if module.why_not(Request(geometry, dtype, direction, place, False, settings.workspace_limit())):
                         continue
                     verdict = problem.verdict(problem.call(direction, algorithm=name)(), direction)
                     count += 1

@@ -48,7 +48,7 @@ def measured(case, dtype, place, clock, seconds):
         geometry = case.geometry(batch, layout)
         for direction in DIRECTIONS:
             inner = problem.inner(direction)[0]
-            if implicit_gemm.why_not(Request(geometry, kind, inner, place)):
+            if implicit_gemm.why_not(Request(geometry, kind, inner, place, limit=settings.workspace_limit())):
                 continue
             given = geometry, kind, inner, place.device(), precision, settings.workspace_limit()
             for number, plan in enumerate(implicit_gemm.plans(*given)[:CANDIDATES]):

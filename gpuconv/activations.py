@@ -34,7 +34,7 @@ def apply(xp: Any, name: Activation | None, z: Array) -> None:
 def apply_derivative(xp: Any, name: Activation, dy: Array, y: Array) -> None:
     """Replaces dy by dy * activation'(z), in place, where y = activation(z).
 
-    Results are written by functions of xp, not by operators: a call is made again from the functions that it called.
+    In-place operators would not be recorded: a repeated call (gpuconv/tape.py) runs only functions of xp.
     """
     if name == "relu":
         xp.copyto(dy, 0, where=y <= 0)

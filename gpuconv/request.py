@@ -10,7 +10,7 @@ from gpuconv import dtypes, settings
 from gpuconv.backend import Backend
 from gpuconv.geometry import Direction, Geometry
 
-# On NumPy one part in so many of the workspace limit is for the record by which a call is repeated.
+# On NumPy this fraction of the limit is kept for the record by which a call is repeated (gpuconv/tape.py).
 RECORD_SHARE = 64
 
 
@@ -24,13 +24,20 @@ class Request(NamedTuple):
     deterministic: bool = True  # whether additions must have a fixed order
     limit: int = settings.DEFAULT_WORKSPACE_LIMIT  # bytes: GPUCONV_WORKSPACE_LIMIT
 
+    def as_forward(self) -> Request:
+        """The forward convolution of dy that gives dx, for a stride of 1; other directions as they are."""
+        phases = self.geometry.residues if self.direction == "data_grad" else ()
+        if not phases or phases[0].geometry is None:  # x is empty
+            return self
+        return self._replace(geometry=phases[0].geometry, direction="forward")
+
     @property
     def is_complex(self) -> bool:
         """Whether the numbers are complex."""
         return dtypes.is_complex(self.dtype)
 
     def lacks(self, elements: int, purpose: str) -> str | None:
-        """The reason why an algorithm that needs so many elements of workspace cannot keep within the limit, if so."""
+        """A reason if so many elements exceed the budget, else None."""
         if elements <= self.budget:
             return None
         needed = elements * dtypes.accumulator(self.dtype).itemsize

@@ -308,3 +308,15 @@ def test_nothing_is_left_of_a_call_after_clear_cache(rng):
     y = gpuconv.conv(x, w)
     gpuconv.clear_cache()
     np.testing.assert_array_equal(gpuconv.conv(x, w), y)
+
+
+@pytest.mark.parametrize("activation", ["relu", "sigmoid"])
+def test_the_bias_gradient_of_an_empty_batch_is_zero(activation):
+    x, w, y = np.ones((0, 2, 8)), np.ones((3, 2, 3)), np.ones((0, 3, 6))
+    np.testing.assert_array_equal(gpuconv.conv_backward(y, x, w, activation=activation, y=y).db, np.zeros(3))
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "im2col", "fft"])
+def test_the_gradient_of_an_empty_extent_is_empty(algorithm):
+    dx = gpuconv.conv_data_grad(np.ones((1, 1, 4)), np.ones((1, 1, 3)), (1, 1, 0), padding=3, algorithm=algorithm)
+    assert dx.shape == (1, 1, 0)

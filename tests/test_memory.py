@@ -32,7 +32,11 @@ def of_threads(dtype=np.float32):
 
     A ufunc takes one for each of its three operands where inner loops are short, even if nothing is cast.
     """
-    return threads.most(None) * (64 * 1024 + 3 * 8192 * max(4, np.dtype(dtype).itemsize))
+    return threads.most(None) * of_a_thread(dtype)
+
+
+def of_a_thread(dtype):
+    return 64 * 1024 + 3 * 8192 * max(4, np.dtype(dtype).itemsize)
 
 
 LAYERS = {
@@ -214,36 +218,41 @@ def convolutions(draw):
     return x_shape, w_shape, {**settings, "groups": groups}
 
 
-@hypothesis_settings(max_examples=120, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(max_examples=150, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(
     convolutions(),
     st.sampled_from(("auto", *NUMPY_ALGORITHMS)),
     st.sampled_from(DIRECTIONS),
     st.sampled_from(("float32", "float32", "float16", "complex64")),
+    st.sampled_from((None, None, "tanh", "leaky_relu")),
     st.booleans(),
     st.sampled_from((1, 1, 2, 4, 8, 16, 32, 64)),
 )
-def test_every_algorithm_keeps_the_limit_or_refuses(convolution, algorithm, direction, dtype, channels_last, limit):
+def test_every_algorithm_keeps_the_limit_or_refuses(
+    convolution, algorithm, direction, dtype, activation, channels_last, limit
+):
     x_shape, w_shape, settings = convolution
+    assume(activation is None or dtype != "complex64")
     geometry = Geometry.infer(x_shape, w_shape, **settings)
-    with mock.patch.dict(os.environ, GPUCONV_WORKSPACE_LIMIT=f"{limit}MiB"):
+    environment = {"GPUCONV_WORKSPACE_LIMIT": f"{limit}MiB", "GPUCONV_NUM_THREADS": "2"}
+    with mock.patch.dict(os.environ, environment):
         request = Request(geometry, np.dtype(dtype), direction, NUMPY, limit=limit * MIB)
         taken = choose(request, "auto").algorithm if algorithm == "auto" else algorithm
         assume(MODULES[taken].why_not(request) is None)
         assume(MODULES[taken].nanoseconds(request) < 5e8)
         assume(taken != "im2col" or im2col.exceeds(request) is None)
-        x, w, dy = (np.full(shape, 1 / 64, dtype) for shape in (x_shape, w_shape, geometry.y_shape))
+        x, w, y = (np.full(shape, 1 / 64, dtype) for shape in (x_shape, w_shape, geometry.y_shape))
         if channels_last:
-            x, dy = (np.moveaxis(np.ascontiguousarray(np.moveaxis(array, 1, -1)), -1, 1) for array in (x, dy))
-        options = {**settings, "algorithm": algorithm}
-        if direction == "forward":
-            assert_stays_within(limit * MIB, dy.nbytes, lambda: gpuconv.conv(x, w, **options), of_threads(dtype))
-        elif direction == "data_grad":
-            call = lambda: gpuconv.conv_data_grad(dy, w, x_shape, **options)  # noqa: E731
-            assert_stays_within(limit * MIB, x.nbytes, call, of_threads(dtype))
-        else:
-            call = lambda: gpuconv.conv_weight_grad(dy, x, w_shape, **options)  # noqa: E731
-            assert_stays_within(limit * MIB, w.nbytes, call, of_threads(dtype))
+            x, y = (np.moveaxis(np.ascontiguousarray(np.moveaxis(array, 1, -1)), -1, 1) for array in (x, y))
+        options = {**settings, "algorithm": algorithm, "activation": activation}
+        needs, result = {"forward": ("", y), "data_grad": ("dx", x), "weight_grad": ("dw", w)}[direction]
+
+        def call():
+            if direction == "forward":
+                return gpuconv.conv(x, w, **options)
+            return gpuconv.conv_backward(y, x, w, **options, y=y, needs=needs)
+
+        assert_stays_within(limit * MIB, result.nbytes, call, 2 * of_a_thread(dtype))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from tests import repeat
 from tests.cases import NUMPY_ALGORITHMS
 
 
+@pytest.mark.called_once("it repeats calls itself")
 @pytest.mark.parametrize("algorithm", NUMPY_ALGORITHMS)
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "sigmoid", "tanh"])
 @pytest.mark.parametrize("transposed", [False, True])
@@ -30,6 +31,7 @@ def test_a_repeated_backward_call_applies_the_derivative(transposed, activation,
             np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.called_once("it repeats calls itself")
 def test_calls_that_cannot_be_recorded_keep_their_limit(monkeypatch, rng):
     """The limit decides the blocks, and they decide the order of additions."""
     monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "30000")
@@ -55,7 +57,7 @@ def test_a_changed_input_is_noticed():
         x += 1
         return x.copy()
 
-    with pytest.raises(AssertionError, match=r"a call changed an input|gave other bits"):
+    with pytest.raises(AssertionError, match=r"a call changed an input"):
         repeat.repeated(conv)(np.ones(3))
 
 

@@ -124,6 +124,7 @@ def test_settings_of_numpy_errors_hold_in_every_thread():
         threads.spread(range(2), worker, 2)
 
 
+@pytest.mark.called_once("each call may take other threads of the pool")
 def test_no_more_threads_than_asked_for(xw, monkeypatch):
     seen = set()
     into = winograd_tiles.Tiling._into

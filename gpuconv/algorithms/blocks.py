@@ -103,7 +103,7 @@ def largest_fitting(extent: int, limit: float, cost: Callable[[int], float]) -> 
 
 
 def _evened(extent: int, size: int) -> int:
-    pieces = -(-extent // max(1, size))
+    pieces = max(1, -(-extent // max(1, size)))
     return max(1, -(-extent // pieces))
 
 
@@ -116,14 +116,18 @@ def channels_innermost(images: Array) -> bool:
 @lru_cache(maxsize=1024)
 def group_parts(geometry: Geometry, budget: int) -> tuple[tuple[slice, Geometry], ...]:
     """The groups, in as many parts as it takes for a few outputs of all of a part's channels to fit the budget."""
-    per_output = 3 * max(geometry.group_channels, geometry.group_filters) * geometry.taps  # windows, weights and sums
-    size = largest(geometry.groups, budget // FEWEST_OUTPUTS, per_output)
+    size = _groups_at_once(geometry, budget)
     return tuple((groups, _part_of(geometry, groups.stop - groups.start)) for groups in pieces(geometry.groups, size))
+
+
+def _groups_at_once(geometry: Geometry, budget: int) -> int:
+    per_output = 3 * max(geometry.group_channels, geometry.group_filters) * geometry.taps  # windows, weights and sums
+    return largest(geometry.groups, budget // FEWEST_OUTPUTS, per_output)
 
 
 def largest_part(request: Request) -> Geometry:
     """The convolution of as many groups as are computed at once."""
-    return group_parts(request.geometry, request.budget)[0][1]
+    return _part_of(request.geometry, _groups_at_once(request.geometry, request.budget))
 
 
 def _part_of(geometry: Geometry, groups: int) -> Geometry:

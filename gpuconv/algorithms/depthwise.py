@@ -26,6 +26,7 @@ from typing import Any
 from gpuconv.algorithms import containment, cost, im2col, slices
 from gpuconv.algorithms.blocks import pieces
 from gpuconv.algorithms.finite import is_finite
+from gpuconv.algorithms.unfold import smallest
 from gpuconv.backend import Array
 from gpuconv.geometry import Geometry
 from gpuconv.operands import Operand, Result
@@ -45,7 +46,7 @@ def why_not(request: Request) -> str | None:
         return f"it is for one filter per channel, not {geometry.group_channels} channels and {geometry.group_filters}"
     if (reason := slices.why_not(request)) or _is_tap_by_tap(request):
         return reason
-    return request.lacks(max(map(_least, _parts(geometry))), "the matrices of one channel")
+    return request.lacks(max(map(_least, _parts(request.as_forward().geometry))), "the matrices of one channel")
 
 
 def _is_tap_by_tap(request: Request) -> bool:
@@ -54,9 +55,9 @@ def _is_tap_by_tap(request: Request) -> bool:
 
 def nanoseconds(request: Request) -> float:
     """An estimate: the windows of tiles copied, and multiplied by the matrices of taps."""
-    geometry = request.geometry
     if _is_tap_by_tap(request):
         return slices.nanoseconds(request)
+    geometry = request.as_forward().geometry
     images = geometry.channels * math.prod(geometry.batch)
     product = 4 * cost.PRODUCT * (cost.COMPLEX if request.is_complex else 1)  # a short one
     windows = sum(part.windows * (1.4 * cost.COPY + part.m * product) for part in _parts(geometry))
@@ -226,7 +227,7 @@ def _team(geometry: Geometry, run: Run) -> Team:
 def _least(part: _Part) -> int:
     """Elements that a thread needs for one channel: half of them for im2col."""
     matrices = part.bands + 2 * part.geometry.taps
-    return 2 * max(matrices, im2col.smallest(part.of(1), "weight_grad"))
+    return 2 * max(matrices, smallest(part.of(1), "weight_grad"))
 
 
 def _spaces(parts: Sequence[_Part], chunks: Sequence[slice]) -> tuple[int, int]:

@@ -7,11 +7,12 @@ A correlation of x with w is, frequency by frequency, the product of their spect
     weight_grad  dw[t] = sum over o of x[o + t * dilation - low] dy[o]     the same of x, with dy in the place of w
 
 It is a circular correlation of tiles: L inputs give those L - window + 1 outputs whose windows do not reach round the
-end (overlap and save, Stockham 1966). L has small primes only; among the tiles that fit the workspace those are taken
-that need the least time. A kernel that has no room is cut into segments, whose spectra are added up like those of
-channels. NaN and Inf would spread over a tile: what holds some is computed again by im2col.
+end (overlap and save, Stockham 1966). L has small primes only. Tiles are chosen by an estimate of time among those that
+fit the workspace. If no tile fits for the whole kernel, the kernel is cut into segments: in forward and data_grad the
+products of spectra are summed over segments, as over channels; in weight_grad each segment is computed by itself. NaN
+and Inf would spread over a tile: what holds some is computed again by im2col.
 
-On NumPy the transforms are those of SciPy where it is installed, which are faster, and else NumPy's.
+NumPy arrays are transformed by scipy.fft where SciPy is installed, since it is faster, else by numpy.fft.
 """
 
 from __future__ import annotations
@@ -97,11 +98,8 @@ def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: R
             for number, (image, start) in enumerate(tiling.tiles()):
                 of_dy = tiling.of_dy(gradients, image, start)
                 for channel in range(sums.shape[0]):
-                    inputs = tiling.of_x(images, channel, image, start, segment)[:, None]
-                    if number == 0:
-                        tiling.xp.multiply(inputs, of_dy, out=sums[channel])
-                    else:
-                        sums[channel] += tiling.xp.multiply(inputs, of_dy)
+                    tiling.add(sums[channel], (images, channel, image, start, segment), of_dy, number == 0)
+                del of_dy  # before the next one is computed
             for channel in range(sums.shape[0]):
                 part[(*segment, slice(None), channel)] = tiling.lags(sums[channel], segment)
 
@@ -129,31 +127,33 @@ class _Problem(NamedTuple):
     direction: Direction  # data_grad is a forward convolution
     is_complex: bool
     temporaries: int  # of reading x or dy
+    copies: int  # that a transform takes beside what it transforms
 
     @classmethod
     def of(cls, request: Request) -> _Problem:
         """That of a request, for operands that need all temporaries that there are."""
-        geometry, direction = request.geometry, request.direction
-        if direction == "data_grad":
-            (residue,) = geometry.residues
-            assert residue.geometry is not None
-            geometry, direction = residue.geometry, "forward"
-        return cls(geometry, direction, request.is_complex, MOST_TEMPORARIES)
+        forward = request.as_forward()
+        copies = _copies(_transforms(request.backend.xp))
+        return cls(forward.geometry, forward.direction, request.is_complex, MOST_TEMPORARIES, copies)
 
     def elements(self, tile: _Tile, filters: int = 1) -> int:
-        """Of all arrays of a part of one group: spectra of weights, and what is alive at the same time beside them."""
-        channels, read = self.geometry.group_channels, 3 + self.temporaries  # an array, its spectrum, and another one
-        if self.direction == "weight_grad":
-            arrays = channels * filters + max(read * filters, filters + read)
-        elif tile.taps == self.geometry.kernel:
-            arrays = channels * filters + max(read, 3 * filters, (channels > 1) * (filters + read))
-        else:
-            arrays = filters + max(3 * filters, filters + read)
+        """Elements of all arrays that are alive at once, for one group and so many of its filters.
+
+        What transforms take outside of arrays, a few lines for each thread, is not among them.
+        """
+        channels, transformed = self.geometry.group_channels, 1 + self.copies
+        read = 1 + max(self.copies, self.temporaries)
+        if self.direction == "weight_grad":  # all sums; dy, or its spectrum and x
+            arrays = channels * filters + max(read * filters, filters + read, 2 * filters + 1)
+        elif tile.taps == self.geometry.kernel:  # all weights; one of them, or x and sums
+            arrays = channels * filters + max(transformed * filters, read, (channels > 1) * (filters + read))
+        else:  # sums; weights, or their spectrum and x
+            arrays = filters + max(transformed * filters, filters + read)
         size = math.prod(tile.extent) if self.is_complex else math.prod(tile.extent[:-1]) * (tile.extent[-1] + 2)
         return size * arrays
 
     def nanoseconds(self, tile: _Tile, share: int) -> float:
-        """An estimate for tiles of this extent, where the filters of a part have so many elements of workspace."""
+        """An estimate for this tile; ``share`` is how many elements a part may take."""
         geometry, size = self.geometry, math.prod(tile.extent)
         tiles = math.prod((*geometry.batch, *map(_count, geometry.output, _steps(tile, geometry))))
         segments = math.prod(map(_count, geometry.kernel, tile.taps))
@@ -179,22 +179,23 @@ class _Problem(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _cut(problem: _Problem, budget: int) -> _Cut | None:
-    """What takes the least time of that for which there is room; None where there is none.
+    """The fastest tiles that fit the budget, or None.
 
-    The workspace is divided by a number that does not depend on that of the threads, and the kernel only where whole
-    it has no room.
+    The number of shares does not depend on the number of threads, so the tiles do not either. The kernel is cut only if
+    no tile fits for the whole kernel.
     """
     shares = max(1, min(SHARES, problem.geometry.groups * problem.geometry.group_filters))
+
+    def cost(cut: _Cut) -> tuple[float, list[int]]:
+        """Its time with two threads; of those that take as long, long last axes lie best in memory."""
+        nanoseconds = problem.nanoseconds(cut.tile, budget // cut.shares) / min(cut.shares, 2)
+        return nanoseconds, [-n for n in cut.tile.extent[::-1]]
+
     for tiles in (problem.whole, problem.segmented):
-        for divisor in range(shares, 0, -1):
-            share = budget // divisor
-            fitting = [tile for tile in tiles() if problem.elements(tile) <= share]
-            if fitting:
-                # Of tiles that take as long, those whose last axes are long lie best in memory.
-                best = min(
-                    fitting, key=lambda tile: (problem.nanoseconds(tile, share), [-n for n in tile.extent[::-1]])
-                )
-                return _Cut(best, divisor)
+        cuts = (_Cut(tile, number) for number in range(shares, 0, -1) for tile in tiles())
+        fitting = [cut for cut in cuts if problem.elements(cut.tile) <= budget // cut.shares]
+        if fitting:
+            return min(fitting, key=cost)
     return None
 
 
@@ -247,7 +248,8 @@ class _Tiling:
 
     @classmethod
     def of(cls, geometry: Geometry, direction: Direction, temporaries: int, run: Run) -> _Tiling:
-        problem = _Problem(geometry, direction, run.dtype.kind == "c", temporaries)
+        transforms = _transforms(run.backend.xp)
+        problem = _Problem(geometry, direction, run.dtype.kind == "c", temporaries, _copies(transforms))
         cut = _cut(problem, run.budget)
         assert cut is not None
         tile, workers = cut.tile, min(run.threads, cut.shares)
@@ -258,7 +260,7 @@ class _Tiling:
             groups = _count(geometry.groups, workers)
         if geometry.groups == 1 and filters == geometry.group_filters:
             filters = _count(geometry.group_filters, workers)
-        return cls(geometry, run, tile, groups, filters, workers, _transforms(run.backend.xp))
+        return cls(geometry, run, tile, groups, filters, workers, transforms)
 
     @property
     def xp(self) -> Any:
@@ -301,7 +303,7 @@ class _Tiling:
         return product(*(pieces(k, size) for k, size in zip(self.geometry.kernel, self.tile.taps, strict=True)))
 
     def of_x(self, x: Operand, channel: int, image: Shape, start: Shape, segment: tuple[slice, ...]) -> Array:
-        """The spectrum (G, *L) of the inputs of a channel that a segment of the kernel shows a tile's outputs."""
+        """The spectrum (G, *L) of the inputs of a channel that a segment of the kernel meets for a tile's outputs."""
         into, seen = [], []
         geometry = self.geometry
         axes = zip(
@@ -365,10 +367,21 @@ class _Tiling:
         """The spectrum (G, F, *L) of a tile: products of x and the weights, added up over taps and channels."""
         total = None
         for segment, channel in product(self.segments(), range(x.view.shape[-1])):
-            of_w = weights.spectrum(channel, segment)
-            terms = self.xp.multiply(self.of_x(x, channel, image, start, segment)[:, None], of_w)
-            total = terms if total is None else self.xp.add(total, terms, out=total)
+            read, of_w = (x, channel, image, start, segment), weights.spectrum(channel, segment)
+            if total is None:
+                total = self.xp.multiply(self.of_x(*read)[:, None], of_w)
+            else:
+                self.add(total, read, of_w, False)
+            del of_w  # before the next one is computed
         return total
+
+    def add(self, total: Array, read: tuple[Any, ...], spectrum: Array, is_first: bool) -> None:
+        """Adds the product of this spectrum and that of inputs, which of_x reads, or puts it there."""
+        inputs = self.of_x(*read)[:, None]
+        if is_first:
+            self.xp.multiply(inputs, spectrum, out=total)
+        else:
+            total += self.xp.multiply(inputs, spectrum)
 
     def _inverse(self, spectrum: Array) -> Array:
         if self.run.dtype.kind == "c":
@@ -417,6 +430,14 @@ def _transforms(xp: Any) -> Any:
 
             return scipy.fft
     return xp.fft
+
+
+def _copies(transforms: Any) -> int:
+    """Arrays that a transform takes beside what it transforms, its result among them: measured, and rounded up.
+
+    NumPy transforms float32 in double precision.
+    """
+    return 2 if transforms.__name__ == "scipy.fft" else 6
 
 
 @lru_cache(maxsize=4096)

@@ -11,9 +11,9 @@ from gpuconv.backend import Array
 
 
 def is_finite(array: Array) -> bool:
-    """False where NaN or Inf is in an array.
+    """Whether neither NaN nor Inf is in an array.
 
-    One pass over it finds a sum; only where that overflows do two more look for the extremes.
+    If its sum is finite, so is every element. Otherwise the sum may have overflowed, and max and min decide.
     """
     with numpy.errstate(over="ignore", invalid="ignore"):
         total = array.sum(dtype=dtypes.accumulator(dtypes.native(array.dtype)))
@@ -29,7 +29,7 @@ def is_finite_block(block: Array) -> bool:
 
 
 def _has_finite_extremes(array: Array) -> bool:
-    """Whether the least and the greatest number are finite: a NaN is either of them."""
+    """Whether max and min are finite; both are NaN if an element is."""
     if array.dtype.kind == "c":
         return _has_finite_extremes(array.real) and _has_finite_extremes(array.imag)
     return math.isfinite(float(array.max())) and math.isfinite(float(array.min()))

@@ -29,6 +29,7 @@ from gpuconv.algorithms.unfold import (
     forward_sizes,
     order_of,
     reading,
+    smallest,
     unfold,
 )
 from gpuconv.algorithms.windows import reaches_beyond, sliding
@@ -58,15 +59,6 @@ def exceeds(request: Request) -> str | None:
     return request.lacks(max(pieces), "its smallest piece")
 
 
-def smallest(geometry: Geometry, direction: Direction) -> int:
-    """Elements of workspace for one output, and one filter of every group, by one thread: 20 K.
-
-    K is how many products a sum of all groups has, C * T * R * S, or F * T * R * S for data_grad: K windows and as many
-    weights, those windows read with an activation, and for weight_grad the sums of up to 8 slices of the outputs.
-    """
-    return 20 * (geometry.filters if direction == "data_grad" else geometry.channels) * geometry.taps
-
-
 def nanoseconds(request: Request) -> float:
     """An estimate: products, and windows copied out of x, or of dy, and for data_grad weights."""
     geometry, direction, is_complex = request.geometry, request.direction, request.is_complex
@@ -87,7 +79,9 @@ def _unfolded(geometry: Geometry, direction: Direction) -> int:
     if direction != "data_grad":
         windows = geometry.reduction_length("weight_grad") * geometry.channels * geometry.taps
         return lines.elements(geometry) if lines.suits(geometry) else windows
-    shared = residues.plan(geometry)
+    if _lie_apart(geometry):
+        return math.prod(geometry.y_shape)
+    shared = None if _has_many_residues(geometry) else residues.plan(geometry)
     seen = geometry if shared is None else shared.gathered
     return seen.reduction_length("weight_grad") * geometry.filters * seen.taps
 

@@ -160,8 +160,9 @@ def _lines_seen(rows: int, geometry: Geometry) -> int:
 
 
 def _budget(geometry: Geometry, run: Run) -> int:
-    """Elements that each thread may take, beside sums of weights."""
-    return run.budget // run.team(geometry, 0).shares - 4 * math.prod(geometry.w_shape)
+    """Elements that each thread may take, beside the sums of slices and a term of each thread."""
+    shares = run.team(geometry, 0).shares
+    return (run.budget - (SLICES + shares) * math.prod(geometry.w_shape)) // shares
 
 
 @lru_cache(maxsize=256)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy
 
 from gpuconv.algorithms.blocks import Arrangement, Space, boxes, copy_weights, lies_by_filters, pieces
-from gpuconv.algorithms.unfold import BLOCK_BYTES, SHORT_PRODUCT, forward_sizes, order_of, reading, unfold
+from gpuconv.algorithms.unfold import BLOCK_BYTES, SHORT_PRODUCT, forward_sizes, order_of, reading, smallest, unfold
 from gpuconv.arguments import Shape
 from gpuconv.backend import Array
 from gpuconv.geometry import AxisResidue, Geometry
@@ -98,25 +98,27 @@ def plan(geometry: Geometry) -> Plan | None:
 
 def _sides(residues: Sequence[AxisResidue]) -> list[Side]:
     """The residues of an axis, those together that see the same; none where some see outputs between others'."""
-    sides: list[Side] = []
+    alike: list[list[Side]] = []
+    most = max((of.padding[0] for of in residues), default=0)
     for residue in residues:
         # Tap t of a residue meets output u + t * dilation - low.
-        first, between = divmod(max(of.padding[0] for of in residues) - residue.padding[0], residue.dilation)
+        first, between = divmod(most - residue.padding[0], residue.dilation)
         if between:
             return []
         side = Side(residue.inputs, (residue.taps,), slice(first, first + residue.reaching))
-        if sides and _are_alike(sides[-1], side):
-            before = sides.pop()
-            side = before._replace(taps=(*before.taps, residue.taps))
-        sides.append(side)
-    return sides
+        if alike and _are_alike(alike[-1], side):
+            alike[-1].append(side)
+        else:
+            alike.append([side])
+    return [sides[0]._replace(taps=tuple(side.taps[0] for side in sides)) for sides in alike]
 
 
-def _are_alike(before: Side, side: Side) -> bool:
+def _are_alike(before: Sequence[Side], side: Side) -> bool:
     """Whether a residue comes next to others, has as many inputs, and sees the same."""
-    is_next = side.inputs.start == before.inputs.start + len(before.taps)
-    lengths = {len(range(of.inputs.start, of.inputs.stop, of.inputs.step)) for of in (before, side)}
-    return is_next and len(lengths) == 1 and side.seen == before.seen
+    first = before[0]
+    is_next = side.inputs.start == first.inputs.start + len(before)
+    lengths = {len(range(of.inputs.start, of.inputs.stop, of.inputs.step)) for of in (first, side)}
+    return is_next and len(lengths) == 1 and side.seen == first.seen
 
 
 def _stretches(sides: tuple[Side, ...], kernel: Shape) -> Iterator[Stretch]:
@@ -137,7 +139,7 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run)
     shared = plan(geometry)
     assert shared is not None
     xp, gathered = run.backend.xp, shared.gathered
-    team = run.team(geometry, 20 * geometry.filters * geometry.taps)
+    team = run.team(geometry, smallest(geometry, "data_grad"))
     for residue in geometry.residues:
         if residue.geometry is None:
             dx.part((*(slice(None) for _ in geometry.batch), *residue.inputs)).fill(xp)

@@ -87,7 +87,7 @@ def nanoseconds(request: Request) -> float:
 
 
 def _outputs_met(geometry: Geometry) -> Iterator[float]:
-    """On each axis, to how many outputs all taps together show some input; of many taps some are counted for all."""
+    """For each axis, the number of (tap, output) pairs that meet an input; estimated where there are many taps."""
     axes = zip(
         geometry.input, geometry.output, geometry.kernel, geometry.stride, geometry.dilation, geometry.padding,
         strict=True,

@@ -22,7 +22,7 @@ from gpuconv.algorithms.blocks import (
 from gpuconv.algorithms.windows import reaches_beyond, read_tap, region_elements, sliding, taps_of, windows_of
 from gpuconv.arguments import Shape
 from gpuconv.backend import Array
-from gpuconv.geometry import Geometry
+from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import Index, Operand
 from gpuconv.workspace import Run, Team
 
@@ -95,6 +95,16 @@ def reading(x: Operand, order: Order, geometry: Geometry, run: Run) -> Reading:
         return Reading(Space(), Space(True, x.temporaries))
     unfolded = order.windows.matrix(sliding(run.backend.xp, x.view, geometry, geometry.output))
     return Reading(Space(unfolded is None), Space(False))
+
+
+def smallest(geometry: Geometry, direction: Direction) -> int:
+    """Elements of workspace for one output, and one filter of every group, by one thread: at most 20 K.
+
+    K is how many products the sums of all groups have, C * T * R * S, or F * T * R * S for data_grad. Weights take K,
+    windows K and 4 K more where they are read with an activation, weight_grad's sums of slices 8 K and their terms K
+    for each of 4 threads: 18 K, and what the sums of one output take.
+    """
+    return 20 * (geometry.filters if direction == "data_grad" else geometry.channels) * geometry.taps
 
 
 class Sizes(NamedTuple):

@@ -30,8 +30,8 @@ from gpuconv.algorithms.winograd_plan import axes, least, sizes
 from gpuconv.algorithms.winograd_tiles import Tiling
 from gpuconv.arguments import Shape
 from gpuconv.backend import Array
-from gpuconv.geometry import Direction, Geometry
-from gpuconv.operands import Operand, Result
+from gpuconv.geometry import Geometry
+from gpuconv.operands import MOST_TEMPORARIES, Operand, Result
 from gpuconv.request import Request
 from gpuconv.workspace import Run
 
@@ -49,29 +49,25 @@ def why_not(request: Request) -> str | None:
         return f"it is for dilations that divide extents and padding, not {geometry.dilation}"
     if request.is_complex:
         return f"it is for real numbers, not {request.dtype.name}"
-    return request.lacks(least(*_tiled(request)), "a row of tiles")
+    tiled = _tiled(request)
+    return request.lacks(least(tiled.geometry, tiled.direction), "a row of tiles")
 
 
-def _tiled(request: Request) -> tuple[Geometry, Direction]:
-    """The convolution that is cut into tiles: data_grad is a forward one."""
-    geometry = _undilated(request.geometry)
-    if request.direction != "data_grad":
-        return geometry, request.direction
-    (residue,) = geometry.residues
-    assert residue.geometry is not None
-    return residue.geometry, "forward"
+def _tiled(request: Request) -> Request:
+    """The convolution that is cut into tiles."""
+    return request._replace(geometry=_undilated(request.geometry)).as_forward()
 
 
 def nanoseconds(request: Request) -> float:
     """An estimate: the products at all points, and the transforms into tiles, out of them, and of weights."""
     # Lines of x can be read where they lie.
     is_whole = request.geometry.groups == math.prod(_steps(request.geometry)) == 1
-    geometry, direction = _tiled(request)
+    geometry, direction, limits = _tiled(request).geometry, _tiled(request).direction, (request.budget, 1, 4)
     rows, columns = axes(geometry)
     points, tiles = rows.a * columns.a, math.prod(geometry.batch) * rows.tiles * columns.tiles
     weights = geometry.channels * geometry.group_filters
     lines = rows.a * columns.m  # elements of a tile half transformed
-    passes = -(-geometry.group_filters // sizes(geometry, direction, request.budget, 1, 4).filters)  # over x
+    passes = -(-geometry.group_filters // sizes(geometry, direction, *limits, MOST_TEMPORARIES).filters)  # over x
     into = passes * geometry.channels * cost.transform(geometry.group_channels, is_whole)
     out = geometry.filters * cost.transform(geometry.group_filters, is_whole)
     # Transformed weights are too many for the cache.

@@ -135,7 +135,7 @@ def least(geometry: Geometry, direction: Direction) -> int:
 
 @lru_cache(maxsize=1024)
 def sizes(
-    geometry: Geometry, direction: Direction, budget: int, threads: int, itemsize: int, temporaries: int = 0
+    geometry: Geometry, direction: Direction, budget: int, threads: int, itemsize: int, temporaries: int
 ) -> Sizes:
     (rows, columns), room = axes(geometry), _Room(geometry, direction, temporaries)
     filters = _most(geometry.group_filters, budget, room.together)
