@@ -196,7 +196,7 @@ def test_the_environment_decides_every_call(arrays, rng, monkeypatch):
         gpuconv.conv(x, np.ones(W, np.float32), **call)
     monkeypatch.delenv("GPUCONV_PRECISION")
     both(arrays, rng, "weight_grad")
-    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "1")
+    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", str(2 * 4 * W[1] * 9))  # the sums of one filter, and of a slice
     with launcher.using() as launches:
         both(arrays, rng, "weight_grad")
     assert len(launches) == 2 * W[0]  # filter by filter
