@@ -65,7 +65,9 @@ class NumpyArrays:
     def skip_where_refused(self, case, algorithm, dtype, direction="forward"):
         """Skips a test of what an algorithm says it cannot do here."""
         geometry = Geometry.infer(case.x, case.w, **case.settings)
-        reason = MODULES[algorithm].why_not(Request(geometry, named_dtype(dtype), direction, self.backend, False))
+        reason = MODULES[algorithm].why_not(
+            Request(geometry, named_dtype(dtype), direction, self.backend, False, gpuconv.settings.workspace_limit())
+        )
         if reason:
             pytest.skip(reason)
 

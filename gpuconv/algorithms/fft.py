@@ -133,7 +133,7 @@ class _Problem(NamedTuple):
     def of(cls, request: Request) -> _Problem:
         """That of a request, for operands that need all temporaries that there are."""
         forward = request.as_forward()
-        copies = _copies(_transforms(request.backend.xp))
+        copies = _copies(request.backend.xp)
         return cls(forward.geometry, forward.direction, request.is_complex, MOST_TEMPORARIES, copies)
 
     def elements(self, tile: _Tile, filters: int = 1) -> int:
@@ -248,8 +248,8 @@ class _Tiling:
 
     @classmethod
     def of(cls, geometry: Geometry, direction: Direction, temporaries: int, run: Run) -> _Tiling:
-        transforms = _transforms(run.backend.xp)
-        problem = _Problem(geometry, direction, run.dtype.kind == "c", temporaries, _copies(transforms))
+        xp = run.backend.xp
+        problem = _Problem(geometry, direction, run.dtype.kind == "c", temporaries, _copies(xp))
         cut = _cut(problem, run.budget)
         assert cut is not None
         tile, workers = cut.tile, min(run.threads, cut.shares)
@@ -260,7 +260,7 @@ class _Tiling:
             groups = _count(geometry.groups, workers)
         if geometry.groups == 1 and filters == geometry.group_filters:
             filters = _count(geometry.group_filters, workers)
-        return cls(geometry, run, tile, groups, filters, workers, transforms)
+        return cls(geometry, run, tile, groups, filters, workers, _transforms(xp))
 
     @property
     def xp(self) -> Any:
@@ -432,12 +432,12 @@ def _transforms(xp: Any) -> Any:
     return xp.fft
 
 
-def _copies(transforms: Any) -> int:
+def _copies(xp: Any) -> int:
     """Arrays that a transform takes beside what it transforms, its result among them: measured, and rounded up.
 
-    NumPy transforms float32 in double precision.
+    NumPy transforms float32 in double precision; what CuPy takes is a guess from above.
     """
-    return 2 if transforms.__name__ == "scipy.fft" else 6
+    return 6 if _transforms(xp) is xp.fft else 2
 
 
 @lru_cache(maxsize=4096)
