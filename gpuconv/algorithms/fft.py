@@ -18,7 +18,9 @@ NumPy arrays are transformed by scipy.fft where SciPy is installed, since it is 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -424,12 +426,17 @@ class _Weights:
 
 def _transforms(xp: Any) -> Any:
     """The module that transforms arrays of xp."""
-    if xp is numpy:
-        with contextlib.suppress(ImportError):
-            import scipy.fft
+    if xp is numpy and _has_scipy():
+        import scipy.fft
 
-            return scipy.fft
+        return scipy.fft
     return xp.fft
+
+
+@lru_cache(maxsize=1)
+def _has_scipy() -> bool:
+    """Whether SciPy is installed; it is not imported before something is transformed."""
+    return bool(sys.modules["scipy"] if "scipy" in sys.modules else importlib.util.find_spec("scipy"))
 
 
 def _copies(xp: Any) -> int:
@@ -437,7 +444,7 @@ def _copies(xp: Any) -> int:
 
     NumPy transforms float32 in double precision; what CuPy takes is a guess from above.
     """
-    return 6 if _transforms(xp) is xp.fft else 2
+    return 2 if xp is numpy and _has_scipy() else 6
 
 
 @lru_cache(maxsize=4096)
