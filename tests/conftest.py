@@ -204,7 +204,7 @@ def _repeated_calls(request):
     backend = dict(request.node.user_properties).get("backend", "numpy")
     seed, every = request.config.getoption("repeat_seed"), request.config.getoption("repeat_every")
     drawn = zlib.crc32(f"{seed} {request.node.nodeid}".encode()) % every == 0
-    if request.node.get_closest_marker("called_once") or (backend in ("emulated", "stand-in") and not drawn):
+    if request.node.get_closest_marker("called_once") or (backend in ("emulated", "stand-in", "checked") and not drawn):
         yield
         return
     with repeat.repeating(adds_atomically=backend != "numpy"):
