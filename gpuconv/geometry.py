@@ -226,6 +226,14 @@ class Geometry:
             parts.append(Residue(inputs, taps, geometry))
         return tuple(parts)
 
+    @property
+    def inverse(self) -> Geometry:
+        """For a stride of 1, the forward convolution of dy that gives dx: with w rotated, C and F exchanged.
+
+        This one itself where x is empty, and nothing is computed.
+        """
+        return next((residue.geometry for residue in self.residues if residue.geometry is not None), self)
+
     def axis_residues(self, axis: int) -> list[AxisResidue]:
         """The residues of one axis, also those that no tap reaches."""
         n, k, s, d = self.input[axis], self.kernel[axis], self.stride[axis], self.dilation[axis]

@@ -26,10 +26,9 @@ class Request(NamedTuple):
 
     def as_forward(self) -> Request:
         """The forward convolution of dy that gives dx, for a stride of 1; other directions as they are."""
-        phases = self.geometry.residues if self.direction == "data_grad" else ()
-        if not phases or phases[0].geometry is None:  # x is empty
+        if self.direction != "data_grad":
             return self
-        return self._replace(geometry=phases[0].geometry, direction="forward")
+        return self._replace(geometry=self.geometry.inverse, direction="forward")
 
     @property
     def is_complex(self) -> bool:

@@ -154,7 +154,7 @@ class Run:
         """How many threads may compute."""
         return threads.most(self.thread_limit) if self.backend.name == "numpy" else 1
 
-    def team(self, geometry: Geometry, least: int) -> Team:
+    def team(self, geometry: Geometry, least: int = 0) -> Team:
         """Who computes a convolution; ``least``: elements that each of several threads needs at the least."""
         if is_small(geometry) or self.is_share:
             return Team()

@@ -54,12 +54,12 @@ def pays(dy: Operand, dx: Result, geometry: Geometry, run: Run) -> bool:
 def _room(dy: Operand, dx: Result, geometry: Geometry, run: Run) -> tuple[int, int, int]:
     """Elements for each thread, beside the weights, and the temporaries of what is read and what is finished."""
     shared = run.budget - math.prod(geometry.w_shape)
-    return shared // run.team(geometry, 0).shares, dy.temporaries, dx.temporaries
+    return shared // run.team(geometry).shares, dy.temporaries, dx.temporaries
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
     """dx[o * stride + t * dilation - low, c] += dcols[t, c, o], image by image."""
-    xp, rank, team = run.backend.xp, geometry.rank, run.team(geometry, 0)
+    xp, rank, team = run.backend.xp, geometry.rank, run.team(geometry)
     sizes = _sizes(geometry, *_room(dy, dx, geometry, run))
     assert sizes is not None
     weights_order = Arrangement((rank, *range(rank), rank + 1, rank + 2), rank + 1, 1)

@@ -35,9 +35,7 @@ def data_grad(compute: Forward, dy: Operand, w: Operand, dx: Result, geometry: G
 
 def as_forward(w: Operand, geometry: Geometry) -> tuple[Operand, Geometry]:
     """The weight and the geometry by which a forward convolution of dy gives dx, for a stride of 1."""
-    (residue,) = geometry.residues
-    assert residue.geometry is not None
-    return w.part(w.view[(slice(None, None, -1),) * geometry.rank].swapaxes(-1, -2)), residue.geometry
+    return w.part(w.view[(slice(None, None, -1),) * geometry.rank].swapaxes(-1, -2)), geometry.inverse
 
 
 def weight_grad(

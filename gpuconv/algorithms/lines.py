@@ -61,7 +61,7 @@ def pays(images: Operand, results: Operand | Result, geometry: Geometry, run: Ru
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
     """y = lines(x) w, some lines of outputs of one image at a time."""
-    xp, team, by_rows = run.backend.xp, run.team(geometry, 0), channels_innermost(y.view)
+    xp, team, by_rows = run.backend.xp, run.team(geometry), channels_innermost(y.view)
     weights_order = Arrangement((2, 0, 1, 3, 4), 3, 1) if by_rows else Arrangement((2, 4, 0, 1, 3), 1, 3)
     results_order = Arrangement((2, 0, 1, 3), 1, 1) if by_rows else Arrangement((2, 0, 3, 1), 1, 1)
     size, each = _rows(geometry, _budget(geometry, run), 0), math.prod(geometry.w_shape)
@@ -87,7 +87,7 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> 
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
     """dw = lines(x)' dy: products of single lines, which are added up in slices, in the same order in any thread."""
-    xp, team, weights = run.backend.xp, run.team(geometry, 0), math.prod(geometry.w_shape)
+    xp, team, weights = run.backend.xp, run.team(geometry), math.prod(geometry.w_shape)
     gradients_order = Arrangement((2, 0, 1, 3), 1, 1)
     size = max(1, min(_rows(geometry, _budget(geometry, run), weights), BLOCK_BYTES // 4 // weights))
     tasks = list(product(numpy.ndindex(*geometry.batch), pieces(geometry.output[0], size)))
@@ -161,7 +161,7 @@ def _lines_seen(rows: int, geometry: Geometry) -> int:
 
 def _budget(geometry: Geometry, run: Run) -> int:
     """Elements that each thread may take, beside the sums of slices and a term of each thread."""
-    shares = run.team(geometry, 0).shares
+    shares = run.team(geometry).shares
     return (run.budget - (SLICES + shares) * math.prod(geometry.w_shape)) // shares
 
 

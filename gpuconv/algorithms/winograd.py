@@ -62,12 +62,13 @@ def nanoseconds(request: Request) -> float:
     """An estimate: the products at all points, and the transforms into tiles, out of them, and of weights."""
     # Lines of x can be read where they lie.
     is_whole = request.geometry.groups == math.prod(_steps(request.geometry)) == 1
-    geometry, direction, limits = _tiled(request).geometry, _tiled(request).direction, (request.budget, 1, 4)
+    geometry, direction = _tiled(request).geometry, _tiled(request).direction
     rows, columns = axes(geometry)
     points, tiles = rows.a * columns.a, math.prod(geometry.batch) * rows.tiles * columns.tiles
     weights = geometry.channels * geometry.group_filters
     lines = rows.a * columns.m  # elements of a tile half transformed
-    passes = -(-geometry.group_filters // sizes(geometry, direction, *limits, MOST_TEMPORARIES).filters)  # over x
+    cut = sizes(geometry, direction, request.budget, 1, 4, MOST_TEMPORARIES)
+    passes = -(-geometry.group_filters // cut.filters)  # over x
     into = passes * geometry.channels * cost.transform(geometry.group_channels, is_whole)
     out = geometry.filters * cost.transform(geometry.group_filters, is_whole)
     # Transformed weights are too many for the cache.

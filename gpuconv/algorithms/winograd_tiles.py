@@ -93,7 +93,7 @@ class Tiling:
 
     @classmethod
     def of(cls, geometry: Geometry, direction: Direction, run: Run, temporaries: int) -> Tiling:
-        team = run.team(geometry, 0)  # its shares decide the blocks, lest bits depend on the number of threads
+        team = run.team(geometry)  # its shares decide the blocks, lest bits depend on the number of threads
         sizes = plan.sizes(geometry, direction, run.budget, team.shares, run.dtype.itemsize, temporaries)
         sizes = sizes._replace(workers=min(sizes.workers, team.workers))
         return cls(geometry, run, *plan.axes(geometry), sizes, plan.blocks(geometry, sizes.unit, sizes.block))
