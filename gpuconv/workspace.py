@@ -78,8 +78,10 @@ def buffer(size: int, limit: int) -> Array:
     size = max(size, min(limit, _LARGE))
     if _kept:
         with contextlib.suppress(IndexError):  # another thread may have been faster
-            if (kept := _kept.pop()).size == size:
+            kept = _kept.pop()
+            if kept.size == size:
                 return kept
+            del kept  # before another one is made beside it
     return numpy.empty(size, numpy.uint8)
 
 
