@@ -108,6 +108,7 @@ class Tiling:
         for filters in pieces(y.view.shape[-1], self.sizes.filters):
             with self._transformed(w.part(w.view[..., filters])) as weights:
                 self._forward(images, weights, y.of_channels(filters), spoilt)
+            del weights  # before the next ones are made
         return spoilt
 
     def _forward(self, images: _Images, weights: Array, y: Result, spoilt: set[Shape]) -> None:
