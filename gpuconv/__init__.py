@@ -3,7 +3,7 @@
 __version__ = "0.1.0"
 
 from gpuconv.backend import BackendError, array_module, backend, get_backend, set_backend, show_config
-from gpuconv.choose import ALGORITHMS, Explanation, explain
+from gpuconv.choose import ALGORITHMS
 from gpuconv.conv import (
     Gradients,
     clear_cache,
@@ -15,6 +15,7 @@ from gpuconv.conv import (
     conv_weight_grad,
 )
 from gpuconv.cuda.compiler import CompileError
+from gpuconv.explanation import Explanation, explain
 from gpuconv.linear_operator import linear_operator
 from gpuconv.sparse import conv_matrix
 from gpuconv.tune import Tuned, tune

@@ -14,7 +14,7 @@ NAMES: tuple[Activation, ...] = ("relu", "leaky_relu", "sigmoid", "tanh")
 LEAKY_SLOPE = 0.01
 
 
-def apply(xp: Any, name: Activation | None, z: Array) -> None:
+def apply(z: Array, name: Activation, xp: Any) -> None:
     """Replaces z by activation(z), in place. NaN stays NaN."""
     if name == "relu":
         xp.maximum(z, 0, out=z)
@@ -22,7 +22,7 @@ def apply(xp: Any, name: Activation | None, z: Array) -> None:
         xp.maximum(z, LEAKY_SLOPE * z, out=z)
     elif name == "tanh":
         xp.tanh(z, out=z)
-    elif name == "sigmoid":
+    else:
         # 1 / (1 + exp(-z)); where exp overflows, the quotient is the 0 that it should be.
         with numpy.errstate(over="ignore"):
             xp.negative(z, out=z)
@@ -31,16 +31,14 @@ def apply(xp: Any, name: Activation | None, z: Array) -> None:
         xp.divide(1, z, out=z)
 
 
-def apply_derivative(xp: Any, name: Activation, dy: Array, y: Array) -> None:
-    """Replaces dy by dy * activation'(z), in place, where y = activation(z).
-
-    In-place operators would not be recorded: a repeated call (gpuconv/tape.py) runs only functions of xp.
-    """
+def apply_derivative(dy: Array, y: Array, name: Activation, xp: Any) -> None:
+    """Replaces dy by dy * activation'(z), in place, where y = activation(z)."""
+    y = y.astype(dy.dtype, copy=False)
     if name == "relu":
         xp.copyto(dy, 0, where=y <= 0)
     elif name == "leaky_relu":
         xp.copyto(dy, LEAKY_SLOPE * dy, where=y <= 0)
     elif name == "tanh":
-        xp.multiply(dy, 1 - y * y, out=dy)
+        dy *= 1 - y * y
     else:
-        xp.multiply(dy, y * (1 - y), out=dy)
+        dy *= y * (1 - y)

@@ -14,7 +14,7 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -22,7 +22,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy
 
 from gpuconv import settings, threads
+from gpuconv.arguments import Shape
 from gpuconv.cuda import device
+from gpuconv.views import first_byte
 
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray
 Kind: TypeAlias = Literal["numpy", "cupy"]
@@ -34,17 +36,37 @@ class BackendError(RuntimeError):
     """The backend that was asked for cannot be used on this machine."""
 
 
-class Backend(NamedTuple):
-    """An array module, what launches CUDA kernels on its arrays (None where nothing does), and on which device.
+class _Span:
+    """All bytes from the first to the last that an array of NumPy reaches, as another one that keeps it alive."""
 
-    ``again`` gives a function of the arguments that makes a launch once more, where there is a faster way to do it.
+    def __init__(self, array: numpy.ndarray) -> None:
+        place, is_read_only = array.__array_interface__["data"]
+        size = array.itemsize + sum((n - 1) * abs(step) for n, step in zip(array.shape, array.strides, strict=True))
+        place += first_byte(array.shape, array.strides)
+        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (size,), "data": (place, is_read_only)}
+        self.array = array
+
+
+def _numpy_memory(array: numpy.ndarray) -> Any:
+    """What numpy.ndarray makes parts of an array from."""
+    return array if array.flags.c_contiguous or not array.size else numpy.asarray(_Span(array))
+
+
+class Backend(NamedTuple):
+    """An array module, what prepares the launch of a CUDA kernel on its arrays, and on which device.
+
+    ``launch(kernel, grid, block, arguments, shared_memory)`` checks the arguments, which may be views, and gives a
+    function of arrays in their place; it is None where there are no kernels. ``memory(array)`` is what
+    ``array(shape, dtype, memory, offset, strides)`` makes parts of an array from, at an offset in bytes from the lowest
+    one.
     """
 
     name: str
     xp: Any
-    launch: Callable[..., None] | None
+    launch: Callable[..., Callable[..., None]] | None
     device: Callable[[], device.Device] = lambda: device.MODEL
-    again: Callable[..., Callable[[Sequence[Any]], None]] | None = None
+    memory: Callable[[Array], Any] = _numpy_memory
+    array: Callable[..., Array] = numpy.ndarray
 
     @property
     def kind(self) -> Kind:
@@ -169,7 +191,17 @@ def cupy_backend() -> Backend:
 def _cupy(cupy: Any) -> Backend:
     from gpuconv.cuda import launch
 
-    return Backend("cupy", cupy, launch.launch_cuda, device.current, launch.again)
+    return Backend("cupy", cupy, launch.prepared, device.current, _cupy_memory, _cupy_array)
+
+
+def _cupy_memory(array: Array) -> Any:
+    """A pointer to the lowest byte of an array of CuPy."""
+    return array.data if array.flags.c_contiguous else array.data + first_byte(array.shape, array.strides)
+
+
+def _cupy_array(shape: Shape, dtype: numpy.dtype, memory: Any, offset: int, strides: Shape) -> Array:
+    """A part of such an array."""
+    return module_of("cupy").ndarray(shape, dtype, memory + offset, strides)
 
 
 def driver_devices() -> int:

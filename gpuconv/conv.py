@@ -7,28 +7,25 @@ those of gpuconv/geometry.py: N batch, C in-channels, F out-channels (filters), 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from gpuconv import geometry as geometry_module
-from gpuconv import replay, tuned, workspace
+from gpuconv import execute, workspace
 from gpuconv.activations import Activation
-from gpuconv.algorithms import implicit_gemm
 from gpuconv.backend import Array
-from gpuconv.call import (
+from gpuconv.execute import Call, Source
+from gpuconv.geometry import Geometry
+from gpuconv.validate import (
     NEEDS,
-    Call,
-    Source,
     check_activation,
     check_backward,
     check_bias,
     check_gradient,
+    check_out,
     checked,
     given,
 )
-from gpuconv.choose import choose
-from gpuconv.cuda import launch
-from gpuconv.geometry import Geometry
 
 
 class Gradients(NamedTuple):
@@ -90,8 +87,8 @@ def conv(
     check_bias(b, geometry.filters)
     check_activation(activation, dtype)
     call = Call(geometry, kind, dtype, algorithm, precision, deterministic)
-    call.check_out(out, geometry.y_shape, x=x, w=w, **given(b=b))
-    return call.compute("forward", Source(x, "x"), Source(w, "w"), "y", out=out, bias=b, activation=activation)
+    check_out(out, kind, dtype, geometry.y_shape, x=x, w=w, **given(b=b))
+    return call.compute("forward", Source(x), Source(w), out=out, bias=b, activation=activation)
 
 
 def conv_data_grad(
@@ -129,8 +126,8 @@ def conv_data_grad(
     )  # fmt: skip
     check_gradient(dy, geometry.y_shape, x_shape=geometry.x_shape, w=w.shape)
     call = Call(geometry, kind, dtype, algorithm, precision, deterministic)
-    call.check_out(out, geometry.x_shape, dy=dy, w=w)
-    return call.compute("data_grad", Source(dy, "y"), Source(w, "w", conjugate=True), "x", out=out)
+    check_out(out, kind, dtype, geometry.x_shape, dy=dy, w=w)
+    return call.compute("data_grad", Source(dy), Source(w, conjugate=True), out=out)
 
 
 def conv_weight_grad(
@@ -166,8 +163,8 @@ def conv_weight_grad(
     )  # fmt: skip
     check_gradient(dy, geometry.y_shape, x=x.shape, w_shape=geometry.w_shape)
     call = Call(geometry, kind, dtype, algorithm, precision, deterministic)
-    call.check_out(out, geometry.w_shape, dy=dy, x=x)
-    return call.compute("weight_grad", Source(dy, "y"), Source(x, "x", conjugate=True), "w", out=out)
+    check_out(out, kind, dtype, geometry.w_shape, dy=dy, x=x)
+    return call.compute("weight_grad", Source(dy), Source(x, conjugate=True), out=out)
 
 
 def conv_backward(
@@ -206,11 +203,11 @@ def conv_backward(
     )
     needed = check_backward(kind, dtype, dy, geometry.y_shape, activation, y, needs, x=x.shape, w=w.shape)
     call = Call(geometry, kind, dtype, algorithm, precision, deterministic)
-    gradient = Source(dy, "y", y=y if activation else None, activation=activation)
+    gradient = Source(dy, y=y if activation else None, activation=activation)
     return Gradients(
-        dx=call.compute("data_grad", gradient, Source(w, "w", conjugate=True), "x") if "dx" in needed else None,
-        dw=call.compute("weight_grad", gradient, Source(x, "x", conjugate=True), "w") if "dw" in needed else None,
-        db=call.bias_grad(gradient) if "db" in needed else None,
+        dx=call.compute("data_grad", gradient, Source(w, conjugate=True)) if "dx" in needed else None,
+        dw=call.compute("weight_grad", gradient, Source(x, conjugate=True)) if "dw" in needed else None,
+        db=call.compute("bias_grad", gradient) if "db" in needed else None,
     )
 
 
@@ -253,8 +250,8 @@ def conv_transpose(
     check_bias(b, geometry.channels)
     check_activation(activation, dtype)
     call = Call(geometry, kind, dtype, algorithm, precision, deterministic)
-    call.check_out(out, geometry.x_shape, x=x, w=w, **given(b=b))
-    return call.compute("data_grad", Source(x, "y"), Source(w, "w"), "x", out=out, bias=b, activation=activation)
+    check_out(out, kind, dtype, geometry.x_shape, x=x, w=w, **given(b=b))
+    return call.compute("data_grad", Source(x), Source(w), out=out, bias=b, activation=activation)
 
 
 def conv_transpose_backward(
@@ -291,23 +288,23 @@ def conv_transpose_backward(
     )  # fmt: skip
     needed = check_backward(kind, dtype, dy, geometry.x_shape, activation, y, needs, x=x.shape, w=w.shape)
     call = Call(geometry, kind, dtype, algorithm, precision, deterministic)
-    gradient = Source(dy, "x", y=y if activation else None, activation=activation)
+    gradient = Source(dy, y=y if activation else None, activation=activation)
     return Gradients(
-        dx=call.compute("forward", gradient, Source(w, "w", conjugate=True), "y") if "dx" in needed else None,
-        dw=call.compute("weight_grad", Source(x, "y", conjugate=True), gradient, "w") if "dw" in needed else None,
-        db=call.bias_grad(gradient) if "db" in needed else None,
+        dx=call.compute("forward", gradient, Source(w, conjugate=True)) if "dx" in needed else None,
+        dw=call.compute("weight_grad", Source(x, conjugate=True), gradient) if "dw" in needed else None,
+        db=call.compute("bias_grad", gradient) if "db" in needed else None,
     )
 
 
 def clear_cache() -> None:
-    """Forgets cached plans, repeated calls and loaded kernels, and releases the workspaces kept for the next call.
+    """Forgets plans, loaded kernels and all else that was kept for later calls, and releases their workspaces.
 
     Compiled kernels and what gpuconv.tune has found stay on disk, in the folder of GPUCONV_CACHE_DIR.
     """
-    geometry_module.clear_cache()
-    choose.cache_clear()
-    implicit_gemm.planned.cache_clear()
-    tuned.clear()
-    replay.clear()
+    execute.clear()
     workspace.clear()
-    launch.clear()
+    for path, module in list(sys.modules.items()):
+        if path.partition(".")[0] == "gpuconv":
+            for cached in vars(module).values():
+                if hasattr(cached, "cache_clear"):
+                    cached.cache_clear()

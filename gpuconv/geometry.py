@@ -163,6 +163,10 @@ class Geometry:
             return (*self.kernel, self.group_channels, self.filters)
         return (self.filters, self.group_channels, *self.kernel)
 
+    def shape_of(self, role: str) -> Shape:
+        """The shape of "x", "w" or "y"."""
+        return {"x": self.x_shape, "w": self.w_shape, "y": self.y_shape}[role]
+
     def _images(self, channels: int, extent: Shape) -> Shape:
         if self.layout == "channels_last":
             return (*self.batch, *extent, channels)
@@ -441,11 +445,3 @@ def _infer_transposed(
     return Geometry(
         batch, channels, filters, tuple(result), kernel, stride, tuple(pairs), dilation, groups, layout, flip
     )
-
-
-def clear_cache() -> None:
-    """Forgets the geometries seen so far."""
-    _of_arguments.cache_clear()
-    _of_transposed.cache_clear()
-    _infer.cache_clear()
-    _infer_transposed.cache_clear()

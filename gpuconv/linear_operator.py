@@ -10,9 +10,9 @@ import numpy
 
 from gpuconv.arguments import Shape
 from gpuconv.backend import Array
-from gpuconv.call import checked
 from gpuconv.conv import conv, conv_data_grad
 from gpuconv.geometry import Geometry
+from gpuconv.validate import checked
 
 
 def linear_operator(

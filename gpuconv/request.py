@@ -10,8 +10,8 @@ from gpuconv import dtypes, settings
 from gpuconv.backend import Backend
 from gpuconv.geometry import Direction, Geometry
 
-# On NumPy this fraction of the limit is kept for the record by which a call is repeated (gpuconv/tape.py).
-RECORD_SHARE = 64
+# On NumPy this fraction of the limit is for the plan of a call (gpuconv/plan.py).
+PLAN_SHARE = 64
 
 
 class Request(NamedTuple):
@@ -55,5 +55,5 @@ def _bytes(number: int) -> str:
 
 
 def workspace_of(limit: int, backend: Backend) -> int:
-    """Bytes that an algorithm may take under a limit: on NumPy less than all, whether or not a call is recorded."""
-    return limit if backend.launch is not None else limit - limit // RECORD_SHARE
+    """Bytes that an algorithm may take under a limit: on NumPy less than all, since plans take some."""
+    return limit if backend.launch is not None else limit - limit // PLAN_SHARE

@@ -145,7 +145,7 @@ class _Tasks(Iterator[T]):
         with self._lock:
             return next(self._tasks)
 
-    def drop(self) -> None:
+    def close(self) -> None:
         """Leaves no task for anyone."""
         with self._lock:
             self._tasks = iter(())
@@ -165,18 +165,16 @@ def spread(tasks: Iterable[T], worker: Callable[[Iterator[T]], None], workers: i
         return
     shared = _Tasks(tasks)
 
-    def work() -> None:
-        try:
+    def help_out() -> None:
+        with contextlib.closing(shared):
             worker(shared)
-        except BaseException:
-            shared.drop()
-            raise
 
     try:
         with _blas.held(1):
-            started = [future for _ in range(helpers) if (future := _started(work))]
+            started = [future for _ in range(helpers) if (future := _started(help_out))]
             try:
-                work()
+                with contextlib.closing(shared):
+                    worker(shared)
             finally:
                 errors = [future.exception() for future in started]
     finally:

@@ -20,9 +20,10 @@ import numpy
 
 from gpuconv import dtypes
 from gpuconv.backend import INSTALL_HINT, Array, Kind
-from gpuconv.call import Call, Source, check_bias, has_channels_last_memory
+from gpuconv.execute import Call, Source
 from gpuconv.geometry import Direction, Geometry
-from gpuconv.operands import Role
+from gpuconv.operands import ROLES, Role, has_channels_last_memory
+from gpuconv.validate import check_bias
 
 try:
     import torch
@@ -31,13 +32,6 @@ except ImportError:
     raise ImportError("gpuconv.torch needs PyTorch: pip install 'gpuconv[torch]'") from None
 
 Tensor: TypeAlias = torch.Tensor
-
-# The two operands of a direction, and its result.
-ROLES: dict[Direction, tuple[Role, Role, Role]] = {
-    "forward": ("x", "w", "y"),
-    "data_grad": ("y", "w", "x"),
-    "weight_grad": ("y", "x", "w"),
-}
 
 
 def conv(
@@ -135,7 +129,6 @@ class _Problem(NamedTuple):
 
     def computed(self, direction: Direction, first: Tensor, second: Tensor, b: Tensor | None) -> Tensor:
         """The same, unknown to autograd; w and x are conjugated in the gradients."""
-        one, other, role = ROLES[direction]
         # PyTorch says nothing of numbers that overflow.
         with _on_stream_of(first.device) if first.is_cuda else numpy.errstate(over="ignore", invalid="ignore"):
             arrays = [_array(tensor) for tensor in (first, second, b) if tensor is not None]
@@ -143,12 +136,11 @@ class _Problem(NamedTuple):
             call = Call(self.geometry, kind, dtypes.promoted(*(array.dtype for array in arrays)), *self[1:])
             out = None
             if first.is_cuda:  # in memory of PyTorch's allocator, which knows until when streams use it
-                out = self._empty(role, getattr(torch, call.dtype.name), first.device, arrays[0])
+                out = self._empty(ROLES[direction][2], getattr(torch, call.dtype.name), first.device, arrays[0])
             result = call.compute(
                 direction,
-                Source(arrays[0], one),
-                Source(arrays[1], other, conjugate=direction != "forward"),
-                role,
+                Source(arrays[0]),
+                Source(arrays[1], conjugate=direction != "forward"),
                 out=None if out is None else _array(out),
                 bias=None if b is None else arrays[2],
             )
@@ -157,8 +149,8 @@ class _Problem(NamedTuple):
     def _empty(self, role: Role, dtype: torch.dtype, device: torch.device, like: Array) -> Tensor:
         """A tensor for the result; x and y in the order in which the array ``like`` lies."""
         geometry = self.geometry
-        shape = {"x": geometry.x_shape, "w": geometry.w_shape, "y": geometry.y_shape}[role]
-        if role == "w" or not has_channels_last_memory(like, geometry):
+        shape = geometry.shape_of(role)
+        if role == "w" or not has_channels_last_memory(like.shape, like.strides, like.dtype.itemsize, geometry):
             return torch.empty(shape, dtype=dtype, device=device)
         channel = len(geometry.batch)
         memory = torch.empty((*shape[:channel], *shape[channel + 1 :], shape[channel]), device="meta")

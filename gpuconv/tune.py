@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 
-from gpuconv import choose, dtypes, replay, settings, tuned
+from gpuconv import choose, dtypes, execute, settings, tuned
 from gpuconv.backend import Backend, backend_named
 from gpuconv.backend import backend as within
 from gpuconv.geometry import DIRECTIONS, Direction, Geometry
@@ -101,7 +101,7 @@ def tuned_geometry(
     with within(backend.name), clock.running():
         found = [_tuned(problem, geometry, direction, backend, clock, seconds) for direction in directions]
     choose.choose.cache_clear()
-    replay.clear()
+    execute.clear()
     return found
 
 

@@ -50,12 +50,6 @@ def remember(backend: Backend, direction: Direction, geometry: Geometry, dtype: 
     _answers.cache_clear()
 
 
-def clear() -> None:
-    """Forgets what was read; the files stay."""
-    _answers.cache_clear()
-    _digest.cache_clear()
-
-
 def path(backend: Backend) -> Path:
     """The file for this machine and what computes on it."""
     return _folder(backend) / f"{_digest(backend, backend.device())}.json"

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import settings
 
 import gpuconv
-import gpuconv.call
-from gpuconv import dtypes, replay, tuned
+import gpuconv.execute
+from gpuconv import dtypes, execute, tuned
 from gpuconv.algorithms import direct, scatter, scatter_plain
-from gpuconv.backend import NUMPY, Backend, cupy_backend
+from gpuconv.backend import NUMPY, cupy_backend
 from gpuconv.choose import MODULES, TRANSFORMS
 from gpuconv.cuda import arguments, kernels_folder
 from gpuconv.cuda import report as compile_report
@@ -95,7 +95,7 @@ class StandinArrays(EmulatedArrays):
 
     def __init__(self, module):
         self.xp = module
-        self.backend = Backend("cupy", module, launch_on_standin)
+        self.backend = standin.backend(module)
 
     def asarray(self, array):
         # Strides are kept: a stand-in array lies in memory as the NumPy array does.
@@ -132,19 +132,9 @@ class CupyArrays(NumpyArrays):
 def _wide(wide):
     """64-bit offsets, for calls that were made before too."""
     with mock.patch.object(arguments, "is_wide", return_value=True) if wide else contextlib.nullcontext():
-        replay.clear()
+        execute.clear()
         yield
-        replay.clear()
-
-
-def launch_on_standin(kernel, grid, block, given, shared_memory=0):
-    """What the stand-in has in the place of a GPU."""
-    inner = [array._array if isinstance(array, standin.ndarray) else array for array in given]
-    launcher.launch_emulated(kernel, grid, block, inner, shared_memory)
-
-
-def again_on_standin(kernel, grid, block, shared_memory):
-    return lambda given: launch_on_standin(kernel, grid, block, given, shared_memory)
+        execute.clear()
 
 
 @contextlib.contextmanager
@@ -154,15 +144,14 @@ def arrays_of(backend):
         yield NumpyArrays()
     elif backend == "emulated":
         with (
-            mock.patch.object(gpuconv.call, "backend_for", return_value=launcher.EMULATED),
+            mock.patch.object(gpuconv.execute, "backend_for", return_value=launcher.EMULATED),
             launcher.using(order="natural"),
         ):
             yield EmulatedArrays()
     elif backend == "stand-in":
         with (
             standin.installed() as module,
-            mock.patch("gpuconv.cuda.launch.launch_cuda", launch_on_standin),
-            mock.patch("gpuconv.cuda.launch.again", again_on_standin),
+            mock.patch("gpuconv.cuda.launch.prepared", standin.prepared),
             mock.patch("gpuconv.cuda.device.current", return_value=MODEL),
             launcher.using(order="natural"),
         ):
@@ -195,7 +184,7 @@ def _plain_environment(monkeypatch):
     for variable in {*gpuconv.settings.DEFAULTS, "CUPY_TF32"} - {"GPUCONV_CACHE_DIR"}:
         monkeypatch.delenv(variable, raising=False)
     gpuconv.set_backend(None)
-    replay.clear()  # nor does a call of another one
+    execute.clear()  # nor does a call of another one
 
 
 @pytest.fixture(autouse=True)

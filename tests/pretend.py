@@ -13,7 +13,7 @@ from unittest import mock
 
 import numpy as np
 
-import gpuconv.call
+import gpuconv.execute
 from gpuconv.backend import Backend
 from gpuconv.benchmark import command
 from tests.emulation import launcher
@@ -96,10 +96,10 @@ def module():
 def gpu():
     """While it lasts, calls and ``gpuconv bench`` compute on this."""
     cupy = module()
-    place = Backend("cupy", cupy, launcher.launch_emulated)
+    place = Backend("cupy", cupy, launcher.prepared)
     with (
         mock.patch.dict(sys.modules, {"cupy": cupy}),
-        mock.patch.object(gpuconv.call, "backend_for", return_value=place),
+        mock.patch.object(gpuconv.execute, "backend_for", return_value=place),
         mock.patch.object(command, "backend_named", return_value=place),
         mock.patch.object(sys.modules["gpuconv.backend"], "backend_named", return_value=place),
         launcher.using(order="natural"),

@@ -12,11 +12,18 @@ import types
 
 import numpy as np
 
+from gpuconv.backend import NUMPY, Backend
+from gpuconv.views import first_byte
+from tests.emulation import launcher
+
 
 class ndarray:  # noqa: N801
     __array_ufunc__ = None
 
-    def __init__(self, array):
+    def __init__(self, array, dtype=None, memptr=None, strides=None):
+        """Of an array of NumPy; or, as CuPy has it, of a shape, a dtype, a pointer and strides."""
+        if memptr is not None:
+            array = np.ndarray(array, dtype, memptr.memory, memptr.offset, strides)
         self._array = array
 
     def __array__(self, *_, **__):
@@ -31,7 +38,7 @@ class ndarray:  # noqa: N801
     nbytes = property(lambda self: self._array.nbytes)
     flags = property(lambda self: types.SimpleNamespace(c_contiguous=self._array.flags.c_contiguous))
     device = property(lambda self: Device(0))
-    data = property(lambda self: types.SimpleNamespace(ptr=self._array.__array_interface__["data"][0]))
+    data = property(lambda self: MemoryPointer(self._array))
 
     def get(self):
         return np.ascontiguousarray(self._array)
@@ -80,9 +87,30 @@ def _method(name):
 
 for _name in (
     *("transpose", "reshape", "swapaxes", "astype", "view", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__"),
-    *("__rmul__", "__matmul__", "__neg__", "__le__", "__eq__", "sum", "dot", "max", "min"),
+    *("__rmul__", "__matmul__", "__neg__", "__le__", "__eq__", "sum", "dot", "max", "min", "all"),
 ):
     setattr(ndarray, _name, _method(_name))
+
+
+class MemoryPointer:
+    """A place in the memory of an array, which reaches from its first element, or what lies lower, to the last."""
+
+    def __init__(self, array, offset=None):
+        self.memory = NUMPY.memory(array)
+        self.offset = -first_byte(array.shape, array.strides) if offset is None else offset
+        self.ptr = array.__array_interface__["data"][0]
+        self._array = array
+
+    def __add__(self, offset):
+        moved = MemoryPointer(self._array, self.offset + offset)
+        moved.ptr = self.ptr + offset
+        return moved
+
+
+def prepared(kernel, grid, block, given, shared_memory=0):
+    """What the stand-in has in the place of gpuconv.cuda.launch.prepared."""
+    launch = launcher.prepared(kernel, grid, block, given, shared_memory)
+    return lambda *given: launch(*(array._array if isinstance(array, ndarray) else array for array in given))
 
 
 class Device:
@@ -122,6 +150,11 @@ def asarray(value):
 
 def _copyto(target, source, casting="same_kind", where=True):
     np.copyto(_inner(target), _inner(source), casting, _inner(where))
+
+
+def backend(module):
+    """Where kernels that take the stand-in's arrays run on the CPU."""
+    return Backend("cupy", module, prepared)
 
 
 @contextlib.contextmanager

@@ -10,9 +10,10 @@ import pytest
 
 import gpuconv
 from gpuconv.algorithms import direct, scatter
-from gpuconv.backend import INSTALL_HINT
+from gpuconv.backend import INSTALL_HINT, Backend
 from gpuconv.cuda import cache, compiler, kernels_folder, launch, structs
 from gpuconv.cuda.kernel import CUDA_TYPES, Kernel, Module, check_arguments, parameters, source
+from gpuconv.plan import WORKSPACE, Planner, Scope
 from tests.cases import DTYPES
 
 
@@ -196,14 +197,14 @@ def test_a_cache_folder_that_cannot_be_only_costs_time(name, made, monkeypatch):
 def test_a_home_that_is_unknown_is_named(variable, device, given, monkeypatch):
     monkeypatch.setenv(variable, "~nobody-by-this-name/kernels")
     with pytest.raises(ValueError, match=f"{variable} must name a folder; got '~nobody-by-this-name/kernels'"):
-        launch.launch_cuda(FORWARD, 1, 128, given)
+        launched(given, 1)
 
 
 @pytest.mark.parametrize("name", ["/proc/gpuconv", "/dev/null/gpuconv"])
 def test_a_dump_that_cannot_be_written_is_an_error(name, device, given, monkeypatch):
     monkeypatch.setenv("GPUCONV_DUMP", name)
     with pytest.raises(ValueError, match=f"GPUCONV_DUMP must name a folder to write to; got '{name}'"):
-        launch.launch_cuda(FORWARD, 1, 128, given)
+        launched(given, 1)
 
 
 # ------------------------------------------------------------------------------------------------- the launch
@@ -244,9 +245,9 @@ def device(made, monkeypatch):
     cupy = types.SimpleNamespace(RawModule=RawModule, cuda=types.SimpleNamespace(Device=new_device))
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(compiler, "architecture_for", lambda capability: f"sm_{capability}a")
-    launch.clear()
+    gpuconv.clear_cache()
     yield seen
-    launch.clear()
+    gpuconv.clear_cache()
 
 
 @pytest.fixture
@@ -263,43 +264,51 @@ def given():
 FORWARD = Kernel(DIRECT, "direct_forward")
 
 
-def test_a_launch_is_made_again_on_its_device(device, given):
-    """Without a look at the arguments, or for the function."""
-    launch.launch_cuda(FORWARD, 5, 128, given, 60_000)
-    again = launch.again(FORWARD, 5, 128, 60_000)
-    again(given[::-1])
-    assert device.launched[1:] == [("direct_forward", (5,), (128,), tuple(given[::-1]), 60_000)]
+def launched(given, grid=5, shared_memory=0):
+    launch.prepared(FORWARD, grid, 128, given, shared_memory)(*given)
+
+
+def test_a_launch_that_is_prepared_is_made_again_with_other_arguments(device, given):
+    again = launch.prepared(FORWARD, 5, 128, given, 60_000)
+    assert device.launched == []
+    for arguments in (given, given[::-1]):  # which are not looked at again
+        again(*arguments)
+        assert device.launched.pop() == ("direct_forward", (5,), (128,), tuple(arguments), 60_000)
     assert len(device.loaded) == 1
 
 
 def test_a_kernel_is_loaded_once_for_each_device(device, made, given):
     for _ in range(3):
-        launch.launch_cuda(FORWARD, 5, 128, given, 64)
+        launched(given, shared_memory=64)
     assert device.launched == [("direct_forward", (5,), (128,), tuple(given), 64)] * 3
     assert len(device.loaded) == len(made) == 1
     device.current = 1
-    launch.launch_cuda(FORWARD, 5, 128, given)
+    launched(given)
     assert len(device.loaded) == 2
     assert len(made) == 1
 
 
 def test_more_shared_memory_is_asked_for_once(device, given):
     for size in (64, 60_000, 60_000, 90_000, 60_000):
-        launch.launch_cuda(FORWARD, 5, 128, given, size)
+        launched(given, shared_memory=size)
     assert [size for *_, size in device.launched] == [64, 60_000, 60_000, 90_000, 60_000]
     assert device.asked_for == [60_000, 90_000]
 
 
 def test_a_grid_of_no_blocks_is_not_launched(device, given):
-    launch.launch_cuda(FORWARD, 0, 128, given)
-    assert device.launched == device.loaded == []
+    scope = Scope(WORKSPACE, 8)
+    planner = Planner(Backend("cupy", None, launch.prepared), np.dtype(np.float32), 0, scope, 8)
+    planner.launch(FORWARD, 0, 128, given)
+    assert not scope.steps
+    planner.launch(FORWARD, 1, 128, given)
+    assert len(scope.steps) == 1
 
 
 def test_a_grid_beyond_what_cuda_takes_is_refused(device, given):
     with pytest.raises(
         ValueError, match="direct_forward would need 2147483648 blocks, and a grid has at most 2147483647"
     ):
-        launch.launch_cuda(FORWARD, 2**31, 128, given)
+        launched(given, 2**31)
 
 
 WRONG_ARGUMENTS = {
@@ -328,7 +337,7 @@ def test_arguments_are_held_against_the_kernel_s_source(name, device, given):
     place, wrong, words = WRONG_ARGUMENTS[name]
     given[place] = wrong
     with pytest.raises(TypeError) as caught:
-        launch.launch_cuda(FORWARD, 1, 128, given)
+        launched(given, 1)
     assert f"direct_forward {words}" in str(caught.value)
     assert device.launched == []
 
@@ -348,10 +357,10 @@ def test_parameters_are_read_from_the_source():
 
 
 def test_sources_are_dumped_where_a_folder_is_named(device, given, tmp_path, monkeypatch):
-    launch.launch_cuda(FORWARD, 1, 128, given)
+    launched(given, 1)
     monkeypatch.setenv("GPUCONV_DUMP", str(tmp_path / "dump"))
     for _ in range(2):
-        launch.launch_cuda(FORWARD, 1, 128, given)
+        launched(given, 1)
     (path,) = (tmp_path / "dump").iterdir()
     assert path.name.startswith("direct-")
     assert path.read_text() == source(DIRECT)

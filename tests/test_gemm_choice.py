@@ -8,11 +8,13 @@ import pytest
 
 import gpuconv
 from gpuconv.algorithms import gemm_table, gemm_tiles, implicit_gemm
-from gpuconv.algorithms.matrices import BY_TAP, Lines, View, matrices_of
+from gpuconv.algorithms.matrices import BY_TAP, Lines, matrices_of
 from gpuconv.choose import choose
 from gpuconv.cuda.device import MODEL, Device
 from gpuconv.geometry import Geometry
+from gpuconv.operands import contiguous
 from gpuconv.request import Request
+from gpuconv.views import View
 from tests.cases import DIRECTIONS, named_dtype
 from tests.conftest import BACKENDS
 
@@ -23,7 +25,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 def test_matrices_lie_as_their_arrays_do():
     """16 bytes move at once along what lies side by side and begins at multiples of 16 bytes."""
-    half, eight = np.float16, 8
+    half = np.float16
     cases = {
         # direction, layout, channels, filters, kernel, extent: left, right, (along rows, vector)
         ("forward", "channels_last", 16, 24, 3, 8): ((True, 8), (False, 8), (False, 8)),
@@ -46,13 +48,14 @@ def test_matrices_lie_as_their_arrays_do():
             padding=kernel // 2,
             layout=layout,
         )
-        x, w, y = (View.contiguous(role, np.dtype(half), geometry) for role in ("x", "w", "y"))
+        x, w, y = (contiguous(role, np.dtype(half), geometry) for role in ("x", "w", "y"))
         given = {"forward": (x, w, y), "data_grad": (y, w, x), "weight_grad": (y, x, w)}[direction]
         found = matrices_of(direction, geometry, *given)
         assert (found.left, found.right) == (Lines(*left), Lines(*right)), (direction, layout, kernel, n)
         assert (found.result_along_rows, found.result_vector) == result
         assert found.axes == (0 if kernel == 1 else 2 if direction == "weight_grad" else BY_TAP)
-        shifted = given[0]._replace(beyond=eight)
+        first = given[0]
+        shifted = View(first.memory, first.offset, first.shape, first.strides, first.dtype, base=8)
         moved = matrices_of(direction, geometry, shifted, *given[1:])
         assert (moved.right if direction == "weight_grad" else moved.left).vector == 1
 
@@ -62,7 +65,7 @@ def test_windows_that_stay_within_the_image_need_no_look():
     for kernel, look in (((3, 3), BY_TAP), ((4, 8), BY_TAP), ((3, 11), 2)):
         for settings, axes in (({}, 0), (pads[0], look), (pads[1], look), ({"padding": -1}, 0)):
             geometry = Geometry.infer((1, 8, 19, 19), (8, 8, *kernel), **settings)
-            views = [View.contiguous(role, np.dtype(np.float32), geometry) for role in ("x", "w", "y")]
+            views = [contiguous(role, np.dtype(np.float32), geometry) for role in ("x", "w", "y")]
             assert matrices_of("forward", geometry, *views).axes == axes
             assert matrices_of("data_grad", geometry, views[2], views[1], views[0]).axes == look
 

@@ -9,7 +9,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import gpuconv
-from gpuconv import replay
+from gpuconv import execute
 from gpuconv.algorithms import col2im, lines, residues
 from gpuconv.geometry import Geometry
 from tests import reference
@@ -69,7 +69,7 @@ def test_they_are_exact_on_small_integers(convolution, dtype, layout, limit, few
     x, w, dy = (laid_out(a.astype(named_dtype(dtype)), layout, r) for a, r in ((x, "x"), (w, "w"), (dy, "x")))
     axes = "channels_last" if layout == "channels_last" else "channels_first"
     options = {**settings, "algorithm": "im2col", "layout": axes}
-    replay.clear()
+    execute.clear()
     with (
         limited(limit),
         mock.patch.object(lines, "LONG", 1),

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv import dtypes, replay
+from gpuconv import dtypes, execute
 from gpuconv.algorithms import gemm_tiles, implicit_gemm
 from gpuconv.algorithms.gemm_tiles import Choice
-from gpuconv.algorithms.matrices import View
 from gpuconv.cuda import kernels_folder
 from gpuconv.cuda.device import MODEL, Device
 from gpuconv.geometry import Geometry
+from gpuconv.operands import Operand
+from gpuconv.views import View
 from tests import reference
 from tests.cases import DIRECTIONS, channels_first, draw, laid_out, named_dtype
 from tests.conftest import BACKENDS
@@ -42,7 +43,7 @@ TILES = [
     (kind, tile)
     for kind, (name, precision) in KINDS.items()
     for tile in implicit_gemm._products(
-        *[implicit_gemm.Source(View((), (), named_dtype(name), 0))] * 2,
+        *[Operand(View(0, 0, (), (), named_dtype(name)))] * 2,
         *(1, dtypes.accumulator(named_dtype(name)), precision, MODEL),
     ).tiles
 ]
@@ -122,8 +123,7 @@ def planned():
             found.append(dict(made.module.constants))
         return made
 
-    replay.clear()
-    plan.cache_clear = original.cache_clear
+    execute.clear()
     with mock.patch.object(implicit_gemm, "planned", plan):
         yield found
 
@@ -493,7 +493,7 @@ def test_unmerged_batch_axes_add_up_in_the_weights(arrays):
     w_shape = (5, 4, 3)
     expected = gpuconv.conv_weight_grad(dy, x, w_shape, algorithm="im2col")
     swapped = [arrays.asarray(np.ascontiguousarray(a.swapaxes(0, 2))).swapaxes(0, 2) for a in (dy, x)]
-    replay.clear()
+    execute.clear()
     with mock.patch.object(implicit_gemm, "_add_slices", wraps=implicit_gemm._add_slices) as added:
         result = gpuconv.conv_weight_grad(*swapped, w_shape, algorithm="implicit_gemm")
     assert added.call_count > 1
@@ -524,21 +524,12 @@ def test_the_sums_of_slices_stay_within_the_workspace(limit, arrays, monkeypatch
     """With filters in pieces where even one slice and the totals are too many."""
     monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", limit)
     problem = Problem((4, 24, 20, 20), (40, 24, 3, 3), "float32", padding=1)
-    taken = []
-    original = gpuconv.workspace.Run.workspace
-
-    @contextlib.contextmanager
-    def watched(self, *sizes):
-        taken.append(sum(sizes) * self.dtype.itemsize)
-        with original(self, *sizes) as spaces:
-            yield spaces
-        held.append(taken.pop())
-
-    held = []
-    with mock.patch.object(gpuconv.workspace.Run, "workspace", watched), launcher.using() as launches:
+    execute.clear()
+    with launcher.using() as launches:
         result = problem.computed(arrays, "weight_grad")
+    (plan,) = execute._plans.values()
     np.testing.assert_array_equal(result, problem.exact("weight_grad").astype(np.float32))
-    assert max(held) <= gpuconv.settings.workspace_limit()
+    assert 0 < plan.space <= gpuconv.settings.workspace_limit()
     assert len(launches) == 2 * {"1728": 40, "100KiB": 1, "1MiB": 1, "64MiB": 1}[limit]
 
 
@@ -576,26 +567,10 @@ def test_without_tensor_cores_halves_are_added_up_in_float32(direction, dtype, a
     """As on sm_75, which has none for all of them; and no copies that go on by themselves."""
     problem = Problem((2, 16, 6, 6), (16, 16, 3, 3), dtype, False, padding=1)
     turing = arrays.backend._replace(device=lambda: TURING)
-    with mock.patch.object(gpuconv.call, "backend_for", return_value=turing), planned() as constants:
+    with mock.patch.object(gpuconv.execute, "backend_for", return_value=turing), planned() as constants:
         result = problem.computed(arrays, direction)
     assert [(c["TENSOR_PRODUCTS"], c["STAGES"]) for c in constants] == [(0, 2)]
     assert_within(result, problem.exact(direction), problem.bound(direction))
-
-
-@pytest.mark.called_once("it counts plans")
-def test_a_plan_is_made_once_for_the_same_shapes(rng):
-    from tests.conftest import arrays_of
-
-    if launcher.loader.why_not():
-        pytest.skip(launcher.loader.why_not())
-    with arrays_of("emulated"):
-        implicit_gemm.planned.cache_clear()
-        for _ in range(3):
-            x, w = rng.standard_normal((1, 8, 5, 5)), rng.standard_normal((8, 8, 3, 3))
-            gpuconv.conv(x, w, algorithm="implicit_gemm")
-            replay.clear()
-        info = implicit_gemm.planned.cache_info()
-        assert (info.misses, info.hits) == (1, 2)
 
 
 # ------------------------------------------------------------------------------------------------- on a GPU

@@ -64,7 +64,7 @@ def test_a_changed_input_is_noticed():
 def test_a_derivative_that_a_repeated_call_leaves_out_is_noticed(monkeypatch, rng):
     """It is written by an operator, which the record of a call does not hold."""
 
-    def apply_derivative(xp, name, dy, y):
+    def apply_derivative(dy, y, name, xp):
         dy *= 1 - y * y
 
     monkeypatch.setattr(activations, "apply_derivative", apply_derivative)

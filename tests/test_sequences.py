@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 import gpuconv
-import gpuconv.call
+import gpuconv.execute
 from gpuconv import threads, workspace
 from gpuconv.backend import NUMPY
 from gpuconv.choose import MODULES
@@ -174,8 +174,8 @@ class Sequences(RuleBasedStateMachine):
 
     def place(self):
         """Where calls are computed."""
-        backend = launcher.EMULATED if self.on_kernels else gpuconv.call.backend_for("numpy")
-        return mock.patch.object(gpuconv.call, "backend_for", return_value=backend)
+        backend = launcher.EMULATED if self.on_kernels else gpuconv.execute.backend_for("numpy")
+        return mock.patch.object(gpuconv.execute, "backend_for", return_value=backend)
 
     @rule(data=st.data(), order=st.lists(st.integers(0, 2), min_size=3, max_size=9))
     def calls_in_turns(self, data, order):

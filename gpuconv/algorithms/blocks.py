@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from gpuconv.arguments import Shape
-from gpuconv.backend import Array
 from gpuconv.geometry import Geometry
 from gpuconv.operands import Index, Operand, in_place
+from gpuconv.plan import Planner
 from gpuconv.request import Request
-from gpuconv.workspace import Run, shaped
+from gpuconv.views import View, merged
 
 # Blocks of fewer outputs are not worth their overhead, where fewer groups at a time make them longer.
 FEWEST_OUTPUTS = 64
@@ -36,58 +35,56 @@ class Arrangement(NamedTuple):
         axes = (*self.axes[:lead], *self.axes[rows:], *self.axes[lead:rows])
         return Arrangement(axes, self.column_axes, self.row_axes)
 
-    def matrix(self, view: Array) -> Array | None:
+    def matrix(self, view: View) -> View | None:
         """The view as matrices where that takes no copy, else None."""
         return as_matrix(view.transpose(self.axes), self.row_axes, self.column_axes)
 
-    def empty(self, shape: tuple[int, ...], flat: Array) -> tuple[Array, Array]:
+    def empty(self, shape: tuple[int, ...], flat: View) -> tuple[View, View]:
         """An array of this shape on workspace memory, and the same memory as matrices."""
         ordered = tuple(shape[axis] for axis in self.axes)
         columns = len(ordered) - self.column_axes
         rows = columns - self.row_axes
-        memory = shaped(flat, ordered)
+        memory = flat.shaped(ordered)
         matrix = memory.reshape(*ordered[:rows], math.prod(ordered[rows:columns]), math.prod(ordered[columns:]))
         return memory.transpose(_inverse(self.axes)), matrix
 
-    def copies(self, operand: Operand, run: Run) -> bool:
+    def copies(self, operand: Operand, planner: Planner) -> bool:
         """Whether loading the operand takes room in the workspace."""
-        return not operand.is_plain(run.dtype) or self.matrix(operand.view) is None
+        return not operand.is_plain(planner.dtype) or self.matrix(operand.view) is None
 
-    def load(self, operand: Operand, index: Index, flat: Array, run: Run) -> Array:
+    def load(self, operand: Operand, index: Index, flat: View, planner: Planner) -> View:
         """A piece of an operand as matrices: where it lies if that will do, else read into the workspace."""
         piece = operand.view[index]
-        matrix = self.matrix(piece) if operand.is_plain(run.dtype) else None
+        matrix = self.matrix(piece) if operand.is_plain(planner.dtype) else None
         if matrix is None:
             block, matrix = self.empty(piece.shape, flat)
-            operand.read(run.backend.xp, index, block)
+            operand.read(index, block, planner)
         return matrix
 
-    def place(self, target: Array, flat: Array, run: Run) -> tuple[Array, Array]:
+    def place(self, target: View, flat: View, planner: Planner) -> tuple[View, View]:
         """Where matrix products that belong in target may be formed: target itself if that will do, else workspace."""
-        matrix = self.matrix(target) if in_place(target, run.dtype) else None
+        matrix = self.matrix(target) if in_place(target, planner.dtype) else None
         return (target, matrix) if matrix is not None else self.empty(target.shape, flat)
 
 
-def lies_by_filters(w: Array) -> bool:
+def lies_by_filters(w: View) -> bool:
     """Whether w (*kernel, G, C/G, F/G) has its filters farther apart in memory than its channels."""
     step_c, step_f = map(abs, w.strides[-2:])
     return bool(step_f > step_c)
 
 
-def copy_weights(w: Operand, into: Array, run: Run) -> None:
+def copy_weights(w: Operand, into: View, planner: Planner) -> None:
     """Reads w into an array of its shape, by all threads."""
     by_filters = lies_by_filters(w.view)
 
-    def work(parts: Iterable[slice]) -> None:
-        for part in parts:
-            outer = (..., part) if by_filters else (..., part, slice(None))
-            w.read(run.backend.xp, outer, into[outer])
+    def copy(part: slice, planner: Planner) -> None:
+        outer = (..., part) if by_filters else (..., part, slice(None))
+        w.read(outer, into[outer], planner)
 
     extent = w.view.shape[-1 if by_filters else -2]
-    run.spread(list(pieces(extent, max(1, COPIED * extent // w.view.size))), work, run.threads)
+    planner.loop(list(pieces(extent, max(1, COPIED * extent // w.view.size))), copy, planner.threads)
 
 
-@lru_cache(maxsize=256)
 def _inverse(axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(range(len(axes)), key=axes.__getitem__))
 
@@ -107,13 +104,12 @@ def _evened(extent: int, size: int) -> int:
     return max(1, -(-extent // pieces))
 
 
-def channels_innermost(images: Array) -> bool:
+def channels_innermost(images: View) -> bool:
     """Whether (*positions, G, C/G) lies in memory with its channels closer together than its pixels."""
     channel = images.strides[-1] if images.shape[-1] > 1 else images.strides[-2]
     return bool(abs(channel) < abs(images.strides[-3]))
 
 
-@lru_cache(maxsize=1024)
 def group_parts(geometry: Geometry, budget: int) -> tuple[tuple[slice, Geometry], ...]:
     """The groups, in as many parts as it takes for a few outputs of all of a part's channels to fit the budget."""
     size = _groups_at_once(geometry, budget)
@@ -142,13 +138,16 @@ class Space(NamedTuple):
     temporaries: int = 0
 
 
+# The elements of each part of a block, and whether and how often they count.
+Room: TypeAlias = Sequence[tuple[int, Space]]
+
+
 def fitting_box(
-    extents: Shape, limit: float, parts: Callable[[Shape], Sequence[tuple[int, Space]]], most: float = math.inf
+    extents: Shape, limit: float, parts: Callable[[Shape], Room], most: float = math.inf
 ) -> tuple[Shape, tuple[int, ...]]:
     """The extents of a block that fits the limit, as long as possible on the last axes first, and its workspaces.
 
-    ``parts`` gives the elements of each part of a block, and whether and how often they count; ``most`` is how many
-    positions a block may have. At the least it is one.
+    ``most`` is how many positions a block may have. At the least it is one.
     """
 
     def cost(box: Shape) -> float:
@@ -174,17 +173,38 @@ def pieces(extent: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, extent)) for start in range(0, extent, size))
 
 
-def boxes(extents: tuple[int, ...], box: tuple[int, ...]) -> Iterator[Index]:
-    """Consecutive blocks of at most these extents; lazily, for there may be a great many."""
-    if not extents:
-        yield ()
-        return
-    for first in pieces(extents[0], box[0]):
-        for rest in boxes(extents[1:], box[1:]):
-            yield (first, *rest)
+class Places(Sequence[Shape]):
+    """Every index of an array with these extents, in order; not stored, for there may be many."""
+
+    def __init__(self, extents: Shape) -> None:
+        self.extents = extents
+
+    def __len__(self) -> int:
+        return math.prod(self.extents)
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        place = []
+        for extent in reversed(self.extents):
+            number, axis = divmod(number, extent)
+            place.append(axis)
+        return tuple(reversed(place))
 
 
-def as_matrix(view: Array, row_axes: int, column_axes: int) -> Array | None:
+class Blocks(Places):
+    """Consecutive blocks of positions, as slices, each of at most the extents of a box."""
+
+    def __init__(self, positions: Shape, box: Shape) -> None:
+        super().__init__(tuple(-(-extent // size) for extent, size in zip(positions, box, strict=True)))
+        self.positions, self.box = positions, box
+
+    def __getitem__(self, number: Any) -> Any:
+        axes = zip(super().__getitem__(number), self.box, self.positions, strict=True)
+        return tuple(slice(axis * size, min((axis + 1) * size, extent)) for axis, size, extent in axes)
+
+
+def as_matrix(view: View, row_axes: int, column_axes: int) -> View | None:
     """The view with its last axes merged into rows and columns, or None where BLAS would need a copy of it.
 
     The axes before them stay: a stack of matrices.
@@ -199,17 +219,3 @@ def as_matrix(view: Array, row_axes: int, column_axes: int) -> Array | None:
     by_rows = (k == 1 or column_step == item) and (m == 1 or row_step >= k * item)
     by_columns = (m == 1 or row_step == item) and (k == 1 or column_step >= m * item)
     return view.reshape(*view.shape[:lead], m, k) if by_rows or by_columns else None
-
-
-def merged(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int] | None:
-    """The extent and stride of one axis that stands for these, or None."""
-    extent, step = 1, 0
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if size == 1:
-            continue
-        if extent == 1:
-            step = stride
-        elif stride != extent * step:
-            return None
-        extent *= size
-    return extent, step

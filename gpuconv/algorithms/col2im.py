@@ -12,21 +12,15 @@ would have as few columns as x has channels, and take more to gather than to mul
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from functools import lru_cache
-from itertools import product
-from typing import Any, NamedTuple
-
-import numpy
+from typing import NamedTuple
 
 from gpuconv.algorithms import cost
-from gpuconv.algorithms.blocks import Arrangement, boxes, largest
-from gpuconv.algorithms.windows import taps_of
+from gpuconv.algorithms.blocks import Arrangement, Blocks, Places, largest
 from gpuconv.arguments import Shape
-from gpuconv.backend import Array
 from gpuconv.geometry import Geometry
 from gpuconv.operands import Index, Operand, Result
-from gpuconv.workspace import Run, shaped
+from gpuconv.plan import Planner
+from gpuconv.views import View
 
 BLOCK_BYTES = 1 << 20  # of dcols, which should stay in the cache
 MOST_TAPS = 64  # added up one after the other: more terms that are alike would drift
@@ -46,51 +40,50 @@ def nanoseconds(geometry: Geometry, is_complex: bool) -> float:
     return geometry.multiply_adds() * product + added * cost.ACCUMULATE
 
 
-def pays(dy: Operand, dx: Result, geometry: Geometry, run: Run) -> bool:
+def pays(dy: Operand, dx: Result, geometry: Geometry, planner: Planner) -> bool:
     """Whether it suits, and there is room for the planes."""
-    return suits(geometry) and _sizes(geometry, *_room(dy, dx, geometry, run)) is not None
+    return suits(geometry) and _sizes(geometry, *_room(dy, dx, geometry, planner)) is not None
 
 
-def _room(dy: Operand, dx: Result, geometry: Geometry, run: Run) -> tuple[int, int, int]:
+def _room(dy: Operand, dx: Result, geometry: Geometry, planner: Planner) -> tuple[int, int, int]:
     """Elements for each thread, beside the weights, and the temporaries of what is read and what is finished."""
-    shared = run.budget - math.prod(geometry.w_shape)
-    return shared // run.team(geometry).shares, dy.temporaries, dx.temporaries
+    shared = planner.budget - math.prod(geometry.w_shape)
+    return shared // planner.team(geometry).shares, dy.temporaries, dx.temporaries
 
 
-def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
     """dx[o * stride + t * dilation - low, c] += dcols[t, c, o], image by image."""
-    xp, rank, team = run.backend.xp, geometry.rank, run.team(geometry)
-    sizes = _sizes(geometry, *_room(dy, dx, geometry, run))
+    rank, team = geometry.rank, planner.team(geometry)
+    sizes = _sizes(geometry, *_room(dy, dx, geometry, planner))
     assert sizes is not None
     weights_order = Arrangement((rank, *range(rank), rank + 1, rank + 2), rank + 1, 1)
     images_order = Arrangement((rank, rank + 1, *range(rank)), 1, rank)
-    planes_shape = (*geometry.stride, geometry.groups, geometry.group_channels, *sizes.planes)
-    with run.workspace(math.prod(geometry.w_shape) * weights_order.copies(w, run)) as (weight_space,):
-        weights = weights_order.load(w, (...,), weight_space, run)
+    (weight_space,) = planner.workspace(math.prod(geometry.w_shape) * weights_order.copies(w, planner))
+    weights = weights_order.load(w, (...,), weight_space, planner)
 
-        residues = list(product(*(range(min(s, n)) for s, n in zip(geometry.stride, geometry.input, strict=True))))
+    def some_image(image: Shape, planner: Planner) -> None:
+        planes_space, dcols_space, dy_space = planner.workspace(*sizes.spaces)
+        planes = planes_space.shaped((*geometry.stride, geometry.groups, geometry.group_channels, *sizes.planes))
+        planner.copy(planes, 0)
 
-        def work(images: Iterable[Shape]) -> None:
-            with run.workspace(*sizes.spaces) as (planes_space, dcols_space, dy_space):
-                planes = shaped(planes_space, planes_shape)
-                for image in images:
-                    xp.copyto(planes, 0)
-                    for index in boxes(geometry.output, sizes.box):
-                        gradients = images_order.load(dy, (*image, *index), dy_space, run)
-                        dcols = shaped(dcols_space, (geometry.groups, weights.shape[1], gradients.shape[2]))
-                        xp.matmul(weights, gradients, out=dcols)
-                        _add(xp, dcols, index, planes, sizes, geometry)
-                    for residue in residues:
-                        _store(xp, planes, residue, dx.part(image), sizes, geometry)
+        def some_outputs(index: Index, planner: Planner) -> None:
+            gradients = images_order.load(dy, (*image, *index), dy_space, planner)
+            dcols = dcols_space.shaped((geometry.groups, weights.shape[1], gradients.shape[2]))
+            planner.call(planner.xp.matmul, weights, gradients, out=dcols)
+            _add(dcols, index, planes, sizes, geometry, planner)
 
-        run.spread(list(numpy.ndindex(*geometry.batch)), work, team.workers)
+        planner.loop(Blocks(geometry.output, sizes.box), some_outputs)
+        for residue in Places(tuple(map(min, geometry.stride, geometry.input))):
+            _store(planes, residue, dx.part(image), sizes, geometry, planner)
+
+    planner.loop(Places(geometry.batch), some_image, team.workers)
 
 
-def _add(xp: Any, dcols: Array, index: Index, planes: Array, sizes: _Sizes, geometry: Geometry) -> None:
+def _add(dcols: View, index: Index, planes: View, sizes: _Sizes, geometry: Geometry, planner: Planner) -> None:
     """Adds what every tap makes of a block of outputs."""
     extents = tuple(axis.stop - axis.start for axis in index)
     by_tap = dcols.reshape(geometry.groups, *geometry.kernel, geometry.group_channels, *extents)
-    for tap in taps_of(geometry):
+    for tap in Places(geometry.kernel):
         residue, into = [], []
         axes = zip(tap, index, geometry.dilation, geometry.padding, geometry.stride, sizes.before, strict=True)
         for t, outputs, d, (low, _), s, before in axes:
@@ -98,18 +91,18 @@ def _add(xp: Any, dcols: Array, index: Index, planes: Array, sizes: _Sizes, geom
             residue.append(plane)
             into.append(slice(outputs.start + start, outputs.stop + start))
         target = planes[(*residue, slice(None), slice(None), *into)]
-        xp.add(target, by_tap[(slice(None), *tap)], out=target)
+        planner.call(planner.xp.add, target, by_tap[(slice(None), *tap)], out=target)
 
 
-def _store(xp: Any, planes: Array, residue: Shape, dx: Result, sizes: _Sizes, geometry: Geometry) -> None:
+def _store(planes: View, residue: Shape, dx: Result, sizes: _Sizes, geometry: Geometry, planner: Planner) -> None:
     """Puts the plane of a residue into dx."""
     axes = zip(residue, geometry.input, geometry.stride, sizes.before, strict=True)
     inside = [slice(before, before + len(range(start, n, s))) for start, n, s, before in axes]
     block = planes[(*residue, slice(None), slice(None), *inside)]
     block = block.transpose(*range(2, block.ndim), 0, 1)
-    dx.finish(xp, block)
+    dx.finish(block, planner)
     into = tuple(slice(start, None, s) for start, s in zip(residue, geometry.stride, strict=True))
-    xp.copyto(dx.view[into], block, casting="unsafe")
+    planner.copy(dx.view[into], block)
 
 
 class _Sizes(NamedTuple):
@@ -121,7 +114,6 @@ class _Sizes(NamedTuple):
     spaces: tuple[int, int, int]
 
 
-@lru_cache(maxsize=1024)
 def _sizes(geometry: Geometry, budget: int, read: int, finished: int) -> _Sizes | None:
     """None where the planes have no room."""
     planes, before = [], []

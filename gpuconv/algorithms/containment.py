@@ -8,29 +8,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+
+import numpy
 
 from gpuconv.algorithms import im2col
-from gpuconv.algorithms.finite import is_finite
+from gpuconv.algorithms.blocks import Places
+from gpuconv.algorithms.finite import are_all_set, is_finite
 from gpuconv.arguments import Shape
 from gpuconv.geometry import Geometry
 from gpuconv.operands import Operand, Result
-from gpuconv.workspace import Run
+from gpuconv.plan import Planner
+from gpuconv.views import View
 
-# Computes y, and gives the images (indices of the batch axes) that are not finite.
-Forward = Callable[[Operand, Operand, Result, Geometry, Run], set[Shape]]
+# Computes y, and makes the flags of images, with the shape of the batch, 0 where some of y is not finite.
+Forward = Callable[[Operand, Operand, Result, Geometry, View, Planner], None]
 
 
-def forward(compute: Forward, x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
+def forward(compute: Forward, x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
     """Computes y."""
-    for image in _spoilt(compute, x, w, y, geometry, run):
-        im2col.forward(x.of_images(image), w, y.part(image), replace(geometry, batch=()), run)
+
+    def again(image: Shape, planner: Planner) -> None:
+        im2col.forward(x.of_images(image), w, y.part(image), replace(geometry, batch=()), planner)
+
+    _computed(partial(compute, x, w, y, geometry), again, geometry, planner)
 
 
-def data_grad(compute: Forward, dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
+def data_grad(compute: Forward, dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
     """Computes dx, for a stride of 1: the forward convolution of dy with w turned round, C and F exchanged."""
     turned, inverse = as_forward(w, geometry)
-    for image in _spoilt(compute, dy, turned, dx, inverse, run):
-        im2col.data_grad(dy.of_images(image), w, dx.part(image), replace(geometry, batch=()), run)
+
+    def again(image: Shape, planner: Planner) -> None:
+        im2col.data_grad(dy.of_images(image), w, dx.part(image), replace(geometry, batch=()), planner)
+
+    _computed(partial(compute, dy, turned, dx, inverse), again, geometry, planner)
 
 
 def as_forward(w: Operand, geometry: Geometry) -> tuple[Operand, Geometry]:
@@ -39,20 +50,36 @@ def as_forward(w: Operand, geometry: Geometry) -> tuple[Operand, Geometry]:
 
 
 def weight_grad(
-    compute: Callable[[Operand, Operand, Result, Geometry, Run], None],
+    compute: Callable[[Operand, Operand, Result, Geometry, Planner], None],
     dy: Operand,
     x: Operand,
     dw: Result,
     geometry: Geometry,
-    run: Run,
+    planner: Planner,
 ) -> None:
     """Computes dw."""
-    with run.silence():
-        compute(dy, x, dw, geometry, run)
-    if not run.holds(is_finite, dw.view):
-        im2col.weight_grad(dy, x, dw, geometry, run)
+    compute(dy, x, dw, geometry, planner)
+    planner.choose(is_finite, dw.view, _nothing, partial(im2col.weight_grad, dy, x, dw, geometry))
 
 
-def _spoilt(compute: Forward, x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> list[Shape]:
-    with run.silence():  # im2col will say it
-        return sorted(compute(x, w, y, geometry, run))
+def _computed(
+    compute: Callable[[View, Planner], None],
+    again: Callable[[Shape, Planner], None],
+    geometry: Geometry,
+    planner: Planner,
+) -> None:
+    """Computes all images, and once more those that are not finite."""
+    images = Places(geometry.batch)
+    (flat,) = planner.workspace(len(images), dtype=numpy.dtype(bool))
+    flags = flat.shaped(geometry.batch)
+    planner.copy(flags, 1)
+    compute(flags, planner)
+
+    def again_unless_finite(image: Shape, planner: Planner) -> None:
+        planner.choose(are_all_set, flags[image], _nothing, partial(again, image))
+
+    planner.choose(are_all_set, flags, _nothing, lambda planner: planner.loop(images, again_unless_finite))
+
+
+def _nothing(planner: Planner) -> None:
+    """The steps where none are missing."""

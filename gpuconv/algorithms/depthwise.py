@@ -18,20 +18,19 @@ are in data_grad with a stride, where few of them meet.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
 
 from gpuconv.algorithms import containment, cost, im2col, slices
 from gpuconv.algorithms.blocks import pieces
 from gpuconv.algorithms.finite import is_finite
 from gpuconv.algorithms.unfold import smallest
-from gpuconv.backend import Array
 from gpuconv.geometry import Geometry
 from gpuconv.operands import Operand, Result
+from gpuconv.plan import Body, Planner, Team
 from gpuconv.request import Request
-from gpuconv.workspace import Run, Team, shaped
+from gpuconv.views import View
 
 FEWEST, MOST = 7, 16  # outputs of a row that are done at once: m
 BLOCK_BYTES = 1 << 20  # of windows, which should stay in the cache
@@ -93,15 +92,14 @@ class _Part:
         """The convolution of so many channels that has the tiles' outputs as filters."""
         return _tiled(self.geometry, self.start, self.tiles, self.m, groups)
 
-    def shaped(self, flat: Array, groups: int) -> Array:
+    def shaped(self, flat: View, groups: int) -> View:
         """T (G, *kernel but the last axis, L, m) of so many channels."""
-        return shaped(flat, (groups, *self.geometry.kernel[:-1], self.length, self.m))
+        return flat.shaped((groups, *self.geometry.kernel[:-1], self.length, self.m))
 
-    def diagonals(self, bands: Array, xp: Any) -> Array:
+    def diagonals(self, bands: View) -> View:
         """Where the taps stand in T: (G, *kernel, m)."""
         along_length, along_m = bands.strides[-2:]
-        return xp.lib.stride_tricks.as_strided(
-            bands,
+        return bands.strided(
             (*bands.shape[:-2], self.geometry.kernel[-1], self.m),
             (
                 *bands.strides[:-2],
@@ -110,7 +108,7 @@ class _Part:
             ),
         )
 
-    def outputs(self, view: Array) -> Array:
+    def outputs(self, view: View) -> View:
         """(*batch, *output, G, 1) as far as the part goes, with the outputs of a tile as filters."""
         part = view[..., self.start : self.start + self.tiles * self.m, :, 0]
         return part.reshape(*part.shape[:-2], self.tiles, self.m, part.shape[-1]).swapaxes(-1, -2)
@@ -144,84 +142,90 @@ def _tiled(geometry: Geometry, start: int, tiles: int, m: int, groups: int) -> G
     )
 
 
-def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
+def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
     """y[o, j] = sum over r and l of x[r, l] T[r, l, j]."""
-    if _are_finite(x, w, run):
-        _forward(x, w, y, geometry, run)
-    else:
-        slices.forward(x, w, y, geometry, run)
+    by_rows, by_taps = (partial(way, x, w, y, geometry) for way in (_forward, slices.forward))
+    _if_finite([x.view, x.y, w.view], by_rows, by_taps, planner)
 
 
-def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
     """The forward convolution of dy with w turned round; with a stride, tap by tap."""
-    if set(geometry.stride) == {1} and _are_finite(dy, w, run):
+    by_taps = partial(slices.data_grad, dy, w, dx, geometry)
+    if set(geometry.stride) == {1}:
         turned, inverse = containment.as_forward(w, geometry)
-        _forward(dy, turned, dx, inverse, run)
+        _if_finite([dy.view, dy.y, w.view], partial(_forward, dy, turned, dx, inverse), by_taps, planner)
     else:
-        slices.data_grad(dy, w, dx, geometry, run)
+        by_taps(planner)
 
 
-def _are_finite(images: Operand, w: Operand, run: Run) -> bool:
-    arrays = (images.view, w.view) if images.y is None else (images.view, images.y, w.view)
-    return all(run.holds(is_finite, array) for array in arrays)
+def _if_finite(views: Sequence[View | None], by_rows: Body, by_taps: Body, planner: Planner) -> None:
+    """One way where neither NaN nor Inf is in any of the arrays, else the other."""
+    first, *others = views
+    way = partial(_if_finite, others, by_rows, by_taps) if others else by_rows
+    if first is None:
+        way(planner)
+    else:
+        planner.choose(is_finite, first, way, by_taps)
 
 
-def _forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
-    xp, parts, chunks, share = run.backend.xp, *_work(geometry, run, BLOCK_BYTES)
+def _forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
+    parts, chunks, limit = _work(geometry, planner, BLOCK_BYTES)
 
-    def work(some: Iterable[slice]) -> None:
-        with run.workspace(*_spaces(parts, chunks)) as (band_space, tap_space):
-            for groups in some:
-                number = groups.stop - groups.start
-                taps = shaped(tap_space, (number, *geometry.kernel))
-                w.part(w.view[..., groups, 0, 0]).read(xp, (...,), taps.transpose(*range(1, taps.ndim), 0))
-                images, results = x.of_groups(groups, "x"), y.of_groups(groups, "y")
-                for part in parts:
-                    bands = part.shaped(band_space, number)
-                    xp.copyto(bands, 0)
-                    xp.copyto(part.diagonals(bands, xp), taps[..., None])
-                    outputs = replace(results, view=part.outputs(results.view))
-                    im2col.forward(images, Operand(_as_weight(bands)), outputs, part.of(number), share)
+    def some_channels(groups: slice, planner: Planner) -> None:
+        band_space, tap_space = planner.workspace(*_spaces(parts, chunks))
+        number = groups.stop - groups.start
+        taps = tap_space.shaped((number, *geometry.kernel))
+        w.part(w.view[..., groups, 0, 0]).read((...,), taps.transpose(*range(1, taps.ndim), 0), planner)
+        images, results = x.of_groups(groups, "x"), y.of_groups(groups, "y")
 
-    run.spread(chunks, work, _team(geometry, run).workers)
+        def some_outputs(part: _Part, planner: Planner) -> None:
+            bands = part.shaped(band_space, number)
+            planner.copy(bands, 0)
+            planner.copy(part.diagonals(bands), taps[..., None])
+            outputs = replace(results, view=part.outputs(results.view))
+            im2col.forward(images, Operand(_as_weight(bands)), outputs, part.of(number), planner.share(limit))
+
+        planner.loop(parts, some_outputs)
+
+    planner.loop(chunks, some_channels, _team(geometry, planner).workers)
 
 
-def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
+def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
     """dw[r, s] = sum over j of the gradient in T[r, j * stride + s * dilation, j]."""
-    xp, parts, chunks, share = run.backend.xp, *_work(geometry, run, SUM_BYTES)
+    parts, chunks, limit = _work(geometry, planner, SUM_BYTES)
+    band_size, tap_size = _spaces(parts, chunks)
 
-    def work(some: Iterable[slice]) -> None:
-        band_size, tap_size = _spaces(parts, chunks)
-        with run.workspace(band_size, tap_size, tap_size) as (band_space, total_space, term_space):
-            for groups in some:
-                number = groups.stop - groups.start
-                total, term = (shaped(space, (number, *geometry.kernel)) for space in (total_space, term_space))
-                images, gradients = x.of_groups(groups, "x"), dy.of_groups(groups, "y")
-                for part in parts:
-                    bands = part.shaped(band_space, number)
-                    im2col.weight_grad(
-                        gradients.seen(part.outputs), images, Result(_as_weight(bands)), part.of(number), share
-                    )
-                    sums = total if part is parts[0] else term
-                    xp.sum(part.diagonals(bands, xp), -1, out=sums)
-                    if sums is term:
-                        xp.add(total, term, out=total)
-                xp.copyto(dw.view[..., groups, 0, 0], total.transpose(*range(1, total.ndim), 0), casting="unsafe")
+    def some_channels(groups: slice, planner: Planner) -> None:
+        band_space, total_space, term_space = planner.workspace(band_size, tap_size, tap_size)
+        number = groups.stop - groups.start
+        total, term = (space.shaped((number, *geometry.kernel)) for space in (total_space, term_space))
+        images, gradients = x.of_groups(groups, "x"), dy.of_groups(groups, "y")
 
-    run.spread(chunks, work, _team(geometry, run).workers)
+        def some_outputs(part: _Part, planner: Planner) -> None:
+            bands, outputs = part.shaped(band_space, number), gradients.seen(part.outputs)
+            im2col.weight_grad(outputs, images, Result(_as_weight(bands)), part.of(number), planner.share(limit))
+            sums = total if part is parts[0] else term
+            planner.call(planner.xp.sum, part.diagonals(bands), -1, out=sums)
+            if sums is term:
+                planner.call(planner.xp.add, total, term, out=total)
+
+        planner.loop(parts, some_outputs)
+        planner.copy(dw.view[..., groups, 0, 0], total.transpose(*range(1, total.ndim), 0))
+
+    planner.loop(chunks, some_channels, _team(geometry, planner).workers)
 
 
-def _work(geometry: Geometry, run: Run, most: int) -> tuple[tuple[_Part, ...], list[slice], Run]:
-    """The parts, the channels that are done at a time, and what each of several threads works with."""
-    parts, team = _parts(geometry), _team(geometry, run)
-    limit = run.limit // team.shares // 2
-    fitting = min(BLOCK_BYTES, limit) // run.dtype.itemsize // max(max(part.windows, part.bands) for part in parts)
+def _work(geometry: Geometry, planner: Planner, most: int) -> tuple[tuple[_Part, ...], list[slice], int]:
+    """The parts, the channels that are done at a time, and the bytes that im2col may take in each thread."""
+    parts, team = _parts(geometry), _team(geometry, planner)
+    limit = planner.limit // team.shares // 2
+    fitting = min(BLOCK_BYTES, limit) // planner.dtype.itemsize // max(max(part.windows, part.bands) for part in parts)
     size = max(1, min(fitting, -(-geometry.groups // CHUNKS)))
-    return parts, list(pieces(geometry.groups, size)), replace(run.share(team), limit=min(most, limit))
+    return parts, list(pieces(geometry.groups, size)), min(most, limit)
 
 
-def _team(geometry: Geometry, run: Run) -> Team:
-    return run.team(geometry, max(map(_least, _parts(geometry))))
+def _team(geometry: Geometry, planner: Planner) -> Team:
+    return planner.team(geometry, max(map(_least, _parts(geometry))))
 
 
 def _least(part: _Part) -> int:
@@ -236,6 +240,6 @@ def _spaces(parts: Sequence[_Part], chunks: Sequence[slice]) -> tuple[int, int]:
     return groups * max(part.bands for part in parts), groups * parts[0].geometry.taps
 
 
-def _as_weight(bands: Array) -> Array:
+def _as_weight(bands: View) -> View:
     """T as im2col takes a weight: (*kernel but the last axis, L, G, 1, m)."""
     return bands.transpose(*range(1, bands.ndim - 1), 0, bands.ndim - 1)[..., None, :]

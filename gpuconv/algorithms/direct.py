@@ -7,16 +7,17 @@ arrays of any strides and mixed dtypes as they are, and gives the same bits at e
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from gpuconv.algorithms.blocks import channels_innermost, largest, pieces
-from gpuconv.backend import Array
 from gpuconv.cuda import arguments, structs
 from gpuconv.cuda.kernel import Kernel
 from gpuconv.cuda.launch import blocks
 from gpuconv.geometry import Geometry
 from gpuconv.operands import Operand, Result
+from gpuconv.plan import Planner
 from gpuconv.request import Request
-from gpuconv.workspace import Run, shaped
+from gpuconv.views import View
 
 THREADS = 128
 # weight_grad: as many threads as keep a large GPU busy, unless slices of the outputs would be too short or too many:
@@ -36,93 +37,92 @@ def why_not(request: Request) -> str | None:
     return request.lacks(sums, "the sums of a filter of every group")
 
 
-def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
+def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
     """y[o] = sum over taps t and channels c of x[o * stride + t * dilation - low, c] w[t, c]."""
-    for (images,), (target,) in arguments.image_pieces([x], [y.view], geometry, run):
-        _gather("direct_forward", images, w, target, y, (target, images.view, w.view), geometry, run)
+    _gather("forward", x, w, y, geometry, planner)
 
 
-def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
     """dx[i] = sum over the taps t and outputs o with o * stride + t * dilation - low = i of dy[o] w[t]'."""
-    for (gradients,), (target,) in arguments.image_pieces([dy], [dx.view], geometry, run):
-        _gather("direct_data_grad", gradients, w, target, dx, (gradients.view, target, w.view), geometry, run)
+    _gather("data_grad", dy, w, dx, geometry, planner)
 
 
-def _gather(
-    name: str,
-    images: Operand,
-    w: Operand,
-    target: Array,
-    result: Result,
-    y_x_w: tuple[Array, Array, Array],
-    geometry: Geometry,
-    run: Run,
-) -> None:
-    """One thread for each element of the target."""
-    wide = arguments.is_wide(geometry, *y_x_w)
-    options = arguments.options(images, w, channels_innermost(target), bias=result.bias, activation=result.activation)
-    module = arguments.module("direct", images.view.dtype, w.view.dtype, target.dtype, run.dtype, wide, THREADS=THREADS)
-    run.launch(
-        Kernel(module, name),
-        blocks(target.size, THREADS),
-        THREADS,
-        (
-            *(images.view, images.y, w.view, result.bias, target),
-            *arguments.described(geometry, *y_x_w, wide),
-            options.struct(wide),
-        ),
-    )
+def _gather(direction: str, first: Operand, w: Operand, result: Result, geometry: Geometry, planner: Planner) -> None:
+    """One thread for each element of the result."""
+    pieces = arguments.Images([first], [result.view], geometry, planner)
+
+    def some_images(number: int, planner: Planner) -> None:
+        (images,), (target,) = pieces.read(number, planner)
+        y_x_w = (target, images.view, w.view) if direction == "forward" else (images.view, target, w.view)
+        wide = arguments.is_wide(geometry, *y_x_w)
+        options = arguments.options(
+            images, w, channels_innermost(target), bias=result.bias, activation=result.activation
+        )
+        dtypes = images.view.dtype, w.view.dtype, target.dtype, planner.dtype
+        module = arguments.module("direct", *dtypes, wide, THREADS=THREADS)
+        planner.launch(
+            Kernel(module, f"direct_{direction}"),
+            blocks(target.size, THREADS),
+            THREADS,
+            (
+                *(images.view, images.y, w.view, result.bias, target),
+                *arguments.described(geometry, *y_x_w, wide),
+                options.struct(wide),
+            ),
+        )
+
+    planner.loop(range(len(pieces)), some_images)
 
 
-def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
+def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
     """dw[t, c] = sum over outputs o of x[o * stride + t * dilation - low, c] dy[o], slice by slice of the outputs."""
-    filters = dw.view.shape[-1]
-    for part in pieces(filters, largest(filters, run.budget // 4, dw.view.size // filters)):
-        _weight_grad(dy.of_channels(part), x, dw.view[..., part], geometry, run)
 
-
-def _weight_grad(dy: Operand, x: Operand, dw: Array, geometry: Geometry, run: Run) -> None:
-    """The same of some filters."""
-    slices = _slices(geometry, dw.size, run.budget)
-    with run.workspace(slices * dw.size, dw.size) as (partial_space, total_space):
-        partial, total = shaped(partial_space, (slices, dw.size)), shaped(total_space, (dw.size,))
-        total[...] = 0
-        for (gradients, images), _ in arguments.image_pieces([dy, x], [], geometry, run):
-            _sum_slices(gradients, images, partial, total, dw, geometry, run)
-        *kernel, groups, channels, filters = dw.shape
+    def some_filters(part: slice, planner: Planner) -> None:
+        weights = dw.view[..., part]
+        slices = _slices(geometry, weights.size, planner.budget)
+        partial_space, total = planner.workspace(slices * weights.size, weights.size)
+        planner.copy(total, 0)
+        images = arguments.Images([dy.of_channels(part), x], [], geometry, planner)
+        sums = partial_space.shaped((slices, weights.size)), total, weights
+        planner.loop(range(len(images)), partial(_add_slices, images, *sums, geometry))
+        *kernel, groups, channels, filters = weights.shape
         rank = len(kernel)
         by_groups = total.reshape(groups, *kernel, channels, filters)
-        dw[...] = by_groups.transpose(*range(1, rank + 1), 0, rank + 1, rank + 2)
+        planner.copy(weights, by_groups.transpose(*range(1, rank + 1), 0, rank + 1, rank + 2))
+
+    filters = dw.view.shape[-1]
+    at_once = largest(filters, planner.budget // 4, dw.view.size // filters)
+    planner.loop(list(pieces(filters, at_once)), some_filters)
 
 
-def _sum_slices(
-    gradients: Operand, images: Operand, partial: Array, total: Array, weights: Array, geometry: Geometry, run: Run
+def _add_slices(
+    pieces: arguments.Images, sums: View, total: View, weights: View, geometry: Geometry, number: int, planner: Planner
 ) -> None:
     """One thread for each weight and slice of the outputs, then one for each weight."""
+    (gradients, images), _ = pieces.read(number, planner)
     y_x_w = gradients.view, images.view, weights
     wide = arguments.is_wide(geometry, *y_x_w)
     index = structs.index_dtype(wide).type
-    slices = partial.shape[0]
+    slices = sums.shape[0]
     length = blocks(gradients.view.shape[0] * math.prod(geometry.output), slices)
     options = arguments.options(gradients, images, channels_innermost=False)
-    module = arguments.module(
-        "direct", gradients.view.dtype, images.view.dtype, partial.dtype, run.dtype, wide, THREADS=THREADS
-    )
-    run.launch(
+    dtypes = gradients.view.dtype, images.view.dtype, sums.dtype, planner.dtype
+    module = arguments.module("direct", *dtypes, wide, THREADS=THREADS)
+    planner.launch(
         Kernel(module, "direct_weight_grad"),
-        blocks(partial.size, THREADS),
+        blocks(sums.size, THREADS),
         THREADS,
         (
-            *(gradients.view, gradients.y, images.view, images.y, partial),
+            *(gradients.view, gradients.y, images.view, images.y, sums),
             *arguments.described(geometry, *y_x_w, wide)[:-1],
             *(index(slices), index(length), options.struct(wide)),
         ),
     )
-    run.launch(
+    planner.launch(
         Kernel(module, "direct_weight_grad_sum"),
         blocks(total.size, THREADS),
         THREADS,
-        (partial, total, index(slices), index(total.size)),
+        (sums, total, index(slices), index(total.size)),
     )
 
 

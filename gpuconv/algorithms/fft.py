@@ -17,27 +17,28 @@ NumPy arrays are transformed by scipy.fft where SciPy is installed, since it is 
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from typing import Any, NamedTuple
 
 import numpy
 
+from gpuconv import dtypes
 from gpuconv.algorithms import containment, cost
-from gpuconv.algorithms.blocks import largest, largest_fitting, pieces
-from gpuconv.algorithms.finite import is_finite
+from gpuconv.algorithms.blocks import Blocks, Places, largest, largest_fitting, pieces
+from gpuconv.algorithms.finite import is_finite, note
 from gpuconv.arguments import Shape
 from gpuconv.backend import Array
 from gpuconv.geometry import Direction, Geometry
-from gpuconv.operands import MOST_TEMPORARIES, Operand, Result
+from gpuconv.operands import MOST_TEMPORARIES, Index, Operand, Result
+from gpuconv.plan import Planner
 from gpuconv.request import Request
-from gpuconv.workspace import Run
+from gpuconv.views import View
 
 SHARES = 4  # of the workspace, where several parts are computed at the same time
 
@@ -60,52 +61,41 @@ def nanoseconds(request: Request) -> float:
     return problem.nanoseconds(cut.tile, request.budget // cut.shares)
 
 
-def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
+def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
     """Y = X conj(FFT(conj(w)))."""
-    containment.forward(_forward, x, w, y, geometry, run)
+    containment.forward(_forward, x, w, y, geometry, planner)
 
 
-def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
     """The forward convolution of dy with w rotated, C and F exchanged."""
-    containment.data_grad(_forward, dy, w, dx, geometry, run)
+    containment.data_grad(_forward, dy, w, dx, geometry, planner)
 
 
-def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
+def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
     """DW = X conj(FFT(conj(dy)))."""
-    containment.weight_grad(_weight_grad, dy, x, dw, geometry, run)
+    containment.weight_grad(_weight_grad, dy, x, dw, geometry, planner)
 
 
-def _forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> set[Shape]:
-    tiling, nonfinite = _Tiling.of(geometry, "forward", x.temporaries, run), set[Shape]()
+def _forward(x: Operand, w: Operand, y: Result, geometry: Geometry, flags: View, planner: Planner) -> None:
+    tiling = _Tiling.of(geometry, "forward", x.temporaries, planner)
 
-    def compute(groups: slice, filters: slice) -> None:
-        weights = _Weights(tiling, w.of_groups(groups, "w").of_channels(filters))
-        images, results = x.of_groups(groups, "x"), y.of_groups(groups, "y").of_channels(filters)
-        for image, start in tiling.tiles():
-            if not tiling.store(tiling.sums(images, weights, image, start), results, image, start):
-                nonfinite.add(image)
+    def some_filters(part: tuple[slice, slice], planner: Planner) -> None:
+        groups, filters = part
+        weights = w.of_groups(groups, "w").of_channels(filters)
+        tiling.forward(x.of_groups(groups, "x"), weights, y.of_groups(groups, "y").of_channels(filters), flags, planner)
 
-    tiling.spread(compute)
-    return nonfinite
+    planner.loop(tiling.parts(), some_filters, tiling.workers)
 
 
-def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
-    tiling = _Tiling.of(geometry, "weight_grad", max(x.temporaries, dy.temporaries), run)
+def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
+    tiling = _Tiling.of(geometry, "weight_grad", max(x.temporaries, dy.temporaries), planner)
 
-    def compute(groups: slice, filters: slice) -> None:
-        images, gradients = x.of_groups(groups, "x"), dy.of_groups(groups, "y").of_channels(filters)
-        part = dw.of_groups(groups, "w").of_channels(filters).view
-        sums = tiling.spectra(part)
-        for segment in tiling.segments():
-            for number, (image, start) in enumerate(tiling.tiles()):
-                of_dy = tiling.of_dy(gradients, image, start)
-                for channel in range(sums.shape[0]):
-                    tiling.add(sums[channel], (images, channel, image, start, segment), of_dy, number == 0)
-                del of_dy  # before the next one is computed
-            for channel in range(sums.shape[0]):
-                part[(*segment, slice(None), channel)] = tiling.lags(sums[channel], segment)
+    def some_filters(part: tuple[slice, slice], planner: Planner) -> None:
+        groups, filters = part
+        gradients, result = dy.of_groups(groups, "y").of_channels(filters), dw.of_groups(groups, "w")
+        tiling.weight_grad(gradients, x.of_groups(groups, "x"), result.of_channels(filters).view, planner)
 
-    tiling.spread(compute)
+    planner.loop(tiling.parts(), some_filters, tiling.workers)
 
 
 class _Tile(NamedTuple):
@@ -141,16 +131,16 @@ class _Problem(NamedTuple):
     def elements(self, tile: _Tile, filters: int = 1) -> int:
         """Elements of all arrays that are alive at once, for one group and so many of its filters.
 
-        What transforms take outside of arrays, a few lines for each thread, is not among them.
+        What reading and transforming take comes on top of the spaces that hold spectra. What transforms take outside of
+        arrays, a few lines for each thread, is not counted.
         """
-        channels, transformed = self.geometry.group_channels, 1 + self.copies
-        read = 1 + max(self.copies, self.temporaries)
-        if self.direction == "weight_grad":  # all sums; dy, or its spectrum and x
-            arrays = channels * filters + max(read * filters, filters + read, 2 * filters + 1)
-        elif tile.taps == self.geometry.kernel:  # all weights; one of them, or x and sums
-            arrays = channels * filters + max(transformed * filters, read, (channels > 1) * (filters + read))
-        else:  # sums; weights, or their spectrum and x
-            arrays = filters + max(transformed * filters, filters + read)
+        channels, read = self.geometry.group_channels, max(self.copies, self.temporaries)
+        if self.direction == "weight_grad":  # all sums, dy and x
+            arrays = channels * filters + filters + 1 + read * filters
+        elif tile.taps == self.geometry.kernel:  # all weights; sums and x
+            arrays = channels * filters + filters + 1 + max(self.copies * filters, self.temporaries)
+        else:  # sums, weights and x
+            arrays = 2 * filters + 1 + max(self.copies * filters, self.temporaries)
         size = math.prod(tile.extent) if self.is_complex else math.prod(tile.extent[:-1]) * (tile.extent[-1] + 2)
         return size * arrays
 
@@ -236,201 +226,230 @@ def _segments(outputs: int, kernel: int, dilation: int) -> tuple[tuple[int, int]
     return tuple(found)
 
 
+class _Space(NamedTuple):
+    """Memory for a spectrum, and for what it is the transform of."""
+
+    block: View  # (*channels, *L)
+    spectrum: View  # (*channels, *L), the last extent being L // 2 + 1 for real numbers
+
+
 @dataclass(frozen=True)
 class _Tiling:
     """A convolution cut into tiles of inputs, and into groups and filters that memory has room for."""
 
     geometry: Geometry
-    run: Run
+    dtype: numpy.dtype
+    xp: Any
     tile: _Tile
     groups: int
     filters: int
     workers: int
-    transforms: Any  # the module of them
+    transforms: tuple[Callable[..., Any], Callable[..., Any]]  # forth and back
 
     @classmethod
-    def of(cls, geometry: Geometry, direction: Direction, temporaries: int, run: Run) -> _Tiling:
-        xp = run.backend.xp
-        problem = _Problem(geometry, direction, run.dtype.kind == "c", temporaries, _copies(xp))
-        cut = _cut(problem, run.budget)
+    def of(cls, geometry: Geometry, direction: Direction, temporaries: int, planner: Planner) -> _Tiling:
+        xp, is_complex = planner.xp, dtypes.is_complex(planner.dtype)
+        problem = _Problem(geometry, direction, is_complex, temporaries, _copies(xp))
+        cut = _cut(problem, planner.budget)
         assert cut is not None
-        tile, workers = cut.tile, min(run.threads, cut.shares)
-        share = run.budget // workers
+        tile, workers = cut.tile, min(planner.threads, cut.shares)
+        share = planner.budget // workers
         filters = largest_fitting(geometry.group_filters, share, lambda filters: problem.elements(tile, filters))
         groups = largest(geometry.groups, share, problem.elements(tile, filters))
         if groups == geometry.groups and workers > 1:  # something for each of them
             groups = _count(geometry.groups, workers)
         if geometry.groups == 1 and filters == geometry.group_filters:
             filters = _count(geometry.group_filters, workers)
-        return cls(geometry, run, tile, groups, filters, workers, _transforms(xp))
+        transforms = _transforms(xp, is_complex, tile.extent, max(1, planner.threads // workers))
+        return cls(geometry, planner.dtype, xp, tile, groups, filters, workers, transforms)
 
-    @property
-    def xp(self) -> Any:
-        return self.run.backend.xp
-
-    @property
-    def axes(self) -> tuple[int, ...]:
-        return tuple(range(-self.geometry.rank, 0))
-
-    @property
-    def steps(self) -> Shape:
-        """Outputs of a tile."""
-        return _steps(self.tile, self.geometry)
-
-    def spread(self, compute: Callable[[slice, slice], None]) -> None:
-        """Has the parts computed, each of some groups and of some filters of each of them, by all threads."""
-
-        def work(parts: Iterable[tuple[slice, slice]]) -> None:
-            with self._idle_threads():
-                for groups, filters in parts:
-                    compute(groups, filters)
-
+    def parts(self) -> list[tuple[slice, slice]]:
+        """Groups, and filters of each of them, that are computed at a time."""
         filters = list(pieces(self.geometry.group_filters, self.filters))
-        parts = [(groups, some) for groups in pieces(self.geometry.groups, self.groups) for some in filters]
-        self.run.spread(parts, work, self.workers)
+        return [(groups, some) for groups in pieces(self.geometry.groups, self.groups) for some in filters]
 
-    def _idle_threads(self) -> contextlib.AbstractContextManager[Any]:
-        """A context in which transforms take the threads that parts leave idle."""
-        if self.transforms is self.xp.fft:
-            return contextlib.nullcontext()
-        return self.transforms.set_workers(max(1, self.run.threads // self.workers))  # type: ignore[no-any-return]
+    def _over_tiles(self, body: Callable[[Shape, Index, Planner], None], planner: Planner) -> None:
+        """The steps of a body for the outputs of every tile of every image."""
+        images, blocks = Places(self.geometry.batch), Blocks(self.geometry.output, _steps(self.tile, self.geometry))
 
-    def tiles(self) -> Iterator[tuple[Shape, Shape]]:
-        """Images, and the first output of each tile."""
-        starts = [range(0, m, step) for m, step in zip(self.geometry.output, self.steps, strict=True)]
-        return ((image, start) for image in numpy.ndindex(*self.geometry.batch) for start in product(*starts))
+        def some_outputs(number: int, planner: Planner) -> None:
+            image, block = divmod(number, len(blocks))
+            body(images[image], blocks[block], planner)
 
-    def segments(self) -> Iterator[tuple[slice, ...]]:
+        planner.loop(range(len(images) * len(blocks)), some_outputs)
+
+    @property
+    def _segments(self) -> Blocks:
         """The taps, so many at a time."""
-        return product(*(pieces(k, size) for k, size in zip(self.geometry.kernel, self.tile.taps, strict=True)))
+        return Blocks(self.geometry.kernel, self.tile.taps)
 
-    def of_x(self, x: Operand, channel: int, image: Shape, start: Shape, segment: tuple[slice, ...]) -> Array:
+    def forward(self, x: Operand, w: Operand, y: Result, flags: View, planner: Planner) -> None:
+        """Computes y, and makes the flags of images 0 that NaN or Inf is in."""
+        groups, channels, filters = w.view.shape[-3:]
+        segments, is_whole = self._segments, self.tile.taps == self.geometry.kernel
+        spaces = self._spaces((groups, filters), channels if is_whole else 1, planner)
+
+        def transform_weights(channel: int, planner: Planner) -> None:
+            self._read_w(w, channel, segments[0], spaces[channel], planner)
+
+        if is_whole:  # the weights are the same for all tiles
+            planner.loop(range(channels), transform_weights)
+
+        def some_outputs(image: Shape, outputs: Index, planner: Planner) -> None:
+            (total,), (inputs,) = (self._spaces(of, 1, planner) for of in ((groups, filters), (groups,)))
+
+            def add(number: int, planner: Planner) -> None:
+                segment, channel = divmod(number, channels)
+                weights = spaces[channel if is_whole else 0]
+                if not is_whole:
+                    self._read_w(w, channel, segments[segment], weights, planner)
+                self._read_x(x, channel, image, outputs, segments[segment], inputs, planner)
+                self._add(total.spectrum, inputs, weights, number == 0, planner)
+
+            planner.loop(range(len(segments) * channels), add)
+            inside = tuple(slice(0, axis.stop - axis.start) for axis in outputs)
+            block = self._invert(total, inside, planner)
+            planner.call(note, flags[image], block, is_finite)
+            block = block.transpose(*range(2, block.ndim), 0, 1)
+            y.finish(block, planner)
+            planner.copy(y.view[(*image, *outputs)], block)
+
+        self._over_tiles(some_outputs, planner)
+
+    def weight_grad(self, dy: Operand, x: Operand, dw: View, planner: Planner) -> None:
+        """Computes dw, a segment of the kernel at a time."""
+        groups, channels, filters = dw.shape[-3:]
+
+        def some_taps(segment: Index, planner: Planner) -> None:
+            sums = self._spaces((groups, filters), channels, planner)
+
+            def some_outputs(image: Shape, outputs: Index, planner: Planner) -> None:
+                (gradients,), (inputs,) = (self._spaces(of, 1, planner) for of in ((groups, filters), (groups,)))
+                inside = tuple(slice(0, axis.stop - axis.start) for axis in outputs)
+                self._transform(dy, (*image, *outputs), inside, gradients, True, planner)
+                is_first = not any((*image, *(axis.start for axis in outputs)))
+
+                def add(channel: int, planner: Planner) -> None:
+                    self._read_x(x, channel, image, outputs, segment, inputs, planner)
+                    self._add(sums[channel].spectrum, inputs, gradients, is_first, planner)
+
+                planner.loop(range(channels), add)
+
+            self._over_tiles(some_outputs, planner)
+
+            def store(channel: int, planner: Planner) -> None:
+                block = self._invert(sums[channel], self._spread_taps(segment), planner)
+                planner.copy(dw[(*segment, slice(None), channel)], block.transpose(*range(2, block.ndim), 0, 1))
+
+            planner.loop(range(channels), store)
+
+        planner.loop(self._segments, some_taps)
+
+    # The steps.
+
+    def _spaces(self, channels: Shape, number: int, planner: Planner) -> list[_Space]:
+        """Workspace for so many spectra of these channels."""
+        extent = self.tile.extent
+        half = extent if dtypes.is_complex(self.dtype) else (*extent[:-1], extent[-1] // 2 + 1)
+        spectra, spaces = numpy.result_type(self.dtype, numpy.complex64), []
+        for flat in planner.workspace(*(math.prod((*channels, *half)),) * number, dtype=spectra):
+            block = View(flat.memory, flat.offset, (1,), (self.dtype.itemsize,), self.dtype)
+            spaces.append(_Space(block.shaped((*channels, *extent)), flat.shaped((*channels, *half))))
+        return spaces
+
+    def _read_x(
+        self,
+        x: Operand,
+        channel: int,
+        image: Shape,
+        outputs: Index,
+        segment: Index,
+        space: _Space,
+        planner: Planner,
+    ) -> None:
         """The spectrum (G, *L) of the inputs of a channel that a segment of the kernel meets for a tile's outputs."""
         into, seen = [], []
         geometry = self.geometry
         axes = zip(
-            start, self.tile.extent, segment, geometry.dilation, geometry.padding, geometry.input, strict=True
+            outputs, self.tile.extent, segment, geometry.dilation, geometry.padding, geometry.input, strict=True
         )  # fmt: skip
         for output, size, taps, d, (low, _), n in axes:
-            first = output + taps.start * d - low
+            first = output.start + taps.start * d - low
             begin, end = max(0, first), min(n, first + size)
             seen.append(slice(begin, max(begin, end)))
             into.append(slice(begin - first, max(begin, end) - first))
-        return self._spectrum(x, (*image, *seen, slice(None), channel), x.view.shape[-2:-1], tuple(into))
+        self._transform(x, (*image, *seen, slice(None), channel), tuple(into), space, False, planner)
 
-    def of_dy(self, dy: Operand, image: Shape, start: Shape) -> Array:
-        """The conjugate spectrum (G, F, *L) of a tile's outputs."""
-        seen, into = self._outputs(start)
-        return self._spectrum(dy, (*image, *seen), dy.view.shape[-2:], into, conjugate=True)
-
-    def of_w(self, w: Operand, channel: int, segment: tuple[slice, ...]) -> Array:
+    def _read_w(self, w: Operand, channel: int, segment: Index, space: _Space, planner: Planner) -> None:
         """The conjugate spectrum (G, F, *L) of a segment of the weights of a channel, as dilation spreads them."""
         index = (*segment, slice(None), channel, slice(None))
-        return self._spectrum(
-            w, index, (w.view.shape[-3], w.view.shape[-1]), self._spread_taps(segment), conjugate=True
-        )
+        self._transform(w, index, self._spread_taps(segment), space, True, planner)
 
-    def spectra(self, w: Array) -> Array:
-        """Memory (C, G, F, *L) for the spectra of weights, or of their gradients."""
-        groups, channels, filters = w.shape[-3:]
-        extent = self.tile.extent
-        if self.run.dtype.kind != "c":
-            extent = (*extent[:-1], extent[-1] // 2 + 1)
-        dtype = numpy.result_type(self.run.dtype, numpy.complex64)
-        return self.xp.empty((channels, groups, filters, *extent), dtype)
-
-    def _outputs(self, start: Shape) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """The outputs of a tile, and where they are in it."""
-        ends = [min(m, o + step) for m, o, step in zip(self.geometry.output, start, self.steps, strict=True)]
-        outputs = tuple(slice(first, end) for first, end in zip(start, ends, strict=True))
-        return outputs, tuple(slice(0, axis.stop - axis.start) for axis in outputs)
-
-    def _spread_taps(self, segment: tuple[slice, ...]) -> tuple[slice, ...]:
+    def _spread_taps(self, segment: Index) -> Index:
         """Where the taps of a segment are in a tile."""
         axes = zip(segment, self.geometry.dilation, strict=True)
         return tuple(slice(0, d * (taps.stop - taps.start - 1) + 1, d) for taps, d in axes)
 
-    def _spectrum(
-        self, operand: Operand, index: Any, channels: Shape, into: tuple[slice, ...], conjugate: bool = False
-    ) -> Array:
-        xp = self.xp
-        block = xp.zeros((*channels, *self.tile.extent), self.run.dtype)
+    def _transform(
+        self, operand: Operand, index: Index, into: Index, space: _Space, conjugate: bool, planner: Planner
+    ) -> None:
+        """The spectrum of a piece of an operand with zeros around it, in the memory of its block."""
+        block, rank = space.block, self.geometry.rank
+        channels = range(block.ndim - rank)
+        planner.copy(block, 0)
         target = block[(..., *into)]
         if target.size:
-            operand.read(xp, index, target.transpose(*range(len(channels), block.ndim), *range(len(channels))))
-        if self.run.dtype.kind != "c":
-            spectrum = self.transforms.rfftn(block, axes=self.axes)
-        else:
-            block = xp.conjugate(block, out=block) if conjugate else block
-            spectrum = self.transforms.fftn(block, axes=self.axes)
-        return xp.conjugate(spectrum, out=spectrum) if conjugate else spectrum
+            operand.read(index, target.transpose(*range(len(channels), block.ndim), *channels), planner)
+        if conjugate and dtypes.is_complex(self.dtype):
+            planner.call(self.xp.conjugate, block, out=block)
+        planner.call(_transform, space.spectrum, block, self.transforms[0], conjugate, self.xp)
 
-    def sums(self, x: Operand, weights: _Weights, image: Shape, start: Shape) -> Array:
-        """The spectrum (G, F, *L) of a tile: products of x and the weights, added up over taps and channels."""
-        total = None
-        for segment, channel in product(self.segments(), range(x.view.shape[-1])):
-            read, of_w = (x, channel, image, start, segment), weights.spectrum(channel, segment)
-            if total is None:
-                total = self.xp.multiply(self.of_x(*read)[:, None], of_w)
-            else:
-                self.add(total, read, of_w, False)
-            del of_w  # before the next one is computed
-        return total
-
-    def add(self, total: Array, read: tuple[Any, ...], spectrum: Array, is_first: bool) -> None:
-        """Adds the product of this spectrum and that of inputs, which of_x reads, or puts it there."""
-        inputs = self.of_x(*read)[:, None]
+    def _add(self, total: View, inputs: _Space, weights: _Space, is_first: bool, planner: Planner) -> None:
+        """Adds the product of two spectra, or puts it there."""
+        factors = inputs.spectrum[:, None], weights.spectrum
         if is_first:
-            self.xp.multiply(inputs, spectrum, out=total)
+            planner.call(self.xp.multiply, *factors, out=total)
         else:
-            total += self.xp.multiply(inputs, spectrum)
+            planner.call(_add_product, total, *factors)
 
-    def _inverse(self, spectrum: Array) -> Array:
-        if self.run.dtype.kind == "c":
-            return self.transforms.ifftn(spectrum, axes=self.axes)
-        return self.transforms.irfftn(spectrum, s=self.tile.extent, axes=self.axes)
-
-    def store(self, spectrum: Array, y: Result, image: Shape, start: Shape) -> bool:
-        """Finishes a tile's outputs and puts them into y; whether they are finite."""
-        outputs, inside = self._outputs(start)
-        block = self._inverse(spectrum)[(..., *inside)]
-        finite = is_finite(block)
-        block = block.transpose(*range(2, block.ndim), 0, 1)
-        y.finish(self.xp, block)
-        y.view[(*image, *outputs)] = block
-        return finite
-
-    def lags(self, spectrum: Array, segment: tuple[slice, ...]) -> Array:
-        """dw (*taps, G, F) of a segment and a channel, of its spectrum (G, F, *L)."""
-        block = self._inverse(spectrum)[(..., *self._spread_taps(segment))]
-        return block.transpose(*range(2, block.ndim), 0, 1)
+    def _invert(self, space: _Space, inside: Index, planner: Planner) -> View:
+        """A part of what a spectrum is the transform of, in the memory of that."""
+        block = space.block.shaped(space.block[(..., *inside)].shape)
+        planner.call(_invert, block, space.spectrum, self.transforms[1], inside)
+        return block
 
 
-class _Weights:
-    """The conjugate spectra of weights: kept for all tiles where the kernel is whole."""
-
-    def __init__(self, tiling: _Tiling, w: Operand) -> None:
-        self._tiling, self._w, self._kept = tiling, w, None
-        if tiling.tile.taps == tiling.geometry.kernel:
-            self._kept = tiling.spectra(w.view)
-            (segment,) = tiling.segments()
-            for channel in range(w.view.shape[-2]):
-                self._kept[channel] = tiling.of_w(w, channel, segment)
-
-    def spectrum(self, channel: int, segment: tuple[slice, ...]) -> Array:
-        """That of a segment of the kernel and a channel: (G, F, *L)."""
-        if self._kept is not None:
-            return self._kept[channel]
-        return self._tiling.of_w(self._w, channel, segment)
+def _transform(spectrum: Array, block: Array, transform: Callable[[Array], Array], conjugate: bool, xp: Any) -> None:
+    """spectrum = transform(block), conjugated or not; they may share memory."""
+    found = transform(block)
+    if conjugate:
+        xp.conjugate(found, out=spectrum)
+    else:
+        spectrum[...] = found
 
 
-def _transforms(xp: Any) -> Any:
-    """The module that transforms arrays of xp."""
+def _add_product(total: Array, inputs: Array, weights: Array) -> None:
+    """total += inputs * weights."""
+    total += inputs * weights
+
+
+def _invert(block: Array, spectrum: Array, transform: Callable[[Array], Array], inside: Index) -> None:
+    """block = a part of transform(spectrum); they may share memory."""
+    block[...] = transform(spectrum)[(..., *inside)]
+
+
+def _transforms(
+    xp: Any, is_complex: bool, extent: Shape, workers: int
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The transforms of tiles forth and back; those of SciPy with so many threads, which parts leave idle."""
+    module, options = xp.fft, dict[str, Any](axes=tuple(range(-len(extent), 0)))
     if xp is numpy and _has_scipy():
         import scipy.fft
 
-        return scipy.fft
-    return xp.fft
+        module, options = scipy.fft, {**options, "workers": workers}
+    if is_complex:
+        return partial(module.fftn, **options), partial(module.ifftn, **options)
+    return partial(module.rfftn, **options), partial(module.irfftn, s=extent, **options)
 
 
 @lru_cache(maxsize=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy
 
@@ -26,6 +27,17 @@ def is_finite_block(block: Array) -> bool:
     with numpy.errstate(over="ignore", invalid="ignore"):
         square = flat.dot(flat)
         return bool(square - square == 0) or _has_finite_extremes(flat)
+
+
+def note(flag: Array, block: Array, question: Callable[[Array], bool]) -> None:
+    """Makes the flag 0 where the answer is no for a block."""
+    if not question(block):
+        flag[...] = 0
+
+
+def are_all_set(flags: Array) -> bool:
+    """Whether no flag is 0."""
+    return bool(flags.all())
 
 
 def _has_finite_extremes(array: Array) -> bool:

@@ -12,33 +12,19 @@ Each direction is a product with unfolded windows ``cols``, K = C / G * T * R * 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import lru_cache
-from itertools import islice
+from functools import partial
 
 from gpuconv.algorithms import col2im, cost, lines, residues, slices
-from gpuconv.algorithms.blocks import Space, boxes, fitting_box, largest, largest_part, pieces
+from gpuconv.algorithms.blocks import Blocks, Room, Space, fitting_box, largest, largest_part, pieces
 from gpuconv.algorithms.finite import is_finite
-from gpuconv.algorithms.unfold import (
-    BLOCK_BYTES,
-    SHORT_PRODUCT,
-    Reading,
-    Sizes,
-    box_sizes,
-    forward_sizes,
-    order_of,
-    reading,
-    smallest,
-    unfold,
-)
+from gpuconv.algorithms.unfold import BLOCK_BYTES, SHORT_PRODUCT, Unfolding, order_of, smallest
 from gpuconv.algorithms.windows import reaches_beyond, sliding
 from gpuconv.arguments import Shape
-from gpuconv.backend import Array
-from gpuconv.geometry import Direction, Geometry
+from gpuconv.geometry import Direction, Geometry, Residue
 from gpuconv.operands import Index, Operand, Result, in_place
+from gpuconv.plan import Planner, Team, is_small
 from gpuconv.request import Request
-from gpuconv.workspace import Run, Team, is_small, shaped
 
 # Of weight_grad's outputs or channels where threads share it, and how many make one of them worth while.
 SLICES, SHORT_SLICE, FEW_CHANNELS = 8, 512, 128
@@ -86,57 +72,56 @@ def _unfolded(geometry: Geometry, direction: Direction) -> int:
     return seen.reduction_length("weight_grad") * geometry.filters * seen.taps
 
 
-def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
+def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
     """y[o] = sum over taps t and channels c of x[o * stride + t * dilation - low, c] w[t, c]."""
-    if lines.pays(x, y, geometry, run):
-        lines.forward(x, w, y, geometry, run)
+    if lines.pays(x, y, geometry, planner):
+        lines.forward(x, w, y, geometry, planner)
         return
-    xp = run.backend.xp
     order = order_of(x.view, y.view, geometry, math.prod(geometry.output) >= SHORT_PRODUCT)
-    team = run.team(geometry, smallest(geometry, "forward"))
-    sizes = forward_sizes(
-        geometry,
-        run.budget,
-        BLOCK_BYTES // run.dtype.itemsize,
-        team,
-        reading(x, order, geometry, run),
-        per_filter=geometry.channels * geometry.taps if order.weights.copies(w, run) else 0,
-        sums=Space(not in_place(y.view, run.dtype) or order.images.matrix(y.view) is None, y.temporaries),
-        terms=Space(False),
+    team = planner.team(geometry, smallest(geometry, "forward"))
+    per_filter = geometry.channels * geometry.taps if order.weights.copies(w, planner) else 0
+    filters_at_once = largest(geometry.group_filters, planner.budget // 2, per_filter)
+    limit = min((planner.budget - per_filter * filters_at_once) // team.shares, BLOCK_BYTES // planner.dtype.itemsize)
+    sums_need = Space(not in_place(y.view, planner.dtype) or order.images.matrix(y.view) is None, y.temporaries)
+    unfolding, outputs = Unfolding(x, geometry, order, planner), geometry.reduction_length("weight_grad")
+    blocks, spaces = unfolding.blocks(
+        limit, team.share(outputs), lambda outputs: [(outputs * geometry.groups * filters_at_once, sums_need)]
     )
-    with run.workspace(sizes.weights) as (weight_space,):
-        for filters in pieces(geometry.group_filters, sizes.pieces):
-            weights = order.load_weights(w.part(w.view[..., filters]), weight_space, run)
 
-            def work(indices: Iterable[Index], filters: slice = filters, weights: Array = weights) -> None:
-                with run.workspace(*sizes.block) as (patch_space, cols_space, sums_space, _):
-                    for index in indices:
-                        cols = unfold(x, index, geometry, order, sizes.tap_by_tap, patch_space, cols_space, run)
-                        target = y.view[(*index, slice(None), filters)]
-                        block, sums = order.images.place(target, sums_space, run)
-                        xp.matmul(*((cols, weights) if order.by_rows else (weights, cols)), out=sums)
-                        y.finish(xp, block, filters)
-                        if block is not target:
-                            xp.copyto(target, block, casting="unsafe")
+    def some_filters(filters: slice, planner: Planner) -> None:
+        (weight_space,) = planner.workspace(per_filter * filters_at_once)
+        weights = order.load_weights(w.part(w.view[..., filters]), weight_space, planner)
 
-            run.spread(boxes((*geometry.batch, *geometry.output), sizes.box), work, team.workers)
+        def some_outputs(index: Index, planner: Planner) -> None:
+            patch_space, cols_space, sums_space = planner.workspace(*spaces)
+            cols = unfolding.cols(index, patch_space, cols_space, planner)
+            target = y.view[(*index, slice(None), filters)]
+            block, sums = order.images.place(target, sums_space, planner)
+            planner.call(planner.xp.matmul, *((cols, weights) if order.by_rows else (weights, cols)), out=sums)
+            y.finish(block, planner, filters)
+            if block is not target:
+                planner.copy(target, block)
+
+        planner.loop(blocks, some_outputs, team.workers)
+
+    planner.loop(list(pieces(geometry.group_filters, filters_at_once)), some_filters)
 
 
-def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
     """dx[i] = sum over the taps t and outputs o with o * stride + t * dilation - low = i of dy[o] w[t]'."""
     if geometry.is_pointwise:
-        _data_grad_by_residues(dy, w, dx, geometry, run)
+        _data_grad_by_residues(dy, w, dx, geometry, planner)
     elif _lie_apart(geometry):
-        _data_grad_apart(dy, w, dx, geometry, run)
-    elif col2im.pays(dy, dx, geometry, run):
-        col2im.data_grad(dy, w, dx, geometry, run)
-    # By residues, NaN and Inf in w would meet zeros beyond dy, and NaN spread where none belongs.
-    elif _has_many_residues(geometry) or not run.holds(is_finite, w.view):
-        slices.data_grad(dy, w, dx, geometry, run)
-    elif residues.plan(geometry) is not None:
-        residues.data_grad(dy, w, dx, geometry, run)
+        _data_grad_apart(dy, w, dx, geometry, planner)
+    elif col2im.pays(dy, dx, geometry, planner):
+        col2im.data_grad(dy, w, dx, geometry, planner)
+    elif _has_many_residues(geometry):
+        slices.data_grad(dy, w, dx, geometry, planner)
     else:
-        _data_grad_by_residues(dy, w, dx, geometry, run)
+        # By residues, NaN and Inf in w would meet zeros beyond dy, and NaN spread where none belongs.
+        by_residues = _data_grad_by_residues if residues.plan(geometry) is None else residues.data_grad
+        ways = (partial(way, dy, w, dx, geometry) for way in (by_residues, slices.data_grad))
+        planner.choose(is_finite, w.view, *ways)
 
 
 def _lie_apart(geometry: Geometry) -> bool:
@@ -150,52 +135,59 @@ def _has_many_residues(geometry: Geometry) -> bool:
     return math.prod(min(s, n) for s, n in zip(geometry.stride, geometry.input, strict=True)) > 4 * geometry.taps
 
 
-def _data_grad_by_residues(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
+def _data_grad_by_residues(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
     backwards = (slice(None, None, -1),) * geometry.rank
-    for residue in geometry.residues:
-        part = dx.part((*(slice(None) for _ in geometry.batch), *residue.inputs))
+
+    def part(residue: Residue, planner: Planner) -> None:
+        inputs = dx.part((*(slice(None) for _ in geometry.batch), *residue.inputs))
         if residue.geometry is None:
-            part.fill(run.backend.xp)
+            inputs.fill(planner)
         else:
             taps = w.part(w.view[residue.taps][backwards].swapaxes(-1, -2))
-            forward(dy, taps, part, residue.geometry, run)
+            forward(dy, taps, inputs, residue.geometry, planner)
+
+    planner.loop(geometry.residues, part)
 
 
-def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
+def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
     """Windows that do not overlap, as in patch embeddings and their transposes: each is a product of its own."""
-    xp, order = run.backend.xp, order_of(dy.view, dy.view, geometry, stack=False)
-    team = run.team(geometry, smallest(geometry, "data_grad"))
-    sizes = _apart_sizes(
-        geometry,
-        run.budget,
-        BLOCK_BYTES // run.dtype.itemsize,
-        team,
-        order.weights.copies(w, run),
-        Space(order.images.copies(dy, run), dy.temporaries),
-        dx.temporaries,
-    )
+    order = order_of(dy.view, dy.view, geometry, stack=False)
+    team = planner.team(geometry, smallest(geometry, "data_grad"))
+    per_channel = geometry.filters * geometry.taps if order.weights.copies(w, planner) else 0
+    channels_at_once = largest(geometry.group_channels, planner.budget // 2, per_channel)
+    gradients = Space(order.images.copies(dy, planner), dy.temporaries)
+
+    def room(box: Shape) -> Room:
+        outputs = math.prod(box)
+        cols = outputs * geometry.groups * channels_at_once * geometry.taps
+        return ((outputs * geometry.filters, gradients), (cols, Space(True, dx.temporaries)))
+
+    extents = (*geometry.batch, *geometry.output)
+    limit = min((planner.budget - per_channel * channels_at_once) // team.shares, BLOCK_BYTES // planner.dtype.itemsize)
+    box, spaces = fitting_box(extents, limit, room, team.share(math.prod(extents)))
     leaves_gaps = not _covers(geometry)
     cropped = (slice(-low, None) for low, _ in geometry.padding)
     inputs = dx.view[(*(slice(None) for _ in geometry.batch), *cropped)]
-    windows = sliding(xp, inputs, geometry, geometry.output)
-    with run.workspace(sizes.weights) as (weight_space,):
-        for channels in pieces(geometry.group_channels, sizes.pieces):
-            taps = w.part(w.view[..., channels, :])
-            weights = order.load_weights(taps, weight_space, run).swapaxes(-1, -2)
+    windows = sliding(inputs, geometry, geometry.output)
 
-            def work(indices: Iterable[Index], channels: slice = channels, weights: Array = weights) -> None:
-                with run.workspace(*sizes.block) as (dy_space, cols_space):
-                    for index in indices:
-                        if leaves_gaps:
-                            dx.of_channels(channels).part(_inputs_of(index, geometry)).fill(xp)
-                        sums = order.images.load(dy, index, dy_space, run)
-                        target = windows[(*index, ..., channels)]
-                        block, cols = order.windows.empty(target.shape, cols_space)
-                        xp.matmul(*((sums, weights) if order.by_rows else (weights, sums)), out=cols)
-                        dx.finish(xp, block, channels)
-                        xp.copyto(target, block, casting="unsafe")
+    def some_channels(channels: slice, planner: Planner) -> None:
+        (weight_space,) = planner.workspace(per_channel * channels_at_once)
+        weights = order.load_weights(w.part(w.view[..., channels, :]), weight_space, planner).swapaxes(-1, -2)
 
-            run.spread(boxes((*geometry.batch, *geometry.output), sizes.box), work, team.workers)
+        def some_outputs(index: Index, planner: Planner) -> None:
+            dy_space, cols_space = planner.workspace(*spaces)
+            if leaves_gaps:
+                dx.of_channels(channels).part(_inputs_of(index, geometry)).fill(planner)
+            sums = order.images.load(dy, index, dy_space, planner)
+            target = windows[(*index, ..., channels)]
+            block, cols = order.windows.empty(target.shape, cols_space)
+            planner.call(planner.xp.matmul, *((sums, weights) if order.by_rows else (weights, sums)), out=cols)
+            dx.finish(block, planner, channels)
+            planner.copy(target, block)
+
+        planner.loop(Blocks(extents, box), some_outputs, team.workers)
+
+    planner.loop(list(pieces(geometry.group_channels, channels_at_once)), some_channels)
 
 
 def _inputs_of(index: Index, geometry: Geometry) -> Index:
@@ -215,33 +207,32 @@ def _covers(geometry: Geometry) -> bool:
     return whole and not any(map(any, geometry.padding))
 
 
-def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
+def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
     """dw[t, c] = sum over outputs o of x[o * stride + t * dilation - low, c] dy[o]."""
-    if lines.pays(x, dy, geometry, run, math.prod(geometry.w_shape)):
-        lines.weight_grad(dy, x, dw, geometry, run)
+    if lines.pays(x, dy, geometry, planner, math.prod(geometry.w_shape)):
+        lines.weight_grad(dy, x, dw, geometry, planner)
         return
-    team = run.team(geometry, smallest(geometry, "weight_grad"))
-    if not _has_short_slices(geometry, run):
-        _weight_grad(dy, x, dw, geometry, run, team)
+    team = planner.team(geometry, smallest(geometry, "weight_grad"))
+    if not _has_short_slices(geometry, planner):
+        _weight_grad(dy, x, dw, geometry, planner, team)
         return
-    # Each task has some channels: their sums are whole, and no matrix product gets shorter than it is.
-    share = run.share(team)
 
-    def work(parts: Iterable[slice]) -> None:
-        for channels in parts:
-            part = replace(geometry, channels=geometry.groups * (channels.stop - channels.start))
-            _weight_grad(dy, x.of_channels(channels), dw.part((..., channels, slice(None))), part, share, Team())
+    # Each task has some channels: their sums are whole, and no matrix product gets shorter than it is.
+    def some_channels(channels: slice, planner: Planner) -> None:
+        part = replace(geometry, channels=geometry.groups * (channels.stop - channels.start))
+        result = dw.part((..., channels, slice(None)))
+        _weight_grad(dy, x.of_channels(channels), result, part, planner.share(planner.limit // team.shares), Team())
 
     size = max(FEW_CHANNELS, -(-geometry.group_channels // SLICES))
-    run.spread(list(pieces(geometry.group_channels, size)), work, team.workers)
+    planner.loop(list(pieces(geometry.group_channels, size)), some_channels, team.workers)
 
 
-def _has_short_slices(geometry: Geometry, run: Run) -> bool:
+def _has_short_slices(geometry: Geometry, planner: Planner) -> bool:
     """Whether slices of the outputs would be short, or their sums large, and slices of the channels would not."""
     weights = math.prod(geometry.w_shape)
     if is_small(geometry):
         return False
-    is_short = _slices(geometry) == 1 or _slices(geometry) * weights > run.budget // 4
+    is_short = _slices(geometry) == 1 or _slices(geometry) * weights > planner.budget // 4
     return is_short and geometry.group_channels >= 2 * FEW_CHANNELS
 
 
@@ -253,71 +244,49 @@ def _slices(geometry: Geometry) -> int:
     return slices
 
 
-def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run, team: Team) -> None:
+def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner, team: Team) -> None:
     """The outputs in slices, which are added up in order, however many threads there are."""
-    xp, order = run.backend.xp, order_of(x.view, dy.view, geometry, stack=False)
-    gradients = Space(order.images.copies(dy, run), dy.temporaries)
-    sizes = _weight_grad_sizes(
-        geometry, run.budget, BLOCK_BYTES // run.dtype.itemsize, team, reading(x, order, geometry, run), gradients
-    )
-    extents = (*geometry.batch, *geometry.output)
-    count = math.prod(-(-extent // size) for extent, size in zip(extents, sizes.box, strict=True))
-    with run.workspace(*(sizes.weights,) * min(_slices(geometry), count)) as total_spaces:
-        for filters in pieces(geometry.group_filters, sizes.pieces):
-            target = dw.view[..., filters]
-            block, total = order.weights.place(target, total_spaces[0], run)
-            totals = [total, *(shaped(space, total.shape) for space in total_spaces[1:])]
-
-            def work(numbers: Iterable[int], filters: slice = filters, totals: Sequence[Array] = totals) -> None:
-                with run.workspace(sizes.weights, *sizes.block) as (term_space, patch_space, cols_space, dy_space, _):
-                    for number in numbers:
-                        total, is_first = totals[number], True
-                        ends = (count * end // len(totals) for end in (number, number + 1))
-                        for index in islice(boxes(extents, sizes.box), *ends):
-                            cols = unfold(x, index, geometry, order, sizes.tap_by_tap, patch_space, cols_space, run)
-                            sums = order.images.load(dy, (*index, slice(None), filters), dy_space, run)
-                            factors = (cols.swapaxes(-1, -2), sums) if order.by_rows else (sums, cols.swapaxes(-1, -2))
-                            if is_first:
-                                xp.matmul(*factors, out=total)
-                            else:
-                                xp.add(total, xp.matmul(*factors, out=shaped(term_space, total.shape)), out=total)
-                            is_first = False
-
-            run.spread(range(len(totals)), work, team.workers)
-            for term in totals[1:]:
-                xp.add(total, term, out=total)
-            if block is not target:
-                xp.copyto(target, block, casting="unsafe")
-
-
-@lru_cache(maxsize=1024)
-def _weight_grad_sizes(
-    geometry: Geometry, budget: int, block: int, team: Team, reading: Reading, gradients: Space
-) -> Sizes:
+    matmul, add, order = planner.xp.matmul, planner.xp.add, order_of(x.view, dy.view, geometry, stack=False)
+    gradients = Space(order.images.copies(dy, planner), dy.temporaries)
     per_filter, copies = geometry.channels * geometry.taps, _slices(geometry) + team.shares
-    filters = largest(geometry.group_filters, budget // 2, copies * per_filter)
+    filters_at_once = largest(geometry.group_filters, planner.budget // 2, copies * per_filter)
+    weights = per_filter * filters_at_once
     # Each block adds a whole dw to the sum: it should be worth that.
-    limit = (budget - copies * per_filter * filters) // team.shares
-    limit = min(limit, max(block, 4 * per_filter * filters))
+    limit = (planner.budget - copies * weights) // team.shares
+    limit = min(limit, max(BLOCK_BYTES // planner.dtype.itemsize, 4 * weights))
     most = min(LONGEST, -(-geometry.reduction_length("weight_grad") // _slices(geometry)))
-    return box_sizes(geometry, limit, most, filters, per_filter * filters, reading, gradients, Space(False))
+    unfolding = Unfolding(x, geometry, order, planner)
+    blocks, spaces = unfolding.blocks(
+        limit, most, lambda outputs: [(outputs * geometry.groups * filters_at_once, gradients)]
+    )
+    slices = min(_slices(geometry), len(blocks))
 
+    def some_filters(filters: slice, planner: Planner) -> None:
+        first, *others = planner.workspace(*(weights,) * slices)
+        target = dw.view[..., filters]
+        block, total = order.weights.place(target, first, planner)
+        totals = [total, *(space.shaped(total.shape) for space in others)]
 
-@lru_cache(maxsize=1024)
-def _apart_sizes(
-    geometry: Geometry, budget: int, block: int, team: Team, copies_weights: bool, gradients: Space, temporaries: int
-) -> Sizes:
-    per_channel = geometry.filters * geometry.taps if copies_weights else 0
-    channels = largest(geometry.group_channels, budget // 2, per_channel)
+        def some_outputs(number: int, planner: Planner) -> None:
+            begin, end = (len(blocks) * end // slices for end in (number, number + 1))
 
-    def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
-        outputs = math.prod(box)
-        return (
-            (outputs * geometry.filters, gradients),
-            (outputs * geometry.groups * channels * geometry.taps, Space(True, temporaries)),
-        )
+            def products(at: int, planner: Planner) -> None:
+                term_space, patch_space, cols_space, dy_space = planner.workspace(weights, *spaces)
+                index = blocks[at]
+                cols = unfolding.cols(index, patch_space, cols_space, planner)
+                sums = order.images.load(dy, (*index, slice(None), filters), dy_space, planner)
+                factors = (cols.swapaxes(-1, -2), sums) if order.by_rows else (sums, cols.swapaxes(-1, -2))
+                term = totals[number] if at == begin else term_space.shaped(total.shape)
+                planner.call(matmul, *factors, out=term)
+                if at > begin:
+                    planner.call(add, totals[number], term, out=totals[number])
 
-    limit = min((budget - per_channel * channels) // team.shares, block)
-    extents = (*geometry.batch, *geometry.output)
-    box, spaces = fitting_box(extents, limit, parts, team.share(math.prod(extents)))
-    return Sizes(channels, box, per_channel * channels, spaces)
+            planner.loop(range(begin, end), products)
+
+        planner.loop(range(slices), some_outputs, team.workers)
+        for term in totals[1:]:
+            planner.call(add, total, term, out=total)
+        if block is not target:
+            planner.copy(target, block)
+
+    planner.loop(list(pieces(geometry.group_filters, filters_at_once)), some_filters)

@@ -8,26 +8,25 @@ Half precision, float64, and float32 where TF32 is permitted, are multiplied on 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import partial
 from typing import NamedTuple
 
 import numpy
 
 from gpuconv import dtypes
-from gpuconv.activations import Activation
 from gpuconv.algorithms import gemm_tiles
 from gpuconv.algorithms.blocks import largest, pieces
 from gpuconv.algorithms.gemm_tiles import Choice, Problem, Products, Tile, Work
-from gpuconv.algorithms.matrices import View, matrices_of
-from gpuconv.backend import Array
+from gpuconv.algorithms.matrices import matrices_of
 from gpuconv.cuda import arguments, structs
 from gpuconv.cuda.device import Device
 from gpuconv.cuda.kernel import Kernel, Module
 from gpuconv.cuda.launch import blocks
 from gpuconv.geometry import DIRECTIONS, Direction, Geometry
-from gpuconv.operands import Operand, Result
+from gpuconv.operands import ROLES, Operand, Result, contiguous
+from gpuconv.plan import Planner
 from gpuconv.request import Request
-from gpuconv.workspace import Run
+from gpuconv.views import View, contiguous_strides
 
 SMALLEST = 32  # rows and columns of the smallest tile
 FEWEST_TURNS = 4  # of a slice: as many tiles as it is worth to begin for
@@ -54,90 +53,91 @@ def fills_a_tile(geometry: Geometry, direction: Direction) -> bool:
     return 2 * min(rows, SMALLEST) * min(columns, SMALLEST) >= SMALLEST**2
 
 
-def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
+def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
     """y = x w, a row for each output and a step for each tap and channel."""
-    for (images,), (target,) in arguments.image_pieces([x], [y.view], geometry, run):
-        _gather("forward", images, w, target, y, (target, images.view, w.view), geometry, run)
+    _gather("forward", x, w, y, geometry, planner)
 
 
-def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
     """dx = dy w', residue by residue of the stride: a row for each input, a step for each tap that reaches it."""
-    for (gradients,), (target,) in arguments.image_pieces([dy], [dx.view], geometry, run):
-        _gather("data_grad", gradients, w, target, dx, (gradients.view, target, w.view), geometry, run)
+    _gather("data_grad", dy, w, dx, geometry, planner)
 
 
 def _gather(
-    direction: Direction,
-    images: Operand,
-    w: Operand,
-    target: Array,
-    result: Result,
-    y_x_w: tuple[Array, Array, Array],
-    geometry: Geometry,
-    run: Run,
+    direction: Direction, first: Operand, w: Operand, result: Result, geometry: Geometry, planner: Planner
 ) -> None:
-    """One block for each tile of the target."""
-    wide = arguments.is_wide(geometry, *y_x_w)
-    arrays = Arrays(direction, geometry, Source.of(images), Source.of(w), View.of(target), run.dtype)
-    plan = planned(arrays, run.precision, run.backend.device(), wide)
-    row_tiles = (structs.index_dtype(wide).type(plan.row_tiles),) if direction == "data_grad" else ()
-    options = arguments.options(images, w, False, bias=result.bias, activation=result.activation)
-    run.launch(
-        Kernel(plan.module, f"implicit_gemm_{direction}"),
-        plan.blocks,
-        plan.choice.tile.threads,
-        (
-            *(images.view, images.y, w.view, result.bias, target),
-            *arguments.described(geometry, *y_x_w, wide),
-            *row_tiles,
-            options.struct(wide),
-        ),
-        plan.shared_bytes,
-    )
+    """One block for each tile of the result."""
+    pieces_of_images = arguments.Images([first], [result.view], geometry, planner)
+
+    def some_images(number: int, planner: Planner) -> None:
+        (images,), (target,) = pieces_of_images.read(number, planner)
+        y_x_w = (target, images.view, w.view) if direction == "forward" else (images.view, target, w.view)
+        wide = arguments.is_wide(geometry, *y_x_w)
+        arrays = Arrays(direction, geometry, images, w, target, planner.dtype)
+        plan = planned(arrays, planner.precision, planner.backend.device(), wide)
+        row_tiles = (structs.index_dtype(wide).type(plan.row_tiles),) if direction == "data_grad" else ()
+        options = arguments.options(images, w, False, bias=result.bias, activation=result.activation)
+        planner.launch(
+            Kernel(plan.module, f"implicit_gemm_{direction}"),
+            plan.blocks,
+            plan.choice.tile.threads,
+            (
+                *(images.view, images.y, w.view, result.bias, target),
+                *arguments.described(geometry, *y_x_w, wide),
+                *row_tiles,
+                options.struct(wide),
+            ),
+            plan.shared_bytes,
+        )
+
+    planner.loop(range(len(pieces_of_images)), some_images)
 
 
-def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
+def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
     """dw = x' dy, slice by slice of the outputs: a row for each tap and channel, a step for each output."""
-    filters = dw.view.shape[-1]
-    for part in pieces(filters, largest(filters, run.budget // 2, dw.view.size // filters)):
+
+    def some_filters(part: slice, planner: Planner) -> None:
         weights = dw.view[..., part]
-        with run.workspace(weights.size) as (total,):
-            carried = False  # what total holds, to the sums of the next images
-            for (gradients, images), _ in arguments.image_pieces([dy.of_channels(part), x], [], geometry, run):
-                _add_slices(gradients, images, total, weights, carried, geometry, run)
-                carried = True
+        (total,) = planner.workspace(weights.size)
+        images = arguments.Images([dy.of_channels(part), x], [], geometry, planner)
+        planner.loop(range(len(images)), partial(_add_slices, images, total, weights, geometry))
+
+    filters = dw.view.shape[-1]
+    at_once = largest(filters, planner.budget // 2, dw.view.size // filters)
+    planner.loop(list(pieces(filters, at_once)), some_filters)
 
 
 def _add_slices(
-    gradients: Operand, images: Operand, total: Array, weights: Array, carried: bool, geometry: Geometry, run: Run
+    pieces: arguments.Images, total: View, weights: View, geometry: Geometry, number: int, planner: Planner
 ) -> None:
-    """Two launches: the sums of the slices, and what they add up to."""
+    """Two launches: the sums of the slices, and what they add up to, with the total of the images before."""
+    (gradients, images), _ = pieces.read(number, planner)
     y_x_w = gradients.view, images.view, weights
     wide = arguments.is_wide(geometry, *y_x_w)
-    arrays = Arrays("weight_grad", geometry, Source.of(gradients), Source.of(images), View.of(weights), run.dtype)
-    room = run.budget // weights.size - 1  # beside the totals
-    plan = planned(arrays, run.precision, run.backend.device(), wide, room)
+    arrays = Arrays("weight_grad", geometry, gradients, images, weights, planner.dtype)
+    room = planner.budget // weights.size - 1  # beside the totals
+    plan = planned(arrays, planner.precision, planner.backend.device(), wide, room)
     convolution, dy_at, x_at, dw_at = arguments.described(geometry, *y_x_w, wide)
     index = structs.index_dtype(wide).type
     slices, length, threads = index(plan.choice.slices), index(plan.length), plan.choice.tile.threads
     options = arguments.options(gradients, images, False).struct(wide)
-    with run.workspace(plan.choice.slices * weights.size) as (partial,):
-        run.launch(
-            Kernel(plan.module, "implicit_gemm_weight_grad"),
-            plan.blocks,
-            threads,
-            (
-                *(gradients.view, gradients.y, images.view, images.y, partial),
-                *(convolution, dy_at, x_at, slices, length, options),
-            ),
-            plan.shared_bytes,
-        )
-        run.launch(
-            Kernel(plan.module, "implicit_gemm_weight_grad_sum"),
-            blocks(weights.size, threads),
-            threads,
-            (partial, total, weights, convolution, dw_at, slices, index(carried)),
-        )
+    (partial,) = planner.workspace(plan.choice.slices * weights.size)
+    planner.launch(
+        Kernel(plan.module, "implicit_gemm_weight_grad"),
+        plan.blocks,
+        threads,
+        (
+            *(gradients.view, gradients.y, images.view, images.y, partial),
+            *(convolution, dy_at, x_at, slices, length, options),
+        ),
+        plan.shared_bytes,
+    )
+    planner.launch(
+        Kernel(plan.module, "implicit_gemm_weight_grad_sum"),
+        blocks(weights.size, threads),
+        threads,
+        (partial, total, weights, convolution, dw_at, slices, index(number > 0)),
+    )
 
 
 def plans(
@@ -150,11 +150,10 @@ def plans(
     wide: bool = False,
 ) -> list[Plan]:
     """What could be launched for contiguous arrays, a plan for each tile: first the one that is taken."""
-    x, w, y = (View.contiguous(role, dtype, geometry) for role in ("x", "w", "y"))
-    first, second, result = {"forward": (x, w, y), "data_grad": (y, w, x), "weight_grad": (y, x, w)}[direction]
+    first, second, result = (contiguous(role, dtype, geometry) for role in ROLES[direction])
     sums = dtypes.accumulator(dtype)
     room = limit // (sums.itemsize * math.prod(result.shape)) - 1
-    arrays = Arrays(direction, geometry, Source(first), Source(second), result, sums)
+    arrays = Arrays(direction, geometry, Operand(first), Operand(second), result, sums)
     problem = _problem(arrays, precision, device, room)
     return [_made(arrays, problem, choice, wide) for choice in gemm_tiles.ranked(problem)]
 
@@ -162,30 +161,13 @@ def plans(
 # ------------------------------------------------------------------------------------------------- plans
 
 
-class Source(NamedTuple):
-    """An operand without its array."""
-
-    view: View
-    conjugate: bool = False
-    activation: Activation | None = None
-
-    @classmethod
-    def of(cls, operand: Operand) -> Source:
-        """That of an operand."""
-        return cls(View.of(operand.view), operand.conjugate, operand.activation)
-
-    def is_plain(self, dtype: numpy.dtype) -> bool:
-        """Whether tiles of this dtype hold its elements as they are."""
-        return self.view.dtype == dtype and not self.conjugate and self.activation is None
-
-
 class Arrays(NamedTuple):
     """A direction of a convolution, and how its arrays lie in memory."""
 
     direction: Direction
     geometry: Geometry
-    first: Source
-    second: Source
+    first: Operand
+    second: Operand
     result: View
     sums: numpy.dtype
 
@@ -211,7 +193,6 @@ class Plan(NamedTuple):
         return found
 
 
-@lru_cache(maxsize=4096)
 def planned(arrays: Arrays, precision: str, device: Device, wide: bool, room: int = 0) -> Plan:
     """The plan that is taken; ``room`` is for the sums of so many slices."""
     problem = _problem(arrays, precision, device, room)
@@ -239,7 +220,7 @@ def _made(arrays: Arrays, problem: Problem, choice: Choice, wide: bool) -> Plan:
 def _problem(arrays: Arrays, precision: str, device: Device, room: int) -> Problem:
     direction, geometry, first, second, result, sums = arrays
     if direction == "weight_grad":
-        left, right, result = second, first, result._replace(dtype=sums)  # of its slices
+        left, right, result = second, first, View(0, 0, result.shape, contiguous_strides(result.shape, sums), sums)
     else:
         left, right = first, second
     work = _work(direction, geometry, first.view.shape[0], result)
@@ -272,7 +253,9 @@ def _work(direction: Direction, geometry: Geometry, images: int, result: View) -
     return Work(images * longest, columns, groups, blocks(geometry.taps * geometry.group_filters, residues), residues)
 
 
-def _products(first: Source, second: Source, depth: int, sums: numpy.dtype, precision: str, device: Device) -> Products:
+def _products(
+    first: Operand, second: Operand, depth: int, sums: numpy.dtype, precision: str, device: Device
+) -> Products:
     """Tensor cores where they lose nothing, or nothing but what the precision permits."""
     tensor_products, element = 0, sums
     if device.capability >= 80:

@@ -13,20 +13,17 @@ axis, which with few channels takes longer than to multiply.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 
-import numpy
-
-from gpuconv.algorithms.blocks import Arrangement, channels_innermost, pieces
+from gpuconv.algorithms.blocks import Arrangement, Places, channels_innermost, pieces
 from gpuconv.algorithms.windows import read_tap
 from gpuconv.arguments import Shape
-from gpuconv.backend import Array
 from gpuconv.geometry import Geometry
 from gpuconv.operands import Operand, Result, in_place
-from gpuconv.workspace import Run, shaped
+from gpuconv.plan import Planner
+from gpuconv.views import View
 
 FEW = 64  # rows of a line's matrix: taps of the last axis times channels
 LONG = 56  # outputs of a line, from which on its products are worth their call
@@ -50,86 +47,88 @@ def elements(geometry: Geometry) -> int:
     return math.prod(geometry.batch) * _lines_seen(geometry.output[0], geometry) * _line(geometry)
 
 
-def pays(images: Operand, results: Operand | Result, geometry: Geometry, run: Run, products: int = 0) -> bool:
+def pays(images: Operand, results: Operand | Result, geometry: Geometry, planner: Planner, products: int = 0) -> bool:
     """Whether it suits, with nothing to be made of what is read or written, and there is room.
 
     ``products``: elements that each line makes in weight_grad.
     """
     plain = not images.temporaries and not results.temporaries
-    return suits(geometry) and plain and _rows(geometry, _budget(geometry, run), products) > 0
+    return suits(geometry) and plain and _rows(geometry, _budget(geometry, planner), products) > 0
 
 
-def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
+def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
     """y = lines(x) w, some lines of outputs of one image at a time."""
-    xp, team, by_rows = run.backend.xp, run.team(geometry), channels_innermost(y.view)
+    team, by_rows = planner.team(geometry), channels_innermost(y.view)
     weights_order = Arrangement((2, 0, 1, 3, 4), 3, 1) if by_rows else Arrangement((2, 4, 0, 1, 3), 1, 3)
     results_order = Arrangement((2, 0, 1, 3), 1, 1) if by_rows else Arrangement((2, 0, 3, 1), 1, 1)
-    size, each = _rows(geometry, _budget(geometry, run), 0), math.prod(geometry.w_shape)
-    copies = not (in_place(y.view, run.dtype) and results_order.matrix(y.view[(0,) * len(geometry.batch)]) is not None)
-    with run.workspace(each * weights_order.copies(w, run)) as (weight_space,):
-        weights = weights_order.load(w, (...,), weight_space, run)[:, None]
+    size, each = _rows(geometry, _budget(geometry, planner), 0), math.prod(geometry.w_shape)
+    in_y = in_place(y.view, planner.dtype) and results_order.matrix(y.view[(0,) * len(geometry.batch)]) is not None
+    room = _lines_seen(size, geometry) * _line(geometry), 0 if in_y else size * geometry.output[1] * geometry.filters
+    (weight_space,) = planner.workspace(each * weights_order.copies(w, planner))
+    weights = weights_order.load(w, (...,), weight_space, planner)[:, None]
 
-        def work(tasks: Iterable[tuple[Shape, slice]]) -> None:
-            room = _lines_seen(size, geometry) * _line(geometry), copies * size * geometry.output[1] * geometry.filters
-            with run.workspace(*room) as (lines_space, sums_space):
-                for image, rows in tasks:
-                    windows = _windows(x.of_images(image), rows, geometry, lines_space, run)
-                    target = y.view[(*image, rows)]
-                    block, sums = results_order.place(target, sums_space, run)
-                    xp.matmul(*((windows.swapaxes(-1, -2), weights) if by_rows else (weights, windows)), out=sums)
-                    y.finish(xp, block)
-                    if block is not target:
-                        xp.copyto(target, block, casting="unsafe")
+    def some_lines(task: tuple[Shape, slice], planner: Planner) -> None:
+        image, rows = task
+        lines_space, sums_space = planner.workspace(*room)
+        windows = _windows(x.of_images(image), rows, geometry, lines_space, planner)
+        target = y.view[(*image, rows)]
+        block, sums = results_order.place(target, sums_space, planner)
+        factors = (windows.swapaxes(-1, -2), weights) if by_rows else (weights, windows)
+        planner.call(planner.xp.matmul, *factors, out=sums)
+        y.finish(block, planner)
+        if block is not target:
+            planner.copy(target, block)
 
-        rows = list(pieces(geometry.output[0], size))
-        run.spread(list(product(numpy.ndindex(*geometry.batch), rows)), work, team.workers)
+    rows = list(pieces(geometry.output[0], size))
+    planner.loop(list(product(Places(geometry.batch), rows)), some_lines, team.workers)
 
 
-def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
+def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
     """dw = lines(x)' dy: products of single lines, which are added up in slices, in the same order in any thread."""
-    xp, team, weights = run.backend.xp, run.team(geometry), math.prod(geometry.w_shape)
+    xp, weights = planner.xp, math.prod(geometry.w_shape)
     gradients_order = Arrangement((2, 0, 1, 3), 1, 1)
-    size = max(1, min(_rows(geometry, _budget(geometry, run), weights), BLOCK_BYTES // 4 // weights))
-    tasks = list(product(numpy.ndindex(*geometry.batch), pieces(geometry.output[0], size)))
+    size = max(1, min(_rows(geometry, _budget(geometry, planner), weights), BLOCK_BYTES // 4 // weights))
+    tasks = list(product(Places(geometry.batch), pieces(geometry.output[0], size)))
     slices = list(pieces(len(tasks), -(-len(tasks) // SLICES)))
     shape = 1, math.prod(geometry.kernel) * geometry.channels, geometry.filters
-    copies = gradients_order.copies(dy.of_images((0,) * len(geometry.batch)), run)
+    copies = gradients_order.copies(dy.of_images((0,) * len(geometry.batch)), planner)
     line_results = copies * geometry.output[1] * geometry.filters
     room = _lines_seen(size, geometry) * _line(geometry), size * line_results, size * weights, weights
-    with run.workspace(*(weights,) * len(slices)) as spaces:
-        totals = [shaped(space, shape) for space in spaces]
+    totals = [space.shaped(shape) for space in planner.workspace(*(weights,) * len(slices))]
 
-        def work(numbers: Iterable[int]) -> None:
-            with run.workspace(*room) as (lines_space, dy_space, product_space, term_space):
-                for number in numbers:
-                    for image, rows in tasks[slices[number]]:
-                        windows = _windows(x.of_images(image), rows, geometry, lines_space, run)
-                        gradients = gradients_order.load(dy, (*image, rows), dy_space, run)
-                        products = shaped(product_space, (1, rows.stop - rows.start, *shape[1:]))
-                        xp.matmul(windows, gradients, out=products)
-                        is_first = (image, rows) == tasks[slices[number].start]
-                        sums = xp.sum(products, 1, out=totals[number] if is_first else shaped(term_space, shape))
-                        if not is_first:
-                            xp.add(totals[number], sums, out=totals[number])
+    def some_slice(number: int, planner: Planner) -> None:
+        def some_lines(at: int, planner: Planner) -> None:
+            image, rows = tasks[at]
+            lines_space, dy_space, product_space, term_space = planner.workspace(*room)
+            windows = _windows(x.of_images(image), rows, geometry, lines_space, planner)
+            gradients = gradients_order.load(dy, (*image, rows), dy_space, planner)
+            products = product_space.shaped((1, rows.stop - rows.start, *shape[1:]))
+            planner.call(xp.matmul, windows, gradients, out=products)
+            is_first = at == slices[number].start
+            term = totals[number] if is_first else term_space.shaped(shape)
+            planner.call(xp.sum, products, 1, out=term)
+            if not is_first:
+                planner.call(xp.add, totals[number], term, out=totals[number])
 
-        run.spread(range(len(slices)), work, team.workers)
-        for term in totals[1:]:
-            xp.add(totals[0], term, out=totals[0])
-        xp.copyto(dw.view[:, :, 0], totals[0].reshape(*geometry.kernel, geometry.channels, -1), casting="unsafe")
+        planner.loop(range(slices[number].start, slices[number].stop), some_lines)
+
+    planner.loop(range(len(slices)), some_slice, planner.team(geometry).workers)
+    for term in totals[1:]:
+        planner.call(xp.add, totals[0], term, out=totals[0])
+    planner.copy(dw.view[:, :, 0], totals[0].reshape(*geometry.kernel, geometry.channels, -1))
 
 
-def _windows(image: Operand, rows: slice, geometry: Geometry, space: Array, run: Run) -> Array:
+def _windows(image: Operand, rows: slice, geometry: Geometry, space: View, planner: Planner) -> View:
     """The windows of some lines of outputs: (1, lines, taps * channels, outputs of a line)."""
     step, kernel = geometry.stride[0], geometry.kernel
     seen = slice(rows.start * step, (rows.stop - 1) * step + kernel[0])  # lines, the padding before x among them
-    lines = shaped(space, (seen.stop - seen.start, kernel[1], geometry.channels, geometry.output[1]))
+    lines = space.shaped((seen.stop - seen.start, kernel[1], geometry.channels, geometry.output[1]))
     unfolded = _unfolded(geometry)
     for tap in range(kernel[1]):
         into = lines[:, tap, None].transpose(0, 3, 1, 2)
-        read_tap(image, (0, tap), (seen, slice(0, geometry.output[1])), unfolded, into, run)
+        read_tap(image, (0, tap), (seen, slice(0, geometry.output[1])), unfolded, into, planner)
     line, item = lines.strides[0], lines.itemsize
-    return run.backend.xp.lib.stride_tricks.as_strided(
-        lines,
+    return lines.strided(
         (1, rows.stop - rows.start, kernel[0] * kernel[1] * geometry.channels, geometry.output[1]),
         (0, step * line, geometry.output[1] * item, item),
     )
@@ -159,13 +158,12 @@ def _lines_seen(rows: int, geometry: Geometry) -> int:
     return (rows - 1) * geometry.stride[0] + geometry.kernel[0]
 
 
-def _budget(geometry: Geometry, run: Run) -> int:
+def _budget(geometry: Geometry, planner: Planner) -> int:
     """Elements that each thread may take, beside the sums of slices and a term of each thread."""
-    shares = run.team(geometry).shares
-    return (run.budget - (SLICES + shares) * math.prod(geometry.w_shape)) // shares
+    shares = planner.team(geometry).shares
+    return (planner.budget - (SLICES + shares) * math.prod(geometry.w_shape)) // shares
 
 
-@lru_cache(maxsize=256)
 def _rows(geometry: Geometry, budget: int, products: int) -> int:
     """How many lines of outputs are done at a time; 0 where the budget has no room for one."""
     line, results = _line(geometry), geometry.output[1] * geometry.filters

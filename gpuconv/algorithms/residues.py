@@ -13,21 +13,28 @@ would read nine.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy
-
-from gpuconv.algorithms.blocks import Arrangement, Space, boxes, copy_weights, lies_by_filters, pieces
-from gpuconv.algorithms.unfold import BLOCK_BYTES, SHORT_PRODUCT, forward_sizes, order_of, reading, smallest, unfold
+from gpuconv.algorithms.blocks import (
+    Arrangement,
+    Places,
+    Room,
+    Space,
+    copy_weights,
+    largest,
+    lies_by_filters,
+    pieces,
+)
+from gpuconv.algorithms.unfold import BLOCK_BYTES, SHORT_PRODUCT, Unfolding, order_of, smallest
 from gpuconv.arguments import Shape
-from gpuconv.backend import Array
 from gpuconv.geometry import AxisResidue, Geometry
 from gpuconv.operands import Index, Operand, Result
-from gpuconv.workspace import Run, shaped
+from gpuconv.plan import Planner
+from gpuconv.views import View
 
 
 class Stretch(NamedTuple):
@@ -127,55 +134,56 @@ def _stretches(sides: tuple[Side, ...], kernel: Shape) -> Iterator[Stretch]:
     while axis and extents[axis] == kernel[axis]:
         axis -= 1
     length = math.prod(extents[axis:])
-    for number, lead in enumerate(numpy.ndindex(*extents[:axis])):
+    for number, lead in enumerate(Places(tuple(extents[:axis]))):
         row = 0
         for extent, side, step in zip(kernel, sides, (*lead, *(0,) * (len(kernel) - axis)), strict=True):
             row = row * extent + side.seen.start + step
         yield Stretch(row, number * length, length)
 
 
-def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
     """dx[u * stride + residue] = cols(dy)[u] w, for the residues of a block of u one after the other."""
     shared = plan(geometry)
     assert shared is not None
-    xp, gathered = run.backend.xp, shared.gathered
-    team = run.team(geometry, smallest(geometry, "data_grad"))
+    gathered, team = shared.gathered, planner.team(geometry, smallest(geometry, "data_grad"))
     for residue in geometry.residues:
         if residue.geometry is None:
-            dx.part((*(slice(None) for _ in geometry.batch), *residue.inputs)).fill(xp)
+            dx.part((*(slice(None) for _ in geometry.batch), *residue.inputs)).fill(planner)
     stack = math.prod(gathered.output) >= SHORT_PRODUCT
     order = order_of(dy.view, dx.view, gathered, stack, taps_first=True)
-    sizes = forward_sizes(
-        gathered,
-        run.budget,
-        BLOCK_BYTES // run.dtype.itemsize,
-        team,
-        reading(dy, order, gathered, run),
-        per_filter=geometry.filters * geometry.taps,
-        sums=Space(True, dx.temporaries),
-        terms=Space(any(len(part.stretches) > 1 for part in shared.parts)),
-        wide=shared.widest,
-    )
+    weights_of_channel = geometry.filters * geometry.taps  # of every group
+    channels_at_once = largest(geometry.group_channels, planner.budget // 2, weights_of_channel)
+    shared_size = weights_of_channel * channels_at_once
+    limit = min((planner.budget - shared_size) // team.shares, BLOCK_BYTES // planner.dtype.itemsize)
+    has_terms = any(len(part.stretches) > 1 for part in shared.parts)
+
+    def sums_and_terms(outputs: int) -> Room:
+        size = outputs * geometry.groups * channels_at_once * shared.widest
+        return (size, Space(True, dx.temporaries)), (size, Space(has_terms))
+
+    unfolding = Unfolding(dy, gathered, order, planner)
+    most = team.share(math.prod((*gathered.batch, *gathered.output)))
+    blocks, spaces = unfolding.blocks(limit, most, sums_and_terms)
     own_order = _order(len(geometry.batch), geometry.rank, order.by_rows, stack)
-    with run.workspace(sizes.weights) as (weight_space,):
-        for channels in pieces(geometry.group_channels, sizes.pieces):
-            weights = _weights(w, channels, shared, own_order, weight_space, run)
 
-            def work(indices: Iterable[Index], channels: slice = channels, weights: Sequence[Array] = weights) -> None:
-                with run.workspace(*sizes.block) as (patch_space, cols_space, sums_space, term_space):
-                    for index in indices:
-                        cols = unfold(dy, index, gathered, order, sizes.tap_by_tap, patch_space, cols_space, run)
-                        for part, own in zip(shared.parts, weights, strict=True):
-                            target = _inputs(xp, dx.view[..., channels], part, index, geometry)
-                            extents = tuple(axis.stop - axis.start for axis in index)
-                            shape = (*extents, *part.widths, *target.shape[-2:])
-                            block, sums = own_order.images.empty(shape, sums_space)
-                            _multiply(xp, cols, own, part, order.by_rows, sums, term_space)
-                            dx.finish(xp, block, channels)
-                            kept = tuple(slice(0, size) for size in target.shape[: len(extents)])
-                            xp.copyto(target, block[kept], casting="unsafe")
+    def some_channels(channels: slice, planner: Planner) -> None:
+        (weight_space,) = planner.workspace(shared_size)
+        weights = _weights(w, channels, shared, own_order, weight_space, planner)
 
-            run.spread(boxes((*geometry.batch, *gathered.output), sizes.box), work, team.workers)
+        def some_inputs(index: Index, planner: Planner) -> None:
+            patch_space, cols_space, sums_space, term_space = planner.workspace(*spaces)
+            cols = unfolding.cols(index, patch_space, cols_space, planner)
+            for part, own in zip(shared.parts, weights, strict=True):
+                target = _inputs(dx.view[..., channels], part, index, geometry)
+                extents = tuple(axis.stop - axis.start for axis in index)
+                block, sums = own_order.images.empty((*extents, *part.widths, *target.shape[-2:]), sums_space)
+                _multiply(cols, own, part, order.by_rows, sums, term_space, planner)
+                dx.finish(block, planner, channels)
+                planner.copy(target, block[tuple(slice(0, size) for size in target.shape[: len(extents)])])
+
+        planner.loop(blocks, some_inputs, team.workers)
+
+    planner.loop(list(pieces(geometry.group_channels, channels_at_once)), some_channels)
 
 
 class _Order(NamedTuple):
@@ -186,7 +194,6 @@ class _Order(NamedTuple):
     weights: Arrangement
 
 
-@lru_cache(maxsize=64)
 def _order(batch: int, rank: int, by_rows: bool, stack: bool) -> _Order:
     positions = tuple(range(batch + rank))
     residues, of_weights = tuple(range(batch + rank, batch + 2 * rank)), tuple(range(rank, 2 * rank))
@@ -206,7 +213,7 @@ def _order(batch: int, rank: int, by_rows: bool, stack: bool) -> _Order:
     )
 
 
-def _weights(w: Operand, channels: slice, shared: Plan, order: _Order, space: Array, run: Run) -> list[Array]:
+def _weights(w: Operand, channels: slice, shared: Plan, order: _Order, space: View, planner: Planner) -> list[View]:
     """The taps of each part, turned round, as matrices; what lies side by side stays so."""
     turn = order.by_rows == (not lies_by_filters(w.view))
     lying = order.weights.turned if turn else order.weights
@@ -218,14 +225,14 @@ def _weights(w: Operand, channels: slice, shared: Plan, order: _Order, space: Ar
         block, matrix = lying.empty((*kernel, *part.widths, groups, filters, extent), space[start:])
         weights.append(matrix.swapaxes(-1, -2) if turn else matrix)
         start += block.size
-        for place in numpy.ndindex(*part.widths):
+        for place in Places(part.widths):
             taps = (side.taps[number] for side, number in zip(part.sides, place, strict=True))
             turned = w.view[(*taps, slice(None), channels)][backwards].swapaxes(-1, -2)
-            copy_weights(w.part(turned), block[(*everything, *place)], run)
+            copy_weights(w.part(turned), block[(*everything, *place)], planner)
     return weights
 
 
-def _inputs(xp: Any, images: Array, part: Part, index: Index, geometry: Geometry) -> Array:
+def _inputs(images: View, part: Part, index: Index, geometry: Geometry) -> View:
     """The inputs (*batch, *u, *residues, G, C/G) of a part in a block of u, of those that it has."""
     batch, rank = len(geometry.batch), geometry.rank
     ranges = (
@@ -233,21 +240,20 @@ def _inputs(xp: Any, images: Array, part: Part, index: Index, geometry: Geometry
         for side, positions in zip(part.sides, index[batch:], strict=True)
     )
     first = images[(*index[:batch], *(slice(found.start, found.stop, found.step) for found in ranges))]
-    return xp.lib.stride_tricks.as_strided(
-        first,
+    return first.strided(
         (*first.shape[:-2], *part.widths, *first.shape[-2:]),
         (*first.strides[:-2], *images.strides[batch : batch + rank], *first.strides[-2:]),
     )
 
 
-def _multiply(xp: Any, cols: Array, weights: Array, part: Part, by_rows: bool, sums: Array, space: Array) -> None:
+def _multiply(cols: View, weights: View, part: Part, by_rows: bool, sums: View, space: View, planner: Planner) -> None:
     """sums = the part of cols that a residue sees, times its taps."""
     channels = (weights.shape[-2] if by_rows else weights.shape[-1]) // sum(one.length for one in part.stretches)
     for number, (row, own, length) in enumerate(part.stretches):
         seen = slice(row * channels, (row + length) * channels)
         taps = slice(own * channels, (own + length) * channels)
         factors = (cols[..., seen], weights[..., taps, :]) if by_rows else (weights[..., taps], cols[..., seen, :])
-        if number == 0:
-            xp.matmul(*factors, out=sums)
-        else:
-            xp.add(sums, xp.matmul(*factors, out=shaped(space, sums.shape)), out=sums)
+        term = sums if number == 0 else space.shaped(sums.shape)
+        planner.call(planner.xp.matmul, *factors, out=term)
+        if number:
+            planner.call(planner.xp.add, sums, term, out=sums)

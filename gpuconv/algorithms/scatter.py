@@ -19,16 +19,16 @@ import numpy
 
 from gpuconv import dtypes
 from gpuconv.algorithms import slices
-from gpuconv.algorithms.blocks import Space, boxes, channels_innermost, fitting_box, largest, pieces
+from gpuconv.algorithms.blocks import Blocks, Space, channels_innermost, fitting_box, largest, pieces
 from gpuconv.arguments import Shape
-from gpuconv.backend import Array, address
 from gpuconv.cuda import arguments, structs
 from gpuconv.cuda.kernel import Kernel
 from gpuconv.cuda.launch import blocks
 from gpuconv.geometry import Geometry
 from gpuconv.operands import Operand, Result, in_place
+from gpuconv.plan import Planner
 from gpuconv.request import Request
-from gpuconv.workspace import Run, shaped
+from gpuconv.views import View
 
 THREADS = 128
 SHARED_MEMORY = 48 << 10  # bytes that a block may have without asking for more
@@ -84,99 +84,115 @@ def nanoseconds(request: Request) -> float:
     return slices.nanoseconds(request)
 
 
-def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
+def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
     """Adds to y what each tap of w makes of x."""
-    slices.forward(x, w, y, geometry, run)
+    slices.forward(x, w, y, geometry, planner)
 
 
-def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
     """Adds each product of dy to the input that it came from."""
-    if run.backend.launch is None:
-        slices.data_grad(dy, w, dx, geometry, run)
+    if planner.backend.launch is None:
+        slices.data_grad(dy, w, dx, geometry, planner)
     else:
-        add_to_images(_launch_data_grad, dy, w, dx, geometry, run)
+        add_to_images(_launch_data_grad, dy, w, dx, geometry, planner)
 
 
-def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
+def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
     """Adds each product of dy to the weight that it came from."""
-    if run.backend.launch is None:
-        slices.weight_grad(dy, x, dw, geometry, run)
+    if planner.backend.launch is None:
+        slices.weight_grad(dy, x, dw, geometry, planner)
     else:
-        add_to_weights(_launch_weight_grad, dy, x, dw, geometry, run)
+        add_to_weights(_launch_weight_grad, dy, x, dw, geometry, planner)
 
 
 def add_to_images(
-    launch: Callable[..., None], dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run
+    launch: Callable[..., None], dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner
 ) -> None:
     """Launches on sums that start as zeros: dx itself, or a workspace for some images and channels at a time."""
-    for (gradients,), (target,) in arguments.image_pieces([dy], [dx.view], geometry, run):
+    pieces_of_images = arguments.Images([dy], [dx.view], geometry, planner)
+
+    def some_images(number: int, planner: Planner) -> None:
+        (gradients,), (target,) = pieces_of_images.read(number, planner)
+        if in_place(target, planner.dtype):
+            planner.copy(target, 0)
+            launch(gradients, w, target, geometry, planner)
+            _finish(dx, target, planner)
+            return
         images, *extent, groups, channels = target.shape
-        if in_place(target, run.dtype):
-            target[...] = 0
-            launch(gradients, w, target, geometry, run)
-            _finish(dx, target, run)
-            continue
         each = math.prod(extent) * groups * (1 + dx.temporaries)
-        at_once = largest(channels, run.budget // 2, each)
-        size = largest(images, run.budget // 2, each * at_once)
-        with run.workspace(size * math.prod(extent) * groups * at_once) as (space,):
-            for some, part in product(pieces(images, size), pieces(channels, at_once)):
-                place = target[some][..., part]
-                sums = _like(place, space)
-                sums[...] = 0
-                launch(gradients.of_images(some), w.part(w.view[..., part, :]), sums, geometry, run)
-                dx.finish(run.backend.xp, sums, part)
-                place[...] = sums
+        at_once = largest(channels, planner.budget // 2, each)
+        size = largest(images, planner.budget // 2, each * at_once)
+        (space,) = planner.workspace(size * math.prod(extent) * groups * at_once)
+
+        def some_channels(task: tuple[slice, slice], planner: Planner) -> None:
+            some, part = task
+            place = target[some][..., part]
+            sums = _like(place, space)
+            planner.copy(sums, 0)
+            launch(gradients.of_images(some), w.part(w.view[..., part, :]), sums, geometry, planner)
+            dx.finish(sums, planner, part)
+            planner.copy(place, sums)
+
+        planner.loop(list(product(pieces(images, size), pieces(channels, at_once))), some_channels)
+
+    planner.loop(range(len(pieces_of_images)), some_images)
 
 
-def _finish(result: Result, target: Array, run: Run) -> None:
+def _finish(result: Result, target: View, planner: Planner) -> None:
     """Bias and activation, where a whole array's temporaries may not fit the workspace."""
     channels, each = math.prod(target.shape[-2:]), Space(False, result.temporaries)
-    box, _ = fitting_box(target.shape[:-2], run.budget, lambda box: [(channels * math.prod(box), each)])
-    for index in boxes(target.shape[:-2], box):
-        result.finish(run.backend.xp, target[index])
+    box, _ = fitting_box(target.shape[:-2], planner.budget, lambda box: [(channels * math.prod(box), each)])
+    planner.loop(Blocks(target.shape[:-2], box), lambda index, planner: result.finish(target[index], planner))
 
 
-def _like(view: Array, space: Array) -> Array:
+def _like(view: View, space: View) -> View:
     """Workspace in the shape of the view, channels innermost where the view's are."""
     if channels_innermost(view):
-        return shaped(space, view.shape)
+        return space.shaped(view.shape)
     images, *extent, groups, channels = view.shape
-    first = shaped(space, (images, groups, channels, *extent))
+    first = space.shaped((images, groups, channels, *extent))
     return first.transpose(0, *range(3, first.ndim), 1, 2)
 
 
 def add_to_weights(
-    launch: Callable[..., None], dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run
+    launch: Callable[..., None], dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner
 ) -> None:
     """Launches on sums that start as zeros: dw itself, or a workspace for some filters at a time."""
     filters = dw.view.shape[-1]
     per_filter = dw.view.size // filters
-    summed = not in_place(dw.view, run.dtype)
-    at_once = largest(filters, run.budget // 2, per_filter) if summed else filters
-    with run.workspace(per_filter * at_once * summed) as (space,):
-        for part in pieces(filters, at_once):
-            place = dw.view[..., part]
-            sums = shaped(space, place.shape) if summed else place
-            sums[...] = 0
-            for (gradients, images), _ in arguments.image_pieces([dy.of_channels(part), x], [], geometry, run):
-                launch(gradients, images, sums, geometry, run)
-            if summed:
-                place[...] = sums
+    summed = not in_place(dw.view, planner.dtype)
+    at_once = largest(filters, planner.budget // 2, per_filter) if summed else filters
+
+    def some_filters(part: slice, planner: Planner) -> None:
+        (space,) = planner.workspace(per_filter * at_once * summed)
+        place = dw.view[..., part]
+        sums = space.shaped(place.shape) if summed else place
+        planner.copy(sums, 0)
+        pieces_of_images = arguments.Images([dy.of_channels(part), x], [], geometry, planner)
+
+        def some_images(number: int, planner: Planner) -> None:
+            (gradients, images), _ = pieces_of_images.read(number, planner)
+            launch(gradients, images, sums, geometry, planner)
+
+        planner.loop(range(len(pieces_of_images)), some_images)
+        if summed:
+            planner.copy(place, sums)
+
+    planner.loop(list(pieces(filters, at_once)), some_filters)
 
 
-def _launch_data_grad(dy: Operand, w: Operand, sums: Array, geometry: Geometry, run: Run) -> None:
+def _launch_data_grad(dy: Operand, w: Operand, sums: View, geometry: Geometry, planner: Planner) -> None:
     y_x_w = dy.view, sums, w.view
     wide = arguments.is_wide(geometry, *y_x_w)
     images, *_, groups, channels = sums.shape
-    tile = tile_for(channels, run.dtype.itemsize)
-    box = _boxes(geometry, tile, run.dtype.itemsize, wide)
+    tile = tile_for(channels, planner.dtype.itemsize)
+    box = _boxes(geometry, tile, planner.dtype.itemsize, wide)
     tiles = blocks(channels, tile.WIDTH)
     for extents, sizes in ((geometry.output, box.outputs), (geometry.kernel, box.taps)):
         tiles *= math.prod(map(blocks, arguments.lift(extents, 1), sizes))
     options = arguments.options(dy, w, channels_innermost(dy.view), fours=_in_fours(sums, channels))
-    module = arguments.module("scatter", dy.view.dtype, w.view.dtype, sums.dtype, run.dtype, wide, **tile._asdict())
-    run.launch(
+    module = arguments.module("scatter", dy.view.dtype, w.view.dtype, sums.dtype, planner.dtype, wide, **tile._asdict())
+    planner.launch(
         Kernel(module, "scatter_data_grad"),
         images * groups * tiles,
         THREADS,
@@ -186,15 +202,15 @@ def _launch_data_grad(dy: Operand, w: Operand, sums: Array, geometry: Geometry, 
             structs.struct("Boxes", wide, *box),
             options.struct(wide),
         ),
-        math.prod(box.region) * tile.ROW * run.dtype.itemsize,
+        math.prod(box.region) * tile.ROW * planner.dtype.itemsize,
     )
 
 
-def _launch_weight_grad(dy: Operand, x: Operand, sums: Array, geometry: Geometry, run: Run) -> None:
+def _launch_weight_grad(dy: Operand, x: Operand, sums: View, geometry: Geometry, planner: Planner) -> None:
     y_x_w = dy.view, x.view, sums
     wide = arguments.is_wide(geometry, *y_x_w)
     *kernel, groups, channels, filters = sums.shape
-    tile = tile_for(filters, run.dtype.itemsize)
+    tile = tile_for(filters, planner.dtype.itemsize)
     tiles = groups * blocks(math.prod(kernel) * channels, tile.TILE_ROWS) * blocks(filters, tile.WIDTH)
     outputs = x.view.shape[0] * math.prod(geometry.output)
     wanted = min(blocks(MOST_BLOCKS, tiles), blocks(outputs, FEWEST_CHUNKS * tile.DEPTH))
@@ -202,8 +218,8 @@ def _launch_weight_grad(dy: Operand, x: Operand, sums: Array, geometry: Geometry
     slices = blocks(outputs, length)
     index = structs.index_dtype(wide).type
     options = arguments.options(dy, x, channels_innermost(x.view), fours=_in_fours(sums, filters))
-    module = arguments.module("scatter", dy.view.dtype, x.view.dtype, sums.dtype, run.dtype, wide, **tile._asdict())
-    run.launch(
+    module = arguments.module("scatter", dy.view.dtype, x.view.dtype, sums.dtype, planner.dtype, wide, **tile._asdict())
+    planner.launch(
         Kernel(module, "scatter_weight_grad"),
         tiles * slices,
         THREADS,
@@ -215,13 +231,13 @@ def _launch_weight_grad(dy: Operand, x: Operand, sums: Array, geometry: Geometry
     )
 
 
-def _in_fours(sums: Array, channels: int) -> bool:
+def _in_fours(sums: View, channels: int) -> bool:
     """Whether four channels lie side by side at a multiple of 16 bytes, everywhere; only float32 is added in fours."""
     return bool(
         sums.dtype == numpy.float32
         and channels % 4 == 0
         and sums.strides[-1] == 4
-        and address(sums) % 16 == 0
+        and sums.address == 0
         and all(step % 16 == 0 for step, size in zip(sums.strides[:-1], sums.shape[:-1], strict=True) if size > 1)
     )
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 from gpuconv.algorithms import scatter
 from gpuconv.algorithms.blocks import channels_innermost
 from gpuconv.algorithms.scatter import THREADS
-from gpuconv.backend import Array
 from gpuconv.cuda import arguments
 from gpuconv.cuda.kernel import Kernel
 from gpuconv.cuda.launch import blocks
 from gpuconv.geometry import Geometry
 from gpuconv.operands import Operand, Result
+from gpuconv.plan import Planner
 from gpuconv.request import Request
-from gpuconv.workspace import Run
+from gpuconv.views import View
 
 
 def why_not(request: Request) -> str | None:
@@ -25,41 +25,41 @@ def why_not(request: Request) -> str | None:
     return scatter.why_not(request)
 
 
-def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
     """Adds each product of dy to the input that it came from, one by one."""
-    scatter.add_to_images(_launch_data_grad, dy, w, dx, geometry, run)
+    scatter.add_to_images(_launch_data_grad, dy, w, dx, geometry, planner)
 
 
-def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
+def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
     """Adds each product of dy to the weight that it came from, one by one."""
-    scatter.add_to_weights(_launch_weight_grad, dy, x, dw, geometry, run)
+    scatter.add_to_weights(_launch_weight_grad, dy, x, dw, geometry, planner)
 
 
-def _launch_data_grad(dy: Operand, w: Operand, sums: Array, geometry: Geometry, run: Run) -> None:
-    _launch("scatter_data_grad_plain", dy, w, (w.view,), sums, (dy.view, sums, w.view), geometry, run)
+def _launch_data_grad(dy: Operand, w: Operand, sums: View, geometry: Geometry, planner: Planner) -> None:
+    _launch("scatter_data_grad_plain", dy, w, (w.view,), sums, (dy.view, sums, w.view), geometry, planner)
 
 
-def _launch_weight_grad(dy: Operand, x: Operand, sums: Array, geometry: Geometry, run: Run) -> None:
-    _launch("scatter_weight_grad_plain", dy, x, (x.view, x.y), sums, (dy.view, x.view, sums), geometry, run)
+def _launch_weight_grad(dy: Operand, x: Operand, sums: View, geometry: Geometry, planner: Planner) -> None:
+    _launch("scatter_weight_grad_plain", dy, x, (x.view, x.y), sums, (dy.view, x.view, sums), geometry, planner)
 
 
 def _launch(
     name: str,
     dy: Operand,
     second: Operand,
-    second_arrays: tuple[Array, ...],
-    sums: Array,
-    y_x_w: tuple[Array, Array, Array],
+    second_arrays: tuple[View | None, ...],
+    sums: View,
+    y_x_w: tuple[View, View, View],
     geometry: Geometry,
-    run: Run,
+    planner: Planner,
 ) -> None:
     """One thread for each element of dy."""
     wide = arguments.is_wide(geometry, *y_x_w)
     options = arguments.options(dy, second, channels_innermost(dy.view))
     module = arguments.module(
-        "scatter", dy.view.dtype, second.view.dtype, sums.dtype, run.dtype, wide, **scatter.ONE._asdict()
+        "scatter", dy.view.dtype, second.view.dtype, sums.dtype, planner.dtype, wide, **scatter.ONE._asdict()
     )
-    run.launch(
+    planner.launch(
         Kernel(module, name),
         blocks(dy.view.size, THREADS),
         THREADS,

@@ -14,16 +14,16 @@ With one filter per channel there is nothing for a matrix product to do, and thi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
 
 from gpuconv.algorithms import cost
 from gpuconv.algorithms.blocks import (
     Arrangement,
+    Blocks,
+    Places,
+    Room,
     Space,
     as_matrix,
-    boxes,
     channels_innermost,
     copy_weights,
     fitting_box,
@@ -32,13 +32,13 @@ from gpuconv.algorithms.blocks import (
     lies_by_filters,
     pieces,
 )
-from gpuconv.algorithms.windows import inputs_seen, taps_of
+from gpuconv.algorithms.windows import inputs_seen
 from gpuconv.arguments import Shape
-from gpuconv.backend import Array
 from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import MOST_TEMPORARIES, Index, Operand, Result, in_place
+from gpuconv.plan import Planner, Team
 from gpuconv.request import Request
-from gpuconv.workspace import Run, Team, shaped
+from gpuconv.views import View
 
 # A tap passes over the whole block: smaller ones stay in the cache, larger ones make longer inner loops.
 BLOCK_BYTES = 4 << 20
@@ -99,194 +99,251 @@ def _outputs_met(geometry: Geometry) -> Iterator[float]:
         yield met * k / len(taps)
 
 
-def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
+def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
     """Adds to y what each tap of w makes of x."""
-    xp, order = run.backend.xp, _order_of(x.view, geometry.group_channels)
-    summed = not in_place(y.view, run.dtype)
+    order = _order_of(x.view, geometry.group_channels)
+    summed = not in_place(y.view, planner.dtype)
     everything = (slice(None),) * len(geometry.batch)
-    team = run.team(geometry, least(geometry, "forward"))
-    block, sums = BLOCK_BYTES // run.dtype.itemsize, Space(summed, y.temporaries)
-    sizes = _forward_sizes(geometry, run.budget, block, team, x.temporaries, sums)
-    with run.workspace(sizes.weights) as (weight_space,):
-        for filters in pieces(geometry.group_filters, sizes.pieces):
-            weights = _loaded_weights(w, (..., filters), weight_space, run)
+    team = planner.team(geometry, least(geometry, "forward"))
+    per_filter = geometry.channels * geometry.taps  # weights, of a filter of every group
+    filters_at_once = largest(geometry.group_filters, planner.budget // 2, per_filter)
 
-            def work(indices: Iterable[Index], filters: slice = filters, weights: Array = weights) -> None:
-                with run.workspace(*sizes.spaces) as (slice_space, term_space, part_space, sums_space):
-                    for index in indices:
-                        target = y.view[(*index, slice(None), filters)]
-                        total = shaped(sums_space, target.shape) if summed else target
-                        xp.copyto(total, 0)
-                        for taps in _runs_of_taps(geometry):
-                            part = _part_of(xp, total, geometry, part_space)
-                            for tap in taps:
-                                into, seen = inputs_seen(tap, index, geometry)
-                                images = _read(x, (*index[: len(everything)], *seen), order, slice_space, run)
-                                if images.size:
-                                    product = _product(xp, images, weights[tap], order, slice_space, term_space)
-                                    meeting = part[(*everything, *into)]
-                                    xp.add(meeting, product, out=meeting)
-                            if part is not total:
-                                xp.add(total, part, out=total)
-                        y.finish(xp, total, filters)
-                        if summed:
-                            xp.copyto(target, total, casting="unsafe")
+    def room(box: Shape) -> Room:
+        outputs = math.prod(box)
+        terms = outputs * geometry.groups * filters_at_once
+        return (
+            (outputs * geometry.channels, Space(True, x.temporaries)),
+            (terms, Space()),
+            (terms, Space(geometry.taps > ONE_RUN)),
+            (terms, Space(summed, y.temporaries)),
+        )
 
-            run.spread(boxes((*geometry.batch, *geometry.output), sizes.box), work, team.workers)
+    blocks, spaces = _blocks((*geometry.batch, *geometry.output), room, per_filter * filters_at_once, team, planner)
 
+    def some_filters(filters: slice, planner: Planner) -> None:
+        (weight_space,) = planner.workspace(per_filter * filters_at_once)
+        weights = _loaded_weights(w, (..., filters), weight_space, planner)
 
-def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
-    """Adds each tap's share of dy to the inputs that the tap read."""
-    xp, order = run.backend.xp, _order_of(dy.view, geometry.group_filters)
-    summed = not in_place(dx.view, run.dtype)
-    w = w.part(w.view.swapaxes(-1, -2))
-    gradients, sums = Space(not dy.is_plain(run.dtype), dy.temporaries), Space(summed, dx.temporaries)
-    team, block = run.team(geometry, least(geometry, "data_grad")), BLOCK_BYTES // run.dtype.itemsize
-    sizes = _data_grad_sizes(geometry, run.budget, block, team, gradients, sums)
-    with run.workspace(sizes.weights) as (weight_space,):
-        for channels in pieces(geometry.group_channels, sizes.pieces):
-            weights = _loaded_weights(w, (..., channels), weight_space, run)
+        def some_outputs(index: Index, planner: Planner) -> None:
+            slice_space, term_space, part_space, sums_space = planner.workspace(*spaces)
+            target = y.view[(*index, slice(None), filters)]
+            total = sums_space.shaped(target.shape) if summed else target
 
-            def work(indices: Iterable[Index], channels: slice = channels, weights: Array = weights) -> None:
-                with run.workspace(*sizes.spaces) as (dy_space, slice_space, term_space, part_space, sums_space):
-                    for index in indices:
-                        target = dx.view[(*index, slice(None), channels)]
-                        total = shaped(sums_space, target.shape) if summed else target
-                        xp.copyto(total, 0)
-                        outputs = _outputs_reaching(index, geometry)
-                        block = _loaded(dy, (*outputs, slice(None), slice(None)), dy_space, run)
-                        for taps in _runs_of_taps(geometry) if block.size else ():
-                            part = _part_of(xp, total, geometry, part_space)
-                            for tap in taps:
-                                into, source = _meeting(tap, index, outputs, geometry)
-                                share = block[source]
-                                if share.size:
-                                    product = _product(xp, share, weights[tap], order, slice_space, term_space)
-                                    xp.add(part[into], product, out=part[into])
-                            if part is not total:
-                                xp.add(total, part, out=total)
-                        dx.finish(xp, total, channels)
-                        if summed:
-                            xp.copyto(target, total, casting="unsafe")
+            def add(tap: Shape, part: View, planner: Planner) -> None:
+                into, seen = inputs_seen(tap, index, geometry)
+                images = _read(x, (*index[: len(everything)], *seen), order, slice_space, planner)
+                if images.size:
+                    meeting = part[(*everything, *into)]
+                    product = _product(images, weights[tap], order, slice_space, term_space, planner)
+                    planner.call(planner.xp.add, meeting, product, out=meeting)
 
-            run.spread(boxes((*geometry.batch, *geometry.input), sizes.box), work, team.workers)
-
-
-def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
-    """Adds to each tap of dw the products of dy with what the tap read."""
-    xp, order = run.backend.xp, _by_groups(len(geometry.batch) + geometry.rank)
-    team = run.team(geometry, least(geometry, "weight_grad"))
-    everything = (slice(None),) * len(geometry.batch)
-    summed = not in_place(dw.view, run.dtype) or as_matrix(dw.view[(0,) * geometry.rank], 1, 1) is None
-    block = BLOCK_BYTES // run.dtype.itemsize
-    sizes = _weight_grad_sizes(geometry, run.budget, block, team, x.temporaries, dy.temporaries, summed)
-    *own, dy_size, sums_size = sizes.spaces
-    with run.workspace(dy_size, sums_size) as (dy_space, sums_space):
-        for filters in pieces(geometry.group_filters, sizes.pieces):
-            target = dw.view[..., filters]
-            total = _lying_like(target, sums_space) if summed else target
-            xp.copyto(total, 0)
-            for index in boxes((*geometry.batch, *geometry.output), sizes.box):
-                gradients = _loaded(dy, (*index, slice(None), filters), dy_space, run)
-
-                def work(
-                    taps: Iterable[Shape],
-                    index: Index = index,
-                    gradients: Array = gradients,
-                    total: Array = total,
-                ) -> None:
-                    with run.workspace(*own) as (slice_space, gradient_space, term_space):
-                        for tap in taps:
-                            meeting, seen = inputs_seen(tap, index, geometry)
-                            images = _read(x, (*index[: len(everything)], *seen), order, slice_space, run)
-                            if images.size:
-                                rows = _as_rows(xp, images, order, slice_space).swapaxes(-1, -2)
-                                share = _as_rows(xp, gradients[(*everything, *meeting)], order, gradient_space)
-                                term = xp.matmul(rows, share, out=_lying_like(total[tap], term_space))
-                                xp.add(total[tap], term, out=total[tap])
-
-                run.spread(list(taps_of(geometry)), work, team.workers)
+            _add_up(add, total, part_space, geometry, planner)
+            y.finish(total, planner, filters)
             if summed:
-                xp.copyto(target, total, casting="unsafe")
+                planner.copy(target, total)
+
+        planner.loop(blocks, some_outputs, team.workers)
+
+    planner.loop(list(pieces(geometry.group_filters, filters_at_once)), some_filters)
 
 
-def _runs_of_taps(geometry: Geometry) -> Iterator[list[Shape]]:
-    """The taps, in runs about as many as they are long where there are many.
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
+    """Adds each tap's share of dy to the inputs that the tap read."""
+    order = _order_of(dy.view, geometry.group_filters)
+    summed = not in_place(dx.view, planner.dtype)
+    w = w.part(w.view.swapaxes(-1, -2))
+    team, batch = planner.team(geometry, least(geometry, "data_grad")), len(geometry.batch)
+    per_channel = geometry.filters * geometry.taps  # weights, of a channel of every group
+    channels_at_once = largest(geometry.group_channels, planner.budget // 2, per_channel)
+
+    def room(box: Shape) -> Room:
+        axes = list(zip(box[batch:], geometry.stride, geometry.window, geometry.output, strict=True))
+        images, terms = math.prod(box[:batch]), math.prod(box) * geometry.groups * channels_at_once
+        reaching = images * math.prod(min(m, (size + window - 2) // s + 1) for size, s, window, m in axes)
+        of_tap = images * math.prod(min(m, (size - 1) // s + 1) for size, s, _, m in axes)
+        return (
+            (reaching * geometry.filters, Space(not dy.is_plain(planner.dtype), dy.temporaries)),
+            (of_tap * geometry.filters, Space()),
+            (of_tap * geometry.groups * channels_at_once, Space()),
+            (terms, Space(geometry.taps > ONE_RUN)),
+            (terms, Space(summed, dx.temporaries)),
+        )
+
+    blocks, spaces = _blocks((*geometry.batch, *geometry.input), room, per_channel * channels_at_once, team, planner)
+
+    def some_channels(channels: slice, planner: Planner) -> None:
+        (weight_space,) = planner.workspace(per_channel * channels_at_once)
+        weights = _loaded_weights(w, (..., channels), weight_space, planner)
+
+        def some_inputs(index: Index, planner: Planner) -> None:
+            dy_space, slice_space, term_space, part_space, sums_space = planner.workspace(*spaces)
+            target = dx.view[(*index, slice(None), channels)]
+            total = sums_space.shaped(target.shape) if summed else target
+            outputs = _outputs_reaching(index, geometry)
+            block = _loaded(dy, (*outputs, slice(None), slice(None)), dy_space, planner)
+
+            def add(tap: Shape, part: View, planner: Planner) -> None:
+                into, source = _meeting(tap, index, outputs, geometry)
+                share = block[source]
+                if share.size:
+                    product = _product(share, weights[tap], order, slice_space, term_space, planner)
+                    planner.call(planner.xp.add, part[into], product, out=part[into])
+
+            _add_up(add, total, part_space, geometry, planner)
+            dx.finish(total, planner, channels)
+            if summed:
+                planner.copy(target, total)
+
+        planner.loop(blocks, some_inputs, team.workers)
+
+    planner.loop(list(pieces(geometry.group_channels, channels_at_once)), some_channels)
+
+
+def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
+    """Adds to each tap of dw the products of dy with what the tap read."""
+    order = _by_groups(len(geometry.batch) + geometry.rank)
+    team = planner.team(geometry, least(geometry, "weight_grad"))
+    everything = (slice(None),) * len(geometry.batch)
+    summed = not in_place(dw.view, planner.dtype) or as_matrix(dw.view[(0,) * geometry.rank], 1, 1) is None
+    per_filter = geometry.channels * geometry.taps  # weights, of a filter of every group
+    each = (1 + summed) * per_filter + team.shares * geometry.channels
+    filters_at_once = largest(geometry.group_filters, planner.budget // 2, each)
+    term, sums = geometry.channels * filters_at_once, summed * per_filter * filters_at_once
+
+    def room(box: Shape) -> Room:
+        outputs = math.prod(box)
+        return (
+            (outputs * geometry.channels, Space(True, x.temporaries)),
+            (outputs * geometry.groups * filters_at_once, Space()),
+            (outputs * geometry.groups * filters_at_once, Space(True, dy.temporaries)),
+        )
+
+    extents = (*geometry.batch, *geometry.output)
+    limit = min((planner.budget - sums) // team.shares - term, BLOCK_BYTES // planner.dtype.itemsize)
+    box, (*own, dy_size) = fitting_box(extents, limit, room)
+
+    def some_filters(filters: slice, planner: Planner) -> None:
+        dy_space, sums_space = planner.workspace(dy_size, sums)
+        target = dw.view[..., filters]
+        total = _lying_like(target, sums_space) if summed else target
+        planner.copy(total, 0)
+
+        def some_outputs(index: Index, planner: Planner) -> None:
+            gradients = _loaded(dy, (*index, slice(None), filters), dy_space, planner)
+
+            def add(tap: Shape, planner: Planner) -> None:
+                slice_space, gradient_space, term_space = planner.workspace(*own, term)
+                meeting, seen = inputs_seen(tap, index, geometry)
+                images = _read(x, (*index[: len(everything)], *seen), order, slice_space, planner)
+                if images.size:
+                    rows = _as_rows(images, order, slice_space, planner).swapaxes(-1, -2)
+                    share = _as_rows(gradients[(*everything, *meeting)], order, gradient_space, planner)
+                    products = _lying_like(total[tap], term_space)
+                    planner.call(planner.xp.matmul, rows, share, out=products)
+                    planner.call(planner.xp.add, total[tap], products, out=total[tap])
+
+            planner.loop(Places(geometry.kernel), add, team.workers)
+
+        planner.loop(Blocks(extents, box), some_outputs)
+        if summed:
+            planner.copy(target, total)
+
+    planner.loop(list(pieces(geometry.group_filters, filters_at_once)), some_filters)
+
+
+def _blocks(
+    extents: Shape, room: Callable[[Shape], Room], shared: int, team: Team, planner: Planner
+) -> tuple[Blocks, Shape]:
+    """Blocks for which all threads have room beside what they share, and the elements of each workspace."""
+    limit = min((planner.budget - shared) // team.shares, BLOCK_BYTES // planner.dtype.itemsize)
+    box, spaces = fitting_box(extents, limit, room, team.share(math.prod(extents)))
+    return Blocks(extents, box), spaces
+
+
+def _add_up(
+    add: Callable[[Shape, View, Planner], None], total: View, space: View, geometry: Geometry, planner: Planner
+) -> None:
+    """total = the sum of what all taps add, in runs about as many as they are long where there are many taps.
 
     Adding up K terms in runs keeps the rounding of like terms, which drifts one way, to the order of sqrt(K).
     """
-    taps = list(taps_of(geometry))
-    length = len(taps) if len(taps) <= ONE_RUN else math.isqrt(len(taps))
-    return (taps[start : start + length] for start in range(0, len(taps), length))
+    taps = Places(geometry.kernel)
+    planner.copy(total, 0)
+    if len(taps) <= ONE_RUN:
+        planner.loop(taps, lambda tap, planner: add(tap, total, planner))
+        return
+    part = space.shaped(total.shape)
+
+    def some_taps(run: slice, planner: Planner) -> None:
+        planner.copy(part, 0)
+        planner.loop(range(run.start, run.stop), lambda number, planner: add(taps[number], part, planner))
+        planner.call(planner.xp.add, total, part, out=total)
+
+    planner.loop(list(pieces(len(taps), math.isqrt(len(taps)))), some_taps)
 
 
-def _part_of(xp: Any, total: Array, geometry: Geometry, space: Array) -> Array:
-    """Where a run of taps is added up: in the total, where there is one run, else in a part that begins at 0."""
-    if geometry.taps <= ONE_RUN:
-        return total
-    part = shaped(space, total.shape)
-    xp.copyto(part, 0)
-    return part
-
-
-def _product(xp: Any, images: Array, weight: Array, order: Arrangement, slice_space: Array, term_space: Array) -> Array:
+def _product(
+    images: View, weight: View, order: Arrangement, slice_space: View, term_space: View, planner: Planner
+) -> View:
     """images (*box, G, I) times weight (G, I, J): the box's (*box, G, J), in the workspace."""
     term, matrix = order.empty((*images.shape[:-1], weight.shape[-1]), term_space)
     if weight.shape[-2] == 1:
-        return xp.multiply(images, weight[:, 0], out=term)
-    xp.matmul(_as_rows(xp, images, order, slice_space), weight, out=matrix)
+        planner.call(planner.xp.multiply, images, weight[:, 0], out=term)
+    else:
+        rows = _as_rows(images, order, slice_space, planner)
+        planner.call(planner.xp.matmul, rows, weight, out=matrix)
     return term
 
 
-def _as_rows(xp: Any, images: Array, order: Arrangement, space: Array) -> Array:
+def _as_rows(images: View, order: Arrangement, space: View, planner: Planner) -> View:
     """images (*box, G, I) as matrices (G, positions, I), copied where they do not lie so."""
     rows = order.matrix(images)
     if rows is None:
         block, rows = order.empty(images.shape, space)
-        xp.copyto(block, images)
+        planner.copy(block, images)
     return rows
 
 
-def _loaded_weights(w: Operand, index: Index, space: Array, run: Run) -> Array:
+def _loaded_weights(w: Operand, index: Index, space: View, planner: Planner) -> View:
     """Some of the weights (*kernel, G, I, J), where they lie if each tap is a matrix there, else in the workspace."""
     piece = w.view[index]
-    if w.is_plain(run.dtype) and as_matrix(piece[(0,) * (piece.ndim - 3)], 1, 1) is not None:
+    if w.is_plain(planner.dtype) and as_matrix(piece[(0,) * (piece.ndim - 3)], 1, 1) is not None:
         return piece
     block = _lying_like(piece, space)
-    copy_weights(w.part(piece), block, run)
+    copy_weights(w.part(piece), block, planner)
     return block
 
 
-def _lying_like(weights: Array, space: Array) -> Array:
+def _lying_like(weights: View, space: View) -> View:
     """Workspace in the shape of weights, tap after tap, with the channels and filters of a tap as they lie."""
     *taps, channels, filters = weights.shape
     if lies_by_filters(weights):
-        return shaped(space, (*taps, filters, channels)).swapaxes(-1, -2)
-    return shaped(space, weights.shape)
+        return space.shaped((*taps, filters, channels)).swapaxes(-1, -2)
+    return space.shaped(weights.shape)
 
 
-def _loaded(operand: Operand, index: Index, space: Array, run: Run) -> Array:
+def _loaded(operand: Operand, index: Index, space: View, planner: Planner) -> View:
     """A piece of an operand in the dtype of the sums: where it lies if that will do."""
     piece = operand.view[index]
-    if operand.is_plain(run.dtype):
+    if operand.is_plain(planner.dtype):
         return piece
-    block = shaped(space, piece.shape)
+    block = space.shaped(piece.shape)
     if block.size:
-        operand.read(run.backend.xp, index, block)
+        operand.read(index, block, planner)
     return block
 
 
-def _read(images: Operand, index: Index, order: Arrangement, space: Array, run: Run) -> Array:
+def _read(images: Operand, index: Index, order: Arrangement, space: View, planner: Planner) -> View:
     """The same for images, which lie in the workspace in the order in which they are multiplied."""
     piece = images.view[index]
-    if images.is_plain(run.dtype) or not piece.size:
+    if images.is_plain(planner.dtype) or not piece.size:
         return piece
     block, _ = order.empty(piece.shape, space)
-    images.read(run.backend.xp, index, block)
+    images.read(index, block, planner)
     return block
 
 
-def _order_of(images: Array, channels: int) -> Arrangement:
+def _order_of(images: View, channels: int) -> Arrangement:
     """How blocks of these images lie: matrices (G, positions, I) for products, their own order for multiplications."""
     positions = images.ndim - 2
     if channels == 1 and channels_innermost(images):
@@ -294,7 +351,6 @@ def _order_of(images: Array, channels: int) -> Arrangement:
     return _by_groups(positions)
 
 
-@lru_cache(maxsize=16)
 def _by_groups(positions: int) -> Arrangement:
     return Arrangement((positions, *range(positions), positions + 1), positions, 1)
 
@@ -324,77 +380,3 @@ def _meeting(tap: tuple[int, ...], index: Index, outputs: Index, geometry: Geome
         into.append(slice(start, start + (count - 1) * s + 1, s) if count else slice(0, 0))
         source.append(slice(first - block.start, first - block.start + count) if count else slice(0, 0))
     return tuple(into), tuple(source)
-
-
-class _Sizes(NamedTuple):
-    """The filters (or channels) per group and the block done at once, and the elements of each workspace."""
-
-    pieces: int
-    box: Shape
-    spaces: tuple[int, ...]  # of each thread
-    weights: int = 0
-
-
-@lru_cache(maxsize=1024)
-def _forward_sizes(geometry: Geometry, budget: int, block: int, team: Team, temporaries: int, sums: Space) -> _Sizes:
-    weights = geometry.channels * geometry.taps  # per filter of each group
-    filters = largest(geometry.group_filters, budget // 2, weights)
-
-    def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
-        outputs = math.prod(box)
-        terms = outputs * geometry.groups * filters
-        return (
-            (outputs * geometry.channels, Space(True, temporaries)),
-            (terms, Space()),
-            (terms, Space(geometry.taps > ONE_RUN)),
-            (terms, sums),
-        )
-
-    limit, extents = min((budget - weights * filters) // team.shares, block), (*geometry.batch, *geometry.output)
-    return _Sizes(filters, *fitting_box(extents, limit, parts, team.share(math.prod(extents))), weights * filters)
-
-
-@lru_cache(maxsize=1024)
-def _data_grad_sizes(geometry: Geometry, budget: int, block: int, team: Team, gradients: Space, sums: Space) -> _Sizes:
-    weights = geometry.filters * geometry.taps  # per channel of each group
-    channels = largest(geometry.group_channels, budget // 2, weights)
-    batch = len(geometry.batch)
-
-    def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
-        axes = list(zip(box[batch:], geometry.stride, geometry.window, geometry.output, strict=True))
-        reaching = math.prod(box[:batch]) * math.prod(
-            min(m, (size + window - 2) // s + 1) for size, s, window, m in axes
-        )
-        of_tap = math.prod(box[:batch]) * math.prod(min(m, (size - 1) // s + 1) for size, s, _, m in axes)
-        terms = math.prod(box) * geometry.groups * channels
-        return (
-            (reaching * geometry.filters, gradients),
-            (of_tap * geometry.filters, Space()),
-            (of_tap * geometry.groups * channels, Space()),
-            (terms, Space(geometry.taps > ONE_RUN)),
-            (terms, sums),
-        )
-
-    limit, extents = min((budget - weights * channels) // team.shares, block), (*geometry.batch, *geometry.input)
-    return _Sizes(channels, *fitting_box(extents, limit, parts, team.share(math.prod(extents))), weights * channels)
-
-
-@lru_cache(maxsize=1024)
-def _weight_grad_sizes(
-    geometry: Geometry, budget: int, block: int, team: Team, temporaries: int, dy_temporaries: int, summed: bool
-) -> _Sizes:
-    weights = geometry.channels * geometry.taps  # per filter of each group
-    filters = largest(geometry.group_filters, budget // 2, (1 + summed) * weights + team.shares * geometry.channels)
-
-    def parts(box: Shape) -> tuple[tuple[int, Space], ...]:
-        outputs = math.prod(box)
-        return (
-            (outputs * geometry.channels, Space(True, temporaries)),
-            (outputs * geometry.groups * filters, Space()),
-            (outputs * geometry.groups * filters, Space(True, dy_temporaries)),
-        )
-
-    term, total = geometry.channels * filters, summed * weights * filters
-    limit = min((budget - total) // team.shares - term, block)
-    box, (of_tap, of_share, of_dy) = fitting_box((*geometry.batch, *geometry.output), limit, parts)
-    return _Sizes(filters, box, (of_tap, of_share, term, of_dy, total))

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from itertools import product
-from typing import Any
 
 from gpuconv.algorithms.blocks import Arrangement
 from gpuconv.arguments import Shape
-from gpuconv.backend import Array
 from gpuconv.geometry import Geometry
 from gpuconv.operands import Index, Operand
-from gpuconv.workspace import Run
+from gpuconv.plan import Planner
+from gpuconv.views import View
 
 
 def reaches_beyond(geometry: Geometry) -> bool:
@@ -28,7 +25,9 @@ def region_elements(geometry: Geometry, box: Shape) -> int:
     return math.prod(box[:batch]) * geometry.channels * math.prod((size - 1) * s + window for size, s, window in axes)
 
 
-def windows_of(x: Operand, index: Index, geometry: Geometry, order: Arrangement, patch_space: Array, run: Run) -> Array:
+def windows_of(
+    x: Operand, index: Index, geometry: Geometry, order: Arrangement, patch_space: View, planner: Planner
+) -> View:
     """The windows (*batch, *outputs, *kernel, G, C/G) of a block of outputs, in the dtype of the sums.
 
     A view of x where it can be, else of a patch in the workspace, whose axes lie in memory as ``order`` says.
@@ -42,27 +41,28 @@ def windows_of(x: Operand, index: Index, geometry: Geometry, order: Arrangement,
         inside.append(slice(min(max(start, 0), n), max(min(stop, n), 0)))
     seen = (*index[:batch], *inside)
     is_inside = all((axis.start, axis.stop) == ends for axis, ends in zip(inside, region, strict=True))
-    source = x.view[seen] if is_inside and x.is_plain(run.dtype) else _patch(x, seen, region, order, patch_space, run)
-    return sliding(run.backend.xp, source, geometry, tuple(axis.stop - axis.start for axis in index[batch:]))
+    in_place = is_inside and x.is_plain(planner.dtype)
+    source = x.view[seen] if in_place else _patch(x, seen, region, order, patch_space, planner)
+    return sliding(source, geometry, tuple(axis.stop - axis.start for axis in index[batch:]))
 
 
 def _patch(
-    x: Operand, inside: Index, region: list[tuple[int, int]], order: Arrangement, space: Array, run: Run
-) -> Array:
+    x: Operand, inside: Index, region: list[tuple[int, int]], order: Arrangement, space: View, planner: Planner
+) -> View:
     piece = x.view[inside]
     batch = len(inside) - len(region)
     shape = (*piece.shape[:batch], *(stop - start for start, stop in region), *piece.shape[-2:])
     patch, _ = order.empty(shape, space)
     if piece.shape != shape:
-        run.backend.xp.copyto(patch, 0)
+        planner.copy(patch, 0)
     if piece.size:
         ends = zip(inside[batch:], region, strict=True)
         middle = (slice(axis.start - start, axis.stop - start) for axis, (start, _) in ends)
-        x.read(run.backend.xp, inside, patch[(*(slice(None),) * batch, *middle)])
+        x.read(inside, patch[(*(slice(None),) * batch, *middle)], planner)
     return patch
 
 
-def read_tap(x: Operand, tap: Shape, index: Index, geometry: Geometry, into: Array, run: Run) -> None:
+def read_tap(x: Operand, tap: Shape, index: Index, geometry: Geometry, into: View, planner: Planner) -> None:
     """Puts what one tap shows a block of outputs into an array (*batch, *outputs, G, C/G).
 
     Unlike windows_of it reads nothing between the taps, which under dilation may be far more than they are.
@@ -70,14 +70,9 @@ def read_tap(x: Operand, tap: Shape, index: Index, geometry: Geometry, into: Arr
     batch = len(geometry.batch)
     meeting, seen = inputs_seen(tap, index, geometry)
     if any(axis != slice(0, size) for axis, size in zip(meeting, into.shape[batch:-2], strict=True)):
-        run.backend.xp.copyto(into, 0)
+        planner.copy(into, 0)
     if all(axis.start < axis.stop for axis in meeting):
-        x.read(run.backend.xp, (*index[:batch], *seen), into[(*(slice(None),) * batch, *meeting)])
-
-
-def taps_of(geometry: Geometry) -> Iterator[Shape]:
-    """Every tap of the kernel."""
-    return product(*(range(k) for k in geometry.kernel))
+        x.read((*index[:batch], *seen), into[(*(slice(None),) * batch, *meeting)], planner)
 
 
 def inputs_seen(tap: Shape, index: Index, geometry: Geometry) -> tuple[Index, Index]:
@@ -96,14 +91,13 @@ def inputs_seen(tap: Shape, index: Index, geometry: Geometry) -> tuple[Index, In
     return tuple(meeting), tuple(seen)
 
 
-def sliding(xp: Any, source: Array, geometry: Geometry, outputs: Shape) -> Array:
+def sliding(source: View, geometry: Geometry, outputs: Shape) -> View:
     """The overlapping windows of a region of x, as a view of it."""
     batch, rank = len(geometry.batch), geometry.rank
     spatial = source.strides[batch : batch + rank]
     steps = (s * step for s, step in zip(geometry.stride, spatial, strict=True))
     taps = (d * step for d, step in zip(geometry.dilation, spatial, strict=True))
-    return xp.lib.stride_tricks.as_strided(
-        source,
+    return source.strided(
         (*source.shape[:batch], *outputs, *geometry.kernel, *source.shape[-2:]),
         (*source.strides[:batch], *steps, *taps, *source.strides[-2:]),
     )

@@ -29,11 +29,11 @@ from gpuconv.algorithms.blocks import pieces
 from gpuconv.algorithms.winograd_plan import axes, least, sizes
 from gpuconv.algorithms.winograd_tiles import Tiling
 from gpuconv.arguments import Shape
-from gpuconv.backend import Array
 from gpuconv.geometry import Geometry
 from gpuconv.operands import MOST_TEMPORARIES, Operand, Result
+from gpuconv.plan import Planner
 from gpuconv.request import Request
-from gpuconv.workspace import Run
+from gpuconv.views import View
 
 
 def why_not(request: Request) -> str | None:
@@ -83,22 +83,22 @@ def nanoseconds(request: Request) -> float:
     return tiles * points * weights * product + transformed + exchanged + steps
 
 
-def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> None:
+def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
     """y = AT [ (G w G') * (BT x B) ] A, tile by tile."""
     apart, plain = partial(_every_dth, geometry=geometry), _undilated(geometry)
-    containment.forward(_forward, x.seen(apart), w, replace(y, view=apart(y.view)), plain, run)
+    containment.forward(_forward, x.seen(apart), w, replace(y, view=apart(y.view)), plain, planner)
 
 
-def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, run: Run) -> None:
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
     """The forward convolution of dy with w turned round, C and F exchanged."""
     apart, plain = partial(_every_dth, geometry=geometry), _undilated(geometry)
-    containment.data_grad(_forward, dy.seen(apart), w, replace(dx, view=apart(dx.view)), plain, run)
+    containment.data_grad(_forward, dy.seen(apart), w, replace(dx, view=apart(dx.view)), plain, planner)
 
 
-def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
+def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
     """dw = G' [ sum over tiles of (BT x B)' * (A dy A') ] G."""
     apart, plain = partial(_every_dth, geometry=geometry), _undilated(geometry)
-    containment.weight_grad(_weight_grad, dy.seen(apart), x.seen(apart), dw, plain, run)
+    containment.weight_grad(_weight_grad, dy.seen(apart), x.seen(apart), dw, plain, planner)
 
 
 # With dilation d every d-th pixel is a convolution of dilation 1, and where d divides all extents these are alike: so
@@ -129,7 +129,7 @@ def _undilated(geometry: Geometry) -> Geometry:
     )
 
 
-def _every_dth(view: Array, geometry: Geometry) -> Array:
+def _every_dth(view: View, geometry: Geometry) -> View:
     """Images (*batch, *positions, G, C) as (*batch, *steps, *positions of each, G, C)."""
     steps, batch, rank = _steps(geometry), len(geometry.batch), geometry.rank
     if set(steps) == {1}:
@@ -141,14 +141,19 @@ def _every_dth(view: Array, geometry: Geometry) -> Array:
     return apart.transpose(*range(batch), *positions[1::2], *positions[::2], apart.ndim - 2, apart.ndim - 1)
 
 
-def _forward(x: Operand, w: Operand, y: Result, geometry: Geometry, run: Run) -> set[Shape]:
-    tiling, spoilt = Tiling.of(geometry, "forward", run, max(x.temporaries, y.temporaries)), set[Shape]()
-    for group in pieces(geometry.groups, 1):
-        spoilt |= tiling.forward(x.of_groups(group, "x"), w.of_groups(group, "w"), y.of_groups(group, "y"))
-    return spoilt
+def _forward(x: Operand, w: Operand, y: Result, geometry: Geometry, flags: View, planner: Planner) -> None:
+    tiling = Tiling.of(geometry, "forward", planner, max(x.temporaries, y.temporaries))
+
+    def group(part: slice, planner: Planner) -> None:
+        tiling.forward(x.of_groups(part, "x"), w.of_groups(part, "w"), y.of_groups(part, "y"), flags, planner)
+
+    planner.loop(list(pieces(geometry.groups, 1)), group)
 
 
-def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, run: Run) -> None:
-    tiling = Tiling.of(geometry, "weight_grad", run, max(x.temporaries, dy.temporaries))
-    for group in pieces(geometry.groups, 1):
-        tiling.weight_grad(dy.of_groups(group, "y"), x.of_groups(group, "x"), dw.of_groups(group, "w"))
+def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
+    tiling = Tiling.of(geometry, "weight_grad", planner, max(x.temporaries, dy.temporaries))
+
+    def group(part: slice, planner: Planner) -> None:
+        tiling.weight_grad(dy.of_groups(part, "y"), x.of_groups(part, "x"), dw.of_groups(part, "w"), planner)
+
+    planner.loop(list(pieces(geometry.groups, 1)), group)

@@ -12,9 +12,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
-import numpy
-
-from gpuconv.algorithms.blocks import pieces
+from gpuconv.algorithms.blocks import Places, pieces
 from gpuconv.arguments import Shape
 from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import MOST_TEMPORARIES
@@ -163,11 +161,10 @@ def _most(extent: int, limit: int, cost: Callable[[int], int]) -> int:
     return max(1, bisect_right(range(1, extent + 1), limit, key=cost))
 
 
-@lru_cache(maxsize=256)
 def blocks(geometry: Geometry, unit: int, block: int) -> tuple[tuple[Unit, ...], ...]:
     """All units, in blocks."""
     rows, columns = axes(geometry)
-    places = [(image, part) for image in numpy.ndindex(*geometry.batch) for part in pieces(rows.tiles, unit)]
+    places = [(image, part) for image in Places(geometry.batch) for part in pieces(rows.tiles, unit)]
     blocks = []
     for part in pieces(len(places), block):
         units, start = [], 0

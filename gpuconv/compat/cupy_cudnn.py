@@ -27,9 +27,10 @@ from typing import Any
 import gpuconv
 from gpuconv import settings
 from gpuconv.backend import INSTALL_HINT, Array, kind_of
-from gpuconv.call import Call, Source, check_bias, check_gradient, checked, given
 from gpuconv.compat import named
+from gpuconv.execute import Call, Source
 from gpuconv.geometry import Geometry
+from gpuconv.validate import check_bias, check_gradient, check_out, checked, given
 
 CUDNN_TENSOR_NCHW = 0
 CUDNN_TENSOR_NHWC = 1
@@ -147,8 +148,8 @@ def convolution_backward_data(
         b = None if b is None else b.reshape(-1)
         check_bias(b, geometry.channels)
         call = Call(geometry, kind, dtype, "auto", _precision(tensor_core), deterministic)
-        call.check_out(dx, geometry.x_shape, dy=dy, w=w, **given(b=b))
-    call.compute("data_grad", Source(dy, "y"), Source(w, "w", conjugate=True), "x", out=dx, bias=b)
+        check_out(dx, kind, dtype, geometry.x_shape, dy=dy, w=w, **given(b=b))
+    call.compute("data_grad", Source(dy), Source(w, conjugate=True), out=dx, bias=b)
 
 
 def get_max_workspace_size() -> int:

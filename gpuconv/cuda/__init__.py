@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import gpuconv
-
 
 def kernels_folder() -> Path:
     """The folder of the ``.cu`` files: in the package in a wheel, beside it in a checkout or an editable install."""
-    package = Path(gpuconv.__file__).parent
+    package = Path(__file__).parents[1]
     for folder in (package / "kernels", package.parent / "kernels"):
         if folder.is_dir():
             return folder

@@ -6,21 +6,21 @@ Kernels take any strides, so layouts, flips, zero and negative strides need no c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 
 import numpy
 
 from gpuconv.activations import NAMES, Activation
-from gpuconv.algorithms.blocks import largest, merged, pieces
+from gpuconv.algorithms.blocks import Places, largest, pieces
 from gpuconv.arguments import Shape
-from gpuconv.backend import Array, Backend
+from gpuconv.backend import Backend
 from gpuconv.cuda import structs
 from gpuconv.cuda.kernel import Module
 from gpuconv.geometry import Geometry
 from gpuconv.operands import Operand
-from gpuconv.workspace import Run, shaped
+from gpuconv.plan import Planner
+from gpuconv.views import View, merged
 
 # Kernels count with 32 bits up to here; a block's own positions come on top.
 NARROW = 2**31 - 2**16
@@ -40,43 +40,56 @@ def why_not_here(geometry: Geometry, backend: Backend) -> str | None:
     return why_not(geometry)
 
 
-def image_pieces(
-    operands: Sequence[Operand], results: Sequence[Array], geometry: Geometry, run: Run
-) -> Iterator[tuple[list[Operand], list[Array]]]:
-    """Operands and results as views (N, *spatial, G, channels), for as many images at a time as it takes.
+class Images:
+    """Operands and results as views (N, *spatial, G, channels), in pieces of as many images as can be done at a time.
 
     All at once, as a rule. Batch axes that lie in memory in no one order are taken one index at a time. Kernels
     multiply by an activation's derivative as they read; where y lies in memory another way, or has another dtype, the
     product is formed before, in at most half of the workspace.
     """
-    count = len(operands)
-    ys = [operand.view if operand.y is None else operand.y for operand in operands]
-    for views in _flat_batches(geometry, *(operand.view for operand in operands), *ys, *results):
-        flat = [
-            replace(operand, view=view, y=None if operand.y is None else y)
-            for operand, view, y in zip(operands, views, views[count:], strict=False)
-        ]
-        targets = views[2 * count :]
-        apart = [o.y is not None and (o.y.strides, o.y.dtype) != (o.view.strides, o.view.dtype) for o in flat]
-        elements = [math.prod(o.view.shape[1:]) * is_apart for o, is_apart in zip(flat, apart, strict=True)]
-        cost = sum(size * (1 + o.temporaries) for size, o in zip(elements, flat, strict=True))
-        images = flat[0].view.shape[0]
-        at_once = largest(images, run.budget // 2, cost)
-        with run.workspace(*(at_once * size for size in elements)) as spaces:
-            for piece in pieces(images, at_once):
-                read = [
-                    _formed(o, piece, space, run) if is_apart else o.of_images(piece)
-                    for o, is_apart, space in zip(flat, apart, spaces, strict=True)
-                ]
-                yield read, [target[piece] for target in targets]
 
+    def __init__(
+        self, operands: Sequence[Operand], results: Sequence[View], geometry: Geometry, planner: Planner
+    ) -> None:
+        self._operands, self._results, self._axes = operands, results, len(geometry.batch)
+        ys = [operand.y for operand in operands if operand.y is not None]
+        views = [*(operand.view for operand in operands), *ys, *results]
+        split = next(axis for axis in range(self._axes + 1) if all(self._merges(view, axis) for view in views))
+        self._batches = Places(geometry.batch[:split])
+        flat = [self._flat(operand, self._batches[0]) for operand in operands]
+        self._formed = [o.y is not None and (o.y.strides, o.y.dtype) != (o.view.strides, o.view.dtype) for o in flat]
+        each = [math.prod(o.view.shape[1:]) * formed for o, formed in zip(flat, self._formed, strict=True)]
+        cost = sum(size * (1 + o.temporaries) for size, o in zip(each, flat, strict=True))
+        number = flat[0].view.shape[0]
+        self._pieces = list(pieces(number, largest(number, planner.budget // 2, cost)))
 
-def _formed(operand: Operand, images: slice, space: Array, run: Run) -> Operand:
-    if run.recorder is not None:
-        run.recorder.lose()
-    block = shaped(space, operand.view[images].shape)
-    operand.read(run.backend.xp, (images,), block)
-    return Operand(block)
+    def __len__(self) -> int:
+        return len(self._batches) * len(self._pieces)
+
+    def read(self, number: int, planner: Planner) -> tuple[list[Operand], list[View]]:
+        """The operands and results of a piece."""
+        batch, piece = divmod(number, len(self._pieces))
+        index, some = self._batches[batch], self._pieces[piece]
+        read = [self._flat(operand, index).of_images(some) for operand in self._operands]
+        for place, operand in enumerate(read):
+            if self._formed[place]:
+                (space,) = planner.workspace(operand.view.size)
+                block = space.shaped(operand.view.shape)
+                operand.read((...,), block, planner)
+                read[place] = Operand(block)
+        return read, [self._flat_view(view, index)[some] for view in self._results]
+
+    def _merges(self, view: View, axis: int) -> bool:
+        """Whether the batch axes from this one on are as one axis in memory; the last one, and none, always are."""
+        return merged(view.shape[axis : self._axes], view.strides[axis : self._axes]) is not None
+
+    def _flat(self, operand: Operand, index: Shape) -> Operand:
+        y = None if operand.y is None else self._flat_view(operand.y, index)
+        return replace(operand, view=self._flat_view(operand.view, index), y=y)
+
+    def _flat_view(self, view: View, index: Shape) -> View:
+        """The images of an index of the batch axes that are not merged."""
+        return view[index].reshape(-1, *view.shape[self._axes :])
 
 
 def options(
@@ -84,7 +97,7 @@ def options(
     second: Operand,
     channels_innermost: bool,
     *,
-    bias: Array | None = None,
+    bias: View | None = None,
     activation: Activation | None = None,
     fours: bool = False,
 ) -> structs.Options:
@@ -98,22 +111,7 @@ def number(activation: Activation | None) -> int:
     return 0 if activation is None else 1 + NAMES.index(activation)
 
 
-def _flat_batches(geometry: Geometry, *views: Array) -> Iterator[list[Array]]:
-    """The views with all batch axes merged into one, or one index at a time of the axes that do not merge."""
-    axes = len(geometry.batch)
-    if axes == 0:
-        yield [view[None] for view in views]
-        return
-    first = next(
-        axis
-        for axis in range(axes)  # the last one merges with nothing, and so always
-        if all(merged(view.shape[axis:axes], view.strides[axis:axes]) is not None for view in views)
-    )
-    for index in numpy.ndindex(geometry.batch[:first]):
-        yield [view[index].reshape(-1, *view.shape[axes:]) for view in views]
-
-
-def is_wide(geometry: Geometry, y: Array, x: Array, w: Array) -> bool:
+def is_wide(geometry: Geometry, y: View, x: View, w: View) -> bool:
     """Whether an index or an offset may not fit into 32 bits, for views with these strides."""
     # Windows that begin in the padding reach further than x itself.
     padded = (n + abs(low) + abs(high) for n, (low, high) in zip(geometry.input, geometry.padding, strict=True))
@@ -121,11 +119,10 @@ def is_wide(geometry: Geometry, y: Array, x: Array, w: Array) -> bool:
     return max(*reaches, geometry.largest_index) >= NARROW
 
 
-def _reach(shape: Shape, view: Array) -> int:
-    return sum(n * abs(step) for n, step in zip(shape, _steps(view), strict=True))
+def _reach(shape: Shape, view: View) -> int:
+    return sum(n * abs(step) for n, step in zip(shape, view.steps, strict=True))
 
 
-@lru_cache(maxsize=4096)
 def module(
     stem: str,
     first: numpy.dtype,
@@ -142,41 +139,31 @@ def module(
     return Module(stem, types, wide, tuple(constants.items()))
 
 
-def _steps(view: Array) -> Shape:
-    """Strides in elements."""
-    return tuple(step // view.itemsize for step in view.strides)
-
-
-def described(geometry: Geometry, y: Array, x: Array, w: Array, wide: bool) -> tuple[numpy.ndarray, ...]:
+def described(geometry: Geometry, y: View, x: View, w: View, wide: bool) -> tuple[numpy.ndarray, ...]:
     """Convolution and the strides of y, x and w, as every kernel takes them; extents are those of the views.
 
     y is a view (N, *output, G, F/G), x (N, *input, G, C/G), w (*kernel, G, C/G, F/G).
     """
     return (
-        _convolution(geometry, y.shape[0], *w.shape[-3:], wide),
-        _image_strides(_steps(y), wide),
-        _image_strides(_steps(x), wide),
-        _weight_strides(_steps(w), wide),
+        _convolution(geometry, y.shape[0], w.shape[-3:], wide),
+        _image_strides(y.steps, wide),
+        _image_strides(x.steps, wide),
+        _weight_strides(w.steps, wide),
     )
 
 
-@lru_cache(maxsize=4096)
-def _convolution(
-    geometry: Geometry, images: int, groups: int, channels: int, filters: int, wide: bool
-) -> numpy.ndarray:
+def _convolution(geometry: Geometry, images: int, channels: Shape, wide: bool) -> numpy.ndarray:
     low = tuple(low for low, _ in geometry.padding)
     ones = (geometry.input, geometry.output, geometry.kernel, geometry.stride, geometry.dilation)
     axes = (*(lift(extents, 1) for extents in ones), lift(low, 0))
-    return structs.struct("Convolution", wide, images, groups, channels, filters, *axes)
+    return structs.struct("Convolution", wide, images, *channels, *axes)
 
 
-@lru_cache(maxsize=4096)
 def _image_strides(steps: Shape, wide: bool) -> numpy.ndarray:
     batch, *axes, group, channel = steps
     return structs.struct("Images", wide, batch, lift(tuple(axes), 0), group, channel)
 
 
-@lru_cache(maxsize=4096)
 def _weight_strides(steps: Shape, wide: bool) -> numpy.ndarray:
     *axes, group, channel, filters = steps
     return structs.struct("Weights", wide, lift(tuple(axes), 0), group, channel, filters)

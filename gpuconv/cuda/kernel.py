@@ -136,7 +136,6 @@ def check_arguments(kernel: Kernel, arguments: Sequence[Any]) -> None:
             raise TypeError(f"{kernel.name} takes {kind} of {parameter.type} for {parameter.name}, but got {given}")
 
 
-@lru_cache(maxsize=4096)
 def _is_of_type(dtype: numpy.dtype | None, type_name: str, module: Module) -> bool:
     if dtype is None:
         return False

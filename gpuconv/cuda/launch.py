@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from gpuconv.cuda import compiler
@@ -14,26 +14,27 @@ MOST_BLOCKS = 2**31 - 1  # of a grid's first axis, the only one that is used
 _GRANTED = 40 << 10  # bytes: static and dynamic memory beyond 48 KiB must be asked for, and tables are static
 
 
-def launch_cuda(kernel: Kernel, grid: int, block: int, arguments: Sequence[Any], shared_memory: int = 0) -> None:
-    """Runs ``grid`` blocks of ``block`` threads; arrays, scalars of NumPy and structs are what kernels take.
+def prepared(
+    kernel: Kernel, grid: int, block: int, arguments: Sequence[Any], shared_memory: int = 0
+) -> Callable[..., None]:
+    """A function that launches ``grid`` blocks of ``block`` threads on the current device, with arguments like these.
 
-    A grid of no blocks is not launched. TypeError where the arguments are not what the kernel's source declares.
+    Arrays, scalars of NumPy and structs are what kernels take. TypeError where the arguments are not what the kernel's
+    source declares; views count as arrays.
     """
-    prepare(kernel, grid, arguments)
-    if grid:
-        device = _device()
-        if shared_memory > _GRANTED:
-            _ask_for(shared_memory, kernel, device)
-        _function(kernel, device)((grid,), (block,), tuple(arguments), shared_mem=shared_memory)
+    check(kernel, grid, arguments)
+    device = _device()
+    function = _function(kernel, device)
+    if shared_memory > _GRANTED:
+        _ask_for(shared_memory, kernel, device)
+    return partial(_launch, function, (grid,), (block,), shared_memory)
 
 
-def again(kernel: Kernel, grid: int, block: int, shared_memory: int) -> Callable[[Sequence[Any]], None]:
-    """The same launch on the current device once more, for arguments like those that have been checked."""
-    function = _function(kernel, _device())
-    return lambda arguments: function((grid,), (block,), tuple(arguments), shared_mem=shared_memory)
+def _launch(function: Any, grid: tuple[int], block: tuple[int], shared_memory: int, *arguments: Any) -> None:
+    function(grid, block, arguments, shared_mem=shared_memory)
 
 
-def prepare(kernel: Kernel, grid: int, arguments: Sequence[Any]) -> None:
+def check(kernel: Kernel, grid: int, arguments: Sequence[Any]) -> None:
     """TypeError or ValueError where a launch would go wrong; writes the source where GPUCONV_DUMP asks for it."""
     check_arguments(kernel, arguments)
     if grid > MOST_BLOCKS:
@@ -70,10 +71,3 @@ def _module(module: Module, device: int) -> Any:
 
     architecture = compiler.architecture_for(cupy.cuda.Device(device).compute_capability)
     return cupy.RawModule(path=str(cubin_path(module, architecture)))
-
-
-def clear() -> None:
-    """Forgets the modules of this process; those on disk stay."""
-    _ask_for.cache_clear()
-    _function.cache_clear()
-    _module.cache_clear()

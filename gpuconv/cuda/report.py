@@ -10,7 +10,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import product
@@ -29,8 +29,8 @@ from gpuconv.cuda import compiler, occupancy
 from gpuconv.cuda.device import MODEL, Device
 from gpuconv.cuda.kernel import Kernel, Module
 from gpuconv.geometry import DIRECTIONS, Direction, Geometry
-from gpuconv.operands import Operand, Result, canonical
-from gpuconv.workspace import Run
+from gpuconv.operands import ROLES, Operand, Result, contiguous
+from gpuconv.plan import WORKSPACE, Planner, Scope
 
 # Real layers that reach all tiles, one to three axes, and the largest regions of shared memory: x, w, settings.
 CONVOLUTIONS: tuple[tuple[Shape, Shape, dict[str, Any]], ...] = (
@@ -140,9 +140,12 @@ def launched(
     """The modules that the algorithms launch for these; the most dynamic shared memory of their kernels, in bytes."""
     found: dict[Module, dict[str, int]] = {}
 
-    def remember(kernel: Kernel, grid: int, block: int, arguments: Sequence[Any], shared_memory: int = 0) -> None:
+    def remember(
+        kernel: Kernel, grid: int, block: int, arguments: Sequence[Any], shared_memory: int
+    ) -> Callable[..., None]:
         kernels = found.setdefault(kernel.module, {})
         kernels[kernel.name] = max(shared_memory, kernels.get(kernel.name, 0))
+        return print  # in the place of a launch, which nobody makes
 
     backend = Backend("recorded", numpy, remember)
     for geometry, dtype in convolutions:
@@ -152,14 +155,11 @@ def launched(
 
 
 def _launch(algorithm: ModuleType, geometry: Geometry, dtype: numpy.dtype, backend: Backend) -> None:
-    x = canonical(numpy.zeros(geometry.x_shape, dtype), "x", geometry)
-    w = canonical(numpy.zeros(geometry.w_shape, dtype), "w", geometry)
-    y = canonical(numpy.zeros(geometry.y_shape, dtype), "y", geometry)
-    run = Run(backend, dtypes.accumulator(dtype), settings.workspace_limit())
-    operands = {"forward": (x, w, y), "data_grad": (y, w, x), "weight_grad": (y, x, w)}
+    limit = settings.workspace_limit()
     for direction in _LAUNCHED[algorithm]:
-        first, second, result = operands[direction]
-        getattr(algorithm, direction)(Operand(first), Operand(second), Result(result), geometry, run)
+        planner = Planner(backend, dtypes.accumulator(dtype), limit, Scope(WORKSPACE, 1 << 12), 1 << 12)
+        first, second, result = (contiguous(role, dtype, geometry) for role in ROLES[direction])
+        getattr(algorithm, direction)(Operand(first), Operand(second), Result(result), geometry, planner)
 
 
 def known(asked: Sequence[str] | None) -> list[str]:

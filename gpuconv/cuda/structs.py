@@ -5,7 +5,7 @@ Extents and strides are of type Index: 32 bits wide, or 64 where a tensor needs 
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache
 from typing import NamedTuple, TypeAlias
 
 import numpy
@@ -51,7 +51,6 @@ def dtype_of(name: str, wide: bool) -> numpy.dtype:
     return numpy.dtype(fields, align=True)
 
 
-@lru_cache(maxsize=4096)
 def struct(name: str, wide: bool, *values: Value) -> numpy.ndarray:
     """The struct with these values, in the order of its fields: an array without axes, as CuPy passes by value."""
     value = numpy.array(values, dtype_of(name, wide))

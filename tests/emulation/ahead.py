@@ -46,6 +46,7 @@ def rehearse(tests, arrays_of, build):
         if kernel.module not in seen:
             seen.add(kernel.module)
             build(kernel.module)
+        return lambda *arguments: None
 
     idle = launcher.EMULATED._replace(launch=remember)
     with (

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import threading
 import types
@@ -11,7 +12,7 @@ import numpy as np
 
 from gpuconv.backend import Backend
 from gpuconv.cuda.kernel import parameters
-from gpuconv.cuda.launch import prepare
+from gpuconv.cuda.launch import check
 from tests.emulation import loader
 
 ORDERS = ("natural", "reverse", "random")
@@ -97,12 +98,15 @@ class _LaunchOptions(ctypes.Structure):
     )
 
 
-def launch_emulated(kernel, grid, block, arguments, shared_memory=0):
+def prepared(kernel, grid, block, arguments, shared_memory=0):
+    """What a backend has in the place of gpuconv.cuda.launch.prepared."""
+    check(kernel, grid, arguments)
+    return functools.partial(_launch, kernel, grid, block, shared_memory)
+
+
+def _launch(kernel, grid, block, shared_memory, *arguments):
     """Runs a kernel of the package; EmulationError says what it did wrong, and where."""
     __tracebackhide__ = True
-    prepare(kernel, grid, arguments)
-    if grid == 0:
-        return
     library = loader.library_for(kernel.module, options.mode)
     names = parameters(kernel.module.stem, kernel.name)
     run(library, kernel.name, grid, block, arguments, shared_memory, [(p.name, p.is_constant) for p in names])
@@ -184,4 +188,4 @@ class _Numpy(types.ModuleType):
         return array
 
 
-EMULATED = Backend("emulated", _Numpy("numpy"), launch_emulated)
+EMULATED = Backend("emulated", _Numpy("numpy"), prepared)

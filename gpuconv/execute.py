@@ -1,0 +1,383 @@
+"""The road of every call: what it is, the plan that is found or made for it, and the run of the plan on its arrays.
+
+Call.compute    describes a call: all that decides what is done, arrays by how they lie in memory
+plan_for        gives the plan of a description: made when it is first asked for, then kept
+execute         runs the steps of a plan on the arrays of this call
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy
+
+from gpuconv import dtypes, settings, threads, workspace
+from gpuconv.activations import Activation
+from gpuconv.algorithms import bias_grad
+from gpuconv.algorithms.blocks import group_parts
+from gpuconv.arguments import Shape
+from gpuconv.backend import (
+    Array,
+    Backend,
+    Kind,
+    address,
+    addressable,
+    backend_for,
+    device_of,
+    matrix_products,
+    module_of,
+    moved,
+)
+from gpuconv.choose import MODULES, TRANSFORMS, check_name, choose, consent
+from gpuconv.geometry import Direction, Geometry
+from gpuconv.operands import ROLES, Operand, Result, Role, canonical, has_channels_last_memory
+from gpuconv.plan import BIAS, RESULT, WORKSPACE, Choice, Deferred, Loop, NewArray, Plan, Planner, Scope, Step, Steps
+from gpuconv.request import Request, workspace_of
+from gpuconv.views import View, contiguous_strides, first_byte
+
+# Memory of plans: a step takes less than so many bytes. A plan has at most so many steps, and all plans that are kept
+# have so many together, where each counts for some more. Loops that are longer are planned anew by every call.
+STEP_BYTES = 1 << 10
+MOST_STEPS, MOST_KEPT, OF_A_PLAN = 1 << 13, 1 << 16, 8
+
+# How an array lies in memory: shape, strides, dtype, address modulo 16.
+Layout: TypeAlias = tuple[Shape, Shape, numpy.dtype, int]
+
+_NAMES = {"forward": ("x", "w", "y"), "data_grad": ("dy", "w", "dx"), "weight_grad": ("dy", "x", "dw")}
+
+_plans: dict[Description, Plan] = {}
+
+
+class Source(NamedTuple):
+    """An array that a call reads, and what to make of its elements."""
+
+    array: Array
+    conjugate: bool = False
+    y: Array | None = None
+    activation: Activation | None = None  # the derivative of which, taken from y, multiplies what is read
+
+
+NOTHING = Source(None)
+
+
+class Setup(NamedTuple):
+    """Where and how a call computes."""
+
+    backend: Backend
+    algorithm: str
+    deterministic: bool
+    precision: str
+    limit: int  # bytes
+    threads: int | None
+
+
+class Description(NamedTuple):
+    """All that decides what a call does: its plan is made of this alone, and found by it."""
+
+    direction: Direction | Literal["bias_grad"]
+    geometry: Geometry
+    dtype: numpy.dtype  # of the result
+    setup: Setup
+    first: tuple[bool, Activation | None]  # whether it is conjugated, and the activation whose derivative it takes
+    second: tuple[bool, Activation | None]
+    activation: Activation | None
+    layouts: tuple[Layout | None, ...]  # of the arrays that are read, and of the result where the caller brings it
+    like: tuple[Shape, Shape]  # shape and strides of the caller's first array, whose order of axes the result takes
+    device: int | None
+    dump: str | None  # where the sources of kernels are written
+
+    def operand(self, number: int) -> Operand:
+        """The first one or the second one."""
+        conjugate, activation = self.second if number else self.first
+        view, y = (self.view(memory, ROLES[self.direction][number]) for memory in (2 * number, 2 * number + 1))
+        return Operand(view, conjugate and dtypes.is_complex(self.dtype), y, activation)
+
+    def view(self, memory: int, role: Role) -> Any:
+        """The canonical view of an array, None where the call has none."""
+        layout = self.layouts[memory]
+        if layout is None:
+            return None
+        shape, strides, dtype, place = layout
+        start = first_byte(shape, strides)
+        return canonical(View(memory, -start, shape, strides, dtype, (place + start) % 16), role, self.geometry)
+
+
+class Call:
+    """One call of a public function. Settings are read, and refused, here."""
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        kind: Kind,
+        dtype: numpy.dtype,
+        algorithm: str,
+        precision: str | None,
+        deterministic: bool | None,
+    ) -> None:
+        self.geometry, self.kind, self.dtype = geometry, kind, dtype
+        check_name(algorithm)
+        order, products = consent(algorithm, deterministic), settings.precision(precision)
+        limit, limit_of_threads = settings.workspace_limit(), settings.num_threads()
+        self.setup = Setup(backend_for(kind), algorithm, order, products, limit, limit_of_threads)
+
+    def compute(
+        self,
+        direction: Direction | Literal["bias_grad"],
+        first: Source,
+        second: Source = NOTHING,
+        *,
+        out: Array | None = None,
+        bias: Array | None = None,
+        activation: Activation | None = None,
+    ) -> Array:
+        """The result of a direction, of what the algorithms take: x and w, dy and w, or dy and x; dy for bias_grad."""
+        backend = self.setup.backend
+        arrays = [first.array, first.y, second.array, second.y, bias, out]
+        with device_of(first.array):
+            if backend.launch is not None or backend.kind != self.kind:
+                arrays = [_within_reach(array, backend) for array in arrays[:RESULT]]
+                arrays.append(out if _is_within_reach(out, backend) else None)
+            plan = plan_for(self._description(direction, first, second, activation, arrays))
+            result = arrays[RESULT]
+            if result is None:
+                result = arrays[RESULT] = plan.result.empty(backend.xp)
+            memories = [None if array is None else backend.memory(array) for array in arrays]
+            memories.append(workspace.take(backend, plan.space, self.setup.limit) if plan.space else None)
+            errors = numpy.geterr() if plan.is_silent else None
+            with matrix_products(backend, self.setup.precision), self._blas(), plan.silence():
+                execute([_Memory(backend, memories, errors)], [plan.steps])
+            if plan.space:
+                workspace.give_back(backend, memories[WORKSPACE])
+        if result is out or (out is None and backend.kind == self.kind):
+            return result
+        if out is None:
+            out = plan.result.empty(module_of(self.kind))
+        out[...] = moved(result, self.kind)
+        return out
+
+    def _description(
+        self,
+        direction: Direction | Literal["bias_grad"],
+        first: Source,
+        second: Source,
+        activation: Activation | None,
+        arrays: list[Array],
+    ) -> Description:
+        has_kernels = self.setup.backend.launch is not None
+        return Description(
+            direction,
+            self.geometry,
+            self.dtype,
+            self.setup,
+            (first.conjugate, first.activation),
+            (second.conjugate, second.activation),
+            activation,
+            tuple(map(_layout_for_kernels if has_kernels else _layout, arrays)),
+            (first.array.shape, first.array.strides),
+            first.array.device.id if self.kind == "cupy" else None,
+            os.environ.get("GPUCONV_DUMP") if has_kernels else None,
+        )
+
+    def _blas(self) -> contextlib.AbstractContextManager[None]:
+        if self.setup.backend.name != "numpy":
+            return contextlib.nullcontext()
+        return threads.held_blas(self.setup.threads, self.geometry.multiply_adds())
+
+
+def _is_within_reach(array: Array | None, backend: Backend) -> bool:
+    """Whether an array lies where the backend computes, in a way that its kernels can address."""
+    kind = "numpy" if isinstance(array, numpy.ndarray) else "cupy"
+    return array is None or (kind == backend.kind and (backend.launch is None or addressable(array)))
+
+
+def _within_reach(array: Array | None, backend: Backend) -> Array | None:
+    """The array if it is, else a copy that is."""
+    if array is None or _is_within_reach(array, backend):
+        return array
+    array = moved(array, backend.kind)
+    return array if _is_within_reach(array, backend) else array.astype(dtypes.native(array.dtype))
+
+
+def _layout(array: Array | None) -> Layout | None:
+    """How an array lies in memory, as far as functions of numpy are chosen by it: whether it is aligned."""
+    return None if array is None else (array.shape, array.strides, array.dtype, not array.flags.aligned)
+
+
+def _layout_for_kernels(array: Array | None) -> Layout | None:
+    """The same as far as kernels are."""
+    return None if array is None else (array.shape, array.strides, array.dtype, address(array) % 16)
+
+
+# ------------------------------------------------------------------------------------------- making plans
+
+
+def plan_for(description: Description) -> Plan:
+    """The plan of a call, which is made when it is first asked for."""
+    plan = _plans.get(description)
+    if plan is None:
+        plan = _made(description)
+        room = MOST_KEPT - plan.size
+        for older, kept in reversed(tuple(_plans.items())):
+            room -= kept.size + OF_A_PLAN
+            if room < 0:
+                _plans.pop(older, None)
+        _plans[description] = plan
+    return plan
+
+
+def contiguous_plan(direction: Direction, geometry: Geometry, dtype: numpy.dtype, setup: Setup) -> Plan:
+    """The plan of a call with C-contiguous arrays."""
+    first, second = (
+        (shape, contiguous_strides(shape, dtype), dtype, 0) for shape in map(geometry.shape_of, ROLES[direction][:2])
+    )
+    device = setup.backend.xp.cuda.Device().id if setup.backend.name == "cupy" else None
+    gradients = direction != "forward", None
+    layouts = first, None, second, None, None, None
+    return _made(Description(direction, geometry, dtype, setup, (False, None), gradients, None, layouts, first[:2], device, None))
+
+
+def clear() -> None:
+    """Forgets all plans."""
+    _plans.clear()
+
+
+def _made(description: Description) -> Plan:
+    """The plan of a description. On NumPy its steps and the workspace keep within the limit together."""
+    limit = description.setup.limit
+    if description.setup.backend.launch is not None:
+        return _planned(description, MOST_STEPS)
+    plan = _planned(description, min(MOST_STEPS, limit // STEP_BYTES))
+    room = (limit - plan.space) // STEP_BYTES
+    return plan if plan.size <= room else _planned(description, max(0, room))
+
+
+def _planned(description: Description, room: int) -> Plan:
+    """The plan of a description, of at most so many steps, from the algorithm that is chosen for it."""
+    direction, geometry, dtype, setup = description[:4]
+    backend, limit, roles = setup.backend, workspace_of(setup.limit, setup.backend), ROLES[description.direction]
+    scope, sums = Scope(WORKSPACE, room), dtypes.accumulator(dtype)
+    share = room if backend.launch is not None else (setup.limit - limit) // STEP_BYTES
+    planner = Planner(backend, sums, limit, scope, share, setup.precision, setup.threads)
+    first = description.operand(0)
+    if direction == "bias_grad":
+        new = NewArray((math.prod(first.view.shape[-2:]),), dtype)
+        bias_grad.bias_grad(first, new.view, planner)
+        return Plan("bias_grad", ("dy", "y", "", "", "", "db"), tuple(scope.steps), scope.count, scope.most, new)
+    second, view, bias = description.operand(1), description.view(RESULT, roles[2]), description.view(BIAS, "b")
+    is_channels_last = roles[2] != "w" and has_channels_last_memory(*description.like, first.view.itemsize, geometry)
+    new = _new_array(geometry.shape_of(roles[2]), dtype, len(geometry.batch) if is_channels_last else None)
+    if view is None:
+        view = canonical(new.view, roles[2], geometry)
+    result = Result(view, bias, description.activation)
+    request = Request(geometry, dtype, direction, backend, setup.deterministic, setup.limit)
+    algorithm = choose(request, setup.algorithm).algorithm
+    result = result.with_plain_bias(planner)
+    if first.view.size and second.view.size and result.view.size:
+        body = partial(_part, getattr(MODULES[algorithm], direction), first, second, result, roles)
+        planner.loop(group_parts(geometry, planner.budget), body)
+    else:
+        result.fill(planner)
+    names = _NAMES[direction][0], "", _NAMES[direction][1], "", "b", _NAMES[direction][2]
+    return Plan(algorithm, names, tuple(scope.steps), scope.count, scope.most, new, algorithm in TRANSFORMS)
+
+
+def _new_array(shape: Shape, dtype: numpy.dtype, channel: int | None) -> NewArray:
+    """A new array; where an axis of channels is given, this is the innermost one."""
+    if channel is None:
+        return NewArray(shape, dtype)
+    last = len(shape) - 1
+    memory = (*shape[:channel], *shape[channel + 1 :], shape[channel])
+    return NewArray(memory, dtype, (*range(channel), last, *range(channel, last)))
+
+
+def _part(
+    algorithm: Any,
+    first: Operand,
+    second: Operand,
+    result: Result,
+    roles: tuple[Role, Role, Role],
+    part: tuple[slice, Geometry],
+    planner: Planner,
+) -> None:
+    """The steps of some groups: of all, or of as many as the workspace has room for at a time."""
+    groups, geometry = part
+    operands = (operand.of_groups(groups, role) for operand, role in zip((first, second), roles, strict=False))
+    algorithm(*operands, result.of_groups(groups, roles[2]), geometry, planner)
+
+
+# ------------------------------------------------------------------------------------------ running plans
+
+
+class _Memory:
+    """The memories of a plan, as one of its threads has them."""
+
+    def __init__(self, backend: Backend, memories: list[Any], errors: Any) -> None:
+        self.backend, self.memories = backend, memories
+        self.errors = errors  # what the caller wants to be told of, where most of the plan says nothing of it
+        self._sizes: dict[int, int] = {}  # of memories for deferred steps
+
+    def of_worker(self, loop: Loop, number: int) -> _Memory:
+        """The same for a worker of a loop, which has a part of a memory of its own."""
+        start = loop.start + number * loop.size
+        part = self.memories[loop.memory][start : start + loop.size] if loop.size else None
+        return _Memory(self.backend, [*self.memories[: loop.memory + 1], part], self.errors)
+
+    def array(self, view: View) -> Array:
+        """The array that a view stands for."""
+        return self.backend.array(view.shape, view.dtype, self.memories[view.memory], view.offset, view.strides)
+
+    def steps(self, steps: Steps) -> Iterator[Step | Loop | Choice]:
+        """The steps with those of parts that one thread runs, of what is chosen, and of what is planned only now.
+
+        Loops of several workers are among them, and choices where the answer is no.
+        """
+        for step in steps:
+            if isinstance(step, Step) or (isinstance(step, Loop) and step.workers > 1):
+                yield step
+            elif isinstance(step, Loop):
+                for part in step.parts:
+                    yield from self.steps(part)
+            elif isinstance(step, Deferred):
+                yield from self.steps(self.planned(step))
+            elif step.question(self.array(step.view)):
+                yield from self.steps(step.yes)
+            else:
+                yield step
+
+    def planned(self, deferred: Deferred) -> Steps:
+        """The steps that were put off until now, which have a memory of their own from now on."""
+        scope = deferred.planned()
+        self.memories += [None] * (scope.memory + 1 - len(self.memories))
+        if scope.most > self._sizes.get(scope.memory, 0):
+            self.memories[scope.memory] = None  # before another one is made beside it
+            self.memories[scope.memory] = self.backend.memory(self.backend.xp.empty(scope.most, numpy.uint8))
+            self._sizes[scope.memory] = scope.most
+        return scope.steps
+
+
+def execute(memories: list[_Memory], parts: Iterable[Steps]) -> None:
+    """Runs parts of a plan one after another on one of the memories. Threads that share the parts take one each."""
+    memory = memories.pop()
+    array, places = memory.backend.array, memory.memories
+    for part in parts:
+        for step in memory.steps(part):
+            if isinstance(step, Step):
+                inputs = [
+                    array(v.shape, v.dtype, places[v.memory], v.offset, v.strides) if type(v) is View else v
+                    for v in step.inputs
+                ]
+                if (v := step.out) is None:
+                    step.function(*inputs)
+                else:
+                    step.function(*inputs, out=array(v.shape, v.dtype, places[v.memory], v.offset, v.strides))
+            elif isinstance(step, Loop):
+                own = [memory.of_worker(step, number) for number in range(step.workers)]
+                threads.spread(step.parts, partial(execute, own), step.workers)
+            else:
+                with contextlib.nullcontext() if memory.errors is None else numpy.errstate(**memory.errors):
+                    execute([memory], [memory.planned(step.no)])

@@ -1,0 +1,117 @@
+"""What would compute a convolution, why, and how: ``gpuconv.explain``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from gpuconv import dtypes, settings
+from gpuconv.algorithms import im2col
+from gpuconv.backend import backend_named
+from gpuconv.choose import MODULES, check_name, choose, consent, refused
+from gpuconv.execute import Setup, contiguous_plan
+from gpuconv.geometry import DIRECTIONS, Direction, Geometry
+from gpuconv.plan import Plan
+from gpuconv.request import Request
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What would compute a convolution, and why; ``str()`` of it is a short report."""
+
+    algorithm: str
+    reason: str
+    refused: tuple[tuple[str, str], ...]  # (algorithm, reason), of all that were not taken
+    direction: Direction
+    backend: str
+    dtype: str
+    geometry: Geometry
+    candidates: tuple[str, ...]  # how the algorithm could do it, the way that is taken first
+    setup: Setup = field(repr=False)
+
+    @property
+    def plan(self) -> Plan:
+        """What a call would do with C-contiguous arrays, step by step; ``str()`` of it is a list.
+
+        On a GPU the kernels are compiled for that.
+
+        >>> print(explain((1, 8, 16, 16), (8, 8, 3, 3), padding=1, backend="numpy").plan)
+        im2col, 4 steps, 84096 bytes of workspace
+          copyto(workspace@0 (1, 18, 18, 1, 8), 0)
+          copyto(workspace@0+76 (1, 16, 16, 1, 8), x@0 (1, 16, 16, 1, 8))
+          copyto(workspace@10368 (1, 16, 16, 3, 3, 1, 8), workspace@0 (1, 16, 16, 3, 3, 1, 8))
+          matmul(w@0 (1, 1, 8, 72), workspace@10368 (1, 1, 72, 256), out=y@0 (1, 1, 8, 256))
+        """
+        return contiguous_plan(self.direction, self.geometry, dtypes.named(self.dtype), self.setup)
+
+    def __str__(self) -> str:
+        g = self.geometry
+        gflop = g.flops(is_complex=self.dtype.startswith("complex")) / 1e9
+        lines = [
+            f"{self.direction} of x {g.x_shape}, w {g.w_shape} -> y {g.y_shape}, {self.dtype} on {self.backend}",
+            f"  stride {g.stride}, padding {g.padding}, dilation {g.dilation}, groups {g.groups}, {g.layout}",
+            f"  {gflop:.3g} GFLOP in sums of {g.reduction_length(self.direction)} products",
+            f"takes {self.algorithm}: {self.reason}",
+            *(f"  {'by' if number == 0 else 'or'} {candidate}" for number, candidate in enumerate(self.candidates)),
+            *(f"not {name}: {reason}" for name, reason in self.refused),
+        ]
+        return "\n".join(lines)
+
+
+def explain(
+    x_shape: Sequence[int],
+    w_shape: Sequence[int],
+    *,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    layout: str = "channels_first",
+    flip: bool = False,
+    dtype: Any = "float32",
+    direction: Direction = "forward",
+    backend: str | None = None,
+    algorithm: str = "auto",
+    precision: str | None = None,
+    deterministic: bool | None = None,
+) -> Explanation:
+    """Which algorithm would compute this convolution, and why each other one would not.
+
+    ``backend`` is "numpy" or "cupy"; None stands for the one in force. The other arguments are those of
+    :func:`gpuconv.conv`.
+
+    >>> explanation = explain((8, 64, 56, 56), (64, 64, 3, 3), padding=1, backend="numpy")
+    >>> explanation.algorithm
+    'winograd'
+    >>> "ms of one core by its estimate, the least" in explanation.reason
+    True
+    """
+    if direction not in get_args(Direction):
+        raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}; got {direction!r}")
+    if backend is not None and backend not in settings.BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(settings.BACKENDS)}; got {backend!r}")
+    kind = dtypes.named(dtype)
+    geometry = Geometry.infer(
+        x_shape, w_shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip,
+        x_name="x_shape", w_name="w_shape",
+    )  # fmt: skip
+    check_name(algorithm)
+    permitted, limit, threads = settings.precision(precision), settings.workspace_limit(), settings.num_threads()
+    where, order = backend_named(backend), consent(algorithm, deterministic)
+    request = Request(geometry, kind, direction, where, order, limit)
+    choice = choose(request, algorithm)
+    plans = getattr(MODULES[choice.algorithm], "plans", None)
+    found = plans(geometry, kind, direction, where.device(), permitted, limit) if plans is not None else ()
+    note = im2col.exceeds(request) if choice.algorithm == "im2col" else None
+    return Explanation(
+        choice.algorithm,
+        f"{choice.reason}; {note}" if note else choice.reason,
+        refused=tuple(refused(request, choice.algorithm)),
+        direction=direction,
+        backend=where.name,
+        dtype=kind.name,
+        geometry=geometry,
+        candidates=tuple(str(plan.choice) for plan in found),
+        setup=Setup(where, algorithm, order, permitted, limit, threads),
+    )
