@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy
@@ -89,7 +89,7 @@ class Description(NamedTuple):
     layouts: tuple[Layout | None, ...]  # of the arrays that are read, and of the result where the caller brings it
     like: tuple[Shape, Shape]  # shape and strides of the caller's first array, whose order of axes the result takes
     device: int | None
-    dump: str | None  # where the sources of kernels are written
+    dump: Path | None  # where the sources of kernels are written
 
     def operand(self, number: int) -> Operand:
         """The first one or the second one."""
@@ -139,17 +139,23 @@ class Call:
         backend = self.setup.backend
         arrays = [first.array, first.y, second.array, second.y, bias, out]
         with device_of(first.array):
-            if backend.launch is not None or backend.kind != self.kind:
-                arrays = [_within_reach(array, backend) for array in arrays[:RESULT]]
-                arrays.append(out if _is_within_reach(out, backend) else None)
-            plan = plan_for(self._description(direction, first, second, activation, arrays))
+            if backend.kind != self.kind:
+                arrays = [*(array if array is None else moved(array, backend.kind) for array in arrays[:RESULT]), None]
+            description = self._description(direction, first, second, activation, arrays)
+            plan = _plans.get(description)
+            if plan is None and backend.launch is not None:
+                arrays = [array if array is None else _addressable(array) for array in arrays]
+                arrays[RESULT] = out if arrays[RESULT] is out else None
+                description = self._description(direction, first, second, activation, arrays)
+            if plan is None:
+                plan = plan_for(description)
             result = arrays[RESULT]
             if result is None:
                 result = arrays[RESULT] = plan.result.empty(backend.xp)
             memories = [None if array is None else backend.memory(array) for array in arrays]
             memories.append(workspace.take(backend, plan.space, self.setup.limit) if plan.space else None)
             errors = numpy.geterr() if plan.is_silent else None
-            with matrix_products(backend, self.setup.precision), self._blas(), plan.silence():
+            with self._surroundings(plan):
                 execute([_Memory(backend, memories, errors)], [plan.steps])
             if plan.space:
                 workspace.give_back(backend, memories[WORKSPACE])
@@ -180,27 +186,24 @@ class Call:
             tuple(map(_layout_for_kernels if has_kernels else _layout, arrays)),
             (first.array.shape, first.array.strides),
             first.array.device.id if self.kind == "cupy" else None,
-            os.environ.get("GPUCONV_DUMP") if has_kernels else None,
+            settings.dump_folder() if has_kernels else None,
         )
 
-    def _blas(self) -> contextlib.AbstractContextManager[None]:
-        if self.setup.backend.name != "numpy":
-            return contextlib.nullcontext()
-        return threads.held_blas(self.setup.threads, self.geometry.multiply_adds())
+    def _surroundings(self, plan: Plan) -> contextlib.ExitStack:
+        """A context for the steps of a plan."""
+        stack = contextlib.ExitStack()
+        if self.setup.backend.name == "cupy":
+            stack.enter_context(matrix_products(self.setup.precision))
+        elif self.setup.backend.name == "numpy" and (plan.holds_blas or self.setup.threads is not None):
+            stack.enter_context(threads.held_blas())
+        if plan.is_silent:  # it looks for such numbers itself
+            stack.enter_context(numpy.errstate(over="ignore", invalid="ignore"))
+        return stack
 
 
-def _is_within_reach(array: Array | None, backend: Backend) -> bool:
-    """Whether an array lies where the backend computes, in a way that its kernels can address."""
-    kind = "numpy" if isinstance(array, numpy.ndarray) else "cupy"
-    return array is None or (kind == backend.kind and (backend.launch is None or addressable(array)))
-
-
-def _within_reach(array: Array | None, backend: Backend) -> Array | None:
-    """The array if it is, else a copy that is."""
-    if array is None or _is_within_reach(array, backend):
-        return array
-    array = moved(array, backend.kind)
-    return array if _is_within_reach(array, backend) else array.astype(dtypes.native(array.dtype))
+def _addressable(array: Array) -> Array:
+    """The array, or a copy of what kernels cannot address."""
+    return array if addressable(array) else array.astype(dtypes.native(array.dtype))
 
 
 def _layout(array: Array | None) -> Layout | None:
@@ -238,7 +241,9 @@ def contiguous_plan(direction: Direction, geometry: Geometry, dtype: numpy.dtype
     device = setup.backend.xp.cuda.Device().id if setup.backend.name == "cupy" else None
     gradients = direction != "forward", None
     layouts = first, None, second, None, None, None
-    return _made(Description(direction, geometry, dtype, setup, (False, None), gradients, None, layouts, first[:2], device, None))
+    return _made(
+        Description(direction, geometry, dtype, setup, (False, None), gradients, None, layouts, first[:2], device, None)
+    )
 
 
 def clear() -> None:
@@ -283,7 +288,8 @@ def _planned(description: Description, room: int) -> Plan:
     else:
         result.fill(planner)
     names = _NAMES[direction][0], "", _NAMES[direction][1], "", "b", _NAMES[direction][2]
-    return Plan(algorithm, names, tuple(scope.steps), scope.count, scope.most, new, algorithm in TRANSFORMS)
+    made = algorithm, names, tuple(scope.steps), scope.count, scope.most, new
+    return Plan(*made, geometry.multiply_adds() > threads.FEW, algorithm in TRANSFORMS)
 
 
 def _new_array(shape: Shape, dtype: numpy.dtype, channel: int | None) -> NewArray:

@@ -14,7 +14,6 @@ forgotten afterwards.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -137,11 +136,8 @@ class Plan(NamedTuple):
     size: int  # steps, those of loops included
     space: int  # bytes of workspace
     result: NewArray
+    holds_blas: bool = False  # whether BLAS would share its products among threads of its own
     is_silent: bool = False  # about numbers that overflow, or are none
-
-    def silence(self) -> contextlib.AbstractContextManager[Any]:
-        """A context for the steps: a plan that is silent looks for such numbers itself."""
-        return numpy.errstate(over="ignore", invalid="ignore") if self.is_silent else contextlib.nullcontext()
 
     def __repr__(self) -> str:
         heading = f"{self.algorithm}, {self.size} steps, {self.space} bytes of workspace"

@@ -123,15 +123,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def held_blas(limit: int | None, multiply_adds: int) -> contextlib.AbstractContextManager[None]:
-    """A context for a call of so many multiplications and additions, in which BLAS takes no threads of its own.
+def held_blas() -> contextlib.AbstractContextManager[None]:
+    """A context for a call that is not small, in which BLAS takes no threads of its own.
 
-    They would go on waiting for more work long after theirs, and keep Python's threads from the cores. Products of few
-    are done by one thread anyway; and where nothing can hold BLAS, its threads are all there are.
+    They would go on waiting for more work long after theirs, and keep Python's threads from the cores. Where nothing
+    can hold BLAS, its threads are all there are.
     """
-    if multiply_adds > FEW or limit is not None:
-        return _blas.held(1)
-    return contextlib.nullcontext()
+    return _blas.held(1)
 
 
 class _Tasks(Iterator[T]):

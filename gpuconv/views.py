@@ -68,6 +68,13 @@ class View:
         """The beginning of a flat contiguous view in this shape."""
         return self.strided(shape, contiguous_strides(shape, self.dtype))
 
+    def flat(self) -> View | None:
+        """All elements in the order in which they lie in memory, where they lie side by side."""
+        order = sorted(range(self.ndim), key=lambda axis: -self.strides[axis])
+        run = merged([self.shape[axis] for axis in order], [self.strides[axis] for axis in order])
+        is_dense = run is not None and (run[0] == 1 or run[1] == self.itemsize)
+        return self.strided((self.size,), (self.itemsize,)) if is_dense else None
+
     def transpose(self, *axes: Any) -> View:
         order = axes[0] if len(axes) == 1 and not isinstance(axes[0], int) else axes
         return self.strided(tuple(self.shape[axis] for axis in order), tuple(self.strides[axis] for axis in order))

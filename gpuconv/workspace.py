@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import numpy
@@ -20,11 +19,13 @@ def take(backend: Backend, size: int, limit: int) -> Any:
     """A memory of so many bytes at least. On NumPy, what was kept last if it is large enough and within the limit."""
     if backend.name != "numpy":
         return backend.memory(backend.xp.empty(size, numpy.uint8))
-    with contextlib.suppress(IndexError):  # there is none, or another thread was faster
+    try:
         kept = _kept.pop()
-        if size <= kept.size <= max(size, limit):
-            return kept
-        del kept  # before another one is made beside it
+    except IndexError:  # there is none, or another thread was faster
+        return numpy.empty(size, numpy.uint8)
+    if size <= kept.size <= max(size, limit):
+        return kept
+    del kept  # before another one is made beside it
     return numpy.empty(size, numpy.uint8)
 
 

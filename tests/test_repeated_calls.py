@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv import activations
+from gpuconv import execute
 from tests import repeat
 from tests.cases import NUMPY_ALGORITHMS
 
@@ -32,7 +32,7 @@ def test_a_repeated_backward_call_applies_the_derivative(transposed, activation,
 
 
 @pytest.mark.called_once("it repeats calls itself")
-def test_calls_that_cannot_be_recorded_keep_their_limit(monkeypatch, rng):
+def test_plans_of_the_same_limit_are_the_same(monkeypatch, rng):
     """The limit decides the blocks, and they decide the order of additions."""
     monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "30000")
     x, dy = rng.standard_normal((2, 2, 36, 12)), rng.standard_normal((2, 4, 30, 12))
@@ -61,17 +61,16 @@ def test_a_changed_input_is_noticed():
         repeat.repeated(conv)(np.ones(3))
 
 
-def test_a_derivative_that_a_repeated_call_leaves_out_is_noticed(monkeypatch, rng):
-    """It is written by an operator, which the record of a call does not hold."""
+def test_a_step_that_a_later_call_leaves_out_is_noticed(monkeypatch, rng):
+    class Forgetful(dict):
+        def get(self, description):
+            plan = super().get(description)
+            return plan and plan._replace(steps=plan.steps[:-1])
 
-    def apply_derivative(dy, y, name, xp):
-        dy *= 1 - y * y
-
-    monkeypatch.setattr(activations, "apply_derivative", apply_derivative)
+    monkeypatch.setattr(execute, "_plans", Forgetful())
     x, w = rng.standard_normal((2, 3, 8, 8)), rng.standard_normal((4, 3, 3, 3))
-    y = np.tanh(rng.standard_normal((2, 4, 6, 6)))
     with pytest.raises(AssertionError, match=r"the call after clear_cache\(\) gave other bits than the second call"):
-        gpuconv.conv_backward(y, x, w, activation="tanh", y=y)
+        gpuconv.conv(x, w, activation="tanh", algorithm="im2col")
 
 
 def test_other_data_lie_as_their_own():

@@ -14,7 +14,7 @@ import numpy
 
 from gpuconv.algorithms import im2col
 from gpuconv.algorithms.blocks import Places
-from gpuconv.algorithms.finite import are_all_set, is_finite
+from gpuconv.algorithms.finite import are_all_set, if_finite
 from gpuconv.arguments import Shape
 from gpuconv.geometry import Geometry
 from gpuconv.operands import Operand, Result
@@ -59,7 +59,7 @@ def weight_grad(
 ) -> None:
     """Computes dw."""
     compute(dy, x, dw, geometry, planner)
-    planner.choose(is_finite, dw.view, _nothing, partial(im2col.weight_grad, dy, x, dw, geometry))
+    if_finite(dw.view, _nothing, partial(im2col.weight_grad, dy, x, dw, geometry), planner)
 
 
 def _computed(

@@ -24,7 +24,7 @@ from functools import lru_cache, partial
 
 from gpuconv.algorithms import containment, cost, im2col, slices
 from gpuconv.algorithms.blocks import pieces
-from gpuconv.algorithms.finite import is_finite
+from gpuconv.algorithms.finite import if_finite
 from gpuconv.algorithms.unfold import smallest
 from gpuconv.geometry import Geometry
 from gpuconv.operands import Operand, Result
@@ -165,7 +165,7 @@ def _if_finite(views: Sequence[View | None], by_rows: Body, by_taps: Body, plann
     if first is None:
         way(planner)
     else:
-        planner.choose(is_finite, first, way, by_taps)
+        if_finite(first, way, by_taps, planner)
 
 
 def _forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:

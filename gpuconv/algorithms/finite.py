@@ -9,6 +9,9 @@ import numpy
 
 from gpuconv import dtypes
 from gpuconv.backend import Array
+from gpuconv.operands import in_place
+from gpuconv.plan import Body, Planner
+from gpuconv.views import View
 
 
 def is_finite(array: Array) -> bool:
@@ -27,6 +30,15 @@ def is_finite_block(block: Array) -> bool:
     with numpy.errstate(over="ignore", invalid="ignore"):
         square = flat.dot(flat)
         return bool(square - square == 0) or _has_finite_extremes(flat)
+
+
+def if_finite(view: View, yes: Body, no: Body, planner: Planner) -> None:
+    """The steps of ``yes`` where neither NaN nor Inf is in an array when the plan runs, else of ``no``."""
+    flat = view.flat() if in_place(view, planner.dtype) else None
+    if flat is None:
+        planner.choose(is_finite, view, yes, no)
+    else:
+        planner.choose(is_finite_block, flat, yes, no)
 
 
 def note(flag: Array, block: Array, question: Callable[[Array], bool]) -> None:

@@ -17,7 +17,7 @@ from functools import partial
 
 from gpuconv.algorithms import col2im, cost, lines, residues, slices
 from gpuconv.algorithms.blocks import Blocks, Room, Space, fitting_box, largest, largest_part, pieces
-from gpuconv.algorithms.finite import is_finite
+from gpuconv.algorithms.finite import if_finite
 from gpuconv.algorithms.unfold import BLOCK_BYTES, SHORT_PRODUCT, Unfolding, order_of, smallest
 from gpuconv.algorithms.windows import reaches_beyond, sliding
 from gpuconv.arguments import Shape
@@ -120,8 +120,8 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: 
     else:
         # By residues, NaN and Inf in w would meet zeros beyond dy, and NaN spread where none belongs.
         by_residues = _data_grad_by_residues if residues.plan(geometry) is None else residues.data_grad
-        ways = (partial(way, dy, w, dx, geometry) for way in (by_residues, slices.data_grad))
-        planner.choose(is_finite, w.view, *ways)
+        by_taps = partial(slices.data_grad, dy, w, dx, geometry)
+        if_finite(w.view, partial(by_residues, dy, w, dx, geometry), by_taps, planner)
 
 
 def _lie_apart(geometry: Geometry) -> bool:
