@@ -15,7 +15,7 @@ from unittest import mock
 
 import numpy
 
-from gpuconv import dtypes, settings
+from gpuconv import dtypes, execute, settings
 from gpuconv.algorithms import gemm_table, gemm_tiles, implicit_gemm
 from gpuconv.backend import BackendError, backend_named
 from gpuconv.benchmark import command, layers, results, timing
@@ -32,10 +32,10 @@ CLEAR = 1.03  # how much faster than the model's choice a tile must be to go int
 @contextlib.contextmanager
 def taking(choice):
     """A tile in the place of the one that would be taken."""
-    implicit_gemm.planned.cache_clear()
+    execute.clear()
     with mock.patch.object(gemm_tiles, "chosen", return_value=choice):
         yield
-    implicit_gemm.planned.cache_clear()
+    execute.clear()
 
 
 def measured(case, dtype, place, clock, seconds):

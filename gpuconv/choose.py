@@ -8,7 +8,6 @@ what gpuconv.tune has found fastest for just this convolution, else on NumPy the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -38,7 +37,6 @@ class Choice(NamedTuple):
     reason: str
 
 
-@lru_cache(maxsize=4096)
 def choose(request: Request, algorithm: str) -> Choice:
     """The algorithm by name, by what was measured, or by rule; ValueError where the named one cannot do it."""
     check_name(algorithm)

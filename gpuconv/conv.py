@@ -86,7 +86,7 @@ def conv(
     )
     check_bias(b, geometry.filters)
     check_activation(activation, dtype)
-    call = Call(geometry, kind, dtype, algorithm, precision, deterministic)
+    call = Call.of(geometry, kind, dtype, algorithm, precision, deterministic)
     check_out(out, kind, dtype, geometry.y_shape, x=x, w=w, **given(b=b))
     return call.compute("forward", Source(x), Source(w), out=out, bias=b, activation=activation)
 
@@ -125,7 +125,7 @@ def conv_data_grad(
         x_name="x_shape",
     )  # fmt: skip
     check_gradient(dy, geometry.y_shape, x_shape=geometry.x_shape, w=w.shape)
-    call = Call(geometry, kind, dtype, algorithm, precision, deterministic)
+    call = Call.of(geometry, kind, dtype, algorithm, precision, deterministic)
     check_out(out, kind, dtype, geometry.x_shape, dy=dy, w=w)
     return call.compute("data_grad", Source(dy), Source(w, conjugate=True), out=out)
 
@@ -162,7 +162,7 @@ def conv_weight_grad(
         w_name="w_shape",
     )  # fmt: skip
     check_gradient(dy, geometry.y_shape, x=x.shape, w_shape=geometry.w_shape)
-    call = Call(geometry, kind, dtype, algorithm, precision, deterministic)
+    call = Call.of(geometry, kind, dtype, algorithm, precision, deterministic)
     check_out(out, kind, dtype, geometry.w_shape, dy=dy, x=x)
     return call.compute("weight_grad", Source(dy), Source(x, conjugate=True), out=out)
 
@@ -202,7 +202,7 @@ def conv_backward(
         x.shape, w.shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip
     )
     needed = check_backward(kind, dtype, dy, geometry.y_shape, activation, y, needs, x=x.shape, w=w.shape)
-    call = Call(geometry, kind, dtype, algorithm, precision, deterministic)
+    call = Call.of(geometry, kind, dtype, algorithm, precision, deterministic)
     gradient = Source(dy, y=y if activation else None, activation=activation)
     return Gradients(
         dx=call.compute("data_grad", gradient, Source(w, conjugate=True)) if "dx" in needed else None,
@@ -249,7 +249,7 @@ def conv_transpose(
     )  # fmt: skip
     check_bias(b, geometry.channels)
     check_activation(activation, dtype)
-    call = Call(geometry, kind, dtype, algorithm, precision, deterministic)
+    call = Call.of(geometry, kind, dtype, algorithm, precision, deterministic)
     check_out(out, kind, dtype, geometry.x_shape, x=x, w=w, **given(b=b))
     return call.compute("data_grad", Source(x), Source(w), out=out, bias=b, activation=activation)
 
@@ -287,7 +287,7 @@ def conv_transpose_backward(
         output_padding=output_padding,
     )  # fmt: skip
     needed = check_backward(kind, dtype, dy, geometry.x_shape, activation, y, needs, x=x.shape, w=w.shape)
-    call = Call(geometry, kind, dtype, algorithm, precision, deterministic)
+    call = Call.of(geometry, kind, dtype, algorithm, precision, deterministic)
     gradient = Source(dy, y=y if activation else None, activation=activation)
     return Gradients(
         dx=call.compute("forward", gradient, Source(w, conjugate=True)) if "dx" in needed else None,

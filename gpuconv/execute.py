@@ -47,6 +47,7 @@ MOST_STEPS, MOST_KEPT, OF_A_PLAN = 1 << 13, 1 << 16, 8
 
 # How an array lies in memory: shape, strides, dtype, address modulo 16.
 Layout: TypeAlias = tuple[Shape, Shape, numpy.dtype, int]
+Asked: TypeAlias = Direction | Literal["bias_grad"]
 
 _NAMES = {"forward": ("x", "w", "y"), "data_grad": ("dy", "w", "dx"), "weight_grad": ("dy", "x", "dw")}
 
@@ -65,9 +66,12 @@ class Source(NamedTuple):
 NOTHING = Source(None)
 
 
-class Setup(NamedTuple):
-    """Where and how a call computes."""
+class Call(NamedTuple):
+    """One call of a public function: what it convolves, where and how."""
 
+    geometry: Geometry
+    kind: Kind
+    dtype: numpy.dtype  # of the result
     backend: Backend
     algorithm: str
     deterministic: bool
@@ -75,59 +79,25 @@ class Setup(NamedTuple):
     limit: int  # bytes
     threads: int | None
 
-
-class Description(NamedTuple):
-    """All that decides what a call does: its plan is made of this alone, and found by it."""
-
-    direction: Direction | Literal["bias_grad"]
-    geometry: Geometry
-    dtype: numpy.dtype  # of the result
-    setup: Setup
-    first: tuple[bool, Activation | None]  # whether it is conjugated, and the activation whose derivative it takes
-    second: tuple[bool, Activation | None]
-    activation: Activation | None
-    layouts: tuple[Layout | None, ...]  # of the arrays that are read, and of the result where the caller brings it
-    like: tuple[Shape, Shape]  # shape and strides of the caller's first array, whose order of axes the result takes
-    device: int | None
-    dump: Path | None  # where the sources of kernels are written
-
-    def operand(self, number: int) -> Operand:
-        """The first one or the second one."""
-        conjugate, activation = self.second if number else self.first
-        view, y = (self.view(memory, ROLES[self.direction][number]) for memory in (2 * number, 2 * number + 1))
-        return Operand(view, conjugate and dtypes.is_complex(self.dtype), y, activation)
-
-    def view(self, memory: int, role: Role) -> Any:
-        """The canonical view of an array, None where the call has none."""
-        layout = self.layouts[memory]
-        if layout is None:
-            return None
-        shape, strides, dtype, place = layout
-        start = first_byte(shape, strides)
-        return canonical(View(memory, -start, shape, strides, dtype, (place + start) % 16), role, self.geometry)
-
-
-class Call:
-    """One call of a public function. Settings are read, and refused, here."""
-
-    def __init__(
-        self,
+    @classmethod
+    def of(
+        cls,
         geometry: Geometry,
         kind: Kind,
         dtype: numpy.dtype,
         algorithm: str,
         precision: str | None,
         deterministic: bool | None,
-    ) -> None:
-        self.geometry, self.kind, self.dtype = geometry, kind, dtype
+    ) -> Call:
+        """That of arguments. Settings are read, and refused, here."""
         check_name(algorithm)
         order, products = consent(algorithm, deterministic), settings.precision(precision)
         limit, limit_of_threads = settings.workspace_limit(), settings.num_threads()
-        self.setup = Setup(backend_for(kind), algorithm, order, products, limit, limit_of_threads)
+        return cls(geometry, kind, dtype, backend_for(kind), algorithm, order, products, limit, limit_of_threads)
 
     def compute(
         self,
-        direction: Direction | Literal["bias_grad"],
+        direction: Asked,
         first: Source,
         second: Source = NOTHING,
         *,
@@ -136,7 +106,7 @@ class Call:
         activation: Activation | None = None,
     ) -> Array:
         """The result of a direction, of what the algorithms take: x and w, dy and w, or dy and x; dy for bias_grad."""
-        backend = self.setup.backend
+        backend = self.backend
         arrays = [first.array, first.y, second.array, second.y, bias, out]
         with device_of(first.array):
             if backend.kind != self.kind:
@@ -144,8 +114,8 @@ class Call:
             description = self._description(direction, first, second, activation, arrays)
             plan = _plans.get(description)
             if plan is None and backend.launch is not None:
-                arrays = [array if array is None else _addressable(array) for array in arrays]
-                arrays[RESULT] = out if arrays[RESULT] is out else None
+                arrays = [array if array is None else _addressable(array) for array in arrays[:RESULT]]
+                arrays.append(out if out is None or addressable(out) else None)
                 description = self._description(direction, first, second, activation, arrays)
             if plan is None:
                 plan = plan_for(description)
@@ -153,7 +123,7 @@ class Call:
             if result is None:
                 result = arrays[RESULT] = plan.result.empty(backend.xp)
             memories = [None if array is None else backend.memory(array) for array in arrays]
-            memories.append(workspace.take(backend, plan.space, self.setup.limit) if plan.space else None)
+            memories.append(workspace.take(backend, plan.space, self.limit) if plan.space else None)
             errors = numpy.geterr() if plan.is_silent else None
             with self._surroundings(plan):
                 execute([_Memory(backend, memories, errors)], [plan.steps])
@@ -167,19 +137,12 @@ class Call:
         return out
 
     def _description(
-        self,
-        direction: Direction | Literal["bias_grad"],
-        first: Source,
-        second: Source,
-        activation: Activation | None,
-        arrays: list[Array],
+        self, direction: Asked, first: Source, second: Source, activation: Activation | None, arrays: list[Array]
     ) -> Description:
-        has_kernels = self.setup.backend.launch is not None
+        has_kernels = self.backend.launch is not None
         return Description(
+            self,
             direction,
-            self.geometry,
-            self.dtype,
-            self.setup,
             (first.conjugate, first.activation),
             (second.conjugate, second.activation),
             activation,
@@ -192,13 +155,42 @@ class Call:
     def _surroundings(self, plan: Plan) -> contextlib.ExitStack:
         """A context for the steps of a plan."""
         stack = contextlib.ExitStack()
-        if self.setup.backend.name == "cupy":
-            stack.enter_context(matrix_products(self.setup.precision))
-        elif self.setup.backend.name == "numpy" and (plan.holds_blas or self.setup.threads is not None):
+        if self.backend.name == "cupy":
+            stack.enter_context(matrix_products(self.precision))
+        elif self.backend.name == "numpy" and (plan.holds_blas or self.threads is not None):
             stack.enter_context(threads.held_blas())
         if plan.is_silent:  # it looks for such numbers itself
             stack.enter_context(numpy.errstate(over="ignore", invalid="ignore"))
         return stack
+
+
+class Description(NamedTuple):
+    """All that decides what a call does: its plan is made of this alone, and found by it."""
+
+    call: Call
+    direction: Asked
+    first: tuple[bool, Activation | None]  # whether it is conjugated, and the activation whose derivative it takes
+    second: tuple[bool, Activation | None]
+    activation: Activation | None
+    layouts: tuple[Layout | None, ...]  # of the arrays that are read, and of the result where the caller brings it
+    like: tuple[Shape, Shape]  # shape and strides of the caller's first array, whose order of axes the result takes
+    device: int | None
+    dump: Path | None  # where the sources of kernels are written
+
+    def operand(self, number: int) -> Operand:
+        """The first one or the second one."""
+        conjugate, activation = self.second if number else self.first
+        view, y = (self.view(memory, ROLES[self.direction][number]) for memory in (2 * number, 2 * number + 1))
+        return Operand(view, conjugate and dtypes.is_complex(self.call.dtype), y, activation)
+
+    def view(self, memory: int, role: Role) -> Any:
+        """The canonical view of an array, None where the call has none."""
+        layout = self.layouts[memory]
+        if layout is None:
+            return None
+        shape, strides, dtype, place = layout
+        start = first_byte(shape, strides)
+        return canonical(View(memory, -start, shape, strides, dtype, (place + start) % 16), role, self.call.geometry)
 
 
 def _addressable(array: Array) -> Array:
@@ -233,17 +225,15 @@ def plan_for(description: Description) -> Plan:
     return plan
 
 
-def contiguous_plan(direction: Direction, geometry: Geometry, dtype: numpy.dtype, setup: Setup) -> Plan:
+def contiguous_plan(call: Call, direction: Direction) -> Plan:
     """The plan of a call with C-contiguous arrays."""
     first, second = (
-        (shape, contiguous_strides(shape, dtype), dtype, 0) for shape in map(geometry.shape_of, ROLES[direction][:2])
+        (shape, contiguous_strides(shape, call.dtype), call.dtype, 0)
+        for shape in map(call.geometry.shape_of, ROLES[direction][:2])
     )
-    device = setup.backend.xp.cuda.Device().id if setup.backend.name == "cupy" else None
-    gradients = direction != "forward", None
-    layouts = first, None, second, None, None, None
-    return _made(
-        Description(direction, geometry, dtype, setup, (False, None), gradients, None, layouts, first[:2], device, None)
-    )
+    device = call.backend.xp.cuda.Device().id if call.backend.name == "cupy" else None
+    flags, layouts = ((False, None), (direction != "forward", None)), (first, None, second, None, None, None)
+    return _made(Description(call, direction, *flags, None, layouts, first[:2], device, None))
 
 
 def clear() -> None:
@@ -253,21 +243,22 @@ def clear() -> None:
 
 def _made(description: Description) -> Plan:
     """The plan of a description. On NumPy its steps and the workspace keep within the limit together."""
-    limit = description.setup.limit
-    if description.setup.backend.launch is not None:
+    call = description.call
+    if call.backend.launch is not None:
         return _planned(description, MOST_STEPS)
-    plan = _planned(description, min(MOST_STEPS, limit // STEP_BYTES))
-    room = (limit - plan.space) // STEP_BYTES
+    plan = _planned(description, min(MOST_STEPS, call.limit // STEP_BYTES))
+    room = (call.limit - plan.space) // STEP_BYTES
     return plan if plan.size <= room else _planned(description, max(0, room))
 
 
 def _planned(description: Description, room: int) -> Plan:
     """The plan of a description, of at most so many steps, from the algorithm that is chosen for it."""
-    direction, geometry, dtype, setup = description[:4]
-    backend, limit, roles = setup.backend, workspace_of(setup.limit, setup.backend), ROLES[description.direction]
-    scope, sums = Scope(WORKSPACE, room), dtypes.accumulator(dtype)
-    share = room if backend.launch is not None else (setup.limit - limit) // STEP_BYTES
-    planner = Planner(backend, sums, limit, scope, share, setup.precision, setup.threads)
+    call, direction = description[:2]
+    geometry, dtype, roles = call.geometry, call.dtype, ROLES[direction]
+    limit, scope = workspace_of(call.limit, call.backend), Scope(WORKSPACE, room)
+    share = room if call.backend.launch is not None else (call.limit - limit) // STEP_BYTES
+    sums = dtypes.accumulator(dtype)
+    planner = Planner(call.backend, sums, limit, scope, share, call.precision, call.threads)
     first = description.operand(0)
     if direction == "bias_grad":
         new = NewArray((math.prod(first.view.shape[-2:]),), dtype)
@@ -279,8 +270,8 @@ def _planned(description: Description, room: int) -> Plan:
     if view is None:
         view = canonical(new.view, roles[2], geometry)
     result = Result(view, bias, description.activation)
-    request = Request(geometry, dtype, direction, backend, setup.deterministic, setup.limit)
-    algorithm = choose(request, setup.algorithm).algorithm
+    request = Request(geometry, dtype, direction, call.backend, call.deterministic, call.limit)
+    algorithm = choose(request, call.algorithm).algorithm
     result = result.with_plain_bias(planner)
     if first.view.size and second.view.size and result.view.size:
         body = partial(_part, getattr(MODULES[algorithm], direction), first, second, result, roles)

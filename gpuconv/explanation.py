@@ -10,7 +10,7 @@ from gpuconv import dtypes, settings
 from gpuconv.algorithms import im2col
 from gpuconv.backend import backend_named
 from gpuconv.choose import MODULES, check_name, choose, consent, refused
-from gpuconv.execute import Setup, contiguous_plan
+from gpuconv.execute import Call, contiguous_plan
 from gpuconv.geometry import DIRECTIONS, Direction, Geometry
 from gpuconv.plan import Plan
 from gpuconv.request import Request
@@ -28,7 +28,7 @@ class Explanation:
     dtype: str
     geometry: Geometry
     candidates: tuple[str, ...]  # how the algorithm could do it, the way that is taken first
-    setup: Setup = field(repr=False)
+    call: Call = field(repr=False)
 
     @property
     def plan(self) -> Plan:
@@ -43,7 +43,7 @@ class Explanation:
           copyto(workspace@10368 (1, 16, 16, 3, 3, 1, 8), workspace@0 (1, 16, 16, 3, 3, 1, 8))
           matmul(w@0 (1, 1, 8, 72), workspace@10368 (1, 1, 72, 256), out=y@0 (1, 1, 8, 256))
         """
-        return contiguous_plan(self.direction, self.geometry, dtypes.named(self.dtype), self.setup)
+        return contiguous_plan(self.call, self.direction)
 
     def __str__(self) -> str:
         g = self.geometry
@@ -113,5 +113,5 @@ def explain(
         dtype=kind.name,
         geometry=geometry,
         candidates=tuple(str(plan.choice) for plan in found),
-        setup=Setup(where, algorithm, order, permitted, limit, threads),
+        call=Call(geometry, where.kind, kind, where, algorithm, order, permitted, limit, threads),
     )

@@ -150,6 +150,12 @@ class Result:
         if self.activation is not None:
             planner.call(activations.apply, block, self.activation, planner.xp)
 
+    def store(self, block: View, target: View, planner: Planner, filters: slice = slice(None)) -> None:
+        """Finishes a block of sums and puts it into a part of the result, unless it lies there."""
+        self.finish(block, planner, filters)
+        if block is not target:
+            planner.copy(target, block)
+
     def fill(self, planner: Planner) -> None:
         """What every element is that no product reaches."""
         planner.copy(self.view, 0)

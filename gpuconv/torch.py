@@ -133,7 +133,7 @@ class _Problem(NamedTuple):
         with _on_stream_of(first.device) if first.is_cuda else numpy.errstate(over="ignore", invalid="ignore"):
             arrays = [_array(tensor) for tensor in (first, second, b) if tensor is not None]
             kind: Kind = "cupy" if first.is_cuda else "numpy"
-            call = Call(self.geometry, kind, dtypes.promoted(*(array.dtype for array in arrays)), *self[1:])
+            call = Call.of(self.geometry, kind, dtypes.promoted(*(array.dtype for array in arrays)), *self[1:])
             out = None
             if first.is_cuda:  # in memory of PyTorch's allocator, which knows until when streams use it
                 out = self._empty(ROLES[direction][2], getattr(torch, call.dtype.name), first.device, arrays[0])

@@ -100,7 +100,6 @@ def tuned_geometry(
     clock = clock_for(backend)
     with within(backend.name), clock.running():
         found = [_tuned(problem, geometry, direction, backend, clock, seconds) for direction in directions]
-    choose.choose.cache_clear()
     execute.clear()
     return found
 

@@ -7,11 +7,8 @@ warning, and replaced by the next answers.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from functools import lru_cache
@@ -19,7 +16,7 @@ from pathlib import Path
 
 import numpy
 
-from gpuconv import settings
+from gpuconv import files, settings
 from gpuconv.backend import Backend, build
 from gpuconv.cuda.device import Device
 from gpuconv.geometry import Direction, Geometry
@@ -37,16 +34,7 @@ def remember(backend: Backend, direction: Direction, geometry: Geometry, dtype: 
     place = path(backend)
     _answers.cache_clear()
     answers = {**_answers(place), _key(geometry, dtype, direction): algorithm}
-    place.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=place.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump({"build": build(backend), "answers": answers}, file, indent=1)
-        os.replace(beside, place)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-        raise
+    files.write(place, json.dumps({"build": build(backend), "answers": answers}, indent=1).encode())
     _answers.cache_clear()
 
 

@@ -87,7 +87,7 @@ def _method(name):
 
 for _name in (
     *("transpose", "reshape", "swapaxes", "astype", "view", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__"),
-    *("__rmul__", "__matmul__", "__neg__", "__le__", "__eq__", "sum", "dot", "max", "min", "all"),
+    *("__rmul__", "__matmul__", "__neg__", "__le__", "__eq__", "sum", "dot", "max", "min"),
 ):
     setattr(ndarray, _name, _method(_name))
 
@@ -177,7 +177,7 @@ def installed():
     )
     for name in (
         *("zeros", "arange", "matmul", "dot", "add", "multiply", "maximum", "tanh", "exp", "negative", "divide"),
-        *("ascontiguousarray", "conjugate", "isfinite", "sum"),
+        *("ascontiguousarray", "conjugate", "isfinite", "sum", "all"),
     ):
         setattr(module, name, _function(name))
     before = sys.modules.get("cupy")

@@ -148,7 +148,7 @@ def test_a_plan_prints_as_its_steps():
     assert steps[3].startswith("  matmul(w@0 (1, 4, 9), workspace@")
     assert steps[4].startswith("  copyto(y@0 (2, 9, 1, 4), workspace@")
     winograd = repr(gpuconv.explain((2, 64, 56, 56), (64, 64, 3, 3), padding=1, backend="numpy").plan)
-    assert "\n  if are_all_set(workspace@0 (2,)):\n  else:\n    what is planned when it is needed" in winograd
+    assert "\n  if all(workspace@0 (2,)):\n  else:\n    what is planned when it is needed" in winograd
 
 
 @pytest.mark.parametrize("arrays", BACKENDS, indirect=True)
@@ -512,7 +512,7 @@ def test_only_so_many_plans_are_kept(monkeypatch, rng):
         gpuconv.conv(np.ones((1, 8, 5, columns), np.float32), w)
         kept = [made.size + execute.OF_A_PLAN for made in execute._plans.values()]
         assert 1 <= len(kept) <= 6
-        assert list(execute._plans)[-1].geometry.input == (5, columns)
+        assert list(execute._plans)[-1].call.geometry.input == (5, columns)
     with no_plan_is_made():
         gpuconv.conv(np.ones((1, 8, 5, 29), np.float32), w)
 

@@ -14,7 +14,7 @@ import numpy
 
 from gpuconv.algorithms import im2col
 from gpuconv.algorithms.blocks import Places
-from gpuconv.algorithms.finite import are_all_set, if_finite
+from gpuconv.algorithms.finite import if_finite
 from gpuconv.arguments import Shape
 from gpuconv.geometry import Geometry
 from gpuconv.operands import Operand, Result
@@ -76,9 +76,9 @@ def _computed(
     compute(flags, planner)
 
     def again_unless_finite(image: Shape, planner: Planner) -> None:
-        planner.choose(are_all_set, flags[image], _nothing, partial(again, image))
+        planner.choose(planner.xp.all, flags[image], _nothing, partial(again, image))
 
-    planner.choose(are_all_set, flags, _nothing, lambda planner: planner.loop(images, again_unless_finite))
+    planner.choose(planner.xp.all, flags, _nothing, lambda planner: planner.loop(images, again_unless_finite))
 
 
 def _nothing(planner: Planner) -> None:

@@ -90,7 +90,19 @@ class _Part:
 
     def of(self, groups: int) -> Geometry:
         """The convolution of so many channels that has the tiles' outputs as filters."""
-        return _tiled(self.geometry, self.start, self.tiles, self.m, groups)
+        geometry, step, (low, _) = self.geometry, self.geometry.stride[-1], self.geometry.padding[-1]
+        low -= self.start * step
+        high = (self.tiles - 1) * self.m * step + self.length - low - geometry.input[-1]
+        return replace(
+            geometry,
+            channels=groups,
+            filters=groups * self.m,
+            groups=groups,
+            kernel=(*geometry.kernel[:-1], self.length),
+            stride=(*geometry.stride[:-1], self.m * step),
+            padding=(*geometry.padding[:-1], (low, high)),
+            dilation=(*geometry.dilation[:-1], 1),
+        )
 
     def shaped(self, flat: View, groups: int) -> View:
         """T (G, *kernel but the last axis, L, m) of so many channels."""
@@ -123,23 +135,6 @@ def _parts(geometry: Geometry) -> tuple[_Part, ...]:
     if row % m:
         parts.append(_Part(geometry, row - row % m, 1, row % m))
     return tuple(parts)
-
-
-@lru_cache(maxsize=1024)
-def _tiled(geometry: Geometry, start: int, tiles: int, m: int, groups: int) -> Geometry:
-    step, (low, _) = geometry.stride[-1], geometry.padding[-1]
-    length, low = (m - 1) * step + geometry.window[-1], low - start * step
-    high = (tiles - 1) * m * step + length - low - geometry.input[-1]
-    return replace(
-        geometry,
-        channels=groups,
-        filters=groups * m,
-        groups=groups,
-        kernel=(*geometry.kernel[:-1], length),
-        stride=(*geometry.stride[:-1], m * step),
-        padding=(*geometry.padding[:-1], (low, high)),
-        dilation=(*geometry.dilation[:-1], 1),
-    )
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:

@@ -201,7 +201,6 @@ def _count(extent: int, size: int) -> int:
     return -(-extent // size)
 
 
-@lru_cache(maxsize=4096)
 def _lengths(outputs: int, window: int) -> tuple[int, ...]:
     """Lengths of tiles along an axis; the last ones compute an eighth of what they transform."""
     lengths = []
@@ -213,7 +212,6 @@ def _lengths(outputs: int, window: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(lengths))
 
 
-@lru_cache(maxsize=4096)
 def _segments(outputs: int, kernel: int, dilation: int) -> tuple[tuple[int, int], ...]:
     """Lengths of tiles along an axis and the taps of their segments: all taps, a half of them and so on down to 16."""
     found = []
@@ -231,6 +229,14 @@ class _Space(NamedTuple):
 
     block: View  # (*channels, *L)
     spectrum: View  # (*channels, *L), the last extent being L // 2 + 1 for real numbers
+
+
+class _At(NamedTuple):
+    """The outputs of a tile, and some taps of the kernel."""
+
+    image: Shape
+    outputs: Index
+    segment: Index
 
 
 @dataclass(frozen=True)
@@ -303,7 +309,7 @@ class _Tiling:
                 weights = spaces[channel if is_whole else 0]
                 if not is_whole:
                     self._read_w(w, channel, segments[segment], weights, planner)
-                self._read_x(x, channel, image, outputs, segments[segment], inputs, planner)
+                self._read_x(x, channel, _At(image, outputs, segments[segment]), inputs, planner)
                 self._add(total.spectrum, inputs, weights, number == 0, planner)
 
             planner.loop(range(len(segments) * channels), add)
@@ -311,8 +317,7 @@ class _Tiling:
             block = self._invert(total, inside, planner)
             planner.call(note, flags[image], block, is_finite)
             block = block.transpose(*range(2, block.ndim), 0, 1)
-            y.finish(block, planner)
-            planner.copy(y.view[(*image, *outputs)], block)
+            y.store(block, y.view[(*image, *outputs)], planner)
 
         self._over_tiles(some_outputs, planner)
 
@@ -330,7 +335,7 @@ class _Tiling:
                 is_first = not any((*image, *(axis.start for axis in outputs)))
 
                 def add(channel: int, planner: Planner) -> None:
-                    self._read_x(x, channel, image, outputs, segment, inputs, planner)
+                    self._read_x(x, channel, _At(image, outputs, segment), inputs, planner)
                     self._add(sums[channel].spectrum, inputs, gradients, is_first, planner)
 
                 planner.loop(range(channels), add)
@@ -357,28 +362,16 @@ class _Tiling:
             spaces.append(_Space(block.shaped((*channels, *extent)), flat.shaped((*channels, *half))))
         return spaces
 
-    def _read_x(
-        self,
-        x: Operand,
-        channel: int,
-        image: Shape,
-        outputs: Index,
-        segment: Index,
-        space: _Space,
-        planner: Planner,
-    ) -> None:
+    def _read_x(self, x: Operand, channel: int, at: _At, space: _Space, planner: Planner) -> None:
         """The spectrum (G, *L) of the inputs of a channel that a segment of the kernel meets for a tile's outputs."""
-        into, seen = [], []
-        geometry = self.geometry
-        axes = zip(
-            outputs, self.tile.extent, segment, geometry.dilation, geometry.padding, geometry.input, strict=True
-        )  # fmt: skip
+        into, seen, g = [], [], self.geometry
+        axes = zip(at.outputs, self.tile.extent, at.segment, g.dilation, g.padding, g.input, strict=True)
         for output, size, taps, d, (low, _), n in axes:
             first = output.start + taps.start * d - low
             begin, end = max(0, first), min(n, first + size)
             seen.append(slice(begin, max(begin, end)))
             into.append(slice(begin - first, max(begin, end) - first))
-        self._transform(x, (*image, *seen, slice(None), channel), tuple(into), space, False, planner)
+        self._transform(x, (*at.image, *seen, slice(None), channel), tuple(into), space, False, planner)
 
     def _read_w(self, w: Operand, channel: int, segment: Index, space: _Space, planner: Planner) -> None:
         """The conjugate spectrum (G, F, *L) of a segment of the weights of a channel, as dilation spreads them."""

@@ -47,11 +47,6 @@ def note(flag: Array, block: Array, question: Callable[[Array], bool]) -> None:
         flag[...] = 0
 
 
-def are_all_set(flags: Array) -> bool:
-    """Whether no flag is 0."""
-    return bool(flags.all())
-
-
 def _has_finite_extremes(array: Array) -> bool:
     """Whether max and min are finite; both are NaN if an element is."""
     if array.dtype.kind == "c":

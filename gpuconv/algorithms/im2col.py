@@ -98,9 +98,7 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Plan
             target = y.view[(*index, slice(None), filters)]
             block, sums = order.images.place(target, sums_space, planner)
             planner.call(planner.xp.matmul, *((cols, weights) if order.by_rows else (weights, cols)), out=sums)
-            y.finish(block, planner, filters)
-            if block is not target:
-                planner.copy(target, block)
+            y.store(block, target, planner, filters)
 
         planner.loop(blocks, some_outputs, team.workers)
 
@@ -182,8 +180,7 @@ def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, pl
             target = windows[(*index, ..., channels)]
             block, cols = order.windows.empty(target.shape, cols_space)
             planner.call(planner.xp.matmul, *((sums, weights) if order.by_rows else (weights, sums)), out=cols)
-            dx.finish(block, planner, channels)
-            planner.copy(target, block)
+            dx.store(block, target, planner, channels)
 
         planner.loop(Blocks(extents, box), some_outputs, team.workers)
 

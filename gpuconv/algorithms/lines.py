@@ -75,9 +75,7 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Plan
         block, sums = results_order.place(target, sums_space, planner)
         factors = (windows.swapaxes(-1, -2), weights) if by_rows else (weights, windows)
         planner.call(planner.xp.matmul, *factors, out=sums)
-        y.finish(block, planner)
-        if block is not target:
-            planner.copy(target, block)
+        y.store(block, target, planner)
 
     rows = list(pieces(geometry.output[0], size))
     planner.loop(list(product(Places(geometry.batch), rows)), some_lines, team.workers)

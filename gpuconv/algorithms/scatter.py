@@ -130,8 +130,7 @@ def add_to_images(
             sums = _like(place, space)
             planner.copy(sums, 0)
             launch(gradients.of_images(some), w.part(w.view[..., part, :]), sums, geometry, planner)
-            dx.finish(sums, planner, part)
-            planner.copy(place, sums)
+            dx.store(sums, place, planner, part)
 
         planner.loop(list(product(pieces(images, size), pieces(channels, at_once))), some_channels)
 

@@ -32,7 +32,7 @@ from gpuconv.algorithms.blocks import (
     lies_by_filters,
     pieces,
 )
-from gpuconv.algorithms.windows import inputs_seen
+from gpuconv.algorithms.windows import all_inputs, meeting
 from gpuconv.arguments import Shape
 from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import MOST_TEMPORARIES, Index, Operand, Result, in_place
@@ -103,7 +103,7 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Plan
     """Adds to y what each tap of w makes of x."""
     order = _order_of(x.view, geometry.group_channels)
     summed = not in_place(y.view, planner.dtype)
-    everything = (slice(None),) * len(geometry.batch)
+    batch, everything = len(geometry.batch), (slice(None),) * len(geometry.batch)
     team = planner.team(geometry, least(geometry, "forward"))
     per_filter = geometry.channels * geometry.taps  # weights, of a filter of every group
     filters_at_once = largest(geometry.group_filters, planner.budget // 2, per_filter)
@@ -127,20 +127,18 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Plan
         def some_outputs(index: Index, planner: Planner) -> None:
             slice_space, term_space, part_space, sums_space = planner.workspace(*spaces)
             target = y.view[(*index, slice(None), filters)]
-            total = sums_space.shaped(target.shape) if summed else target
 
             def add(tap: Shape, part: View, planner: Planner) -> None:
-                into, seen = inputs_seen(tap, index, geometry)
-                images = _read(x, (*index[: len(everything)], *seen), order, slice_space, planner)
+                outputs, seen = meeting(tap, index[batch:], all_inputs(geometry), geometry)
+                images = _loaded(x, (*index[:batch], *seen), slice_space, planner, order)
                 if images.size:
-                    meeting = part[(*everything, *into)]
+                    sums = part[(*everything, *outputs)]
                     product = _product(images, weights[tap], order, slice_space, term_space, planner)
-                    planner.call(planner.xp.add, meeting, product, out=meeting)
+                    planner.call(planner.xp.add, sums, product, out=sums)
 
+            total = sums_space.shaped(target.shape) if summed else target
             _add_up(add, total, part_space, geometry, planner)
-            y.finish(total, planner, filters)
-            if summed:
-                planner.copy(target, total)
+            y.store(total, target, planner, filters)
 
         planner.loop(blocks, some_outputs, team.workers)
 
@@ -152,7 +150,8 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: 
     order = _order_of(dy.view, geometry.group_filters)
     summed = not in_place(dx.view, planner.dtype)
     w = w.part(w.view.swapaxes(-1, -2))
-    team, batch = planner.team(geometry, least(geometry, "data_grad")), len(geometry.batch)
+    team = planner.team(geometry, least(geometry, "data_grad"))
+    batch, everything = len(geometry.batch), (slice(None),) * len(geometry.batch)
     per_channel = geometry.filters * geometry.taps  # weights, of a channel of every group
     channels_at_once = largest(geometry.group_channels, planner.budget // 2, per_channel)
 
@@ -178,21 +177,19 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: 
         def some_inputs(index: Index, planner: Planner) -> None:
             dy_space, slice_space, term_space, part_space, sums_space = planner.workspace(*spaces)
             target = dx.view[(*index, slice(None), channels)]
-            total = sums_space.shaped(target.shape) if summed else target
             outputs = _outputs_reaching(index, geometry)
             block = _loaded(dy, (*outputs, slice(None), slice(None)), dy_space, planner)
 
             def add(tap: Shape, part: View, planner: Planner) -> None:
-                into, source = _meeting(tap, index, outputs, geometry)
-                share = block[source]
+                source, into = meeting(tap, outputs[batch:], index[batch:], geometry)
+                share, sums = block[(*everything, *source)], part[(*everything, *into)]
                 if share.size:
                     product = _product(share, weights[tap], order, slice_space, term_space, planner)
-                    planner.call(planner.xp.add, part[into], product, out=part[into])
+                    planner.call(planner.xp.add, sums, product, out=sums)
 
+            total = sums_space.shaped(target.shape) if summed else target
             _add_up(add, total, part_space, geometry, planner)
-            dx.finish(total, planner, channels)
-            if summed:
-                planner.copy(target, total)
+            dx.store(total, target, planner, channels)
 
         planner.loop(blocks, some_inputs, team.workers)
 
@@ -203,7 +200,7 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
     """Adds to each tap of dw the products of dy with what the tap read."""
     order = _by_groups(len(geometry.batch) + geometry.rank)
     team = planner.team(geometry, least(geometry, "weight_grad"))
-    everything = (slice(None),) * len(geometry.batch)
+    batch, everything = len(geometry.batch), (slice(None),) * len(geometry.batch)
     summed = not in_place(dw.view, planner.dtype) or as_matrix(dw.view[(0,) * geometry.rank], 1, 1) is None
     per_filter = geometry.channels * geometry.taps  # weights, of a filter of every group
     each = (1 + summed) * per_filter + team.shares * geometry.channels
@@ -233,11 +230,11 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
 
             def add(tap: Shape, planner: Planner) -> None:
                 slice_space, gradient_space, term_space = planner.workspace(*own, term)
-                meeting, seen = inputs_seen(tap, index, geometry)
-                images = _read(x, (*index[: len(everything)], *seen), order, slice_space, planner)
+                outputs, seen = meeting(tap, index[batch:], all_inputs(geometry), geometry)
+                images = _loaded(x, (*index[:batch], *seen), slice_space, planner, order)
                 if images.size:
                     rows = _as_rows(images, order, slice_space, planner).swapaxes(-1, -2)
-                    share = _as_rows(gradients[(*everything, *meeting)], order, gradient_space, planner)
+                    share = _as_rows(gradients[(*everything, *outputs)], order, gradient_space, planner)
                     products = _lying_like(total[tap], term_space)
                     planner.call(planner.xp.matmul, rows, share, out=products)
                     planner.call(planner.xp.add, total[tap], products, out=total[tap])
@@ -322,24 +319,13 @@ def _lying_like(weights: View, space: View) -> View:
     return space.shaped(weights.shape)
 
 
-def _loaded(operand: Operand, index: Index, space: View, planner: Planner) -> View:
-    """A piece of an operand in the dtype of the sums: where it lies if that will do."""
+def _loaded(operand: Operand, index: Index, space: View, planner: Planner, order: Arrangement | None = None) -> View:
+    """A piece of an operand in the dtype of the sums: where it lies if that will do, else in this order of axes."""
     piece = operand.view[index]
-    if operand.is_plain(planner.dtype):
+    if operand.is_plain(planner.dtype) or not piece.size:
         return piece
-    block = space.shaped(piece.shape)
-    if block.size:
-        operand.read(index, block, planner)
-    return block
-
-
-def _read(images: Operand, index: Index, order: Arrangement, space: View, planner: Planner) -> View:
-    """The same for images, which lie in the workspace in the order in which they are multiplied."""
-    piece = images.view[index]
-    if images.is_plain(planner.dtype) or not piece.size:
-        return piece
-    block, _ = order.empty(piece.shape, space)
-    images.read(index, block, planner)
+    block = space.shaped(piece.shape) if order is None else order.empty(piece.shape, space)[0]
+    operand.read(index, block, planner)
     return block
 
 
@@ -364,19 +350,3 @@ def _outputs_reaching(index: Index, geometry: Geometry) -> Index:
         first = max(0, -(-(inputs.start + low - window + 1) // s))
         outputs.append(slice(first, max(first, min(m, (inputs.stop - 1 + low) // s + 1))))
     return (*index[:batch], *outputs)
-
-
-def _meeting(tap: tuple[int, ...], index: Index, outputs: Index, geometry: Geometry) -> tuple[Index, Index]:
-    """Where a tap takes a block of outputs to in a block of inputs: slices of the inputs and of the outputs."""
-    batch = len(geometry.batch)
-    into, source = [slice(None)] * batch, [slice(None)] * batch
-    for axis, t in enumerate(tap):
-        s, inputs, block = geometry.stride[axis], index[batch + axis], outputs[batch + axis]
-        shift = t * geometry.dilation[axis] - geometry.padding[axis][0]  # input = output * s + shift
-        first = max(block.start, -(-(inputs.start - shift) // s))
-        last = min(block.stop - 1, (inputs.stop - 1 - shift) // s)
-        count = max(0, last - first + 1)
-        start = first * s + shift - inputs.start
-        into.append(slice(start, start + (count - 1) * s + 1, s) if count else slice(0, 0))
-        source.append(slice(first - block.start, first - block.start + count) if count else slice(0, 0))
-    return tuple(into), tuple(source)

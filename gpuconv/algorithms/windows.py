@@ -68,27 +68,30 @@ def read_tap(x: Operand, tap: Shape, index: Index, geometry: Geometry, into: Vie
     Unlike windows_of it reads nothing between the taps, which under dilation may be far more than they are.
     """
     batch = len(geometry.batch)
-    meeting, seen = inputs_seen(tap, index, geometry)
-    if any(axis != slice(0, size) for axis, size in zip(meeting, into.shape[batch:-2], strict=True)):
+    outputs, seen = meeting(tap, index[batch:], all_inputs(geometry), geometry)
+    if any(axis != slice(0, size) for axis, size in zip(outputs, into.shape[batch:-2], strict=True)):
         planner.copy(into, 0)
-    if all(axis.start < axis.stop for axis in meeting):
-        x.read((*index[:batch], *seen), into[(*(slice(None),) * batch, *meeting)], planner)
+    if all(axis.start < axis.stop for axis in outputs):
+        x.read((*index[:batch], *seen), into[(*(slice(None),) * batch, *outputs)], planner)
 
 
-def inputs_seen(tap: Shape, index: Index, geometry: Geometry) -> tuple[Index, Index]:
-    """Which of a block's outputs a tap shows some input, and those inputs: slices of the spatial axes."""
-    batch = len(geometry.batch)
+def meeting(tap: Shape, outputs: Index, inputs: Index, geometry: Geometry) -> tuple[Index, Index]:
+    """Which outputs of a block a tap shows inputs of another block, and those inputs: slices of either block."""
     meeting, seen = [], []
-    for axis, t in enumerate(tap):
-        s, n, outputs = geometry.stride[axis], geometry.input[axis], index[batch + axis]
-        shift = t * geometry.dilation[axis] - geometry.padding[axis][0]  # input = output * s + shift
-        first = max(outputs.start, -(shift // s))
-        last = min(outputs.stop - 1, (n - 1 - shift) // s)
-        count = max(0, last - first + 1)
-        start = first * s + shift
-        meeting.append(slice(first - outputs.start, first - outputs.start + count) if count else slice(0, 0))
+    axes = zip(tap, outputs, inputs, geometry.stride, geometry.dilation, geometry.padding, strict=True)
+    for t, block, region, s, d, (low, _) in axes:
+        shift = t * d - low  # input = output * s + shift
+        first = max(block.start, -((shift - region.start) // s))
+        count = max(0, min(block.stop - 1, (region.stop - 1 - shift) // s) - first + 1)
+        start = first * s + shift - region.start
+        meeting.append(slice(first - block.start, first - block.start + count) if count else slice(0, 0))
         seen.append(slice(start, start + (count - 1) * s + 1, s) if count else slice(0, 0))
     return tuple(meeting), tuple(seen)
+
+
+def all_inputs(geometry: Geometry) -> Index:
+    """The spatial axes of x as a block."""
+    return tuple(slice(0, n) for n in geometry.input)
 
 
 def sliding(source: View, geometry: Geometry, outputs: Shape) -> View:

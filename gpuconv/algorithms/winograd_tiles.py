@@ -311,9 +311,7 @@ class Tiling:
         if rest:
             planner.call(self.xp.matmul, AT_rows[:rest], kept[full], out=lines[full * row.m :])
         planner.call(note, flags[unit.image], lines, is_finite_block)
-        y.finish(block, planner)
-        if block is not target:
-            planner.copy(target, block)
+        y.store(block, target, planner)
 
     # Weights, transformed along columns and along rows: less work than by the Kronecker product of the matrices.
 

@@ -147,7 +147,7 @@ def convolution_backward_data(
         check_gradient(dy, geometry.y_shape, x_shape=dx.shape, w=w.shape)
         b = None if b is None else b.reshape(-1)
         check_bias(b, geometry.channels)
-        call = Call(geometry, kind, dtype, "auto", _precision(tensor_core), deterministic)
+        call = Call.of(geometry, kind, dtype, "auto", _precision(tensor_core), deterministic)
         check_out(dx, kind, dtype, geometry.x_shape, dy=dy, w=w, **given(b=b))
     call.compute("data_grad", Source(dy), Source(w, conjugate=True), out=dx, bias=b)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy
 
@@ -52,16 +51,15 @@ class Images:
         self, operands: Sequence[Operand], results: Sequence[View], geometry: Geometry, planner: Planner
     ) -> None:
         self._operands, self._results, self._axes = operands, results, len(geometry.batch)
-        ys = [operand.y for operand in operands if operand.y is not None]
-        views = [*(operand.view for operand in operands), *ys, *results]
+        views = [*results, *(view for operand in operands for view in (operand.view, operand.y) if view is not None)]
         split = next(axis for axis in range(self._axes + 1) if all(self._merges(view, axis) for view in views))
         self._batches = Places(geometry.batch[:split])
         flat = [self._flat(operand, self._batches[0]) for operand in operands]
         self._formed = [o.y is not None and (o.y.strides, o.y.dtype) != (o.view.strides, o.view.dtype) for o in flat]
         each = [math.prod(o.view.shape[1:]) * formed for o, formed in zip(flat, self._formed, strict=True)]
         cost = sum(size * (1 + o.temporaries) for size, o in zip(each, flat, strict=True))
-        number = flat[0].view.shape[0]
-        self._pieces = list(pieces(number, largest(number, planner.budget // 2, cost)))
+        images = flat[0].view.shape[0]
+        self._pieces = list(pieces(images, largest(images, planner.budget // 2, cost)))
 
     def __len__(self) -> int:
         return len(self._batches) * len(self._pieces)
@@ -84,8 +82,7 @@ class Images:
         return merged(view.shape[axis : self._axes], view.strides[axis : self._axes]) is not None
 
     def _flat(self, operand: Operand, index: Shape) -> Operand:
-        y = None if operand.y is None else self._flat_view(operand.y, index)
-        return replace(operand, view=self._flat_view(operand.view, index), y=y)
+        return operand.seen(lambda view: self._flat_view(view, index))
 
     def _flat_view(self, view: View, index: Shape) -> View:
         """The images of an index of the batch axes that are not merged."""

@@ -10,13 +10,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import hashlib
-import os
 import shutil
 import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-from gpuconv import settings
+from gpuconv import files, settings
 from gpuconv.cuda import compiler
 from gpuconv.cuda.kernel import Module, source
 
@@ -32,9 +31,9 @@ def cubin_path(module: Module, architecture: str) -> Path:
     cubin, _ = compiler.compiled(module, architecture)
     name = f"{key}-{_digest(cubin)}.cubin"
     try:
-        return _written(folder, name, cubin)
+        return files.write(folder / name, cubin)
     except OSError:  # a folder that is read-only, or full, only costs the next process its time
-        return _written(_own_folder(), name, cubin)
+        return files.write(_own_folder() / name, cubin)
 
 
 def _digest(content: bytes) -> str:
@@ -47,20 +46,6 @@ def _sound_entry(folder: Path, key: str) -> Path | None:
             if path.stem == f"{key}-{_digest(path.read_bytes())}":
                 return path
     return None
-
-
-def _written(folder: Path, name: str, content: bytes) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, folder / name)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    return folder / name
 
 
 @lru_cache(maxsize=1)
