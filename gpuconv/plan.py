@@ -49,6 +49,7 @@ class Step(NamedTuple):
     function: Callable[..., Any]
     inputs: tuple[Any, ...]
     out: View | None = None
+    name: str = ""  # of what a function launches
 
 
 class Deferred(NamedTuple):
@@ -151,7 +152,7 @@ def _lines(steps: Steps, names: Sequence[str], indent: str) -> Iterator[str]:
             given = [_text(value, names) for value in step.inputs]
             if step.out is not None:
                 given.append(f"out={_text(step.out, names)}")
-            yield f"{indent}{_text(step.function, names)}({', '.join(given)})"
+            yield f"{indent}{step.name or _text(step.function, names)}({', '.join(given)})"
         elif isinstance(step, Loop):
             yield f"{indent}in {step.workers} threads, {step.number} parts, the first of which is:"
             yield from _lines(next(iter(step.parts)), names, indent + "  ")
@@ -226,7 +227,7 @@ class Planner:
         assert self.backend.launch is not None
         if grid:
             function = self.backend.launch(kernel, grid, block, arguments, shared_memory)
-            self.scope.note(Step(function, tuple(arguments)))
+            self.scope.note(Step(function, tuple(arguments), name=f"{kernel.name}<<<{grid}, {block}>>>"))
 
     def choose(self, question: Callable[[Any], bool], view: View, yes: Body, no: Body) -> None:
         """The steps of ``yes`` or of ``no``, as a question about an array is answered when the plan runs."""

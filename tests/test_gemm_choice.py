@@ -163,8 +163,12 @@ def test_auto_takes_it_where_half_a_tile_is_filled(arrays):
 
 @EMULATED
 def test_explain_lists_the_tiles_with_their_times(arrays, monkeypatch):
-    monkeypatch.setattr("gpuconv.choose.backend_named", lambda _: arrays.backend)
-    text = str(gpuconv.explain((8, 64, 28, 28), (64, 64, 3, 3), padding=1, dtype="float16", backend="cupy"))
+    monkeypatch.setattr("gpuconv.explanation.backend_named", lambda _: arrays.backend)
+    explanation = gpuconv.explain((8, 64, 28, 28), (64, 64, 3, 3), padding=1, dtype="float16", backend="cupy")
+    assert re.search(
+        r"\n  implicit_gemm_forward<<<\d+, \d+>>>\(x@0 .*, y@0 \(8, 28, 28, 1, 64\), ", repr(explanation.plan)
+    )
+    text = str(explanation)
     lines = text.splitlines()
     start = lines.index("takes implicit_gemm: there is enough of each group to fill half a tile or more")
     pattern = r"  (by|or) tiles of \d+x\d+, \d+x\d+ a warp: [\d.]+ us by the model"

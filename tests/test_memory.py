@@ -56,15 +56,15 @@ LAYERS = {
 }
 
 
-def assert_stays_within(limit, result_bytes, call, slack=None):
-    """The peak of a call's own memory, less its result's, is within the limit.
+def assert_stays_within(limit, result_bytes, call, slack=None, forget=gpuconv.clear_cache):
+    """The peak of a call's own memory, less its result's, is within the limit; ``forget`` comes before it.
 
-    A second call decides where the first one is beyond it: as_strided makes strings, and the interpreter's table of
-    them grows by up to 2 MB at some call or other.
+    A second call decides where the first one is beyond it: the interpreter's table of strings grows by up to 2 MB at
+    some call or other.
     """
     bound = limit + (of_threads() if slack is None else slack)
     for _attempt in range(2):
-        gpuconv.clear_cache()
+        forget()
         tracemalloc.start()
         try:
             call()

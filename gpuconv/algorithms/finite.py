@@ -35,10 +35,8 @@ def is_finite_block(block: Array) -> bool:
 def if_finite(view: View, yes: Body, no: Body, planner: Planner) -> None:
     """The steps of ``yes`` where neither NaN nor Inf is in an array when the plan runs, else of ``no``."""
     flat = view.flat() if in_place(view, planner.dtype) else None
-    if flat is None:
-        planner.choose(is_finite, view, yes, no)
-    else:
-        planner.choose(is_finite_block, flat, yes, no)
+    question, seen = (is_finite, view) if flat is None else (is_finite_block, flat)
+    planner.choose(question, seen, yes, no)
 
 
 def note(flag: Array, block: Array, question: Callable[[Array], bool]) -> None:
