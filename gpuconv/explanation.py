@@ -38,10 +38,10 @@ class Explanation:
 
         >>> print(explain((1, 8, 16, 16), (8, 8, 3, 3), padding=1, backend="numpy").plan)
         im2col, 4 steps, 84096 bytes of workspace
-          copyto(workspace@0 (1, 18, 18, 1, 8), 0)
-          copyto(workspace@0+76 (1, 16, 16, 1, 8), x@0 (1, 16, 16, 1, 8))
-          copyto(workspace@10368 (1, 16, 16, 3, 3, 1, 8), workspace@0 (1, 16, 16, 3, 3, 1, 8))
-          matmul(w@0 (1, 1, 8, 72), workspace@10368 (1, 1, 72, 256), out=y@0 (1, 1, 8, 256))
+          copyto(workspace@0 (1, 18, 18, 1, 8), 0, unsafe)
+          copyto(workspace@76 (1, 16, 16, 1, 8), x@0 (1, 16, 16, 1, 8), unsafe)
+          copyto(workspace@10368 (1, 16, 16, 3, 3, 1, 8), workspace@0 (1, 16, 16, 3, 3, 1, 8), unsafe)
+          matmul(w@0 (1, 8, 72), workspace@10368 (1, 1, 72, 256), out=y@0 (1, 1, 8, 256))
         """
         return contiguous_plan(self.call, self.direction)
 
