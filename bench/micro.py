@@ -43,8 +43,10 @@ def atomic_additions(place, clock):
             to = xp.zeros(cells, numpy.float32)
             given = [to, numpy.int32(ADDITIONS), numpy.int32(cells)]
 
-            def call(name=name, given=given):
-                place.launch(kernel(name), blocks, THREADS, given)
+            launch = place.launch(kernel(name), blocks, THREADS, given)
+
+            def call(launch=launch, given=given):
+                launch(*given)
 
             call()
             if not bool((to == ADDITIONS // cells).all()):
@@ -54,11 +56,12 @@ def atomic_additions(place, clock):
 
 
 def launch_cost(place, clock):
-    """Seconds that the host needs for a launch through gpuconv, and the device between two in a row."""
+    """Seconds that the host needs for a launch as plans make it, and the device between two in a row."""
     given = [place.xp.zeros(1, numpy.float32)]
+    launch = place.launch(kernel("nothing"), 1, THREADS, given)
 
     def call():
-        place.launch(kernel("nothing"), 1, THREADS, given)
+        launch(*given)
 
     call()
     if isinstance(clock, timing.GpuClock):
@@ -67,7 +70,7 @@ def launch_cost(place, clock):
 
 
 def repeated_calls(place, clock):
-    """Seconds that a call like an earlier one keeps the host, and beside it a launch by CuPy alone."""
+    """Seconds that a call whose plan is made keeps the host, and beside it a launch alone."""
     if not isinstance(clock, timing.GpuClock):
         return
     x, dy = (place.xp.ones((8, 64, 14, 14), numpy.float16) for _ in range(2))
@@ -78,9 +81,9 @@ def repeated_calls(place, clock):
         "weight_grad": lambda: gpuconv.conv_weight_grad(dy, x, w.shape, padding=1),
         "backward, without db": lambda: gpuconv.conv_backward(dy, x, w, padding=1, needs=("dx", "dw")),
     }
-    if place.again is not None:
-        launch = place.again(kernel("nothing"), 1, THREADS, 0)
-        calls["launch by CuPy alone"] = lambda: launch([x])
+    given = [place.xp.zeros(1, numpy.float32)]
+    launch = place.launch(kernel("nothing"), 1, THREADS, given)
+    calls["launch alone"] = lambda: launch(*given)
     for name, call in calls.items():
         call()
         yield f"repeated call, host, {name}", min(clock.host(call) for _ in range(5)), "s"
@@ -92,8 +95,11 @@ def transposition(place, clock):
     x = xp.arange(EXTENT * EXTENT, dtype=numpy.float32).reshape(EXTENT, EXTENT)
     y = xp.zeros_like(x)
 
+    given = [x, y, numpy.int32(EXTENT)]
+    launch = place.launch(kernel("transpose"), (EXTENT // COLUMNS) ** 2, THREADS, given)
+
     def call():
-        place.launch(kernel("transpose"), (EXTENT // COLUMNS) ** 2, THREADS, [x, y, numpy.int32(EXTENT)])
+        launch(*given)
 
     call()
     if not bool((y == x.T).all()):

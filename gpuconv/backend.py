@@ -24,6 +24,7 @@ import numpy
 from gpuconv import settings, threads
 from gpuconv.arguments import Shape
 from gpuconv.cuda import device
+from gpuconv.dtypes import native
 from gpuconv.views import first_byte
 
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray
@@ -288,16 +289,15 @@ def address(array: Array) -> int:
     return int(array.__array_interface__["data"][0] if isinstance(array, numpy.ndarray) else array.data.ptr)
 
 
-def addressable(array: Array) -> bool:
-    """Whether a kernel can read and write the array as it lies: in the machine's byte order, and aligned.
+def addressable(array: Array) -> Array:
+    """The array, or a copy where kernels cannot read and write it: in the machine's byte order, and aligned.
 
     Complex numbers of 8 bytes too, which are added to as a whole; NumPy calls them aligned at a multiple of 4.
     """
-    return bool(
-        getattr(array.dtype, "isnative", True)
-        and address(array) % min(array.itemsize, 8) == 0
-        and all(step % array.itemsize == 0 for step in array.strides)
-    )
+    is_aligned = address(array) % min(array.itemsize, 8) == 0
+    if is_aligned and getattr(array.dtype, "isnative", True) and not any(s % array.itemsize for s in array.strides):
+        return array
+    return array.astype(native(array.dtype))
 
 
 def device_of(array: Array) -> contextlib.AbstractContextManager[Any]:

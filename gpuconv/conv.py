@@ -1,8 +1,9 @@
 """The public functions: convolution forward and backward on NumPy and CuPy arrays.
 
 Every function takes the same road. The arrays are checked; a :class:`Geometry` is inferred from their shapes, where
-every error about a shape is raised; an algorithm is chosen; it reads operands and writes a result. Axis names are
-those of gpuconv/geometry.py: N batch, C in-channels, F out-channels (filters), spatial axes, G groups.
+every error about a shape is raised; and a :class:`Call` computes, by a plan that it finds or makes
+(gpuconv/execute.py). Axis names are those of gpuconv/geometry.py: N batch, C in-channels, F out-channels (filters),
+spatial axes, G groups.
 """
 
 from __future__ import annotations

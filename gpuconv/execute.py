@@ -42,7 +42,7 @@ from gpuconv.views import View, contiguous_strides, first_byte
 
 # Memory of plans: a step takes less than so many bytes. A plan has at most so many steps, and all plans that are kept
 # have so many together, where each counts for some more. Loops that are longer are planned anew by every call.
-STEP_BYTES = 1 << 10
+STEP_BYTES = 5 << 8
 MOST_STEPS, MOST_KEPT, OF_A_PLAN = 1 << 13, 1 << 16, 8
 
 # How an array lies in memory: shape, strides, dtype, address modulo 16.
@@ -105,20 +105,11 @@ class Call(NamedTuple):
         bias: Array | None = None,
         activation: Activation | None = None,
     ) -> Array:
-        """The result of a direction, of what the algorithms take: x and w, dy and w, or dy and x; dy for bias_grad."""
+        """The result of forward (of x and w), data_grad (dy and w), weight_grad (dy and x) or bias_grad (dy)."""
         backend = self.backend
-        arrays = [first.array, first.y, second.array, second.y, bias, out]
         with device_of(first.array):
-            if backend.kind != self.kind:
-                arrays = [*(array if array is None else moved(array, backend.kind) for array in arrays[:RESULT]), None]
-            description = self._description(direction, first, second, activation, arrays)
-            plan = _plans.get(description)
-            if plan is None and backend.launch is not None:
-                arrays = [array if array is None else _addressable(array) for array in arrays[:RESULT]]
-                arrays.append(out if out is None or addressable(out) else None)
-                description = self._description(direction, first, second, activation, arrays)
-            if plan is None:
-                plan = plan_for(description)
+            arrays = [first.array, first.y, second.array, second.y, bias, out]
+            plan, arrays = self._planned(direction, first, second, activation, arrays)
             result = arrays[RESULT]
             if result is None:
                 result = arrays[RESULT] = plan.result.empty(backend.xp)
@@ -136,6 +127,21 @@ class Call(NamedTuple):
         out[...] = moved(result, self.kind)
         return out
 
+    def _planned(
+        self, direction: Asked, first: Source, second: Source, activation: Activation | None, arrays: list[Array]
+    ) -> tuple[Plan, list[Array]]:
+        """The plan, and the arrays as it takes them: copies where the backend's kernels cannot reach the caller's."""
+        if self.backend.kind != self.kind:
+            arrays = [array if array is None else moved(array, self.backend.kind) for array in arrays[:RESULT]] + [None]
+        description = self._description(direction, first, second, activation, arrays)
+        plan = _plans.get(description)
+        if plan is None and self.backend.launch is not None:
+            *inputs, result = arrays
+            arrays = [array if array is None else addressable(array) for array in inputs]
+            arrays.append(result if result is None or addressable(result) is result else None)
+            description = self._description(direction, first, second, activation, arrays)
+        return plan or plan_for(description), arrays
+
     def _description(
         self, direction: Asked, first: Source, second: Source, activation: Activation | None, arrays: list[Array]
     ) -> Description:
@@ -148,7 +154,7 @@ class Call(NamedTuple):
             activation,
             tuple(map(_layout_for_kernels if has_kernels else _layout, arrays)),
             (first.array.shape, first.array.strides),
-            first.array.device.id if self.kind == "cupy" else None,
+            None if isinstance(arrays[0], numpy.ndarray) else arrays[0].device.id,
             settings.dump_folder() if has_kernels else None,
         )
 
@@ -193,18 +199,13 @@ class Description(NamedTuple):
         return canonical(View(memory, -start, shape, strides, dtype, (place + start) % 16), role, self.call.geometry)
 
 
-def _addressable(array: Array) -> Array:
-    """The array, or a copy of what kernels cannot address."""
-    return array if addressable(array) else array.astype(dtypes.native(array.dtype))
-
-
 def _layout(array: Array | None) -> Layout | None:
-    """How an array lies in memory, as far as functions of numpy are chosen by it: whether it is aligned."""
-    return None if array is None else (array.shape, array.strides, array.dtype, not array.flags.aligned)
+    """How an array lies in memory. Its address matters only as far as it is aligned or not: 0 and 1 stand for that."""
+    return None if array is None else (array.shape, array.strides, array.dtype, 1 - array.flags.aligned)
 
 
 def _layout_for_kernels(array: Array | None) -> Layout | None:
-    """The same as far as kernels are."""
+    """The same for kernels."""
     return None if array is None else (array.shape, array.strides, array.dtype, address(array) % 16)
 
 
@@ -216,7 +217,7 @@ def plan_for(description: Description) -> Plan:
     plan = _plans.get(description)
     if plan is None:
         plan = _made(description)
-        room = MOST_KEPT - plan.size
+        room = MOST_KEPT - plan.size - OF_A_PLAN
         for older, kept in reversed(tuple(_plans.items())):
             room -= kept.size + OF_A_PLAN
             if room < 0:
@@ -303,7 +304,7 @@ def _part(
 ) -> None:
     """The steps of some groups: of all, or of as many as the workspace has room for at a time."""
     groups, geometry = part
-    operands = (operand.of_groups(groups, role) for operand, role in zip((first, second), roles, strict=False))
+    operands = (operand.of_groups(groups, role) for operand, role in zip((first, second), roles[:2], strict=True))
     algorithm(*operands, result.of_groups(groups, roles[2]), geometry, planner)
 
 

@@ -30,8 +30,8 @@ from gpuconv.views import View, contiguous_strides
 
 T = TypeVar("T")
 
-# Memories: the first operand and what activates it are 0 and 1, the second ones 2 and 3. Deeper ones belong to threads
-# of loops and to deferred steps.
+# The memories of a plan by their numbers: 0 the first operand, 1 the y of its activation, 2 and 3 those of the second
+# one, then these. Further ones belong to the threads of loops and to deferred steps.
 BIAS, RESULT, WORKSPACE = 4, 5, 6
 _ALIGNMENT = 64  # bytes: a cache line
 _SMALL = 8 << 20  # multiplications and additions that one thread does faster than two
@@ -49,7 +49,7 @@ class Step(NamedTuple):
     function: Callable[..., Any]
     inputs: tuple[Any, ...]
     out: View | None = None
-    name: str = ""  # of what a function launches
+    name: str = ""  # in the text of a plan, where it is not the function's
 
 
 class Deferred(NamedTuple):

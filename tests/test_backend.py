@@ -341,3 +341,14 @@ def test_the_cupy_installed_here_is_reported_as_unusable():
     cupy_backend.cache_clear()
     with gpuconv.backend("cupy"), pytest.raises(gpuconv.BackendError, match=r"the driver reports 0 device\(s\)"):
         gpuconv.conv(X, W)
+
+
+@pytest.mark.called_once("its first call is the one under test")
+@pytest.mark.parametrize("given", ["numpy", "cupy"])
+def test_the_first_call_on_a_forced_backend_may_bring_an_out(given, cupy, monkeypatch):
+    monkeypatch.setenv("GPUCONV_BACKEND", "cupy")
+    make = cupy.asarray if given == "cupy" else np.asarray
+    for _ in range(2):
+        out = make(np.full(Y.shape, np.nan))
+        assert gpuconv.conv(make(X), make(W), out=out) is out
+        np.testing.assert_array_equal(out.get() if given == "cupy" else out, Y)
