@@ -35,7 +35,7 @@ from gpuconv.backend import (
 )
 from gpuconv.choose import MODULES, TRANSFORMS, check_name, choose, consent
 from gpuconv.geometry import Direction, Geometry
-from gpuconv.operands import ROLES, Operand, Result, Role, canonical, has_channels_last_memory
+from gpuconv.operands import ARRAYS, ROLES, Operand, Result, Role, canonical, has_channels_last_memory
 from gpuconv.plan import BIAS, RESULT, WORKSPACE, Choice, Deferred, Loop, NewArray, Plan, Planner, Scope, Step, Steps
 from gpuconv.request import Request, workspace_of
 from gpuconv.views import View, contiguous_strides, first_byte
@@ -48,8 +48,6 @@ MOST_STEPS, MOST_KEPT, OF_A_PLAN = 1 << 13, 1 << 16, 8
 # How an array lies in memory: shape, strides, dtype, address modulo 16.
 Layout: TypeAlias = tuple[Shape, Shape, numpy.dtype, int]
 Asked: TypeAlias = Direction | Literal["bias_grad"]
-
-_NAMES = {"forward": ("x", "w", "y"), "data_grad": ("dy", "w", "dx"), "weight_grad": ("dy", "x", "dw")}
 
 _plans: dict[Description, Plan] = {}
 
@@ -114,7 +112,8 @@ class Call(NamedTuple):
             if result is None:
                 result = arrays[RESULT] = plan.result.empty(backend.xp)
             memories = [None if array is None else backend.memory(array) for array in arrays]
-            memories.append(workspace.take(backend, plan.space, self.limit) if plan.space else None)
+            most = plan.space if plan.has_temporaries else self.limit
+            memories.append(workspace.take(backend, plan.space, most) if plan.space else None)
             errors = numpy.geterr() if plan.is_silent else None
             with self._surroundings(plan):
                 execute([_Memory(backend, memories, errors)], [plan.steps])
@@ -174,7 +173,7 @@ class Description(NamedTuple):
     """All that decides what a call does: its plan is made of this alone, and found by it."""
 
     call: Call
-    direction: Asked
+    direction: Any  # Asked
     first: tuple[bool, Activation | None]  # whether it is conjugated, and the activation whose derivative it takes
     second: tuple[bool, Activation | None]
     activation: Activation | None
@@ -228,10 +227,8 @@ def plan_for(description: Description) -> Plan:
 
 def contiguous_plan(call: Call, direction: Direction) -> Plan:
     """The plan of a call with C-contiguous arrays."""
-    first, second = (
-        (shape, contiguous_strides(shape, call.dtype), call.dtype, 0)
-        for shape in map(call.geometry.shape_of, ROLES[direction][:2])
-    )
+    shapes = map(call.geometry.shape_of, ROLES[direction][:2])
+    first, second = ((shape, contiguous_strides(shape, call.dtype), call.dtype, 0) for shape in shapes)
     device = call.backend.xp.cuda.Device().id if call.backend.name == "cupy" else None
     flags, layouts = ((False, None), (direction != "forward", None)), (first, None, second, None, None, None)
     return _made(Description(call, direction, *flags, None, layouts, first[:2], device, None))
@@ -253,35 +250,45 @@ def _made(description: Description) -> Plan:
 
 
 def _planned(description: Description, room: int) -> Plan:
-    """The plan of a description, of at most so many steps, from the algorithm that is chosen for it."""
+    """The plan of a description, of at most so many steps."""
     call, direction = description[:2]
-    geometry, dtype, roles = call.geometry, call.dtype, ROLES[direction]
     limit, scope = workspace_of(call.limit, call.backend), Scope(WORKSPACE, room)
     share = room if call.backend.launch is not None else (call.limit - limit) // STEP_BYTES
-    sums = dtypes.accumulator(dtype)
-    planner = Planner(call.backend, sums, limit, scope, share, call.precision, call.threads)
-    first = description.operand(0)
-    if direction == "bias_grad":
-        new = NewArray((math.prod(first.view.shape[-2:]),), dtype)
-        bias_grad.bias_grad(first, new.view, planner)
-        return Plan("bias_grad", ("dy", "y", "", "", "", "db"), tuple(scope.steps), scope.count, scope.most, new)
-    second, view, bias = description.operand(1), description.view(RESULT, roles[2]), description.view(BIAS, "b")
+    workers = threads.most(call.threads) if call.backend.name == "numpy" else 1
+    sums = dtypes.accumulator(call.dtype)
+    planner = Planner(call.backend, sums, limit, scope, share, call.precision, workers)
+    algorithm, new, temporaries = (_bias_grad if direction == "bias_grad" else _convolution)(description, planner)
+    first, second, result = ARRAYS[direction]
+    made = algorithm, (first, "y", second, "y", "b", result), tuple(scope.steps), scope.count, scope.most, new
+    return Plan(*made, call.geometry.multiply_adds() > threads.FEW, algorithm in TRANSFORMS, temporaries > 0)
+
+
+def _bias_grad(description: Description, planner: Planner) -> tuple[str, NewArray, int]:
+    """The steps of bias_grad, and the result that they write."""
+    dy = description.operand(0)
+    new = NewArray((math.prod(dy.view.shape[-2:]),), description.call.dtype)
+    bias_grad.bias_grad(dy, new.view, planner)
+    return "bias_grad", new, dy.temporaries
+
+
+def _convolution(description: Description, planner: Planner) -> tuple[str, NewArray, int]:
+    """The steps of the algorithm that is chosen for a direction, and the result that they write."""
+    call, direction = description[:2]
+    first, second, roles = description.operand(0), description.operand(1), ROLES[direction]
+    geometry, view = call.geometry, description.view(RESULT, roles[2])
     is_channels_last = roles[2] != "w" and has_channels_last_memory(*description.like, first.view.itemsize, geometry)
-    new = _new_array(geometry.shape_of(roles[2]), dtype, len(geometry.batch) if is_channels_last else None)
+    new = _new_array(geometry.shape_of(roles[2]), call.dtype, len(geometry.batch) if is_channels_last else None)
     if view is None:
         view = canonical(new.view, roles[2], geometry)
-    result = Result(view, bias, description.activation)
-    request = Request(geometry, dtype, direction, call.backend, call.deterministic, call.limit)
+    result = Result(view, description.view(BIAS, "b"), description.activation).with_plain_bias(planner)
+    request = Request(geometry, call.dtype, direction, call.backend, call.deterministic, call.limit)
     algorithm = choose(request, call.algorithm).algorithm
-    result = result.with_plain_bias(planner)
-    if first.view.size and second.view.size and result.view.size:
+    if first.view.size and second.view.size and view.size:
         body = partial(_part, getattr(MODULES[algorithm], direction), first, second, result, roles)
         planner.loop(group_parts(geometry, planner.budget), body)
     else:
         result.fill(planner)
-    names = _NAMES[direction][0], "", _NAMES[direction][1], "", "b", _NAMES[direction][2]
-    made = algorithm, names, tuple(scope.steps), scope.count, scope.most, new
-    return Plan(*made, geometry.multiply_adds() > threads.FEW, algorithm in TRANSFORMS)
+    return algorithm, new, first.temporaries + second.temporaries + result.temporaries
 
 
 def _new_array(shape: Shape, dtype: numpy.dtype, channel: int | None) -> NewArray:

@@ -11,10 +11,12 @@ array, and every complaint about a shape, a stride or a padding comes from here,
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from itertools import product
+from threading import RLock
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from gpuconv.arguments import Layout, Pairs, Shape, are_plain, geometry_settings, per_axis, shape_of
@@ -445,3 +447,14 @@ def _infer_transposed(
     return Geometry(
         batch, channels, filters, tuple(result), kernel, stride, tuple(pairs), dilation, groups, layout, flip
     )
+
+
+def _renew_locks() -> None:
+    """In a forked child: before Python 3.12 cached properties have a lock, which a thread of the parent may hold."""
+    for value in vars(Geometry).values():
+        if hasattr(value, "lock"):
+            value.lock = RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)

@@ -26,13 +26,14 @@ Role: TypeAlias = Literal["x", "w", "y", "b"]
 Index: TypeAlias = tuple[Any, ...]  # slices of a canonical view, an Ellipsis among them
 
 
-# What each direction reads and writes.
-ROLES: dict[str, tuple[Role, Role, Role]] = {
+# What each direction reads and writes, and which of a convolution's arrays that is.
+ARRAYS = {
     "forward": ("x", "w", "y"),
-    "data_grad": ("y", "w", "x"),
-    "weight_grad": ("y", "x", "w"),
-    "bias_grad": ("y", "b", "b"),
+    "data_grad": ("dy", "w", "dx"),
+    "weight_grad": ("dy", "x", "dw"),
+    "bias_grad": ("dy", "b", "db"),
 }
+ROLES: dict[str, Any] = {direction: tuple(name[-1] for name in names) for direction, names in ARRAYS.items()}
 
 
 def canonical(array: Any, role: Role, geometry: Geometry) -> Any:

@@ -16,12 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy
 
-from gpuconv import threads
 from gpuconv.arguments import Shape
 from gpuconv.backend import Backend
 from gpuconv.cuda.kernel import Kernel
@@ -139,6 +138,7 @@ class Plan(NamedTuple):
     result: NewArray
     holds_blas: bool = False  # whether BLAS would share its products among threads of its own
     is_silent: bool = False  # about numbers that overflow, or are none
+    has_temporaries: bool = False  # beside its workspace, which then takes no more than its own bytes
 
     def __repr__(self) -> str:
         heading = f"{self.algorithm}, {self.size} steps, {self.space} bytes of workspace"
@@ -197,7 +197,7 @@ class Planner:
     scope: Scope
     most_steps: int  # that a deferred task may plan at a time
     precision: str = "ieee"  # of float32 products
-    thread_limit: int | None = None  # None: the cores that this process may use
+    threads: int = 1  # that may compute
     is_share: bool = False  # of another one, for one of its threads
 
     @property
@@ -269,11 +269,6 @@ class Planner:
         """Flat views of these many elements, uninitialised, valid until the task of a loop ends that takes them."""
         return [self.scope.take(size, dtype or self.dtype) for size in sizes]
 
-    @cached_property
-    def threads(self) -> int:
-        """How many threads may compute."""
-        return threads.most(self.thread_limit) if self.backend.name == "numpy" else 1
-
     def team(self, geometry: Geometry, least: int = 0) -> Team:
         """Who computes a convolution; ``least``: elements that each of several threads needs at the least."""
         if is_small(geometry) or self.is_share:
@@ -287,7 +282,7 @@ class Planner:
 
     def share(self, limit: int) -> Planner:
         """The same within a part of the limit, for one thread."""
-        return replace(self, limit=limit, thread_limit=1, is_share=True)
+        return replace(self, limit=limit, threads=1, is_share=True)
 
 
 class Team(NamedTuple):

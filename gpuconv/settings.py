@@ -32,8 +32,7 @@ DEFAULT_WORKSPACE_LIMIT = 64 << 20
 
 # os.environ takes a microsecond to say that a variable is unset, and a call asks for six. Its own dictionary is faster.
 _ENVIRONMENT: Any = getattr(os.environ, "_data", os.environ)
-_ENCODED: Any = str if _ENVIRONMENT is os.environ else os.environ.encodekey
-_KEYS = {variable: _ENCODED(variable) for variable in (*DEFAULTS, "CUPY_TF32")}
+_KEYS = {variable: getattr(os.environ, "encodekey", str)(variable) for variable in (*DEFAULTS, "CUPY_TF32")}
 
 _BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}

@@ -231,14 +231,6 @@ class _Space(NamedTuple):
     spectrum: View  # (*channels, *L), the last extent being L // 2 + 1 for real numbers
 
 
-class _At(NamedTuple):
-    """The outputs of a tile, and some taps of the kernel."""
-
-    image: Shape
-    outputs: Index
-    segment: Index
-
-
 @dataclass(frozen=True)
 class _Tiling:
     """A convolution cut into tiles of inputs, and into groups and filters that memory has room for."""
@@ -309,7 +301,7 @@ class _Tiling:
                 weights = spaces[channel if is_whole else 0]
                 if not is_whole:
                     self._read_w(w, channel, segments[segment], weights, planner)
-                self._read_x(x, channel, _At(image, outputs, segments[segment]), inputs, planner)
+                self._read_x(x, channel, (image, outputs, segments[segment]), inputs, planner)
                 self._add(total.spectrum, inputs, weights, number == 0, planner)
 
             planner.loop(range(len(segments) * channels), add)
@@ -335,7 +327,7 @@ class _Tiling:
                 is_first = not any((*image, *(axis.start for axis in outputs)))
 
                 def add(channel: int, planner: Planner) -> None:
-                    self._read_x(x, channel, _At(image, outputs, segment), inputs, planner)
+                    self._read_x(x, channel, (image, outputs, segment), inputs, planner)
                     self._add(sums[channel].spectrum, inputs, gradients, is_first, planner)
 
                 planner.loop(range(channels), add)
@@ -362,16 +354,18 @@ class _Tiling:
             spaces.append(_Space(block.shaped((*channels, *extent)), flat.shaped((*channels, *half))))
         return spaces
 
-    def _read_x(self, x: Operand, channel: int, at: _At, space: _Space, planner: Planner) -> None:
-        """The spectrum (G, *L) of the inputs of a channel that a segment of the kernel meets for a tile's outputs."""
-        into, seen, g = [], [], self.geometry
-        axes = zip(at.outputs, self.tile.extent, at.segment, g.dilation, g.padding, g.input, strict=True)
+    def _read_x(
+        self, x: Operand, channel: int, at: tuple[Shape, Index, Index], space: _Space, planner: Planner
+    ) -> None:
+        """The spectrum (G, *L) of the inputs of a channel that some taps of the kernel meet for a tile's outputs."""
+        into, seen, g, (image, outputs, segment) = [], [], self.geometry, at
+        axes = zip(outputs, self.tile.extent, segment, g.dilation, g.padding, g.input, strict=True)
         for output, size, taps, d, (low, _), n in axes:
             first = output.start + taps.start * d - low
             begin, end = max(0, first), min(n, first + size)
             seen.append(slice(begin, max(begin, end)))
             into.append(slice(begin - first, max(begin, end) - first))
-        self._transform(x, (*at.image, *seen, slice(None), channel), tuple(into), space, False, planner)
+        self._transform(x, (*image, *seen, slice(None), channel), tuple(into), space, False, planner)
 
     def _read_w(self, w: Operand, channel: int, segment: Index, space: _Space, planner: Planner) -> None:
         """The conjugate spectrum (G, F, *L) of a segment of the weights of a channel, as dilation spreads them."""
@@ -412,7 +406,7 @@ class _Tiling:
         return block
 
 
-def _transform(spectrum: Array, block: Array, transform: Callable[[Array], Array], conjugate: bool, xp: Any) -> None:
+def _transform(spectrum: Array, block: Array, transform: Any, conjugate: bool, xp: Any) -> None:
     """spectrum = transform(block), conjugated or not; they may share memory."""
     found = transform(block)
     if conjugate:
@@ -426,14 +420,12 @@ def _add_product(total: Array, inputs: Array, weights: Array) -> None:
     total += inputs * weights
 
 
-def _invert(block: Array, spectrum: Array, transform: Callable[[Array], Array], inside: Index) -> None:
+def _invert(block: Array, spectrum: Array, transform: Any, inside: Index) -> None:
     """block = a part of transform(spectrum); they may share memory."""
     block[...] = transform(spectrum)[(..., *inside)]
 
 
-def _transforms(
-    xp: Any, is_complex: bool, extent: Shape, workers: int
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _transforms(xp: Any, is_complex: bool, extent: Shape, workers: int) -> tuple[Any, Any]:
     """The transforms of tiles forth and back; those of SciPy with so many threads, which parts leave idle."""
     module, options = xp.fft, dict[str, Any](axes=tuple(range(-len(extent), 0)))
     if xp is numpy and _has_scipy():

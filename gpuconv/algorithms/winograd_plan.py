@@ -19,9 +19,9 @@ from gpuconv.operands import MOST_TEMPORARIES
 
 # Outputs along an axis from which tiles of 4 waste little.
 WIDE = 12
-# Tiles of a block: fewer make short products, more do not stay in the cache. The second number is for where the first
-# leaves too few blocks for each thread to have some of its own.
-TILES = 128, 32
+# Tiles of a block: fewer make short products, more do not stay in the cache. The further numbers are for where the first
+# leaves too few blocks for each thread to have some of its own, or takes more memory than there is.
+TILES = 128, 96, 64, 32
 BLOCKS = 8
 UNIT_BYTES = 1 << 20  # of a unit, half transformed
 APART = 16  # elements between channels that are copied, lest they lie a multiple of a page apart
@@ -149,6 +149,9 @@ def sizes(
         if -(-units // block) >= BLOCKS and room.alone(filters, unit, block, threads) <= budget:
             return Sizes(filters, unit, block, False, threads)
     block = _most(units, budget, lambda block: room.together(filters, unit, block, workers))
+    # Products of longer blocks are worth more than threads, each of which takes room of its own.
+    if workers > 1 and 2 * block < _most(units, budget, lambda block: room.together(filters, unit, block)):
+        return sizes(geometry, direction, budget, workers // 2, itemsize, temporaries)
     return Sizes(filters, unit, block, True, workers)
 
 

@@ -6,7 +6,6 @@ Kernels take any strides, so layouts, flips, zero and negative strides need no c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy
 
@@ -47,12 +46,11 @@ class Images:
     product is formed before, in at most half of the workspace.
     """
 
-    def __init__(
-        self, operands: Sequence[Operand], results: Sequence[View], geometry: Geometry, planner: Planner
-    ) -> None:
-        self._operands, self._results, self._axes = operands, results, len(geometry.batch)
+    def __init__(self, operands: list[Operand], results: list[View], geometry: Geometry, planner: Planner) -> None:
+        axes = len(geometry.batch)
+        self._operands, self._results, self._axes = operands, results, axes
         views = [*results, *(view for operand in operands for view in (operand.view, operand.y) if view is not None)]
-        split = next(axis for axis in range(self._axes + 1) if all(self._merges(view, axis) for view in views))
+        split = next(a for a in range(axes + 1) if all(merged(v.shape[a:axes], v.strides[a:axes]) for v in views))
         self._batches = Places(geometry.batch[:split])
         flat = [self._flat(operand, self._batches[0]) for operand in operands]
         self._formed = [o.y is not None and (o.y.strides, o.y.dtype) != (o.view.strides, o.view.dtype) for o in flat]
@@ -76,10 +74,6 @@ class Images:
                 operand.read((...,), block, planner)
                 read[place] = Operand(block)
         return read, [self._flat_view(view, index)[some] for view in self._results]
-
-    def _merges(self, view: View, axis: int) -> bool:
-        """Whether the batch axes from this one on are as one axis in memory; the last one, and none, always are."""
-        return merged(view.shape[axis : self._axes], view.strides[axis : self._axes]) is not None
 
     def _flat(self, operand: Operand, index: Shape) -> Operand:
         return operand.seen(lambda view: self._flat_view(view, index))
