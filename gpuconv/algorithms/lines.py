@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import lru_cache
 from itertools import product
 
 from gpuconv.algorithms.blocks import Arrangement, Places, channels_innermost, pieces
@@ -132,7 +131,6 @@ def _windows(image: Operand, rows: slice, geometry: Geometry, space: View, plann
     )
 
 
-@lru_cache(maxsize=256)
 def _unfolded(geometry: Geometry) -> Geometry:
     """One image whose outputs are windows of single lines, of all lines of x with the padding before and behind."""
     before = geometry.padding[0][0]

@@ -19,8 +19,8 @@ from gpuconv.operands import MOST_TEMPORARIES
 
 # Outputs along an axis from which tiles of 4 waste little.
 WIDE = 12
-# Tiles of a block: fewer make short products, more do not stay in the cache. The further numbers are for where the first
-# leaves too few blocks for each thread to have some of its own, or takes more memory than there is.
+# Tiles of a block: fewer make short products, more do not stay in the cache. The further numbers are for where the
+# first leaves too few blocks for each thread to have some of its own, or takes more memory than there is.
 TILES = 128, 96, 64, 32
 BLOCKS = 8
 UNIT_BYTES = 1 << 20  # of a unit, half transformed
@@ -148,6 +148,8 @@ def sizes(
         block = max(1, min(units, -(-tiles_of_block // (unit * columns.tiles))))
         if -(-units // block) >= BLOCKS and room.alone(filters, unit, block, threads) <= budget:
             return Sizes(filters, unit, block, False, threads)
+    unit = -(-unit // 2)  # where threads share a block, what each of them takes for itself shortens it
+    units = math.prod(geometry.batch) * -(-rows.tiles // unit)
     block = _most(units, budget, lambda block: room.together(filters, unit, block, workers))
     # Products of longer blocks are worth more than threads, each of which takes room of its own.
     if workers > 1 and 2 * block < _most(units, budget, lambda block: room.together(filters, unit, block)):
