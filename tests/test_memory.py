@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import gpuconv
 from gpuconv import threads
-from gpuconv.algorithms import im2col
+from gpuconv.algorithms import im2col, winograd_plan
 from gpuconv.backend import NUMPY
 from gpuconv.choose import MODULES, choose
 from gpuconv.geometry import Geometry
@@ -275,3 +275,15 @@ def test_winograd_refuses_a_row_of_tiles_beyond_the_limit(limit, x_shape, w_shap
     found = gpuconv.explain(x_shape, w_shape, padding=1, direction=direction, backend="numpy")
     assert found.algorithm == "im2col"
     assert re.search(r"it needs [\d.]+ MiB of workspace for a row of tiles", dict(found.refused)["winograd"])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4, 8])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_winograd_takes_many_weights_through_few_blocks(direction, threads):
+    """Each block reads all transformed weights: threads that share it may not take its room."""
+    geometry = Geometry.infer((8, 512, 14, 14), (512, 512, 3, 3), padding=1)
+    part = "weight_grad" if direction == "weight_grad" else "forward"
+    sizes = winograd_plan.sizes(geometry, part, (63 << 20) // 4, threads, 4, 0)
+    rows, _ = winograd_plan.axes(geometry)
+    assert sizes.filters == 512
+    assert -(-8 * -(-rows.tiles // sizes.unit) // sizes.block) <= 2
