@@ -295,9 +295,8 @@ def _new_array(shape: Shape, dtype: numpy.dtype, channel: int | None) -> NewArra
     """A new array; where an axis of channels is given, this is the innermost one."""
     if channel is None:
         return NewArray(shape, dtype)
-    last = len(shape) - 1
-    memory = (*shape[:channel], *shape[channel + 1 :], shape[channel])
-    return NewArray(memory, dtype, (*range(channel), last, *range(channel, last)))
+    before, behind, last = shape[:channel], shape[channel + 1 :], len(shape) - 1
+    return NewArray((*before, *behind, shape[channel]), dtype, (*range(channel), last, *range(channel, last)))
 
 
 def _part(

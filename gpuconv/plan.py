@@ -234,7 +234,8 @@ class Planner:
         scope = Scope(self.scope.memory, self.scope.room - self.scope.count, self.scope.top)
         yes(replace(self, scope=scope))
         self.scope.most = max(self.scope.most, scope.most)
-        self.scope.note(Choice(question, view, scope.steps, Deferred(no, self)), 1 + scope.count)
+        later = Deferred(no, replace(self, scope=Scope(self.scope.memory, 0)))  # without the steps that it is among
+        self.scope.note(Choice(question, view, scope.steps, later), 1 + scope.count)
 
     def loop(self, tasks: Collection[T], body: Callable[[T, Planner], None], workers: int = 1) -> None:
         """The steps of ``body(task, planner)`` for each task, which several workers may share.
