@@ -216,7 +216,7 @@ class Sequences(RuleBasedStateMachine):
     def memory_runs_out(self, data, place, number):
         """In the middle of a call: it raises that, or never came so far and is right."""
         drawn = Drawn(data.draw, self.on_kernels)
-        owner, name = {"buffer": (workspace, "buffer"), "read": (Operand, "read")}[place]
+        owner, name = {"buffer": (workspace, "take"), "read": (Operand, "read")}[place]
         original, count = getattr(owner, name), itertools.count()
 
         def failing(*arguments):
