@@ -1,8 +1,9 @@
-"""The road of every call: what it is, the plan that is found or made for it, and the run of the plan on its arrays.
+"""The road of every call: its description, the plan that is found or made for it, and the run of the plan.
 
-Call.compute    describes a call: all that decides what is done, arrays by how they lie in memory
-plan_for        gives the plan of a description: made when it is first asked for, then kept
-execute         runs the steps of a plan on the arrays of this call
+Call.compute    takes a call through these
+Description     all that decides what a call does; of its arrays, how they lie in memory
+plan_for        makes the plan of a description when it is first asked for, and keeps it
+execute         runs the steps of a plan on the arrays of a call
 """
 
 from __future__ import annotations
@@ -139,6 +140,7 @@ class Call(NamedTuple):
             arrays = [array if array is None else addressable(array) for array in inputs]
             arrays.append(result if result is None or addressable(result) is result else None)
             description = self._description(direction, first, second, activation, arrays)
+            plan = _plans.get(description)
         return plan or plan_for(description), arrays
 
     def _description(
@@ -212,16 +214,14 @@ def _layout_for_kernels(array: Array | None) -> Layout | None:
 
 
 def plan_for(description: Description) -> Plan:
-    """The plan of a call, which is made when it is first asked for."""
-    plan = _plans.get(description)
-    if plan is None:
-        plan = _made(description)
-        room = MOST_KEPT - plan.size - OF_A_PLAN
-        for older, kept in reversed(tuple(_plans.items())):
-            room -= kept.size + OF_A_PLAN
-            if room < 0:
-                _plans.pop(older, None)
-        _plans[description] = plan
+    """Makes the plan of a call and keeps it, in the place of the oldest ones where these have no room beside it."""
+    plan = _made(description)
+    room = MOST_KEPT - plan.size - OF_A_PLAN
+    for older, kept in reversed(tuple(_plans.items())):
+        room -= kept.size + OF_A_PLAN
+        if room < 0:
+            _plans.pop(older, None)
+    _plans[description] = plan
     return plan
 
 
@@ -243,13 +243,13 @@ def _made(description: Description) -> Plan:
     """The plan of a description. On NumPy its steps and the workspace keep within the limit together."""
     call = description.call
     if call.backend.launch is not None:
-        return _planned(description, MOST_STEPS)
-    plan = _planned(description, min(MOST_STEPS, call.limit // STEP_BYTES))
+        return _plan_within(MOST_STEPS, description)
+    plan = _plan_within(min(MOST_STEPS, call.limit // STEP_BYTES), description)
     room = (call.limit - plan.space) // STEP_BYTES
-    return plan if plan.size <= room else _planned(description, max(0, room))
+    return plan if plan.size <= room else _plan_within(max(0, room), description)
 
 
-def _planned(description: Description, room: int) -> Plan:
+def _plan_within(room: int, description: Description) -> Plan:
     """The plan of a description, of at most so many steps."""
     call, direction = description[:2]
     limit, scope = workspace_of(call.limit, call.backend), Scope(WORKSPACE, room)

@@ -10,13 +10,10 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import gpuconv
 from gpuconv import dtypes, execute, plan, workspace
 from gpuconv.geometry import Geometry
-from gpuconv.views import View, first_byte
 from tests import reference, standin
 from tests.cases import DIRECTIONS, channels_first, draw, laid_out, named_dtype
 from tests.conftest import BACKENDS
@@ -66,65 +63,6 @@ def exact(direction, x, w, dy, **settings):
 
 def whole_numbers(rng, shapes=(X, W, Y), dtype="float32"):
     return [draw(rng, shape, dtype, True).astype(named_dtype(dtype)) for shape in shapes]
-
-
-# ------------------------------------------------------------------------------------------------- views
-
-
-def _random_index(data, view):
-    parts = []
-    for size in view.shape:
-        kind = data.draw(st.sampled_from(["all", "slice", "new", "int"]))
-        if kind == "new":
-            parts.append(None)
-        if kind == "int" and size:
-            parts.append(data.draw(st.integers(-size, size - 1)))
-        else:
-            ends = st.none() | st.integers(-size - 1, size + 1)
-            step = data.draw(st.sampled_from([None, 1, 2, -1, -2]))
-            parts.append(slice(None) if kind != "slice" else slice(data.draw(ends), data.draw(ends), step))
-    cut = data.draw(st.integers(0, len(parts)))
-    return tuple(parts[:cut]) if data.draw(st.booleans()) else (..., *parts[len(parts) - cut :])
-
-
-@given(st.data())
-def test_views_are_what_numpy_makes_of_arrays(data):
-    """Whatever is done to them: the element at which they begin, their shape, and strides where there are any."""
-    whole = np.zeros(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)), np.float32)
-    place = whole.__array_interface__["data"][0]
-    array, view = whole, View(0, 0, whole.shape, whole.strides, whole.dtype)
-    for _ in range(data.draw(st.integers(1, 4))):
-        what = data.draw(st.sampled_from(["index", "transpose", "reshape"]))
-        if what == "index":
-            index = _random_index(data, view)
-            array, view = array[index if Ellipsis in index else (*index, ...)], view[index]
-        elif what == "transpose":
-            axes = data.draw(st.permutations(range(array.ndim)))
-            array, view = array.transpose(axes), view.transpose(*axes)
-        elif array.size:
-            shape = data.draw(st.sampled_from(_factorings(array.size)))
-            try:
-                seen = np.reshape(array, shape, copy=False)
-            except ValueError:
-                with pytest.raises(ValueError, match="without a copy"):
-                    view.reshape(*shape)
-                continue
-            array, view = seen, view.reshape(*shape)
-        assert view.shape == array.shape
-        if array.size:
-            assert view.offset == array.__array_interface__["data"][0] - place
-            steps = zip(view.strides, array.strides, array.shape, strict=True)
-            assert all(mine == numpys for mine, numpys, size in steps if size > 1)
-            assert view.is_aligned
-
-
-def _factorings(size):
-    found = [(size,), (1, size), (size, 1)]
-    for first in range(2, size):
-        if size % first == 0:
-            found.append((first, size // first))
-            found += [(first, second, -1) for second in range(2, size) if (size // first) % second == 0]
-    return found
 
 
 # ------------------------------------------------------------------------------------------------- made once
@@ -291,7 +229,7 @@ def test_no_plan_runs_for_another_call(arrays, rng, monkeypatch):
                 yield np.rint(gpuconv.conv(x, w, algorithm=algorithm, **forward)), z
 
     def channels_first_of(x, w):
-        seen = exact("forward", np.moveaxis(x, -1, 1), w, None or np.moveaxis(x, -1, 1))
+        seen = exact("forward", np.moveaxis(x, -1, 1), w, np.moveaxis(x, -1, 1))
         return np.moveaxis(seen, 1, -1)
 
     for order in (1, -1, 1):
@@ -423,9 +361,9 @@ def test_few_frames_are_alive_at_a_matrix_product(shapes, options, limit, rng, m
         for direction, _ in itertools.product(DIRECTIONS, range(3)):
             with contextlib.suppress(ValueError):  # of what does not fit so small a limit
                 computed(direction, x, w, dy, padding=padding, **options)
-            if depths:
-                assert 2 <= min(depths) <= max(depths) <= 5, direction
-                depths.clear()
+            assert depths or limit != "64MiB", direction
+            assert all(2 <= depth <= 5 for depth in depths), direction
+            depths.clear()
     gpuconv.clear_cache()
 
 
@@ -629,12 +567,6 @@ def test_arrays_may_share_memory_with_one_another(rng):
             result = computed(direction, x, w, dy, padding=1)
             np.testing.assert_array_equal(result, exact(direction, x, w, dy))
         np.testing.assert_array_equal(computed("weight_grad", x, w, x, padding=1), exact("weight_grad", x, w, x))
-
-
-def test_where_memory_begins():
-    for array in (np.zeros((3, 4))[::-1], np.zeros((3, 4))[:, ::-2], np.zeros((3, 4)).T, np.zeros((0, 4))[::-1]):
-        low = np.lib.array_utils.byte_bounds(array)[0] if array.size else array.__array_interface__["data"][0]
-        assert array.__array_interface__["data"][0] + first_byte(array.shape, array.strides) == low
 
 
 def test_dtypes_of_other_libraries_are_read_where_they_lie(rng):

@@ -145,7 +145,7 @@ def launched(
     ) -> Callable[..., None]:
         kernels = found.setdefault(kernel.module, {})
         kernels[kernel.name] = max(shared_memory, kernels.get(kernel.name, 0))
-        return print  # in the place of a launch, which nobody makes
+        return lambda *_: None  # nothing runs the plan
 
     backend = Backend("recorded", numpy, remember)
     for geometry, dtype in convolutions:

@@ -1,0 +1,70 @@
+"""Views are what NumPy makes of arrays, without the arrays."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpuconv.views import View, first_byte
+
+
+def _random_index(data, view):
+    parts = []
+    for size in view.shape:
+        kind = data.draw(st.sampled_from(["all", "slice", "new", "int"]))
+        if kind == "new":
+            parts.append(None)
+        if kind == "int" and size:
+            parts.append(data.draw(st.integers(-size, size - 1)))
+        else:
+            ends = st.none() | st.integers(-size - 1, size + 1)
+            step = data.draw(st.sampled_from([None, 1, 2, -1, -2]))
+            parts.append(slice(None) if kind != "slice" else slice(data.draw(ends), data.draw(ends), step))
+    cut = data.draw(st.integers(0, len(parts)))
+    return tuple(parts[:cut]) if data.draw(st.booleans()) else (..., *parts[len(parts) - cut :])
+
+
+@given(st.data())
+def test_views_are_what_numpy_makes_of_arrays(data):
+    """Whatever is done to them: the element at which they begin, their shape, and strides where there are any."""
+    whole = np.zeros(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)), np.float32)
+    place = whole.__array_interface__["data"][0]
+    array, view = whole, View(0, 0, whole.shape, whole.strides, whole.dtype)
+    for _ in range(data.draw(st.integers(1, 4))):
+        what = data.draw(st.sampled_from(["index", "transpose", "reshape"]))
+        if what == "index":
+            index = _random_index(data, view)
+            array, view = array[index if Ellipsis in index else (*index, ...)], view[index]
+        elif what == "transpose":
+            axes = data.draw(st.permutations(range(array.ndim)))
+            array, view = array.transpose(axes), view.transpose(*axes)
+        elif array.size:
+            shape = data.draw(st.sampled_from(_factorings(array.size)))
+            try:
+                seen = np.reshape(array, shape, copy=False)
+            except ValueError:
+                with pytest.raises(ValueError, match="without a copy"):
+                    view.reshape(*shape)
+                continue
+            array, view = seen, view.reshape(*shape)
+        assert view.shape == array.shape
+        if array.size:
+            assert view.offset == array.__array_interface__["data"][0] - place
+            steps = zip(view.strides, array.strides, array.shape, strict=True)
+            assert all(mine == numpys for mine, numpys, size in steps if size > 1)
+            assert view.is_aligned
+
+
+def _factorings(size):
+    found = [(size,), (1, size), (size, 1)]
+    for first in range(2, size):
+        if size % first == 0:
+            found.append((first, size // first))
+            found += [(first, second, -1) for second in range(2, size) if (size // first) % second == 0]
+    return found
+
+
+def test_where_memory_begins():
+    for array in (np.zeros((3, 4))[::-1], np.zeros((3, 4))[:, ::-2], np.zeros((3, 4)).T, np.zeros((0, 4))[::-1]):
+        low = np.lib.array_utils.byte_bounds(array)[0] if array.size else array.__array_interface__["data"][0]
+        assert array.__array_interface__["data"][0] + first_byte(array.shape, array.strides) == low
