@@ -7,7 +7,7 @@ import pytest
 
 from gpuconv.cuda import kernels_folder
 from tests.emulation import launcher, loader
-from tests.emulation.loader import Library
+from tests.emulation.loader import library_of
 from tests.emulation.planted import COPY, kernel, launch, library
 
 pytestmark = pytest.mark.emulated
@@ -289,10 +289,10 @@ def test_a_library_is_built_once_for_all_processes(tmp_path, monkeypatch):
     monkeypatch.setenv("GPUCONV_CACHE_DIR", str(tmp_path))
     body = kernel("float* y", "y[threadIdx.x] = 42;")
     text = (loader.FOLDER / "primitives.hpp").read_text() + body
-    first = Library(text, "fast")
+    first = library_of(text, "fast")
     built = first.path.stat().st_mtime_ns
-    assert Library(text, "fast").path.stat().st_mtime_ns == built
-    assert Library(text, "checked").path != first.path
+    assert library_of(text, "fast").path.stat().st_mtime_ns == built
+    assert library_of(text, "checked").path != first.path
     assert len(list((tmp_path / "emulation").glob("*.so"))) == 2
 
 
@@ -302,7 +302,7 @@ def test_a_library_is_found_through_a_link(tmp_path, monkeypatch):
     monkeypatch.setenv("GPUCONV_CACHE_DIR", str(tmp_path / "link"))
     y = np.zeros(32, np.float32)
     body = kernel("float* y", "y[threadIdx.x] = 43;")
-    launcher.run(Library((loader.FOLDER / "primitives.hpp").read_text() + body, "fast"), "planted", 1, 32, (y,))
+    launcher.run(library_of((loader.FOLDER / "primitives.hpp").read_text() + body, "fast"), "planted", 1, 32, (y,))
     assert (y == 43).all()
 
 

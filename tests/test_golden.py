@@ -24,7 +24,7 @@ def emulated(mode="checked"):
     """A launch of the kernels of primitives.cu on the CPU."""
     primitives = (loader.FOLDER / "primitives.hpp").read_text()
     text = (vectors.FOLDER / "primitives.cu").read_text()
-    library = loader.Library(
+    library = loader.library_of(
         f'#define __CUDA_ARCH__ 900\n#line 1 "primitives.hpp"\n{primitives}\n#line 1 "primitives.cu"\n{text}', mode
     )
 

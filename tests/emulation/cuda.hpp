@@ -198,15 +198,25 @@ EMULATED_INLINE void call(void (*kernel)(A...), void** arguments, std::index_seq
 template <class... A> EMULATED_INLINE void call(void (*kernel)(A...), void** arguments) {
     call(kernel, arguments, std::index_sequence_for<A...>{});
 }
-template <class... A> struct Sizes {
-    static constexpr unsigned value[] = {unsigned(sizeof(A))..., 0};
+// A parameter of a kernel; `element` is the bytes of a floating-point number that it points to, 0 for other numbers.
+struct Parameter { unsigned bytes, is_pointer, is_constant, element; };
+
+template <class T> constexpr unsigned element_bytes = std::is_floating_point_v<T> ? sizeof(T) : 0;
+
+template <class A> constexpr Parameter parameter() {
+    using To = std::remove_pointer_t<A>;
+    constexpr bool is_pointer = std::is_pointer_v<A>;
+    return {sizeof(A), is_pointer, is_pointer && std::is_const_v<To>, element_bytes<std::remove_cv_t<To>>};
+}
+template <class... A> struct Parameters {
+    static constexpr Parameter value[] = {parameter<A>()..., {}};
 };
-template <class... A> EMULATED_INLINE const unsigned* sizes(void (*)(A...)) { return Sizes<A...>::value; }
+template <class... A> EMULATED_INLINE const Parameter* parameters(void (*)(A...)) { return Parameters<A...>::value; }
 }  // namespace emulated
 
-// What the loader calls: the kernel with its arguments behind pointers, and the sizes of its parameters, 0 at the end.
+// What the loader calls: the kernel with its arguments behind pointers, and its parameters, one of 0 bytes at the end.
 #define EMULATED_ENTRY(kernel)                                                                              \
     extern "C" __attribute__((visibility("default"))) EMULATED_UNCHECKED                                    \
     void emulated_call_##kernel(void** arguments) { emulated::call(&kernel, arguments); }                   \
     extern "C" __attribute__((visibility("default"))) EMULATED_UNCHECKED                                    \
-    const unsigned* emulated_sizes_##kernel() { return emulated::sizes(&kernel); }
+    const emulated::Parameter* emulated_parameters_##kernel() { return emulated::parameters(&kernel); }

@@ -163,6 +163,36 @@ static void allocate() {
     mprotect(g.arena + size, PAGE, PROT_NONE);
 }
 
+static void start(Library* library, const LaunchOptions* options) {
+    g.reports.clear();
+    g.aborted = g.out_of_time = false;
+    g.library = library;
+    g.checked = library->checked;
+    g.order = options->order;
+    g.late_copies = options->late_copies != 0;
+    g.profiled = options->profiled != 0;
+    profile_start();
+    g.random_state = options->seed * 0x9e3779b97f4a7c15u + 1;
+    g.global_atomics = 0;
+}
+
+static void run_blocks(const unsigned* grid, const unsigned* block, double seconds) {
+    Thread launch{};
+    launch.block_dim = {block[0], block[1], block[2]};
+    launch.grid_dim = {grid[0], grid[1], grid[2]};
+    std::vector<uint64_t> blocks(uint64_t(grid[0]) * grid[1] * grid[2]);
+    std::iota(blocks.begin(), blocks.end(), 0);
+    if (g.order == REVERSE) std::reverse(blocks.begin(), blocks.end());
+    if (g.order == RANDOM)
+        for (size_t i = blocks.size(); i > 1; --i) std::swap(blocks[i - 1], blocks[next_random() % i]);
+    Guard guard(seconds);
+    if (sigsetjmp(out_of_launch, 1)) return;
+    for (uint64_t i : blocks) {
+        run_block({unsigned(i % grid[0]), unsigned(i / grid[0] % grid[1]), unsigned(i / grid[0] / grid[1])}, launch);
+        if (g.aborted) return;
+    }
+}
+
 extern "C" {
 
 Library* emulated_library(uintptr_t low, uintptr_t high, int checked, int count, const size_t* offsets,
@@ -179,72 +209,48 @@ Library* emulated_library(uintptr_t low, uintptr_t high, int checked, int count,
     return library;
 }
 
-struct LaunchOptions {
-    int order;
-    uint64_t seed;
-    int late_copies, profiled;
-    double seconds;
-};
-
-// Runs a grid, and returns how many reports there are.
-int emulated_launch(Library* library, void (*entry)(void**), const unsigned* grid, const unsigned* block,
-                    size_t shared_bytes, void** arguments, const Argument* given, int count, const LaunchOptions* options) {
+// Runs a grid on memory that it may use, and returns how many reports there are.
+int emulated_run(Library* library, void (*entry)(void**), const unsigned* grid, const unsigned* block, size_t shared_bytes,
+                 void** arguments, Region** regions, int count, const LaunchOptions* options) {
     allocate();
-    g.reports.clear();
-    g.aborted = g.out_of_time = false;
-    g.library = library;
-    g.checked = library->checked;
+    start(library, options);
     g.entry = entry;
     g.arguments = arguments;
-    g.order = options->order;
-    g.late_copies = options->late_copies != 0;
-    g.profiled = options->profiled != 0;
-    profile_start();
-    g.random_state = options->seed * 0x9e3779b97f4a7c15u + 1;
     g.threads = int(block[0] * block[1] * block[2]);
     g.warps = (g.threads + 31) / 32;
     g.arena_bytes = shared_bytes;
-    g.global_atomics = 0;
     if (g.threads < 1 || g.threads > MOST_THREADS || shared_bytes > MOST_SHARED || grid[1] > 65535 || grid[2] > 65535) {
         g.reports.push_back("a block has 1 to 1024 threads and at most 227 KiB of shared memory; a grid has at most 65535"
                             " blocks along its second and third axis");
         return 1;
     }
-    std::vector<Guarded*> guarded;
-    std::vector<void*> pointers(count);
-    g.arrays.clear();
-    for (int i = 0; i < count; ++i) {
-        guarded.push_back(new Guarded(given[i], g.order != REVERSE));
-        pointers[i] = guarded.back()->pointer;
-        arguments[given[i].slot] = &pointers[i];
-        g.arrays.push_back(&guarded.back()->region);
-    }
+    g.arrays.assign(regions, regions + count);
     std::sort(g.arrays.begin(), g.arrays.end(), [](Region* a, Region* b) { return a->low < b->low; });
     g.first_serial = g.serial + 1;
     prepare_checks();
-
-    Thread launch{};
-    launch.block_dim = {block[0], block[1], block[2]};
-    launch.grid_dim = {grid[0], grid[1], grid[2]};
-    std::vector<uint64_t> blocks(uint64_t(grid[0]) * grid[1] * grid[2]);
-    std::iota(blocks.begin(), blocks.end(), 0);
-    if (g.order == REVERSE) std::reverse(blocks.begin(), blocks.end());
-    if (g.order == RANDOM)
-        for (size_t i = blocks.size(); i > 1; --i) std::swap(blocks[i - 1], blocks[next_random() % i]);
-    {
-        Guard guard(options->seconds);
-        if (sigsetjmp(out_of_launch, 1) == 0)
-            for (uint64_t i : blocks) {
-                run_block({unsigned(i % grid[0]), unsigned(i / grid[0] % grid[1]), unsigned(i / grid[0] / grid[1])}, launch);
-                if (g.aborted) break;
-            }
-    }
+    run_blocks(grid, block, options->seconds);
     g.current = nullptr;
+    g.arrays.clear();
+    return int(g.reports.size());
+}
+
+// The same on copies of arrays of the caller, each between pages that fault.
+int emulated_launch(Library* library, void (*entry)(void**), const unsigned* grid, const unsigned* block,
+                    size_t shared_bytes, void** arguments, const Argument* given, int count, const LaunchOptions* options) {
+    std::vector<Guarded*> guarded;
+    std::vector<Region*> regions;
+    std::vector<void*> pointers(count);
+    for (int i = 0; i < count; ++i) {
+        guarded.push_back(new Guarded(given[i], options->order != REVERSE));
+        regions.push_back(&guarded.back()->region);
+        pointers[i] = guarded.back()->pointer;
+        arguments[given[i].slot] = &pointers[i];
+    }
+    emulated_run(library, entry, grid, block, shared_bytes, arguments, regions.data(), count, options);
     for (Guarded* array : guarded) {
         array->finish();
         delete array;
     }
-    g.arrays.clear();
     return int(g.reports.size());
 }
 

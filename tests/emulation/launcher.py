@@ -115,7 +115,8 @@ def _launch(kernel, grid, block, shared_memory, *arguments):
 def run(library, name, grid, block, arguments, shared_memory=0, names=None):
     """Runs a kernel of any library. ``names`` has the name of each parameter, and whether it is only read."""
     __tracebackhide__ = True
-    entry, sizes = library.kernel(name)
+    entry, declared = library.kernel(name)
+    sizes = [parameter.bytes for parameter in itertools.takewhile(lambda one: one.bytes, declared)]
     names = names or [(f"argument {i}", False) for i in range(len(arguments))]
     assert len(arguments) == len(sizes) == len(names), f"{name} takes {len(sizes)} arguments"
     slots, given, kept = (ctypes.c_void_p * max(1, len(arguments)))(), [], []

@@ -174,26 +174,30 @@ def library_file(text, mode):
     return _built((content, *flags, runtime_path.name), build)
 
 
-class Library:
-    """The kernels of one source text, compiled in one mode."""
+def library_of(text, mode):
+    """The library of a source text."""
+    return Library(library_file(text, mode), mode)
 
-    def __init__(self, text, mode):
-        self.mode = mode
-        self.names = kernel_names(text)
-        self.path = library_file(text, mode)
-        self._library = ctypes.CDLL(self.path)
+
+class Parameter(ctypes.Structure):
+    """A parameter of a kernel, as cuda.hpp has it."""
+
+    _fields_ = tuple((name, ctypes.c_uint) for name in ("bytes", "is_pointer", "is_constant", "element"))
+
+
+class Library:
+    """A library of kernels, compiled in one mode."""
+
+    def __init__(self, path, mode):
+        self.path, self.mode = path, mode
+        self._library = ctypes.CDLL(path)
         self.handle = self._register()
 
     def kernel(self, name):
-        """The address of the function that calls a kernel, and the sizes of the kernel's parameters."""
-        sizes_of = getattr(self._library, f"emulated_sizes_{name}")
-        sizes_of.restype = ctypes.POINTER(ctypes.c_uint)
-        sizes = []
-        for size in sizes_of():
-            if size == 0:
-                break
-            sizes.append(size)
-        return ctypes.cast(getattr(self._library, f"emulated_call_{name}"), ctypes.c_void_p), sizes
+        """The address of the function that calls a kernel, and the kernel's parameters, one of 0 bytes at the end."""
+        parameters = getattr(self._library, f"emulated_parameters_{name}")
+        parameters.restype = ctypes.POINTER(Parameter)
+        return ctypes.cast(getattr(self._library, f"emulated_call_{name}"), ctypes.c_void_p), parameters()
 
     def static_memory(self, name):
         """The bytes of shared memory that a kernel declares."""
@@ -201,10 +205,12 @@ class Library:
 
     def _register(self):
         """Tells the runtime where the library lies, and where its shared arrays are: statics of functions."""
-        self._arrays, end = [], 0
+        self._arrays, self.names, end = [], [], 0
         for line in _run("nm", "-C", "-S", "--defined-only", self.path).splitlines():
             address, size, kind, name = re.fullmatch(r"(\w+) (?:(\w+) )?(\w) (.*)", line).groups()
             end = max(end, int(address, 16) + int(size or "0", 16))
+            if name.startswith("emulated_call_"):
+                self.names.append(name.removeprefix("emulated_call_"))
             if kind in "bBdDuV" and size and "::" in name and not name.startswith(("guard", "emulated")):
                 self._arrays.append((int(address, 16), int(size, 16), name))
         base = _base_of(getattr(self._library, f"emulated_call_{self.names[0]}"))
@@ -263,7 +269,7 @@ def kernel_names(text):
 @functools.cache
 def library_for(module, mode):
     """The library of a module of the package."""
-    return Library(emulated_source(module), mode)
+    return library_of(emulated_source(module), mode)
 
 
 def emulated_source(module):

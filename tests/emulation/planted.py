@@ -8,7 +8,7 @@ from tests.emulation import launcher, loader
 @functools.cache
 def library(body, mode):
     primitives = (loader.FOLDER / "primitives.hpp").read_text()
-    return loader.Library(f'#line 1 "primitives.hpp"\n{primitives}\n#line 1 "planted.cu"\n{body}', mode)
+    return loader.library_of(f'#line 1 "primitives.hpp"\n{primitives}\n#line 1 "planted.cu"\n{body}', mode)
 
 
 def launch(body, arguments, grid=1, block=32, mode="fast", shared_memory=0, **how):

@@ -13,6 +13,10 @@ struct __align__(4) half2 { half x, y; };
 struct __align__(4) bfloat162 { bfloat16 x, y; };
 
 namespace emulated {
+template <> constexpr unsigned element_bytes<half> = 2;
+template <> constexpr unsigned element_bytes<bfloat16> = 2;
+template <class T> constexpr unsigned element_bytes<Complex<T>> = sizeof(T);
+
 extern "C" {
 void emulated_copy_async(void* to, const void* from, int bytes, int present);
 void emulated_copy_async_commit();

@@ -88,6 +88,13 @@ struct Library {
 
 enum Order { NATURAL, REVERSE, RANDOM };
 
+struct LaunchOptions {
+    int order;
+    uint64_t seed;
+    int late_copies, profiled;
+    double seconds;
+};
+
 struct Runtime {
     Fiber fibers[MOST_THREADS];
     char* stacks;
