@@ -5,6 +5,7 @@ CuPy's own compiler is not used, because it appends ``-arch=sm_90`` where ``sm_9
 
 from __future__ import annotations
 
+import struct
 from functools import lru_cache
 from typing import Any
 
@@ -81,6 +82,18 @@ def compiled_text(text: str, name: str, architecture: str, module: Module | None
         log = compiler.getProgramLog(program)
         if architecture.startswith("compute_"):
             return compiler.getPTX(program).rstrip(b"\0"), log
-        return compiler.getCUBIN(program), log
+        return _whole(compiler.getCUBIN(program)), log
     finally:
         compiler.destroyProgram(program)
+
+
+def _whole(cubin: bytes) -> bytes:
+    """The cubin with its last byte, which is 0: CuPy takes it for the end of a text and drops it."""
+    return cubin.ljust(elf_size(cubin), b"\0")
+
+
+def elf_size(cubin: bytes) -> int:
+    """How many bytes the headers of an ELF file say that it has."""
+    program_headers, section_headers = struct.unpack_from("<QQ", cubin, 0x20)
+    program_header, programs, section_header, sections = struct.unpack_from("<HHHH", cubin, 0x36)
+    return int(max(program_headers + program_header * programs, section_headers + section_header * sections))

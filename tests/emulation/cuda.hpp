@@ -9,6 +9,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "parameter.hpp"
+
 // The emulator's own functions are not part of the kernel: they are neither checked nor blamed.
 #define EMULATED_UNCHECKED __attribute__((no_sanitize("thread", "undefined")))
 #define EMULATED_INLINE EMULATED_UNCHECKED static inline
@@ -198,9 +200,6 @@ EMULATED_INLINE void call(void (*kernel)(A...), void** arguments, std::index_seq
 template <class... A> EMULATED_INLINE void call(void (*kernel)(A...), void** arguments) {
     call(kernel, arguments, std::index_sequence_for<A...>{});
 }
-// A parameter of a kernel; `element` is the bytes of a floating-point number that it points to, 0 for other numbers.
-struct Parameter { unsigned bytes, is_pointer, is_constant, element; };
-
 template <class T> constexpr unsigned element_bytes = std::is_floating_point_v<T> ? sizeof(T) : 0;
 
 template <class A> constexpr Parameter parameter() {

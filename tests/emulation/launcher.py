@@ -88,7 +88,7 @@ class _Argument(ctypes.Structure):
     )
 
 
-class _LaunchOptions(ctypes.Structure):
+class LaunchOptions(ctypes.Structure):
     _fields_ = (
         ("order", ctypes.c_int),
         ("seed", ctypes.c_uint64),
@@ -137,7 +137,7 @@ def run(library, name, grid, block, arguments, shared_memory=0, names=None):
             raise loader.EmulationError(f"{name} takes more than the {most} bytes of shared memory that a {what}")
     number = next(options.seed)
     order = ORDERS.index(options.order) if options.order else number % len(ORDERS)
-    how = _LaunchOptions(order, number, options.late_copies, options.profiled, options.seconds)
+    how = LaunchOptions(order, number, options.late_copies, options.profiled, options.seconds)
     grids, blocks = ((ctypes.c_uint * 3)(*((d, 1, 1) if isinstance(d, int) else d)) for d in (grid, block))
     array = (_Argument * len(given))(*given)
     runtime = loader.runtime()

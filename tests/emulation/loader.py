@@ -79,7 +79,7 @@ def why_not():
 
 
 @functools.cache
-def _machine_flags():
+def machine_flags():
     """Fused multiply-adds, where the processor has them: a GPU has them too."""
     with open("/proc/cpuinfo") as facts:
         flags = next((line.split() for line in facts if line.startswith("flags")), [])
@@ -87,11 +87,11 @@ def _machine_flags():
 
 
 @functools.cache
-def _compiler():
+def compiler():
     return subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
 
 
-def _run(*command):
+def run(*command):
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise BuildError(f"{' '.join(map(str, command[:3]))} ... failed:\n{done.stderr}")
@@ -106,7 +106,7 @@ def _built(parts, build):
 
     Where another thread is building it, this waits for that.
     """
-    key = hashlib.sha256("\0".join((*parts, *_machine_flags(), _compiler())).encode()).hexdigest()[:24]
+    key = hashlib.sha256("\0".join((*parts, *machine_flags(), compiler())).encode()).hexdigest()[:24]
     folder = settings.cache_folder() / "emulation"
     path = folder / f"{key}.so"
     with _building[key]:
@@ -123,14 +123,15 @@ def _built(parts, build):
 def runtime():
     """The emulator itself, loaded."""
     parts = ("scheduler.cpp", "launch.cpp", "checks.cpp", "profile.cpp", "instructions.cpp")
-    names = ("cuda.hpp", "runtime.hpp", *parts)
+    names = ("parameter.hpp", "cuda.hpp", "launch.hpp", "runtime.hpp", *parts)
     flags = (*COMMON, "-g", "-O2", "-Wextra", "-shared", "-Wl,-Bsymbolic")
 
     def build(folder):
         sources = (FOLDER / name for name in parts)
-        _run("g++", *flags, *_machine_flags(), "-o", folder / "library.so", *sources)
+        run("g++", *flags, *machine_flags(), "-o", folder / "library.so", *sources)
 
-    library = ctypes.CDLL(_built((*flags, *((FOLDER / name).read_text() for name in names)), build))
+    path = _built((*flags, *((FOLDER / name).read_text() for name in names)), build)
+    library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)  # kernels find its functions wherever it lies
     library.emulated_library.restype = ctypes.c_void_p
     library.emulated_report.restype = ctypes.c_char_p
     library.emulated_profile.restype = ctypes.c_char_p
@@ -141,16 +142,18 @@ def runtime():
 @functools.cache
 def _header(mode, cache):
     """A copy of cuda.hpp, which every kernel includes, beside what g++ made of it beforehand: that saves a fifth."""
-    flags, text = (*KERNEL, *MODES[mode]), (FOLDER / "cuda.hpp").read_text()
-    key = hashlib.sha256("\0".join((text, *flags, *_machine_flags(), _compiler())).encode()).hexdigest()[:24]
+    flags = (*KERNEL, *MODES[mode])
+    texts = {name: (FOLDER / name).read_text() for name in ("parameter.hpp", "cuda.hpp")}
+    key = hashlib.sha256("\0".join((*texts.values(), *flags, *machine_flags(), compiler())).encode()).hexdigest()[:24]
     folder = cache / "emulation" / key
     if not (folder / "cuda.hpp.gch").exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            for name, text in texts.items():
+                (Path(scratch) / name).write_text(text)
             header = Path(scratch) / "cuda.hpp"
-            header.write_text(text)
-            _run("g++", *flags, *_machine_flags(), "-x", "c++-header", header, "-o", f"{header}.gch")
-            for name in ("cuda.hpp", "cuda.hpp.gch"):
+            run("g++", *flags, *machine_flags(), "-x", "c++-header", header, "-o", f"{header}.gch")
+            for name in (*texts, "cuda.hpp.gch"):
                 os.replace(Path(scratch) / name, folder / name)
     return folder / "cuda.hpp"
 
@@ -160,18 +163,16 @@ def library_file(text, mode):
     entries = "".join(f"EMULATED_ENTRY({name})\n" for name in kernel_names(text))
     content = f'{text}\n#line 1 "entries"\n{entries}'
     flags = (*KERNEL, *MODES[mode])
-    runtime_path = Path(runtime()._name)
 
     def build(folder):
         (folder / "kernels.cpp").write_text(content)
         include = ("-include", _header(mode, settings.cache_folder()))
         where = f"-ffile-prefix-map={folder}=."
-        command = ("g++", *flags, where, *_machine_flags(), *include, "-c", folder / "kernels.cpp")
-        _run(*command, "-o", folder / "kernels.o")
-        link = ("-shared", "-o", folder / "library.so", folder / "kernels.o", runtime_path)
-        _run("g++", *link, f"-Wl,-rpath,{runtime_path.parent}")
+        command = ("g++", *flags, where, *machine_flags(), *include, "-c", folder / "kernels.cpp")
+        run(*command, "-o", folder / "kernels.o")
+        run("g++", "-shared", "-o", folder / "library.so", folder / "kernels.o")
 
-    return _built((content, *flags, runtime_path.name), build)
+    return _built((content, *flags, Path(runtime()._name).name), build)
 
 
 def library_of(text, mode):
@@ -206,7 +207,7 @@ class Library:
     def _register(self):
         """Tells the runtime where the library lies, and where its shared arrays are: statics of functions."""
         self._arrays, self.names, end = [], [], 0
-        for line in _run("nm", "-C", "-S", "--defined-only", self.path).splitlines():
+        for line in run("nm", "-C", "-S", "--defined-only", self.path).splitlines():
             address, size, kind, name = re.fullmatch(r"(\w+) (?:(\w+) )?(\w) (.*)", line).groups()
             end = max(end, int(address, 16) + int(size or "0", 16))
             if name.startswith("emulated_call_"):
@@ -239,7 +240,7 @@ class Library:
 
 @functools.cache
 def _frames(path, offset):
-    frames = _run("addr2line", "-i", "-e", path, hex(offset)).splitlines()
+    frames = run("addr2line", "-i", "-e", path, hex(offset)).splitlines()
     lines = [Path(frame.split(" (")[0]).name for frame in frames]
     return [line for line in lines if not line.startswith(("cuda.hpp", "primitives.hpp", "entries", "?"))] or ["?"]
 

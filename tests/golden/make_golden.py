@@ -21,7 +21,8 @@ from tests.golden import vectors
 
 def source():
     """What a GPU's compiler is given."""
-    return (kernels_folder() / "primitives.cuh").read_text() + (vectors.FOLDER / "primitives.cu").read_text()
+    files = (kernels_folder() / "primitives.cuh", vectors.FOLDER / "primitives.cu")
+    return "".join(f'#line 1 "{path.name}"\n{path.read_text()}' for path in files)
 
 
 def on_gpu(cupy):

@@ -1,0 +1,67 @@
+"""Builds CuPy for the CPU, or runs a command with it: see the package's text."""
+
+import argparse
+import ctypes
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from gpuconv import settings
+from tests.cupy_on_cpu import build
+
+ROOT = Path(__file__).parents[2]
+
+
+def devices():
+    """How many CUDA devices the driver of this machine reports."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    return 0 if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) else count.value
+
+
+def environment(folder):
+    """That of a command: caches of its own, since nothing that it compiles would run on a GPU."""
+    emulation, caches = settings.cache_folder() / "emulation", build.caches(folder)
+    emulation.mkdir(parents=True, exist_ok=True)
+    (caches / "gpuconv").mkdir(parents=True, exist_ok=True)
+    if not (caches / "gpuconv" / "emulation").exists():
+        (caches / "gpuconv" / "emulation").symlink_to(emulation.resolve())
+    return {
+        **os.environ,
+        build.FOLDER: str(folder),
+        "PYTHONPATH": os.pathsep.join([str(folder / "site"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "LD_LIBRARY_PATH": str(folder / "lib"),
+        "GPUCONV_CACHE_DIR": str(caches / "gpuconv"),
+        "CUPY_CACHE_DIR": str(caches / "cupy"),
+        "CUPY_ACCELERATORS": "",
+        "CUDA_PATH": str(folder / "headers"),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m tests.cupy_on_cpu", description=__doc__)
+    parser.add_argument("--cupy", metavar="VERSION", help="another CuPy than the one that is installed")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run; nothing: build only")
+    given = parser.parse_args()
+    if devices():
+        sys.exit("the driver reports a CUDA device: CuPy computes on it, and nothing is emulated")
+    start = time.monotonic()
+    try:
+        folder = build.made(given.cupy or build.version_at_hand())
+    except build.BuildError as error:
+        sys.exit(str(error))
+    if not given.command:
+        print(f"{folder} ({time.monotonic() - start:.0f} s)")
+        return
+    name, *rest = given.command
+    command = [sys.executable, *rest] if name == "python" else [sys.executable, "-m", name, *rest]
+    sys.exit(subprocess.call(command, env=environment(folder)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""Makes the build: CuPy's wheel, its module of the runtime compiled anew, and our libraries in the place of NVIDIA's.
+
+The wheel links NVIDIA's runtime into five of its modules. cupy_backends.cuda.api.runtime is compiled from CuPy's own
+source against our libcudart; the other four are replaced (libraries/cub.pyx, replaced.py). All other libraries are
+loaded by name, and ours are found first.
+"""
+
+import concurrent.futures
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+from pathlib import Path
+
+from gpuconv import settings
+from tests.emulation import loader
+
+HERE = Path(__file__).parent
+LIBRARIES = HERE / "libraries"
+FOLDER = "GPUCONV_CUPY_ON_CPU"  # the environment variable that says to a process where the build is
+TOOLS = ("cython>=3.1", "nvidia-cuda-runtime-cu12>=12.9,<13")
+COMPILED = {"runtime": "cupy_backends.cuda.api.runtime", "cub": "cupy.cuda.cub"}
+
+# Our libraries by soname: the prefix of their functions, and the status that says "not supported".
+SONAMES = {
+    "libcudart.so.12": ("cuda", None),
+    "libcuda.so.1": ("cu", 801),
+    "libnvrtc.so.12": ("nvrtc", 11),
+    "libcublas.so.12": ("cublas", 15),
+    "libcublasLt.so.12": ("cublasLt", 15),
+    "libcufft.so.11": ("cufft", 16),
+    "libcurand.so.10": ("curand", 199),
+    "libcusparse.so.12": ("cusparse", 10),
+    "libcusolver.so.11": ("cusolver", 9),
+    "libnvJitLink.so.12": ("nvJitLink", 1),
+}
+
+
+class BuildError(RuntimeError):
+    """Why there is no build, in one line."""
+
+
+def folder():
+    """The build that this process runs with."""
+    return Path(os.environ[FOLDER])
+
+
+def version_at_hand():
+    """The CuPy that is installed here."""
+    try:
+        return importlib.metadata.version("cupy-cuda12x")
+    except importlib.metadata.PackageNotFoundError:
+        raise BuildError("cupy-cuda12x is not installed, so a version must be named: --cupy 14.2.0") from None
+
+
+def place(version):
+    """The folder of a build: its name depends on CuPy's version, Python, the compiler and our sources."""
+    sources = [path for path in HERE.rglob("*") if path.suffix in (".cpp", ".hpp", ".h", ".pyx")]
+    sources += [HERE / name for name in ("build.py", "sitecustomize.py")]
+    sources += [loader.FOLDER / name for name in ("parameter.hpp", "launch.hpp", "cuda.hpp")]
+    key = _key(version, sys.version, loader.compiler(), *loader.machine_flags(), *_texts(sources))
+    return settings.cache_folder() / "cupy_on_cpu" / f"{version}-{key}"
+
+
+def caches(target):
+    """The folder for what is compiled with a build: CuPy and gpuconv know their own sources, but not our compiler."""
+    sources = [HERE / "compiler.py", *loader.FOLDER.iterdir()]
+    return target.with_name(f"{target.name}-{_key(*_texts(path for path in sources if path.is_file()))}")
+
+
+def _texts(paths):
+    return [path.read_text() for path in sorted(paths)]
+
+
+def _key(*parts):
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def made(version):
+    """The folder of the build for a version of CuPy, which is made now if there is none."""
+    if reason := loader.why_not():
+        raise BuildError(reason)
+    target = place(version)
+    if target.exists():
+        check(target)
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        work, result = Path(scratch) / "work", Path(scratch) / "result"
+        work.mkdir()
+        result.mkdir()
+        _make(version, work, result)
+        try:
+            os.replace(result, target)
+        except OSError:  # another process was faster
+            check(target)
+    return target
+
+
+def check(target):
+    """BuildError where a file of ours is not what was built."""
+    try:
+        digests = json.loads((target / "digests.json").read_text())
+        damaged = [name for name, digest in digests.items() if _digest(target / name) != digest]
+    except (OSError, ValueError):
+        damaged = ["digests.json"]
+    if damaged:
+        raise BuildError(f"the build of CuPy for the CPU is damaged ({', '.join(damaged)}): remove {target}")
+
+
+def _digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+def _make(version, work, result):
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        source = pool.submit(_source, version, work)
+        _install(version, work, result)
+        tools, source = work / "tools", source.result()
+        jobs = {stem: pool.submit(_extension, stem, source, tools, work) for stem in COMPILED}
+        jobs |= {path.stem: pool.submit(_library, path, tools, work) for path in sorted(LIBRARIES.glob("*.cpp"))}
+        headers = pool.submit(_headers, result)
+        objects = {name: job.result() for name, job in jobs.items()}
+        headers.result()
+    (result / "lib").mkdir()
+    needed = _needed(result / "site", source, objects["runtime"])
+    for soname in SONAMES:
+        _link(soname, objects.get(soname.partition(".")[0]), needed[soname], work, result / "lib")
+    for stem in COMPILED:
+        cudart = result / "lib" / "libcudart.so.12"
+        _run("g++", "-shared", objects[stem], cudart, "-Wl,-rpath,$ORIGIN", "-o", result / "lib" / f"{stem}.so")
+    shutil.copy(HERE / "sitecustomize.py", result / "site")
+    ours = [path for name in ("lib", "headers") for path in sorted((result / name).iterdir())]
+    digests = {str(path.relative_to(result)): _digest(path) for path in ours}
+    (result / "digests.json").write_text(json.dumps(digests))
+
+
+def _install(version, work, result):
+    """CuPy with what it needs beside NumPy, and the tools."""
+    site = result / "site"
+    _pip("install", "--no-deps", "--target", site, f"cupy-cuda12x=={version}")
+    (metadata,) = site.glob("cupy_cuda12x-*.dist-info/METADATA")
+    needs = re.findall(r"^Requires-Dist: ([^;\n]+)$", metadata.read_text(), re.MULTILINE)
+    _pip("install", "--no-deps", "--target", site, *(need for need in needs if not need.startswith("numpy")))
+    _pip("install", "--target", work / "tools", *TOOLS)
+
+
+def _source(version, work):
+    """CuPy's source, whose installer is told that nothing is to be compiled."""
+    environment = {**os.environ, "CUPY_INSTALL_USE_STUB": "1"}
+    _pip("download", "--no-deps", "--no-binary", "cupy", "-d", work, f"cupy=={version}", env=environment)
+    with tarfile.open(work / f"cupy-{version}.tar.gz") as archive:
+        archive.extractall(work, filter="data")
+    source = work / f"cupy-{version}"
+    shutil.copy(LIBRARIES / "cub.pyx", source / "cupy" / "cuda" / "cub.pyx")
+    return source
+
+
+def _extension(stem, source, tools, work):
+    """The object file of a module that is compiled anew."""
+    name = COMPILED[stem]
+    code, made_object = work / f"{stem}.cpp", work / f"{stem}.o"
+    settings_of_cupy = {
+        "CUPY_USE_CUDA_PYTHON": False,
+        "CUPY_CUFFT_STATIC": False,
+        "CUPY_CYTHON_VERSION": "",
+        "CUPY_CUDA_VERSION": 12090,
+        "CUPY_HIP_VERSION": 0,
+    }
+    script = f"""
+from Cython.Compiler.Main import CompilationOptions, compile
+options = CompilationOptions(
+    language_level=3, cplus=True, include_path=["."], output_file={str(code)!r}, compile_time_env={settings_of_cupy!r},
+    compiler_directives={{"embedsignature": True, "c_api_binop_methods": True, "binding": False}},
+)
+raise SystemExit(compile({name.replace(".", "/") + ".pyx"!r}, options, full_module_name={name!r}).num_errors)
+"""
+    _run(sys.executable, "-c", script, cwd=source, env={**os.environ, "PYTHONPATH": str(tools)})
+    include = (f"-I{sysconfig.get_paths()['include']}", f"-I{source}/cupy_backends", f"-I{source}/cupy_backends/cuda/api")
+    include += (f"-I{source}", f"-I{source}/cupy", f"-I{source}/cupy/_core/include")
+    _run("g++", "-std=c++17", "-O1", "-g0", "-fPIC", "-w", *include, *_host_headers(tools), "-c", code, "-o", made_object)
+    return made_object
+
+
+def _host_headers(tools):
+    return (f"-I{HERE / 'host_headers'}", "-isystem", tools / "nvidia" / "cuda_runtime" / "include")
+
+
+def _library(path, tools, work):
+    """The object file of a library of ours."""
+    flags = ("-std=c++17", "-O3", "-fPIC", "-Wall", *loader.machine_flags())
+    include = (f"-I{loader.FOLDER}", *_host_headers(tools))
+    _run("g++", *flags, *include, "-c", path, "-o", work / f"{path.stem}.o")
+    return work / f"{path.stem}.o"
+
+
+def _needed(site, source, runtime):
+    """The functions of each library that CuPy calls."""
+    needed = {soname: set() for soname in SONAMES}
+    needed["libcudart.so.12"] |= {name for name in _undefined(runtime) if name.startswith("cuda")}
+    for module in site.rglob("*.so"):
+        for name in _undefined(module):
+            function, _, soname = name.partition("@")
+            if soname in needed:
+                needed[soname].add(function)
+    for path in source.glob("cupy_backends/cuda/**/*.p[xy]*"):  # what is loaded by name
+        for soname, (prefix, _) in SONAMES.items():
+            if f"'{prefix}'" in path.read_text():
+                names = re.findall(r"\.get\(f?'(\w+)(?:\{version\})?'\)", path.read_text())
+                needed[soname] |= {prefix + name + end for name in names for end in ("", "_v2")}
+    return needed
+
+
+def _undefined(path):
+    return re.findall(r" U (\S+)", _run("nm", "--undefined-only", *(("-D",) if path.suffix == ".so" else ()), path))
+
+
+def _link(soname, made_object, needed, work, folder):
+    """A library, with a refusal for each function that CuPy calls and that it does not have."""
+    _, status = SONAMES[soname]
+    defined = _run("nm", "--defined-only", made_object).split() if made_object else ()
+    lines = ['extern "C" {', "int emulated_refusal();"]
+    for name in sorted(needed.difference(defined)):
+        if re.search(r"Get(Error|Status)(String|Name)", name):
+            lines.append(f'const char* {name}() {{ return "not supported"; }}')
+        else:
+            lines.append(f"int {name}() {{ return {status or 'emulated_refusal()'}; }}")
+    refusals, versions = work / "refusals.cpp", work / "versions.map"
+    refusals.write_text("\n".join([*lines, "}"]))
+    versions.write_text(f"{soname} {{ global: *; }};\n")
+    needs = () if soname == "libcudart.so.12" else (folder / "libcudart.so.12", "-Wl,-rpath,$ORIGIN")
+    flags = ("-shared", "-fPIC", "-w", f"-Wl,-soname,{soname}", f"-Wl,--version-script={versions}")
+    own = (made_object,) if made_object else ()
+    _run("g++", *flags, refusals, *own, *needs, "-o", folder / soname)
+
+
+def _headers(result):
+    """cupy.hpp, which is in front of every source of CuPy's, beside what g++ makes of it beforehand."""
+    from tests.cupy_on_cpu import compiler
+
+    headers = result / "headers"
+    shutil.copytree(HERE / "kernel_headers", headers)
+    for name in ("parameter.hpp", "cuda.hpp"):
+        shutil.copy(loader.FOLDER / name, headers)
+    _run("g++", *compiler.cupy_flags(), "-x", "c++-header", headers / "cupy.hpp", "-o", headers / "cupy.hpp.gch")
+
+
+def _run(*command, **how):
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **how)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
+        errors = [line for line in said if "rror" in line] or said
+        name = Path(str(command[0])).name
+        raise BuildError(f"building CuPy for the CPU failed: {name} says {errors[-1].strip()}")
+    return done.stdout
+
+
+def _pip(command, *arguments, **how):
+    _run(sys.executable, "-m", "pip", command, "--quiet", "--disable-pip-version-check", *arguments, **how)

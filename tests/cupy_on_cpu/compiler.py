@@ -1,0 +1,130 @@
+"""NVRTC on the CPU: a source becomes a library, made by g++ as tests/emulation makes it."""
+
+import ctypes
+import re
+import tempfile
+from pathlib import Path
+
+from tests.cupy_on_cpu import build
+from tests.emulation import launcher, loader
+
+SUCCESS, INVALID_OPTION, COMPILATION = 0, 5, 6
+# CuPy's sources are compiled for the CPU by a compiler that they were not written for.
+OF_CUPY = ("-std=gnu++17", "-w", "-fpermissive", "-mf16c", "-O1", "-g0")
+# The constructs of CUDA that no header can give a meaning to.
+DYNAMIC_SHARED = re.compile(r"extern\s+__shared__\s+([\w:<>\s]+?)\s*\b(\w+)\s*\[\s*\]\s*;")
+PRIMITIVES = re.compile(r'#line 1 "primitives\.cuh"\n.*?(?=#line 1 ")', re.DOTALL)
+TEMPLATE = re.compile(r"template\s*<[^{;]*$")
+
+# What ptxas says of a kernel, without its figures.
+PTXAS = """ptxas info    : Compiling entry function '{0}' for 'sm_90a'
+ptxas info    : Function properties for {0}
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers, used 1 barriers, 0 bytes smem
+"""
+
+_Texts = ctypes.POINTER(ctypes.c_char_p)
+_COMPILE = ctypes.CFUNCTYPE(
+    *(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int, _Texts, ctypes.c_int, _Texts),
+    *(ctypes.c_int, _Texts, _Texts),
+)
+compilations = []  # the names of all sources that were compiled
+
+
+def install(nvrtc):
+    """Makes the library of NVRTC compile by this module."""
+    nvrtc.emulated_compiled.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_char_p)
+    nvrtc.emulated_lowered.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p)
+
+    @_COMPILE
+    def compile_program(program, source, name, count, options, expressions, expression, headers, names, contents):
+        options = [options[i].decode() for i in range(count)]
+        expressions = [expression[i].decode() for i in range(expressions)]
+        headers = {names[i].decode(): contents[i].decode() for i in range(headers)}
+        compilations.append(name.decode())
+        if unknown := [option for option in options if not _is_known(option)]:
+            nvrtc.emulated_compiled(program, b"", 0, f"unrecognized options: {unknown}".encode())
+            return INVALID_OPTION
+        try:
+            code = compiled(source.decode(), options, expressions, headers)
+        except loader.BuildError as error:
+            nvrtc.emulated_compiled(program, b"", 0, str(error).encode())
+            return COMPILATION
+        except BaseException as error:  # which would be lost: nobody above catches it
+            nvrtc.emulated_compiled(program, b"", 0, f"{type(error).__name__}: {error}".encode())
+            return COMPILATION
+        log = "".join(PTXAS.format(name) for name in loader.kernel_names(source.decode()))
+        nvrtc.emulated_compiled(program, code, len(code), log.encode())
+        for number, text in enumerate(expressions):
+            nvrtc.emulated_lowered(program, text.encode(), f"expression_{number}".encode())
+        return SUCCESS
+
+    nvrtc.emulated_compiler(compile_program)
+    return compile_program  # which lives as long as somebody keeps it
+
+
+def _is_known(option):
+    return option.startswith(("-I", "-D", "-U", "-std", "--std", "-arch", "--gpu-architecture", "--include-path")) or (
+        option.startswith(("--define-macro", "--device-as-default", "--ptxas-options", "-ftz", "-default-device"))
+        or option in ("-G", "--device-debug", "-lineinfo", "--generate-line-info", "-w", "--use_fast_math")
+    )
+
+
+def compiled(source, options, expressions, headers):
+    """The library's bytes; of PTX, which nothing here could run, a line that names the source."""
+    if any("=compute_" in option for option in options):
+        return b"// PTX of a source that is compiled by g++\n"
+    if PRIMITIVES.search(source):
+        text = PRIMITIVES.sub(lambda _: f'#line 1 "primitives.cuh"\n{_primitives()}', source, count=1)
+        return loader.library_file(text, launcher.options.mode).read_bytes()
+    text = DYNAMIC_SHARED.sub(r"\1* const \2 = static_cast<\1*>(emulated::emulated_dynamic_shared());", source)
+    names = [name for name in loader.kernel_names(text) if not TEMPLATE.search(_before(text, name))]
+    entries = [f"EMULATED_ENTRY({name})" for name in dict.fromkeys(names)]
+    for number, expression in enumerate(expressions):
+        entries += [f"static constexpr auto expression_{number} = &{expression};", f"EXPRESSION_ENTRY({number})"]
+    return _built(text + '\n#line 1 "entries"\n' + "\n".join(entries) + "\n", _flags(options), headers)
+
+
+def _primitives():
+    return (loader.FOLDER / "primitives.hpp").read_text()
+
+
+def _before(text, name):
+    """What stands before the declaration of a kernel, back to the end of what came before it."""
+    declaration = re.search(rf"__global__[^;{{(]*?(?:__launch_bounds__\([^)]*\)\s*)?\b{name}\s*\(", text).start()
+    return re.split(r"[;}]", text[:declaration])[-1]
+
+
+def _flags(options):
+    """Those that g++ understands."""
+    flags, taken = [], iter(options)
+    for option in taken:
+        if option in ("-I", "-D", "-U"):
+            flags += [option, next(taken)]
+        elif option.startswith(("-D", "-U")):
+            flags.append(option)
+        elif option.startswith("--define-macro="):
+            flags.append("-D" + option.partition("=")[2])
+        elif option.startswith(("-I", "--include-path=")):
+            folder = option.removeprefix("-I").removeprefix("--include-path=")
+            if not (Path(folder) / "cuda_runtime.h").exists():  # ours are in its place
+                flags.append("-I" + folder)
+        elif "std=" in option:
+            flags.append("-std=gnu++" + option.rpartition("c++")[2])
+    return flags
+
+
+def _built(text, flags, headers):
+    """What g++ makes of a source of CuPy's, whose own cache keeps it."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in {**headers, "kernels.cpp": text}.items():
+            (Path(folder) / name).write_text(content)
+        library = Path(folder) / "library.so"
+        include = ("-include", build.folder() / "headers" / "cupy.hpp", f"-I{build.folder() / 'headers'}", f"-I{folder}")
+        loader.run("g++", *cupy_flags(), *flags, *include, "-shared", Path(folder) / "kernels.cpp", "-o", library)
+        return library.read_bytes()
+
+
+def cupy_flags():
+    """How g++ compiles CuPy's sources."""
+    return (*loader.KERNEL, *OF_CUPY, *loader.machine_flags())

@@ -1,0 +1,31 @@
+// The device that CuPy finds: its memory, and its streams, whose work waits until somebody waits for it.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <functional>
+#include <mutex>
+#include <string>
+
+#include "launch.hpp"
+
+#define API extern "C" __attribute__((visibility("default")))
+
+namespace device {
+
+using emulated::Region;
+using Work = std::function<cudaError_t()>;
+
+// Held by every function of these libraries that touches what follows.
+std::recursive_mutex& lock();
+
+// The device memory that an address lies in, or nullptr.
+Region* region_of(const void* address);
+
+// Does a work now, later, or each time that a graph is launched, as the stream has it.
+cudaError_t enqueue(cudaStream_t stream, Work work);
+
+// Says why a launch failed, for the messages of errors that come later than it.
+std::string& failure();
+
+}  // namespace device

@@ -1,0 +1,494 @@
+// libcudart: the documented functions of CUDA's runtime that CuPy calls, on the memory of the CPU.
+//
+// Device memory lies between pages that fault, and is filled with bytes that are NaN in every float format. The default
+// stream works at once. Work on any other stream is put off until something waits for it, which is the latest moment
+// that CUDA allows: what forgets to wait reads old data.
+#include "device.hpp"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+#include <ctime>
+#include <deque>
+#include <map>
+#include <memory>
+#include <set>
+#include <vector>
+
+namespace device {
+
+using emulated::PAGE;
+using emulated::UNSET;
+
+constexpr size_t ALIGNMENT = 256;             // of what cudaMalloc gives
+constexpr size_t TOTAL = size_t(8) << 30;     // bytes of the device
+constexpr int VERSION = 12090;
+constexpr int MULTIPROCESSORS = 132;          // gpuconv.cuda.device.MODEL
+
+std::recursive_mutex& lock() {
+    static std::recursive_mutex mutex;
+    return mutex;
+}
+using Locked = std::lock_guard<std::recursive_mutex>;
+
+std::string& failure() {
+    static std::string text;
+    return text;
+}
+
+// ---------------------------------------------------------------------------------------------- errors
+
+static thread_local cudaError_t last_error;
+
+static cudaError_t failed(cudaError_t error) {
+    if (error != cudaSuccess) last_error = error;
+    return error;
+}
+
+extern "C" __attribute__((visibility("default"))) int emulated_refusal() { return failed(cudaErrorNotSupported); }
+
+struct ErrorText {
+    cudaError_t error;
+    const char *name, *text;
+};
+static const ErrorText ERRORS[] = {
+    {cudaSuccess, "cudaSuccess", "no error"},
+    {cudaErrorInvalidValue, "cudaErrorInvalidValue", "invalid argument"},
+    {cudaErrorMemoryAllocation, "cudaErrorMemoryAllocation", "out of memory"},
+    {cudaErrorInvalidDevice, "cudaErrorInvalidDevice", "invalid device ordinal"},
+    {cudaErrorNotReady, "cudaErrorNotReady", "device not ready"},
+    {cudaErrorLaunchFailure, "cudaErrorLaunchFailure", "unspecified launch failure"},
+    {cudaErrorNotSupported, "cudaErrorNotSupported", "operation not supported"},
+    {cudaErrorStreamCaptureUnsupported, "cudaErrorStreamCaptureUnsupported",
+     "operation not permitted when stream is capturing"},
+    {cudaErrorIllegalState, "cudaErrorIllegalState", "the operation cannot be performed in the present state"},
+};
+
+static const ErrorText& text_of(cudaError_t error) {
+    static const ErrorText unknown{error, "cudaErrorUnknown", "unknown error"};
+    for (const ErrorText& entry : ERRORS)
+        if (entry.error == error) return entry;
+    return unknown;
+}
+
+API const char* cudaGetErrorName(cudaError_t error) { return text_of(error).name; }
+API const char* cudaGetErrorString(cudaError_t error) {
+    static thread_local std::string text;
+    text = text_of(error).text;
+    if (error == cudaErrorLaunchFailure) text += ": " + failure();
+    return text.c_str();
+}
+API cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+API cudaError_t cudaPeekAtLastError() { return last_error; }
+
+// ---------------------------------------------------------------------------------------------- the device
+
+API cudaError_t cudaDriverGetVersion(int* version) { *version = VERSION; return cudaSuccess; }
+API cudaError_t cudaRuntimeGetVersion(int* version) { *version = VERSION; return cudaSuccess; }
+API cudaError_t cudaGetDeviceCount(int* count) { *count = 1; return cudaSuccess; }
+API cudaError_t cudaGetDevice(int* device) { *device = 0; return cudaSuccess; }
+API cudaError_t cudaSetDevice(int device) { return failed(device ? cudaErrorInvalidDevice : cudaSuccess); }
+
+API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+    static const std::map<int, int> values{
+        {cudaDevAttrComputeCapabilityMajor, 9},
+        {cudaDevAttrComputeCapabilityMinor, 0},
+        {cudaDevAttrMultiProcessorCount, MULTIPROCESSORS},
+        {cudaDevAttrWarpSize, 32},
+        {cudaDevAttrMaxThreadsPerBlock, 1024},
+        {cudaDevAttrMaxBlockDimX, 1024},
+        {cudaDevAttrMaxBlockDimY, 1024},
+        {cudaDevAttrMaxBlockDimZ, 64},
+        {cudaDevAttrMaxGridDimX, 2147483647},
+        {cudaDevAttrMaxGridDimY, 65535},
+        {cudaDevAttrMaxGridDimZ, 65535},
+        {cudaDevAttrMaxSharedMemoryPerBlock, 48 << 10},
+        {cudaDevAttrMaxSharedMemoryPerBlockOptin, 227 << 10},
+        {cudaDevAttrMaxSharedMemoryPerMultiprocessor, 228 << 10},
+        {cudaDevAttrReservedSharedMemoryPerBlock, 1 << 10},
+        {cudaDevAttrMaxThreadsPerMultiProcessor, 2048},
+        {cudaDevAttrMaxRegistersPerBlock, 65536},
+        {cudaDevAttrMaxRegistersPerMultiprocessor, 65536},
+        {cudaDevAttrTotalConstantMemory, 65536},
+        {cudaDevAttrUnifiedAddressing, 1},
+        {cudaDevAttrConcurrentKernels, 1},
+    };
+    if (device) return failed(cudaErrorInvalidDevice);
+    const auto found = values.find(attribute);
+    *value = found == values.end() ? 0 : found->second;
+    return cudaSuccess;
+}
+
+API cudaError_t cudaGetDeviceProperties_v2(cudaDeviceProp* properties, int device) {
+    if (device) return failed(cudaErrorInvalidDevice);
+    *properties = {};
+    strcpy(properties->name, "emulated on the CPU");
+    properties->major = 9;
+    properties->multiProcessorCount = MULTIPROCESSORS;
+    properties->totalGlobalMem = TOTAL;
+    properties->l2CacheSize = 1 << 20;
+    properties->warpSize = 32;
+    properties->maxThreadsPerBlock = 1024;
+    properties->maxThreadsPerMultiProcessor = 2048;
+    properties->sharedMemPerBlock = 48 << 10;
+    properties->sharedMemPerBlockOptin = 227 << 10;
+    properties->sharedMemPerMultiprocessor = 228 << 10;
+    properties->regsPerBlock = properties->regsPerMultiprocessor = 65536;
+    properties->totalConstMem = 65536;
+    properties->unifiedAddressing = properties->concurrentKernels = 1;
+    return cudaSuccess;
+}
+
+API cudaError_t cudaDeviceGetPCIBusId(char* text, int length, int) {
+    strncpy(text, "0000:00:00.0", length);
+    return cudaSuccess;
+}
+API cudaError_t cudaDeviceGetByPCIBusId(int* device, const char*) { *device = 0; return cudaSuccess; }
+API cudaError_t cudaDeviceCanAccessPeer(int* value, int, int) { *value = 0; return cudaSuccess; }
+API cudaError_t cudaDeviceGetLimit(size_t* value, cudaLimit) { *value = 1024; return cudaSuccess; }
+API cudaError_t cudaDeviceSetLimit(cudaLimit, size_t) { return cudaSuccess; }
+API cudaError_t cudaProfilerStart() { return cudaSuccess; }
+API cudaError_t cudaProfilerStop() { return cudaSuccess; }
+
+// ---------------------------------------------------------------------------------------------- memory
+
+struct Allocation {
+    char* mapping;
+    size_t mapped;
+    Region region;
+};
+static std::map<uintptr_t, Allocation> allocations;  // by the first address
+static std::map<uintptr_t, size_t> pinned;           // memory of the host that cudaHostAlloc gave
+static size_t used;
+
+template <class Value> static auto before(std::map<uintptr_t, Value>& map, const void* address) {
+    auto next = map.upper_bound(uintptr_t(address));
+    return next == map.begin() ? map.end() : --next;
+}
+
+Region* region_of(const void* address) {
+    const auto found = before(allocations, address);
+    if (found == allocations.end() || uintptr_t(address) > found->second.region.high) return nullptr;
+    return &found->second.region;
+}
+
+static bool is_on_device(const void* address, size_t bytes) {
+    const Region* const region = region_of(address);
+    return bytes == 0 || (region && uintptr_t(address) + bytes <= region->high);
+}
+
+static bool is_pinned(const void* address) {
+    const auto found = before(pinned, address);
+    return found != pinned.end() && uintptr_t(address) < found->first + found->second;
+}
+
+API cudaError_t cudaMalloc(void** pointer, size_t bytes) {
+    Locked guard(lock());
+    const size_t pages = (bytes + ALIGNMENT + PAGE) / PAGE * PAGE, mapped = pages + 2 * PAGE;
+    if (bytes > TOTAL || used + pages > TOTAL) return failed(cudaErrorMemoryAllocation);
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    auto* const mapping = static_cast<char*>(mmap(nullptr, mapped, PROT_NONE, flags, -1, 0));
+    if (mapping == MAP_FAILED) return failed(cudaErrorMemoryAllocation);
+    mprotect(mapping + PAGE, pages, PROT_READ | PROT_WRITE);
+    memset(mapping + PAGE, UNSET, pages);
+    const uintptr_t low = (uintptr_t(mapping) + PAGE + pages - bytes) / ALIGNMENT * ALIGNMENT;
+    allocations[low] = {mapping, mapped, {low, low + bytes, "device memory", false, false, 0, {}}};
+    used += pages;
+    *pointer = reinterpret_cast<void*>(low);
+    return cudaSuccess;
+}
+
+API cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned) {
+    Locked guard(lock());
+    if (posix_memalign(pointer, PAGE, std::max(bytes, size_t(1)))) return failed(cudaErrorMemoryAllocation);
+    pinned[uintptr_t(*pointer)] = bytes;
+    return cudaSuccess;
+}
+
+API cudaError_t cudaFreeHost(void* pointer) {
+    Locked guard(lock());
+    if (!pointer) return cudaSuccess;
+    if (!pinned.erase(uintptr_t(pointer))) return failed(cudaErrorInvalidValue);
+    free(pointer);
+    return cudaSuccess;
+}
+
+API cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+    Locked guard(lock());
+    *free = TOTAL - used;
+    *total = TOTAL;
+    return cudaSuccess;
+}
+
+API cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* pointer) {
+    Locked guard(lock());
+    *attributes = {};
+    const bool on_device = region_of(pointer), on_host = !on_device && is_pinned(pointer);
+    attributes->type = on_device ? cudaMemoryTypeDevice : on_host ? cudaMemoryTypeHost : cudaMemoryTypeUnregistered;
+    attributes->device = on_device || on_host ? 0 : -1;
+    if (on_device || on_host) attributes->devicePointer = const_cast<void*>(pointer);
+    if (on_host) attributes->hostPointer = const_cast<void*>(pointer);
+    return cudaSuccess;
+}
+
+// ---------------------------------------------------------------------------------------------- streams and graphs
+
+struct Graph {
+    std::vector<Work> works;
+};
+
+struct Stream {
+    bool is_blocking;  // waits for the default stream, and the default stream for it
+    std::deque<Work> waiting;
+    std::unique_ptr<Graph> capture;
+};
+static std::set<Stream*> streams;
+
+struct Event {
+    Stream* stream;  // what was recorded there has happened once the stream has done its work
+    double milliseconds;
+};
+static std::set<Event*> events;
+
+// The streams that are no object: the default one, under each of its names.
+static bool is_default(cudaStream_t stream) { return uintptr_t(stream) <= 2; }
+
+static Stream* object(cudaStream_t stream) { return is_default(stream) ? nullptr : reinterpret_cast<Stream*>(stream); }
+
+static double now() {
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return double(time.tv_sec) * 1e3 + double(time.tv_nsec) * 1e-6;
+}
+
+static cudaError_t finish(Stream& stream) {
+    if (stream.capture) return failed(cudaErrorStreamCaptureUnsupported);
+    cudaError_t first = cudaSuccess;
+    while (!stream.waiting.empty()) {
+        const Work work = std::move(stream.waiting.front());
+        stream.waiting.pop_front();
+        const cudaError_t error = work();
+        if (first == cudaSuccess) first = error;
+    }
+    return failed(first);
+}
+
+// All streams that the default one waits for, or all there are.
+static cudaError_t finish_all(bool non_blocking_too) {
+    cudaError_t first = cudaSuccess;
+    for (Stream* stream : streams)
+        if ((stream->is_blocking || non_blocking_too) && !stream->capture) {
+            const cudaError_t error = finish(*stream);
+            if (first == cudaSuccess) first = error;
+        }
+    return first;
+}
+
+cudaError_t enqueue(cudaStream_t handle, Work work) {
+    Stream* const stream = object(handle);
+    if (stream && stream->capture) {
+        stream->capture->works.push_back(std::move(work));
+        return cudaSuccess;
+    }
+    if (stream) {
+        stream->waiting.push_back(std::move(work));
+        return cudaSuccess;
+    }
+    const cudaError_t before = finish_all(false), error = work();
+    return failed(before != cudaSuccess ? before : error);
+}
+
+static cudaError_t wait_for(cudaStream_t handle) {
+    Stream* const stream = object(handle);
+    return stream ? finish(*stream) : finish_all(false);
+}
+
+static cudaError_t new_stream(cudaStream_t* handle, bool is_blocking) {
+    Locked guard(lock());
+    auto* const stream = new Stream{is_blocking, {}, nullptr};
+    streams.insert(stream);
+    *handle = reinterpret_cast<cudaStream_t>(stream);
+    return cudaSuccess;
+}
+
+API cudaError_t cudaStreamCreate(cudaStream_t* handle) { return new_stream(handle, true); }
+API cudaError_t cudaStreamCreateWithFlags(cudaStream_t* handle, unsigned flags) {
+    return new_stream(handle, flags != cudaStreamNonBlocking);
+}
+API cudaError_t cudaStreamCreateWithPriority(cudaStream_t* handle, unsigned flags, int) {
+    return new_stream(handle, flags != cudaStreamNonBlocking);
+}
+API cudaError_t cudaStreamGetFlags(cudaStream_t handle, unsigned* flags) {
+    Locked guard(lock());
+    const Stream* const stream = object(handle);
+    *flags = !stream || stream->is_blocking ? cudaStreamDefault : cudaStreamNonBlocking;
+    return cudaSuccess;
+}
+API cudaError_t cudaStreamGetPriority(cudaStream_t, int* priority) { *priority = 0; return cudaSuccess; }
+API cudaError_t cudaStreamDestroy(cudaStream_t handle) {
+    Locked guard(lock());
+    Stream* const stream = object(handle);
+    if (!stream) return failed(cudaErrorInvalidValue);
+    const cudaError_t error = finish(*stream);
+    for (Event* event : events)
+        if (event->stream == stream) event->stream = nullptr;
+    streams.erase(stream);
+    delete stream;
+    return error;
+}
+API cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
+    Locked guard(lock());
+    return wait_for(handle);
+}
+API cudaError_t cudaStreamQuery(cudaStream_t handle) {
+    Locked guard(lock());
+    return wait_for(handle);
+}
+API cudaError_t cudaDeviceSynchronize() {
+    Locked guard(lock());
+    return finish_all(true);
+}
+
+API cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* status) {
+    Locked guard(lock());
+    const Stream* const stream = object(handle);
+    *status = stream && stream->capture ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+    return cudaSuccess;
+}
+API cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode) {
+    Locked guard(lock());
+    Stream* const stream = object(handle);
+    if (!stream || stream->capture) return failed(cudaErrorStreamCaptureUnsupported);
+    const cudaError_t error = finish(*stream);
+    stream->capture = std::make_unique<Graph>();
+    return error;
+}
+API cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
+    Locked guard(lock());
+    Stream* const stream = object(handle);
+    if (!stream || !stream->capture) return failed(cudaErrorIllegalState);
+    *graph = reinterpret_cast<cudaGraph_t>(stream->capture.release());
+    return cudaSuccess;
+}
+API cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
+    *executable = reinterpret_cast<cudaGraphExec_t>(new Graph(*reinterpret_cast<Graph*>(graph)));
+    return cudaSuccess;
+}
+API cudaError_t cudaGraphUpload(cudaGraphExec_t, cudaStream_t) { return cudaSuccess; }
+API cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
+    Locked guard(lock());
+    for (const Work& work : reinterpret_cast<Graph*>(executable)->works) {
+        const cudaError_t error = enqueue(stream, work);
+        if (error != cudaSuccess) return error;
+    }
+    return cudaSuccess;
+}
+API cudaError_t cudaGraphDestroy(cudaGraph_t graph) { delete reinterpret_cast<Graph*>(graph); return cudaSuccess; }
+API cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) { delete reinterpret_cast<Graph*>(graph); return cudaSuccess; }
+
+API cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* data) {
+    Locked guard(lock());
+    return enqueue(stream, [=] { function(data); return cudaSuccess; });
+}
+API cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t function, void* data, unsigned) {
+    Locked guard(lock());
+    return enqueue(stream, [=] { function(stream, cudaSuccess, data); return cudaSuccess; });
+}
+
+// ---------------------------------------------------------------------------------------------- events
+
+API cudaError_t cudaEventCreateWithFlags(cudaEvent_t* handle, unsigned) {
+    Locked guard(lock());
+    auto* const event = new Event{nullptr, now()};
+    events.insert(event);
+    *handle = reinterpret_cast<cudaEvent_t>(event);
+    return cudaSuccess;
+}
+API cudaError_t cudaEventCreate(cudaEvent_t* handle) { return cudaEventCreateWithFlags(handle, 0); }
+API cudaError_t cudaEventDestroy(cudaEvent_t handle) {
+    Locked guard(lock());
+    auto* const event = reinterpret_cast<Event*>(handle);
+    const cudaError_t error = event->stream ? finish(*event->stream) : cudaSuccess;
+    events.erase(event);
+    delete event;
+    return error;
+}
+API cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream) {
+    Locked guard(lock());
+    auto* const event = reinterpret_cast<Event*>(handle);
+    event->stream = object(stream);
+    return enqueue(stream, [=] { event->milliseconds = now(); return cudaSuccess; });
+}
+API cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
+    Locked guard(lock());
+    const auto* const event = reinterpret_cast<Event*>(handle);
+    return event->stream ? finish(*event->stream) : finish_all(false);
+}
+API cudaError_t cudaEventQuery(cudaEvent_t handle) { return cudaEventSynchronize(handle); }
+API cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t first, cudaEvent_t last) {
+    Locked guard(lock());
+    const auto &from = *reinterpret_cast<Event*>(first), &to = *reinterpret_cast<Event*>(last);
+    if ((from.stream && !from.stream->waiting.empty()) || (to.stream && !to.stream->waiting.empty()))
+        return failed(cudaErrorNotReady);
+    *milliseconds = float(to.milliseconds - from.milliseconds);
+    return cudaSuccess;
+}
+API cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t handle, unsigned) {
+    Locked guard(lock());
+    const auto* const event = reinterpret_cast<Event*>(handle);
+    return event->stream && !event->stream->capture ? finish(*event->stream) : cudaSuccess;
+}
+
+// ---------------------------------------------------------------------------------------------- giving memory back
+
+API cudaError_t cudaFree(void* pointer) {
+    Locked guard(lock());
+    if (!pointer) return cudaSuccess;
+    const cudaError_t error = finish_all(true);
+    const auto found = allocations.find(uintptr_t(pointer));
+    if (found == allocations.end()) return failed(cudaErrorInvalidValue);
+    used -= found->second.mapped - 2 * PAGE;
+    munmap(found->second.mapping, found->second.mapped);
+    allocations.erase(found);
+    return error;
+}
+
+// ---------------------------------------------------------------------------------------------- copies
+
+static cudaError_t check_copy(const void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+    const bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
+    const bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+    const bool is_right = (!to_device || is_on_device(to, bytes)) && (!from_device || is_on_device(from, bytes));
+    return failed(is_right ? cudaSuccess : cudaErrorInvalidValue);
+}
+
+API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+    Locked guard(lock());
+    if (const cudaError_t error = check_copy(to, from, bytes, kind)) return error;
+    const bool from_host = !region_of(from) && !is_pinned(from), to_host = !region_of(to) && !is_pinned(to);
+    if (from_host) {  // which may change as soon as this returns
+        const auto* const first = static_cast<const char*>(from);
+        auto staged = std::make_shared<std::vector<char>>(first, first + bytes);
+        return enqueue(stream, [=] { memcpy(to, staged->data(), bytes); return cudaSuccess; });
+    }
+    const cudaError_t error = enqueue(stream, [=] { memmove(to, from, bytes); return cudaSuccess; });
+    return to_host && error == cudaSuccess ? wait_for(stream) : error;
+}
+API cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+    return cudaMemcpyAsync(to, from, bytes, kind, nullptr);
+}
+API cudaError_t cudaMemcpyPeerAsync(void* to, int, const void* from, int, size_t bytes, cudaStream_t stream) {
+    return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
+}
+API cudaError_t cudaMemcpyPeer(void* to, int, const void* from, int, size_t bytes) {
+    return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, nullptr);
+}
+API cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+    Locked guard(lock());
+    if (!is_on_device(to, bytes)) return failed(cudaErrorInvalidValue);
+    return enqueue(stream, [=] { memset(to, value, bytes); return cudaSuccess; });
+}
+API cudaError_t cudaMemset(void* to, int value, size_t bytes) { return cudaMemsetAsync(to, value, bytes, nullptr); }
+
+}  // namespace device
