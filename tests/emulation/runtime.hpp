@@ -27,7 +27,7 @@ struct Copy {
 // A thread of the GPU: a stack, and where it is.
 struct Fiber {
     Thread view;
-    void* stack_pointer;
+    void* stack_pointer;  // nullptr: it has not begun
     State state;
     int index, lane, warp;
     const char* waits_for;  // and where: a file and line, or the code's address
@@ -54,6 +54,7 @@ struct Warp {
 struct Runtime {
     Fiber fibers[MOST_THREADS];
     char* stacks;
+    std::vector<char*> idle_stacks;
     char* arena;  // dynamic shared memory
     size_t arena_bytes;
     void* main_stack_pointer;

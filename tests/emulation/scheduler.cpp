@@ -138,24 +138,43 @@ static std::string who_waits() {
     return text;
 }
 
-// The current thread is queued, waits or has returned: the next one goes on.
-static void switch_away() {
-    Fiber* const from = g.current;
+// The current thread is queued, waits or has returned: the next one, which has the turn now. Does not return where the
+// block is done.
+static Fiber& next_fiber() {
     check_time();
     if (g.next == g.ready.size()) {
         if (g.live == 0) leave();
         give_up(nullptr, "deadlock: " + who_waits());
     }
     if (g.order == RANDOM) std::swap(g.ready[g.next], g.ready[g.next + next_random() % (g.ready.size() - g.next)]);
-    Fiber* const to = &g.fibers[g.ready[g.next++]];
+    Fiber& fiber = g.fibers[g.ready[g.next++]];
     if (g.next == g.ready.size()) {
         g.ready.clear();
         g.next = 0;
     }
-    to->state = State::RUNNING;
-    g.current = to;
-    emulated_thread = &to->view;
-    if (to != from) emulated_switch(&from->stack_pointer, to->stack_pointer);
+    fiber.state = State::RUNNING;
+    g.current = &fiber;
+    emulated_thread = &fiber.view;
+    return fiber;
+}
+
+static void run_threads();
+
+// A stack that looks as if run_threads had been about to be called: six registers, and where to return to.
+static void* fresh_stack() {
+    char* const stack = g.idle_stacks.back();
+    g.idle_stacks.pop_back();
+    void** top = reinterpret_cast<void**>(stack + STACK) - 2;
+    *top = reinterpret_cast<void*>(&run_threads);
+    for (int i = 1; i <= 6; ++i) top[-i] = nullptr;
+    return top - 6;
+}
+
+static void switch_away() {
+    Fiber& from = *g.current;
+    Fiber& to = next_fiber();
+    if (!to.stack_pointer) to.stack_pointer = fresh_stack();
+    if (&to != &from) emulated_switch(&from.stack_pointer, to.stack_pointer);
 }
 
 // ---------------------------------------------------------------------------------------------- barriers
@@ -281,8 +300,7 @@ extern "C" void* emulated_dynamic_shared() { return g.arena; }
 
 // ---------------------------------------------------------------------------------------------- blocks
 
-static void run_thread() {
-    g.entry(g.arguments);
+static void finish_thread() {
     Fiber& fiber = *g.current;
     size_t pending = fiber.open.size();
     for (auto& group : fiber.groups) pending += group.size();
@@ -293,8 +311,20 @@ static void run_thread() {
     lane_returned(g.warp[fiber.warp]);
     if (g.live && int(g.at_barrier.size()) == g.live)
         give_up(nullptr, "returned while the others wait: " + who_waits());
-    switch_away();
-    abort();
+}
+
+// One thread after another on one stack, until one has to wait, which keeps it, or one goes on that has its own.
+static void run_threads() {
+    char* const stack = g.stacks + (static_cast<char*>(__builtin_frame_address(0)) - g.stacks) / STACK * STACK;
+    for (;;) {
+        g.entry(g.arguments);
+        finish_thread();
+        Fiber& to = next_fiber();
+        if (!to.stack_pointer) continue;
+        g.idle_stacks.push_back(stack);
+        void* nobody;
+        emulated_switch(&nobody, to.stack_pointer);
+    }
 }
 
 void run_block(uint3 block, const Thread& launch) {
@@ -313,6 +343,8 @@ void run_block(uint3 block, const Thread& launch) {
     }
     memset(g.arena, UNSET, g.arena_bytes);
     for (const SharedArray& array : g.library->arrays) memset((void*)array.low, UNSET, array.high - array.low);
+    g.idle_stacks.clear();
+    for (int t = g.threads; t-- > 0;) g.idle_stacks.push_back(g.stacks + size_t(t) * STACK);
     std::vector<int> all(g.threads);
     std::iota(all.begin(), all.end(), 0);
     for (int t : all) {
@@ -326,18 +358,11 @@ void run_block(uint3 block, const Thread& launch) {
         fiber.warp = t / 32;
         fiber.open.clear();
         fiber.groups.clear();
-        // A stack that looks as if run_thread had been about to be called: six registers, and where to return to.
-        void** top = reinterpret_cast<void**>(g.stacks + size_t(t + 1) * STACK) - 2;
-        *top = reinterpret_cast<void*>(&run_thread);
-        for (int i = 1; i <= 6; ++i) top[-i] = nullptr;
-        fiber.stack_pointer = top - 6;
+        fiber.stack_pointer = nullptr;
     }
     make_ready(all);
-    Fiber* const first = &g.fibers[g.ready[g.next++]];
-    first->state = State::RUNNING;
-    g.current = first;
-    emulated_thread = &first->view;
-    emulated_switch(&g.main_stack_pointer, first->stack_pointer);
+    next_fiber();
+    emulated_switch(&g.main_stack_pointer, fresh_stack());
     g.current = nullptr;
     if (g.profiled) profile_block_end();
 }
