@@ -12,7 +12,9 @@ import ctypes
 import importlib.util
 import os
 import platform
+import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -29,6 +31,9 @@ from gpuconv.views import first_byte
 
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray
 Kind: TypeAlias = Literal["numpy", "cupy"]
+
+# Before, launches read a garbage pointer for None (13), and views of over 2 GiB have offsets of 32 bits (14.0).
+OLDEST_CUPY = (14, 1, 1)
 
 INSTALL_HINT = "pip install 'gpuconv[cuda12]', or 'gpuconv[cuda13]' for a CUDA 13 driver"
 
@@ -76,6 +81,9 @@ class Backend(NamedTuple):
 
 
 NUMPY = Backend("numpy", numpy, None)
+
+TF32_CAPABILITY = 80  # 8.0, the first that has TensorFloat-32
+_compute_type = threading.RLock()
 
 _context: ContextVar[str | None] = ContextVar("gpuconv_backend", default=None)
 _process: str | None = None
@@ -189,9 +197,18 @@ def cupy_backend() -> Backend:
     return _cupy(cupy)
 
 
+@lru_cache(maxsize=1)
 def _cupy(cupy: Any) -> Backend:
+    """The backend of this module; BackendError where it is too old."""
     from gpuconv.cuda import launch
 
+    release = re.match(r"(\d+)\.(\d+)\.(\d+)", cupy.__version__)
+    if release is not None and tuple(map(int, release.groups())) < OLDEST_CUPY:
+        oldest = ".".join(map(str, OLDEST_CUPY))
+        raise BackendError(
+            f"gpuconv needs CuPy {oldest} or later, and CuPy {cupy.__version__} is installed: pip install --upgrade"
+            f" 'cupy-cuda12x>={oldest}', or cupy-cuda13x"
+        )
     return Backend("cupy", cupy, launch.prepared, device.current, _cupy_memory, _cupy_array)
 
 
@@ -307,19 +324,24 @@ def device_of(array: Array) -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def matrix_products(precision: str) -> Iterator[None]:
-    """CuPy's float32 matrix products held to the precision asked for, whatever CUPY_TF32 says."""
+    """CuPy's float32 matrix products held to the precision asked for, whatever CUPY_TF32 says.
+
+    The compute type is one for the process, so one thread at a time is here.
+    """
     from cupy import _core  # the only way in: compute types have no public name
 
-    tf32 = _core._routines_linalg.COMPUTE_TYPE_TF32
-    before = _core.get_compute_type("f")
-    if (before == tf32) == (precision == "tf32"):
-        yield
-        return
-    _core.set_compute_type("f", tf32 if precision == "tf32" else _core._routines_linalg.COMPUTE_TYPE_DEFAULT)
-    try:
-        yield
-    finally:
-        _core.set_compute_type("f", before)
+    names = _core._routines_linalg
+    with _compute_type:
+        before = _core.get_compute_type("f")
+        is_tf32 = precision == "tf32" and device.current().capability >= TF32_CAPABILITY
+        if (before == names.COMPUTE_TYPE_TF32) == is_tf32:
+            yield
+            return
+        _core.set_compute_type("f", names.COMPUTE_TYPE_TF32 if is_tf32 else names.COMPUTE_TYPE_DEFAULT)
+        try:
+            yield
+        finally:
+            _core.set_compute_type("f", before)
 
 
 def show_config() -> None:

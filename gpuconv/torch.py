@@ -241,8 +241,18 @@ def _on_stream_of(device: torch.device) -> Iterator[None]:
     except ImportError:
         raise ImportError(f"CUDA tensors need CuPy: {INSTALL_HINT}") from None
     stream = torch.cuda.current_stream(device)
-    with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream.cuda_stream, device.index):
+    with cupy.cuda.Device(device.index), cupy.cuda.Stream.from_external(_Stream(stream.cuda_stream)):
         yield
+
+
+class _Stream(NamedTuple):
+    """A stream of PyTorch by the protocol of CUDA's libraries, which PyTorch's own class has had for a short time."""
+
+    pointer: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """The protocol's version and the stream."""
+        return 0, self.pointer
 
 
 def _array(tensor: Tensor) -> Array:

@@ -11,6 +11,7 @@ import pytest
 import gpuconv
 from gpuconv.backend import cupy_backend
 from gpuconv.choose import MODULES
+from gpuconv.cuda.device import MODEL
 from tests import standin
 from tests.conftest import HAS_GPU
 
@@ -278,6 +279,7 @@ def test_scatter_on_a_gpu_needs_consent_to_its_order(cupy):
 def test_precision_decides_how_cupy_multiplies(environment, argument, wanted, cupy, monkeypatch):
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
+    monkeypatch.setattr("gpuconv.cuda.device.current", lambda: MODEL)
     compute_type = [7 if environment.get("CUPY_TF32") == "1" else 1]
     seen = []
     original = cupy.matmul

@@ -217,23 +217,26 @@ def device(made, monkeypatch):
 
     class Function:
         def __init__(self, name):
-            self.name, self.most = name, 48 << 10
+            self.name, self.most, self.ptr = name, 48 << 10, self
 
         def __call__(self, grid, block, given, shared_mem):
             assert shared_mem <= self.most
             seen.launched.append((self.name, grid, block, given, shared_mem))
 
-        @property
-        def max_dynamic_shared_size_bytes(self):
-            return self.most
+    class Driver:
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 
-        @max_dynamic_shared_size_bytes.setter
-        def max_dynamic_shared_size_bytes(self, size):
+        def funcGetAttribute(self, attribute, function):  # noqa: N802
+            assert attribute == 8
+            return function.most
+
+        def funcSetAttribute(self, function, attribute, size):  # noqa: N802
+            assert attribute == 8
             seen.asked_for.append(size)
-            self.most = size
+            function.most = size
 
-    class RawModule:
-        def __init__(self, path):
+    class Module:
+        def load_file(self, path):
             seen.loaded.append((path, seen.current))
 
         def get_function(self, name):
@@ -242,7 +245,8 @@ def device(made, monkeypatch):
     def new_device(number=None):
         return types.SimpleNamespace(id=seen.current if number is None else number, compute_capability="90")
 
-    cupy = types.SimpleNamespace(RawModule=RawModule, cuda=types.SimpleNamespace(Device=new_device))
+    cuda = types.SimpleNamespace(Device=new_device, Module=Module, driver=Driver())
+    cupy = types.SimpleNamespace(cuda=cuda)
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(compiler, "architecture_for", lambda capability: f"sm_{capability}a")
     gpuconv.clear_cache()

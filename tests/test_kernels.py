@@ -188,11 +188,10 @@ def test_infinity_stays_within_the_channels(channels, layout, arrays):
     settings = {"layout": layout}
     for values in (x, dy):
         values.reshape(-1)[7] = np.inf  # of one image
-    expected = gpuconv.conv_backward(dy, x, w, **settings, algorithm="direct")
-    found = gradients_of("scatter", *(arrays.asarray(array) for array in (x, w, dy)), **settings)
-    for one, other in zip(found, (expected.dx, expected.dw), strict=True):
-        assert np.isinf(other).any()
-        np.testing.assert_array_equal(arrays.asnumpy(one), other)
+    given = [arrays.asarray(array) for array in (x, w, dy)]
+    for one, other in zip(gradients_of("scatter", *given, **settings), gradients_of("direct", *given, **settings), strict=True):
+        assert np.isinf(arrays.asnumpy(other)).any()
+        np.testing.assert_array_equal(arrays.asnumpy(one), arrays.asnumpy(other))
 
 
 def test_boxes_fit_shared_memory_and_cover_the_outputs():
@@ -513,7 +512,7 @@ def test_kernels_run_on_the_current_stream(algorithm):
 def test_out_of_memory_is_cupy_s_error_and_leaves_inputs_as_they_were():
     import cupy
 
-    x, w = cupy.ones((1, 1, 2**20), cupy.float32), cupy.ones((2**18, 1, 1), cupy.float32)
+    x, w = cupy.ones((1, 1, 2**20), cupy.float32), cupy.ones((2**17, 1, 1), cupy.float32)
     with pytest.raises(cupy.cuda.memory.OutOfMemoryError):
         gpuconv.conv(x, w, algorithm="direct")
     assert (x == 1).all()
@@ -526,6 +525,8 @@ def test_more_than_2_to_the_31_elements(direction):
     """64-bit offsets where a tensor needs them; spot checks, as the whole would take minutes."""
     import cupy
 
+    if cupy.cuda.Device().mem_info[1] < 16 << 30:
+        pytest.skip("the device has less than 16 GiB of memory")
     x, w = cupy.ones((1, 2, 2**30 + 2**20), cupy.float16), cupy.ones((1, 2, 3), cupy.float16)
     if direction == "forward":
         y = gpuconv.conv(x, w, algorithm="direct")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
@@ -11,6 +12,7 @@ from gpuconv.cuda.cache import cubin_path
 from gpuconv.cuda.kernel import Kernel, Module, check_arguments, dump
 
 MOST_BLOCKS = 2**31 - 1  # of a grid's first axis, the only one that is used
+_loading = threading.RLock()  # of functions, which may be launched once their attributes are set
 _GRANTED = 40 << 10  # bytes: static and dynamic memory beyond 48 KiB must be asked for, and tables are static
 
 
@@ -24,9 +26,10 @@ def prepared(
     """
     check(kernel, grid, arguments)
     device = _device()
-    function = _function(kernel, device)
-    if shared_memory > _GRANTED:
-        _ask_for(shared_memory, kernel, device)
+    with _loading:
+        function = _function(kernel, device)
+        if shared_memory > _GRANTED:
+            _ask_for(shared_memory, kernel, device)
     return partial(_launch, function, (grid,), (block,), shared_memory)
 
 
@@ -60,9 +63,12 @@ def _function(kernel: Kernel, device: int) -> Any:
 
 @cache
 def _ask_for(shared_memory: int, kernel: Kernel, device: int) -> None:
-    function = _function(kernel, device)
-    if function.max_dynamic_shared_size_bytes < shared_memory:
-        function.max_dynamic_shared_size_bytes = shared_memory
+    import cupy
+
+    driver = cupy.cuda.driver
+    function, most = _function(kernel, device).ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    if driver.funcGetAttribute(most, function) < shared_memory:
+        driver.funcSetAttribute(function, most, shared_memory)
 
 
 @cache
@@ -70,4 +76,6 @@ def _module(module: Module, device: int) -> Any:
     import cupy
 
     architecture = compiler.architecture_for(cupy.cuda.Device(device).compute_capability)
-    return cupy.RawModule(path=str(cubin_path(module, architecture)))
+    loaded = cupy.cuda.Module()  # RawModule would keep it for ever
+    loaded.load_file(str(cubin_path(module, architecture)))
+    return loaded

@@ -36,6 +36,7 @@ def environment(folder):
         build.FOLDER: str(folder),
         "PYTHONPATH": os.pathsep.join([str(folder / "site"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "LD_LIBRARY_PATH": str(folder / "lib"),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "GPUCONV_CACHE_DIR": str(caches / "gpuconv"),
         "CUPY_CACHE_DIR": str(caches / "cupy"),
         "CUPY_ACCELERATORS": "",
@@ -58,9 +59,7 @@ def main():
     if not given.command:
         print(f"{folder} ({time.monotonic() - start:.0f} s)")
         return
-    name, *rest = given.command
-    command = [sys.executable, *rest] if name == "python" else [sys.executable, "-m", name, *rest]
-    sys.exit(subprocess.call(command, env=environment(folder)))
+    sys.exit(subprocess.call(given.command, env=environment(folder)))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,12 @@ std::recursive_mutex& lock();
 // The device memory that an address lies in, or nullptr.
 Region* region_of(const void* address);
 
+// The device that an address of device memory belongs to.
+int device_of(const void* address);
+
+// Whether a stream belongs to the device of this thread.
+bool is_here(cudaStream_t stream);
+
 // Does a work now, later, or each time that a graph is launched, as the stream has it.
 cudaError_t enqueue(cudaStream_t stream, Work work);
 

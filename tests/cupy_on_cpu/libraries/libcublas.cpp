@@ -166,3 +166,25 @@ PRODUCTS_OF(S, FLOAT)
 PRODUCTS_OF(D, DOUBLE)
 PRODUCTS_OF(C, COMPLEX)
 PRODUCTS_OF(Z, DOUBLE_COMPLEX)
+
+// ---------------------------------------------------------------------------------------------- norms
+
+// The norm goes to the host, which waits for it, or to the device.
+template <class T, class Real> int norm(Handle* handle, int count, const T* x, int step, Real* result) {
+    std::lock_guard<std::recursive_mutex> guard(device::lock());
+    const cudaError_t error = enqueue(handle->stream, [=] {
+        double sum = 0;
+        for (long i = 0; i < count; ++i) sum += std::norm(std::complex<double>(x[i * step]));
+        *result = Real(std::sqrt(sum));
+        return cudaSuccess;
+    });
+    return error == cudaSuccess && handle->pointer_mode == 0 ? cudaStreamSynchronize(handle->stream) : error;
+}
+API int cublasSnrm2_v2(Handle* h, int n, const float* x, int step, float* result) { return norm(h, n, x, step, result); }
+API int cublasDnrm2_v2(Handle* h, int n, const double* x, int step, double* result) { return norm(h, n, x, step, result); }
+API int cublasScnrm2_v2(Handle* h, int n, const std::complex<float>* x, int step, float* result) {
+    return norm(h, n, x, step, result);
+}
+API int cublasDznrm2_v2(Handle* h, int n, const std::complex<double>* x, int step, double* result) {
+    return norm(h, n, x, step, result);
+}

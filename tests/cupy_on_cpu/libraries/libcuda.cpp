@@ -45,6 +45,7 @@ API CUresult cuGetErrorName(CUresult error, const char** text) {
             : error == CUDA_ERROR_INVALID_VALUE  ? "CUDA_ERROR_INVALID_VALUE"
             : error == CUDA_ERROR_INVALID_IMAGE  ? "CUDA_ERROR_INVALID_IMAGE"
             : error == CUDA_ERROR_FILE_NOT_FOUND ? "CUDA_ERROR_FILE_NOT_FOUND"
+            : error == CUDA_ERROR_INVALID_HANDLE ? "CUDA_ERROR_INVALID_HANDLE"
             : error == CUDA_ERROR_NOT_FOUND      ? "CUDA_ERROR_NOT_FOUND"
             : error == CUDA_ERROR_LAUNCH_FAILED  ? "CUDA_ERROR_LAUNCH_FAILED"
             : error == CUDA_ERROR_NOT_SUPPORTED  ? "CUDA_ERROR_NOT_SUPPORTED"
@@ -57,6 +58,7 @@ API CUresult cuGetErrorString(CUresult error, const char** text) {
           : error == CUDA_ERROR_INVALID_VALUE  ? "invalid argument"
           : error == CUDA_ERROR_INVALID_IMAGE  ? "device kernel image is invalid"
           : error == CUDA_ERROR_FILE_NOT_FOUND ? "file not found"
+          : error == CUDA_ERROR_INVALID_HANDLE ? "invalid resource handle"
           : error == CUDA_ERROR_NOT_FOUND      ? "named symbol not found"
           : error == CUDA_ERROR_NOT_SUPPORTED  ? "operation not supported"
                                                : "unknown error";
@@ -65,15 +67,12 @@ API CUresult cuGetErrorString(CUresult error, const char** text) {
 }
 API CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
 API CUresult cuDriverGetVersion(int* version) { return CUresult(cudaDriverGetVersion(version)); }
-API CUresult cuDeviceGetCount(int* count) { *count = 1; return CUDA_SUCCESS; }
-API CUresult cuDeviceGet(CUdevice* device, int number) {
-    *device = number;
-    return number ? CUDA_ERROR_INVALID_DEVICE : CUDA_SUCCESS;
-}
+API CUresult cuDeviceGetCount(int* count) { return CUresult(cudaGetDeviceCount(count)); }
+API CUresult cuDeviceGet(CUdevice* device, int number) { *device = number; return CUDA_SUCCESS; }
 API CUresult cuDevicePrimaryCtxRelease_v2(CUdevice) { return CUDA_SUCCESS; }
 API CUresult cuCtxGetCurrent(CUcontext* current) { *current = CUcontext(&context); return CUDA_SUCCESS; }
 API CUresult cuCtxSetCurrent(CUcontext) { return CUDA_SUCCESS; }
-API CUresult cuCtxGetDevice(CUdevice* device) { *device = 0; return CUDA_SUCCESS; }
+API CUresult cuCtxGetDevice(CUdevice* device) { return CUresult(cudaGetDevice(device)); }
 API CUresult cuStreamGetCtx(CUstream, CUcontext* current) { return cuCtxGetCurrent(current); }
 
 // ---------------------------------------------------------------------------------------------- modules
@@ -135,7 +134,8 @@ static cudaError_t failed_launch(const std::string& text) {
 }
 
 // The device memory that the pointers among the arguments lead to; a text where one leads elsewhere.
-static std::string regions_of(const Function& function, const Arguments& arguments, std::vector<Region*>& regions) {
+static std::string regions_of(const Function& function, const Arguments& arguments, int device,
+                              std::vector<Region*>& regions) {
     for (size_t i = 0; i < arguments.pointers.size(); ++i) {
         const emulated::Parameter& parameter = function.parameters[i];
         if (!parameter.is_pointer) continue;
@@ -144,6 +144,7 @@ static std::string regions_of(const Function& function, const Arguments& argumen
         Region* const region = region_of(pointer);
         const std::string name = "argument " + std::to_string(i);
         if (!region) return name + " is no pointer to device memory";
+        if (device_of(pointer) != device) return name + " is memory of another device than the kernel's";
         const bool is_new = std::find(regions.begin(), regions.end(), region) == regions.end();
         region->name = is_new ? name : region->name + " and " + name;
         region->read_only = parameter.is_constant && (is_new || region->read_only);
@@ -153,10 +154,10 @@ static std::string regions_of(const Function& function, const Arguments& argumen
     return "";
 }
 
-static cudaError_t run(const Function& function, const Arguments& arguments, const unsigned (&grid)[3],
+static cudaError_t run(const Function& function, const Arguments& arguments, int device, const unsigned (&grid)[3],
                        const unsigned (&block)[3], size_t shared_memory) {
     std::vector<Region*> regions;
-    const std::string wrong = regions_of(function, arguments, regions);
+    const std::string wrong = regions_of(function, arguments, device, regions);
     if (!wrong.empty()) return failed_launch(std::string(function.name) + ": " + wrong);
     emulated::LaunchOptions how = options;
     ++options.seed;
@@ -177,10 +178,13 @@ API CUresult cuLaunchKernel(CUfunction handle, unsigned grid_x, unsigned grid_y,
                             void** extra) {
     if (extra) return CUDA_ERROR_NOT_SUPPORTED;
     std::lock_guard<std::recursive_mutex> guard(lock());
+    if (!is_here(cudaStream_t(stream))) return CUDA_ERROR_INVALID_HANDLE;
     const auto* const function = reinterpret_cast<Function*>(handle);
     auto arguments = std::make_shared<const Arguments>(function->parameters, given);
+    int device = 0;
+    cudaGetDevice(&device);
     const cudaError_t error = enqueue(cudaStream_t(stream), [=] {
-        return run(*function, *arguments, {grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, shared_memory);
+        return run(*function, *arguments, device, {grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, shared_memory);
     });
     return error == cudaErrorLaunchFailure ? CUDA_ERROR_LAUNCH_FAILED : CUresult(error);
 }

@@ -24,6 +24,7 @@ using emulated::UNSET;
 constexpr size_t ALIGNMENT = 256;             // of what cudaMalloc gives
 constexpr size_t TOTAL = size_t(8) << 30;     // bytes of the device
 constexpr int VERSION = 12090;
+constexpr int DEVICES = 2;
 constexpr int MULTIPROCESSORS = 132;          // gpuconv.cuda.device.MODEL
 
 std::recursive_mutex& lock() {
@@ -86,9 +87,15 @@ API cudaError_t cudaPeekAtLastError() { return last_error; }
 
 API cudaError_t cudaDriverGetVersion(int* version) { *version = VERSION; return cudaSuccess; }
 API cudaError_t cudaRuntimeGetVersion(int* version) { *version = VERSION; return cudaSuccess; }
-API cudaError_t cudaGetDeviceCount(int* count) { *count = 1; return cudaSuccess; }
-API cudaError_t cudaGetDevice(int* device) { *device = 0; return cudaSuccess; }
-API cudaError_t cudaSetDevice(int device) { return failed(device ? cudaErrorInvalidDevice : cudaSuccess); }
+static thread_local int current;  // the device of a thread
+
+API cudaError_t cudaGetDeviceCount(int* count) { *count = DEVICES; return cudaSuccess; }
+API cudaError_t cudaGetDevice(int* device) { *device = current; return cudaSuccess; }
+API cudaError_t cudaSetDevice(int device) {
+    if (device < 0 || device >= DEVICES) return failed(cudaErrorInvalidDevice);
+    current = device;
+    return cudaSuccess;
+}
 
 API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
     static const std::map<int, int> values{
@@ -114,14 +121,14 @@ API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int
         {cudaDevAttrUnifiedAddressing, 1},
         {cudaDevAttrConcurrentKernels, 1},
     };
-    if (device) return failed(cudaErrorInvalidDevice);
+    if (device < 0 || device >= DEVICES) return failed(cudaErrorInvalidDevice);
     const auto found = values.find(attribute);
     *value = found == values.end() ? 0 : found->second;
     return cudaSuccess;
 }
 
 API cudaError_t cudaGetDeviceProperties_v2(cudaDeviceProp* properties, int device) {
-    if (device) return failed(cudaErrorInvalidDevice);
+    if (device < 0 || device >= DEVICES) return failed(cudaErrorInvalidDevice);
     *properties = {};
     strcpy(properties->name, "emulated on the CPU");
     properties->major = 9;
@@ -140,11 +147,11 @@ API cudaError_t cudaGetDeviceProperties_v2(cudaDeviceProp* properties, int devic
     return cudaSuccess;
 }
 
-API cudaError_t cudaDeviceGetPCIBusId(char* text, int length, int) {
-    strncpy(text, "0000:00:00.0", length);
+API cudaError_t cudaDeviceGetPCIBusId(char* text, int length, int device) {
+    snprintf(text, length, "0000:%02d:00.0", device);
     return cudaSuccess;
 }
-API cudaError_t cudaDeviceGetByPCIBusId(int* device, const char*) { *device = 0; return cudaSuccess; }
+API cudaError_t cudaDeviceGetByPCIBusId(int* device, const char* text) { *device = text[6] - '0'; return cudaSuccess; }
 API cudaError_t cudaDeviceCanAccessPeer(int* value, int, int) { *value = 0; return cudaSuccess; }
 API cudaError_t cudaDeviceGetLimit(size_t* value, cudaLimit) { *value = 1024; return cudaSuccess; }
 API cudaError_t cudaDeviceSetLimit(cudaLimit, size_t) { return cudaSuccess; }
@@ -154,6 +161,7 @@ API cudaError_t cudaProfilerStop() { return cudaSuccess; }
 // ---------------------------------------------------------------------------------------------- memory
 
 struct Allocation {
+    int device;
     char* mapping;
     size_t mapped;
     Region region;
@@ -167,11 +175,17 @@ template <class Value> static auto before(std::map<uintptr_t, Value>& map, const
     return next == map.begin() ? map.end() : --next;
 }
 
-Region* region_of(const void* address) {
+static Allocation* allocation_of(const void* address) {
     const auto found = before(allocations, address);
-    if (found == allocations.end() || uintptr_t(address) > found->second.region.high) return nullptr;
-    return &found->second.region;
+    return found == allocations.end() || uintptr_t(address) > found->second.region.high ? nullptr : &found->second;
 }
+
+Region* region_of(const void* address) {
+    Allocation* const allocation = allocation_of(address);
+    return allocation ? &allocation->region : nullptr;
+}
+
+int device_of(const void* address) { return allocation_of(address)->device; }
 
 static bool is_on_device(const void* address, size_t bytes) {
     const Region* const region = region_of(address);
@@ -193,7 +207,7 @@ API cudaError_t cudaMalloc(void** pointer, size_t bytes) {
     mprotect(mapping + PAGE, pages, PROT_READ | PROT_WRITE);
     memset(mapping + PAGE, UNSET, pages);
     const uintptr_t low = (uintptr_t(mapping) + PAGE + pages - bytes) / ALIGNMENT * ALIGNMENT;
-    allocations[low] = {mapping, mapped, {low, low + bytes, "device memory", false, false, 0, {}}};
+    allocations[low] = {current, mapping, mapped, {low, low + bytes, "device memory", false, false, 0, {}}};
     used += pages;
     *pointer = reinterpret_cast<void*>(low);
     return cudaSuccess;
@@ -226,7 +240,7 @@ API cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, cons
     *attributes = {};
     const bool on_device = region_of(pointer), on_host = !on_device && is_pinned(pointer);
     attributes->type = on_device ? cudaMemoryTypeDevice : on_host ? cudaMemoryTypeHost : cudaMemoryTypeUnregistered;
-    attributes->device = on_device || on_host ? 0 : -1;
+    attributes->device = on_device ? device_of(pointer) : on_host ? 0 : -1;
     if (on_device || on_host) attributes->devicePointer = const_cast<void*>(pointer);
     if (on_host) attributes->hostPointer = const_cast<void*>(pointer);
     return cudaSuccess;
@@ -239,6 +253,7 @@ struct Graph {
 };
 
 struct Stream {
+    int device;
     bool is_blocking;  // waits for the default stream, and the default stream for it
     std::deque<Work> waiting;
     std::unique_ptr<Graph> capture;
@@ -285,6 +300,11 @@ static cudaError_t finish_all(bool non_blocking_too) {
     return first;
 }
 
+bool is_here(cudaStream_t handle) {
+    const Stream* const stream = object(handle);
+    return !stream || stream->device == current;
+}
+
 cudaError_t enqueue(cudaStream_t handle, Work work) {
     Stream* const stream = object(handle);
     if (stream && stream->capture) {
@@ -306,7 +326,7 @@ static cudaError_t wait_for(cudaStream_t handle) {
 
 static cudaError_t new_stream(cudaStream_t* handle, bool is_blocking) {
     Locked guard(lock());
-    auto* const stream = new Stream{is_blocking, {}, nullptr};
+    auto* const stream = new Stream{current, is_blocking, {}, nullptr};
     streams.insert(stream);
     *handle = reinterpret_cast<cudaStream_t>(stream);
     return cudaSuccess;
