@@ -9,26 +9,27 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 import gpuconv
 import gpuconv.execute
 from gpuconv import dtypes, execute, tuned
 from gpuconv.algorithms import direct, scatter, scatter_plain
 from gpuconv.backend import NUMPY, cupy_backend
-from gpuconv.choose import MODULES, TRANSFORMS
+from gpuconv.choose import MODULES
 from gpuconv.cuda import arguments, kernels_folder
 from gpuconv.cuda import report as compile_report
-from gpuconv.cuda.device import MODEL
 from gpuconv.geometry import Geometry
 from gpuconv.request import Request
-from tests import repeat, standin
+from tests import repeat
 from tests.cases import CASES, LAYOUTS, in_turn, named_dtype
 from tests.emulation import ahead, launcher, loader
 from tests.golden import vectors
 
 repeat.install()
-settings.register_profile("gpuconv", deadline=None, derandomize=True)
+settings.register_profile(
+    "gpuconv", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 settings.load_profile("gpuconv")
 
 
@@ -90,22 +91,6 @@ class EmulatedArrays(NumpyArrays):
             yield
 
 
-class StandinArrays(EmulatedArrays):
-    name = "stand-in"
-
-    def __init__(self, module):
-        self.xp = module
-        self.backend = standin.backend(module)
-
-    def asarray(self, array):
-        # Strides are kept: a stand-in array lies in memory as the NumPy array does.
-        return standin.ndarray(array)
-
-    def asnumpy(self, array):
-        assert isinstance(array, standin.ndarray)
-        return array._array
-
-
 class CupyArrays(NumpyArrays):
     name = "cupy"
 
@@ -148,32 +133,22 @@ def arrays_of(backend):
             launcher.using(order="natural"),
         ):
             yield EmulatedArrays()
-    elif backend == "stand-in":
-        with (
-            standin.installed() as module,
-            mock.patch("gpuconv.cuda.launch.prepared", standin.prepared),
-            mock.patch("gpuconv.cuda.device.current", return_value=MODEL),
-            launcher.using(order="natural"),
-        ):
-            yield StandinArrays(module)
     else:
         yield CupyArrays()
-    gpuconv.clear_cache()
 
 
 BACKENDS = (
     "numpy",
     pytest.param("emulated", marks=pytest.mark.emulated),
-    pytest.param("stand-in", marks=pytest.mark.emulated),
     pytest.param("cupy", marks=pytest.mark.gpu),
 )
 # For tests of what only NumPy's arrays can be: @NUMPY_ARRAYS in the place of all backends.
 NUMPY_ARRAYS = pytest.mark.parametrize("arrays", BACKENDS[:2], indirect=True)
 
 
-@pytest.fixture(params=BACKENDS, scope="module")
+@pytest.fixture(params=BACKENDS)
 def arrays(request):
-    """Arrays of each backend in turn."""
+    """Arrays of each backend in turn, on which calls compute for the time of the test."""
     with arrays_of(request.param) as made:
         yield made
 
@@ -193,7 +168,7 @@ def _repeated_calls(request):
     backend = dict(request.node.user_properties).get("backend", "numpy")
     seed, every = request.config.getoption("repeat_seed"), request.config.getoption("repeat_every")
     drawn = zlib.crc32(f"{seed} {request.node.nodeid}".encode()) % every == 0
-    if request.node.get_closest_marker("called_once") or (backend in ("emulated", "stand-in", "checked") and not drawn):
+    if request.node.get_closest_marker("called_once") or (backend in ("emulated", "checked") and not drawn):
         yield
         return
     with repeat.repeating(adds_atomically=backend != "numpy"):
@@ -266,20 +241,18 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _in_turn(item, backend, params, counts):
-    """Whether a test runs on the CPU: of those that would compile many kernels, and of the stand-in's, some.
+    """Whether a test runs on the CPU: of those that would compile many kernels, some.
 
     Of those, too, that run no kernel on the emulated backend: they repeat NumPy's. fft reads every layout alike.
     """
     if backend == "numpy" and params.get("algorithm") == "fft" and {"case", "layout"} <= set(params):
         return in_turn(params["case"], params["layout"], params.get("dtype", "float64"))
-    if backend not in ("emulated", "stand-in"):
+    if backend != "emulated":
         return True
     marker, has_many_modules = item.get_closest_marker("every_nth"), params.get("algorithm") == IN_TURNS
     has_no_kernel = params.get("algorithm") not in (None, *KERNELS)
-    if {"case", "layout"} <= set(params) and (has_many_modules or has_no_kernel or backend == "stand-in"):
-        is_alike = params.get("algorithm") in (IN_TURNS, *TRANSFORMS)
-        few = (backend == "stand-in" and is_alike) or (backend == "emulated" and has_no_kernel)
-        if few and CASES.index(params["case"]) % 5:
+    if {"case", "layout"} <= set(params) and (has_many_modules or has_no_kernel):
+        if has_no_kernel and CASES.index(params["case"]) % 5:
             return False
         return in_turn(params["case"], params["layout"], params.get("dtype", "float64"))
     if marker is None and not has_many_modules:
@@ -290,7 +263,7 @@ def _in_turn(item, backend, params, counts):
 
 def _has_its_value(backend, params):
     """Whether it is the turn of this NaN or Inf: without kernels of our own, each case and layout has one of them."""
-    if backend not in ("numpy", "stand-in") or not {"case", "layout", "value"} <= set(params):
+    if backend != "numpy" or not {"case", "layout", "value"} <= set(params):
         return True
     turn = CASES.index(params["case"]) + LAYOUTS.index(params["layout"])
     return (np.nan, np.inf, -np.inf).index(params["value"]) == turn % 3
@@ -329,7 +302,7 @@ def pytest_report_header():
     gpu = f"cupy on {devices_by_driver()} device(s)" if HAS_GPU else f"no cupy: {NO_GPU}"
     kernels = f"no kernels on the CPU: {NO_EMULATION}" if NO_EMULATION else "kernels on the CPU (emulated)"
     python = f"Python {sys.version.split()[0]}"
-    return f"gpuconv backends: numpy {np.__version__}, {kernels}, stand-in for cupy, {gpu}; {python}"
+    return f"gpuconv backends: numpy {np.__version__}, {kernels}, {gpu}; {python}"
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -338,7 +311,7 @@ def pytest_terminal_summary(terminalreporter, config):
         for report in terminalreporter.stats.get(outcome, []):
             counts[dict(getattr(report, "user_properties", [])).get("backend"), outcome] += 1
     terminalreporter.section("tests per backend")
-    for backend in ("numpy", "emulated", "checked", "stand-in", "cupy"):
+    for backend in ("numpy", "emulated", "checked", "cupy"):
         line = ", ".join(f"{counts[backend, outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
         left_out = config.stash.get(LEFT_OUT, 0) if backend == "cupy" else 0
         terminalreporter.write_line(f"{backend:<9} {line}" + (f", {left_out} left out: {NO_GPU}" if left_out else ""))

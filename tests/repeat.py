@@ -19,7 +19,6 @@ import numpy as np
 import gpuconv
 from gpuconv.compat import cs231n, cupy_cudnn, nhwc
 from gpuconv.geometry import DIRECTIONS, Geometry
-from tests import standin
 from tests.tolerances import direct_bound
 
 PUBLIC = ("conv", "conv_data_grad", "conv_weight_grad", "conv_backward", "conv_transpose", "conv_transpose_backward")
@@ -246,9 +245,7 @@ def snapshot(tree):
 
 def _on_cpu(value):
     """The elements of an array of any kind as NumPy's; None for what is no array of numbers."""
-    if isinstance(value, standin.ndarray):
-        value = value._array
-    elif _is_tensor(value):
+    if _is_tensor(value):
         import torch
 
         value = value.detach().resolve_conj().resolve_neg()
@@ -264,8 +261,6 @@ def _is_cupy(value):
 
 def twin(value):
     """Other data of the same shape, strides, dtype and alignment, where the value is an array; else the value."""
-    if isinstance(value, standin.ndarray):
-        return standin.ndarray(twin(value._array))
     if _is_tensor(value):
         return _twin_tensor(value)
     if type(value) in (np.ndarray, np.memmap) and _is_number(value.dtype):
@@ -277,8 +272,6 @@ def twin(value):
 
 def absolute(value):
     """The absolute values, where the value is an array."""
-    if isinstance(value, standin.ndarray):
-        return standin.ndarray(np.abs(value._array))
     return abs(value) if isinstance(value, np.ndarray) or _is_cupy(value) else value
 
 

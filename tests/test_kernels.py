@@ -189,7 +189,9 @@ def test_infinity_stays_within_the_channels(channels, layout, arrays):
     for values in (x, dy):
         values.reshape(-1)[7] = np.inf  # of one image
     given = [arrays.asarray(array) for array in (x, w, dy)]
-    for one, other in zip(gradients_of("scatter", *given, **settings), gradients_of("direct", *given, **settings), strict=True):
+    for one, other in zip(
+        gradients_of("scatter", *given, **settings), gradients_of("direct", *given, **settings), strict=True
+    ):
         assert np.isinf(arrays.asnumpy(other)).any()
         np.testing.assert_array_equal(arrays.asnumpy(one), arrays.asnumpy(other))
 

@@ -183,9 +183,15 @@ options = CompilationOptions(
 raise SystemExit(compile({name.replace(".", "/") + ".pyx"!r}, options, full_module_name={name!r}).num_errors)
 """
     _run(sys.executable, "-c", script, cwd=source, env={**os.environ, "PYTHONPATH": str(tools)})
-    include = (f"-I{sysconfig.get_paths()['include']}", f"-I{source}/cupy_backends", f"-I{source}/cupy_backends/cuda/api")
+    include = (
+        f"-I{sysconfig.get_paths()['include']}",
+        f"-I{source}/cupy_backends",
+        f"-I{source}/cupy_backends/cuda/api",
+    )
     include += (f"-I{source}", f"-I{source}/cupy", f"-I{source}/cupy/_core/include")
-    _run("g++", "-std=c++17", "-O1", "-g0", "-fPIC", "-w", *include, *_host_headers(tools), "-c", code, "-o", made_object)
+    _run(
+        "g++", "-std=c++17", "-O1", "-g0", "-fPIC", "-w", *include, *_host_headers(tools), "-c", code, "-o", made_object
+    )
     return made_object
 
 

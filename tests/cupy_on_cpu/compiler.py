@@ -120,7 +120,12 @@ def _built(text, flags, headers):
         for name, content in {**headers, "kernels.cpp": text}.items():
             (Path(folder) / name).write_text(content)
         library = Path(folder) / "library.so"
-        include = ("-include", build.folder() / "headers" / "cupy.hpp", f"-I{build.folder() / 'headers'}", f"-I{folder}")
+        include = (
+            "-include",
+            build.folder() / "headers" / "cupy.hpp",
+            f"-I{build.folder() / 'headers'}",
+            f"-I{folder}",
+        )
         loader.run("g++", *cupy_flags(), *flags, *include, "-shared", Path(folder) / "kernels.cpp", "-o", library)
         return library.read_bytes()
 

@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import struct
 import tempfile
 import traceback
 from pathlib import Path
@@ -27,9 +26,7 @@ class _Function(ctypes.Structure):
 _LOAD_FILE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_void_p))
 _LOAD_DATA = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p))
 _FIND = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(_Function))
-_LOCATE = ctypes.CFUNCTYPE(
-    None, ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_char), ctypes.c_size_t
-)
+_LOCATE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_char), ctypes.c_size_t)
 
 
 class _Hooks(ctypes.Structure):
@@ -104,7 +101,9 @@ def install(driver):
         text = by_handle[handle].located(reports.decode()).encode()[: size - 1]
         ctypes.memmove(located, text + b"\0", len(text) + 1)
 
-    emulator = (ctypes.cast(getattr(loader.runtime(), f"emulated_{name}"), ctypes.c_void_p) for name in ("run", "report"))
+    emulator = (
+        ctypes.cast(getattr(loader.runtime(), f"emulated_{name}"), ctypes.c_void_p) for name in ("run", "report")
+    )
     hooks = _Hooks(_LOAD_FILE(load_file), _LOAD_DATA(load_data), _FIND(find), _LOCATE(locate), *emulator)
     driver.emulated_hooks(ctypes.byref(hooks))
     return hooks  # which lives as long as somebody keeps it

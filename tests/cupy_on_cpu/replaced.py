@@ -1,4 +1,4 @@
-"""Modules of CuPy that NVIDIA's runtime is linked into, which would find no device: sorting here, a refusal elsewhere."""
+"""Modules of CuPy that NVIDIA's runtime is linked into, which would find no device: NumPy sorts, the rest refuses."""
 
 import ctypes
 import importlib.machinery
@@ -20,12 +20,12 @@ def refusing(name):
     """A module that has nothing but refusals."""
     module = types.ModuleType(name)
 
-    def __getattr__(attribute):
-        if attribute.startswith("__"):
-            raise AttributeError(attribute)
+    def attribute(name):
+        if name.startswith("__"):
+            raise AttributeError(name)
         return _Refusal
 
-    module.__getattr__ = __getattr__
+    module.__getattr__ = attribute
     return module
 
 
