@@ -7,7 +7,8 @@
 # From a checkout, with CuPy for CUDA 12 or 13, PyTorch if there is one, and no network. Results go to
 # OUT/<device>-<date>-<commit>/, at most eight files: log.txt (with the machine's facts), tests.xml, the golden vectors,
 # micro.json, first.json, rest.json, tiles.json and summary.md. A stage that fails or runs out of its time leaves what
-# it had, and the next one begins. DRY_RUN=1 runs every stage without a GPU, with tiny layers.
+# it had, and the next one begins. Without a GPU, `SMALL=1 python -m tests.cupy_on_cpu bench/gpu_campaign.sh OUT` runs
+# every stage with tiny layers.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 out=${1:?usage: bench/gpu_campaign.sh OUT [STAGE[=SECONDS]...]}
@@ -39,10 +40,9 @@ heeding=(env --default-signal=INT)
 "${heeding[@]}" true 2> /dev/null || heeding=()  # an older env
 python() { "${heeding[@]}" "$python" "$@"; }
 
-if [[ -n ${DRY_RUN:-} ]]; then
-    device=dry-run
-    unset GPUCONV_BACKEND
-    run() { python -m tests.dry_run "$@"; }
+if [[ -n ${SMALL:-} ]]; then
+    device=emulated
+    run() { python -m tests.cupy_on_cpu.small "$@"; }
 else
     device=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr -c 'A-Za-z0-9\n' -)
     run() {
@@ -71,7 +71,7 @@ compile() { run bench/compile_kernels.py; }
 tests() {
     local parallel=()
     "$python" -c 'import xdist' 2> /dev/null && parallel=(-n 6)
-    python -m pytest ${DRY_RUN:+tests/test_golden.py tests/test_kernels.py} -m gpu -p no:cacheprovider -q --maxfail=200 --junitxml="$folder/tests.xml" "${parallel[@]}"
+    python -m pytest ${SMALL:+tests/test_golden.py tests/test_cupy.py} -m gpu -p no:cacheprovider -q --maxfail=200 --junitxml="$folder/tests.xml" "${parallel[@]}"
 }
 
 golden() { run tests/golden/make_golden.py "$folder"; }
@@ -117,7 +117,7 @@ summary() { "$python" bench/report.py --campaign "$folder"; }
 # A stage in its time, and a word on how it ended. What it started gets an interrupt first, to write down what it has.
 stage() {
     local name=$1 limit=${seconds[$1]} start=$SECONDS status
-    [[ -n ${DRY_RUN:-} ]] && limit=$((3 * limit))  # a GPU's machine has more cores
+    [[ -n ${SMALL:-} ]] && limit=$((3 * limit))  # a GPU's machine has more cores
     echo "=== $name, at most $limit s ($SECONDS s)"
     set -m
     "$name" &
@@ -141,6 +141,6 @@ stage() {
     for name in "${chosen[@]}"; do stage "$name"; done
     echo "=== done after $SECONDS s: $folder"
 } 2>&1 | tee -a "$folder/log.txt"
-if [[ -n ${DRY_RUN:-} ]]; then  # of which nothing may fail
+if [[ -n ${SMALL:-} ]]; then  # of which nothing may fail
     ! grep -E '^=== .*: status [^0]' "$folder/log.txt"
 fi

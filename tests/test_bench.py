@@ -18,14 +18,13 @@ import pytest
 
 from gpuconv import dtypes
 from gpuconv.algorithms import depthwise
-from gpuconv.backend import NUMPY
+from gpuconv.backend import NUMPY, cupy_backend
 from gpuconv.benchmark import compare, layers, limits, plots, reference, report, results, run, timing
 from gpuconv.benchmark.command import FILES
 from gpuconv.benchmark.peers.worker import Worker
 from gpuconv.benchmark.problem import Problem
 from gpuconv.cli import main
 from gpuconv.geometry import DIRECTIONS, Geometry
-from tests import pretend
 
 SUITES = (
     *("quick", "resnet50", "vgg16", "mobilenet", "convnext", "replknet", "large", "unet3d", "audio1d", "stems"),
@@ -465,18 +464,26 @@ def test_a_peer_s_process_that_dies_is_an_error():
     worker.close()
 
 
-# A GPU, pretended
+# A GPU
 
 
-@pytest.mark.emulated
-@pytest.mark.parametrize("short, method", [(0, "events"), (1e9, "graph")])
-def test_on_a_gpu_all_sides_are_timed_by_events_or_all_as_graphs(short, method, monkeypatch):
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "short, algorithms, method",
+    [
+        (0, ("direct", "scatter"), "events"),
+        (1e9, ("direct", "scatter"), "graph"),
+        (1e9, ("direct", "im2col"), "events"),  # CuPy multiplies no matrices while a stream is captured
+    ],
+)
+def test_on_a_gpu_all_sides_are_timed_by_events_or_all_as_graphs(short, algorithms, method, monkeypatch):
     monkeypatch.setattr(timing, "SHORT", short)
-    peers = ("torch",) if HAS_TORCH else ()
-    with pretend.gpu() as place:
-        bench = run.Bench(run.Plan(place, ("data_grad",), algorithms=("im2col", "scatter"), peers=peers, seconds=0))
-        (rows,) = bench.rows([layers.parsed(SMALL)])
-    assert [row.by for row in rows] == ["gpuconv"] * 2 + ["torch"] * 2 * HAS_TORCH
+    monkeypatch.setenv("GPUCONV_BACKEND", "cupy")
+    has_peer = HAS_TORCH and importlib.import_module("torch").cuda.is_available()
+    peers = ("torch",) if has_peer else ()
+    bench = run.Bench(run.Plan(cupy_backend(), ("data_grad",), algorithms=algorithms, peers=peers, seconds=0))
+    (rows,) = bench.rows([layers.parsed(SMALL)])
+    assert [row.by for row in rows] == ["gpuconv"] * 2 + ["torch"] * 2 * has_peer
     for row in rows:
         assert row.refusal is None
         assert row.method == method
@@ -485,13 +492,12 @@ def test_on_a_gpu_all_sides_are_timed_by_events_or_all_as_graphs(short, method, 
         assert (row.host_seconds is None) == (row.by == "torch")
 
 
-@pytest.mark.emulated
+@pytest.mark.gpu
 def test_what_cannot_be_recorded_is_timed_by_events():
-    with pretend.gpu() as place:
-        clock = timing.clock_for(place, cold=False)
-        assert clock.graph(lambda: None) is not None
-        assert clock.graph(clock._stream.synchronize) is None
-        assert len(clock.samples(lambda: None, 3)) == 3
+    clock = timing.clock_for(cupy_backend(), cold=False)
+    assert clock.graph(lambda: None) is not None
+    assert clock.graph(clock._stream.synchronize) is None
+    assert len(clock.samples(lambda: None, 3)) == 3
 
 
 def test_the_campaign_knows_its_stages():

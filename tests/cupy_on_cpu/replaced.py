@@ -1,10 +1,13 @@
-"""Modules of CuPy that NVIDIA's runtime is linked into, which would find no device: NumPy sorts, the rest refuses."""
+"""Modules of CuPy that NVIDIA's runtime is linked into, which would find no device: sorting and random numbers are
+NumPy's, the rest refuses."""
 
 import ctypes
 import importlib.machinery
 import types
 
 import numpy as np
+
+NOT_SUPPORTED = 801  # cudaErrorNotSupported
 
 
 class _Refusal:
@@ -13,7 +16,7 @@ class _Refusal:
     def __new__(cls, *arguments, **options):
         from cupy_backends.cuda.api import runtime
 
-        raise runtime.CUDARuntimeError(runtime.cudaErrorNotSupported)
+        raise runtime.CUDARuntimeError(NOT_SUPPORTED)
 
 
 def refusing(name):
@@ -63,6 +66,27 @@ def _lexsort(dtype, indices, keys, count, length):
     _array(indices, np.uintp, (length,))[...] = np.lexsort(_array(keys, dtype, (count, length)))
 
 
+def generator_api():
+    """cupy.random._generator_api, with NumPy's numbers in the place of cuRAND's."""
+    module = refusing("cupy.random._generator_api")
+    module.Generator, module.init_curand = _Generator, lambda *_: None
+    return module
+
+
+class _Generator:
+    """cupy.random.Generator."""
+
+    def __init__(self, bit_generator):
+        self.bit_generator = bit_generator
+        self._numpy = np.random.default_rng(int(bit_generator._seed))
+
+    def __getattr__(self, name):
+        import cupy
+
+        draw = getattr(self._numpy, name)
+        return lambda *arguments, **options: cupy.asarray(draw(*arguments, **options))
+
+
 class _Made:
     """A loader of a module that is there already."""
 
@@ -79,7 +103,7 @@ class _Made:
 MODULES = {
     "cupy.cuda.thrust": thrust,
     "cupy.cuda.jitify": lambda: refusing("cupy.cuda.jitify"),
-    "cupy.random._generator_api": lambda: refusing("cupy.random._generator_api"),
+    "cupy.random._generator_api": generator_api,
 }
 
 

@@ -7,7 +7,7 @@ available = False
 
 cdef _refuse():
     from cupy_backends.cuda.api import runtime
-    raise runtime.CUDARuntimeError(runtime.cudaErrorNotSupported)
+    raise runtime.CUDARuntimeError(801)  # cudaErrorNotSupported
 
 
 def __getattr__(name):

@@ -1,30 +1,27 @@
-"""Runs a program of the GPU campaign without a GPU: ``python -m tests.dry_run PROGRAM [ARGUMENTS]``.
+"""Runs a program of the GPU campaign in small: ``python -m tests.cupy_on_cpu.small PROGRAM [ARGUMENTS]``.
 
-The kernels run on the CPU and layers and matrices are tiny, but everything else is what runs on a GPU, so that no bug
-in it costs a GPU's minutes. PyTorch on the CPU stands in as the peer.
+Layers and matrices are tiny, but everything else is what runs on a GPU, so that no bug in it costs a GPU's minutes.
+PyTorch for the CPU takes part as the peer, on the memory of the emulated device.
 """
 
 import contextlib
+import ctypes
 import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import numpy
+
 from gpuconv import cli
 from gpuconv.benchmark import layers, limits
 from gpuconv.cuda import report
-from tests import pretend
-from tests.test_golden import BY_KERNEL, emulated
 
 LAYERS = 1  # of each suite
 SMALLER = {
     "bench/micro.py": {"ADDITIONS": 2**14, "EXTENT": 64, "BATCH": 1},
-    "bench/compile_kernels.py": {"architecture": lambda: "sm_90a", "modules": lambda: list(report.modules())[::8]},
-    "tests/golden/make_golden.py": {
-        "cupy_backend": lambda: pretend.Backend("cupy", None, None),
-        "on_gpu": lambda cupy: (emulated("fast"), set(BY_KERNEL), {"device": "pretended GPU"}),
-    },
+    "bench/compile_kernels.py": {"modules": lambda: list(report.modules())[::40]},
 }
 
 
@@ -47,6 +44,35 @@ def small():
         mock.patch.object(layers, "suites", return_value=suites),
         mock.patch.dict(limits.EXTENT, cupy=32),
         mock.patch.dict(limits.COPY_BYTES, cupy=2**16),
+        torch_on_the_device(),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def torch_on_the_device():
+    """PyTorch for the CPU takes arrays of CuPy and gives some back: it computes on the device's memory at once."""
+    if importlib.util.find_spec("torch") is None:
+        yield
+        return
+    import cupy
+    import torch
+
+    def tensor_of(array):
+        cupy.cuda.runtime.deviceSynchronize()
+        reach = sum((n - 1) * step for n, step in zip(array.shape, array.strides, strict=True)) + array.itemsize
+        memory = (ctypes.c_char * (reach if array.size else 0)).from_address(array.data.ptr)
+        return torch.from_numpy(numpy.ndarray(array.shape, array.dtype, memory, 0, array.strides))
+
+    from_dlpack = cupy.from_dlpack
+    with (
+        mock.patch.object(torch, "from_dlpack", tensor_of),
+        mock.patch.object(
+            cupy,
+            "from_dlpack",
+            lambda x: cupy.asarray(x.numpy()) if isinstance(x, torch.Tensor) else from_dlpack(x),
+        ),
+        mock.patch.multiple(torch.cuda, ExternalStream=lambda pointer: None, set_stream=lambda stream: None),
     ):
         yield
 
@@ -55,10 +81,7 @@ def main():
     program, *arguments = sys.argv[1:]
     sys.argv = [program, *arguments]
     with small():
-        if program == "bench/compile_kernels.py":  # which needs CuPy's compiler, and no GPU
-            run(program)
-        with pretend.gpu():
-            sys.exit(cli.main(arguments) if program == "gpuconv" else run(program))
+        sys.exit(cli.main(arguments) if program == "gpuconv" else run(program))
 
 
 def run(program):
@@ -68,7 +91,7 @@ def run(program):
     spec.loader.exec_module(module)
     for name, value in SMALLER.get(program, {}).items():
         setattr(module, name, value)
-    sys.exit(module.main())
+    return module.main()
 
 
 if __name__ == "__main__":
