@@ -309,9 +309,9 @@ def address(array: Array) -> int:
 def addressable(array: Array) -> Array:
     """The array, or a copy where kernels cannot read and write it: in the machine's byte order, and aligned.
 
-    Complex numbers of 8 bytes too, which are added to as a whole; NumPy calls them aligned at a multiple of 4.
+    Complex numbers, too, are moved as a whole; NumPy calls them aligned where their parts are.
     """
-    is_aligned = address(array) % min(array.itemsize, 8) == 0
+    is_aligned = address(array) % array.itemsize == 0
     if is_aligned and getattr(array.dtype, "isnative", True) and not any(s % array.itemsize for s in array.strides):
         return array
     return array.astype(native(array.dtype))

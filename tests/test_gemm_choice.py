@@ -153,12 +153,14 @@ def test_auto_takes_it_where_half_a_tile_is_filled(arrays):
         ((4, 64, 14, 14), (4, 64, 3, 3), 1): ("im2col", "implicit_gemm", "im2col"),
         ((4, 3, 14, 14), (64, 3, 7, 7), 1): ("implicit_gemm", "im2col", "implicit_gemm"),
         ((4, 64, 14, 14), (64, 1, 3, 3), 64): ("direct",) * 3,
-        ((1, 64, 1, 1), (64, 64, 1, 1), 1): ("im2col", "im2col", "implicit_gemm"),
+        ((4, 64, 1, 1), (64, 64, 1, 1), 1): ("implicit_gemm",) * 3,
+        ((4, 8, 1, 1), (8, 8, 1, 1), 1): ("im2col",) * 3,
     }
     for (x, w, groups), expected in cases.items():
-        geometry = Geometry.infer(x, w, padding=w[-1] // 2, groups=groups)
-        found = [choose(Request(geometry, np.dtype("f4"), d, arrays.backend), "auto").algorithm for d in DIRECTIONS]
-        assert tuple(found) == expected, (x, w)
+        for images in (1, x[0], 100 * x[0]):  # one alone is computed as it is in a batch
+            geometry = Geometry.infer((images, *x[1:]), w, padding=w[-1] // 2, groups=groups)
+            requests = [Request(geometry, np.dtype("f4"), direction, arrays.backend) for direction in DIRECTIONS]
+            assert tuple(choose(request, "auto").algorithm for request in requests) == expected, (x, w)
 
 
 @EMULATED

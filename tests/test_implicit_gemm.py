@@ -13,8 +13,9 @@ import gpuconv
 from gpuconv import dtypes, execute
 from gpuconv.algorithms import gemm_tiles, implicit_gemm
 from gpuconv.algorithms.gemm_tiles import Choice
-from gpuconv.cuda import kernels_folder
+from gpuconv.cuda import arguments, kernels_folder
 from gpuconv.cuda.device import MODEL, Device
+from gpuconv.execute import Call
 from gpuconv.geometry import Geometry
 from gpuconv.operands import Operand
 from gpuconv.views import View
@@ -24,7 +25,7 @@ from tests.conftest import BACKENDS
 from tests.emulation import launcher
 from tests.tolerances import assert_within, direct_bound
 
-ON_KERNELS = pytest.mark.parametrize("arrays", [BACKENDS[1], BACKENDS[3]], indirect=True)
+ON_KERNELS = pytest.mark.parametrize("arrays", [BACKENDS[1], BACKENDS[2]], indirect=True)
 EMULATED = pytest.mark.parametrize("arrays", [BACKENDS[1]], indirect=True)
 BOTH_LAYOUTS = pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 
@@ -252,12 +253,78 @@ def test_slices_of_weight_grad_are_short_enough_to_need_no_totals():
 
 
 @ON_KERNELS
-def test_equal_terms_stay_within_the_bound(arrays):
+@pytest.mark.parametrize("precision, factor", [("ieee", 1), ("tf32x3", 2)])
+@pytest.mark.parametrize("terms", [512, 4096])
+def test_equal_terms_stay_within_the_bound(terms, precision, factor, arrays):
     """Their roundings all go one way."""
-    x, w = np.full((1, 4096, 4), 0.1, np.float32), np.full((2, 4096, 1), 0.7, np.float32)
+    x, w = np.full((1, terms, 4), 0.1, np.float32), np.full((2, terms, 1), 0.7, np.float32)
     exact = reference.forward(x.astype(float), w.astype(float), (1,), ((0, 0),), (1,))
-    result = arrays.asnumpy(gpuconv.conv(arrays.asarray(x), arrays.asarray(w), algorithm="implicit_gemm"))
-    assert_within(result, exact, direct_bound(exact, exact, 4096, "float32"))
+    given = arrays.asarray(x), arrays.asarray(w)
+    result = arrays.asnumpy(gpuconv.conv(*given, algorithm="implicit_gemm", precision=precision))
+    assert_within(result, exact, factor * direct_bound(exact, exact, terms, "float32"))
+
+
+LARGEST = np.finfo(np.float32).max
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, LARGEST, -LARGEST])
+@pytest.mark.parametrize("operand", ["x", "w"])
+def test_three_products_are_infinite_where_one_is(operand, value, arrays):
+    """Numbers that are TF32 already have no small part, and 0 times Inf is NaN."""
+    x, w = np.ones((1, 8, 16), np.float32), np.ones((16, 8, 1), np.float32)
+    (x if operand == "x" else w)[0, 3, 0] = value
+    with np.errstate(invalid="ignore"):
+        expected = reference.forward(x.astype(float), w.astype(float), (1,), ((0, 0),), (1,)).astype(np.float32)
+    given = arrays.asarray(x), arrays.asarray(w)
+    result = arrays.asnumpy(gpuconv.conv(*given, algorithm="implicit_gemm", precision="tf32x3"))
+    np.testing.assert_allclose(result, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("capability, taken", [(80, 3), (86, 0), (89, 0), (90, 3), (120, 0)])
+def test_three_products_are_taken_where_they_are_faster(capability, taken):
+    """Tensor cores of GeForce make fewer than three times the products of its other units."""
+    geometry = Geometry.infer((8, 64, 14, 14), (64, 64, 3, 3), padding=1)
+    device = Device(capability, 80)
+    (plan, *_) = implicit_gemm.plans(geometry, named_dtype("float32"), "forward", device, "tf32x3")
+    assert dict(plan.module.constants)["TENSOR_PRODUCTS"] == taken
+
+
+def test_partial_sums_are_counted_with_32_bits(monkeypatch):
+    """Slices of large weights would have more elements than that, had the workspace room for them."""
+    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "64GiB")
+    geometry = Geometry.infer((96, 512, 224, 224), (512, 512, 3, 3), padding=1)
+    call = Call.of(geometry, "numpy", named_dtype("float16"), "implicit_gemm", None, None)
+    call = call._replace(backend=launcher.EMULATED)
+    plan = execute.contiguous_plan(call, "weight_grad")
+    assert 0 < plan.space // 4 <= arguments.NARROW
+
+
+def test_a_warp_meets_before_it_multiplies():
+    """Copying may leave its lanes apart, and PTX asks for all of them where an instruction is .aligned."""
+    text = (kernels_folder() / "products.cuh").read_text()
+    for name in ("TensorProducts", "DoubleProducts"):
+        body = text[text.index(f"struct {name} ") :]
+        body = body[body.index("DEVICE void add(") :]
+        assert body[: body.index("multiply")].count("__syncwarp();") == 1
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("role", ["x", "w", "out"])
+def test_complex_numbers_may_lie_where_floats_do(role, arrays):
+    """At 8 modulo 16, where their two float64 are aligned."""
+    rng = np.random.default_rng(3)
+    x, w = (rng.integers(-3, 4, shape) + 1j * rng.integers(-3, 4, shape) for shape in ((2, 4, 9), (8, 4, 3)))
+    expected = gpuconv.conv(x, w, algorithm="direct" if arrays.name == "emulated" else "auto")
+    given = {"x": x, "w": w, "out": np.zeros(expected.shape, complex)}
+    for name, array in given.items():
+        floats = arrays.xp.zeros(2 * array.size + 1)
+        start = int(name == role)
+        given[name] = floats[start : start + 2 * array.size].view(np.complex128).reshape(array.shape)
+        given[name][...] = arrays.asarray(array)
+    with launcher.using(mode="checked", order="natural") if arrays.name == "emulated" else contextlib.nullcontext():
+        gpuconv.conv(**given, algorithm="implicit_gemm")
+    np.testing.assert_array_equal(arrays.asnumpy(given["out"]), expected)
 
 
 @ON_KERNELS

@@ -20,7 +20,7 @@ from tests.emulation import launcher
 from tests.test_matrix import assert_right
 from tests.test_memory import assert_stays_within
 
-ON_KERNELS = pytest.mark.parametrize("arrays", [BACKENDS[1], BACKENDS[3]], indirect=True)
+ON_KERNELS = pytest.mark.parametrize("arrays", [BACKENDS[1], BACKENDS[2]], indirect=True)
 EMULATED = pytest.mark.parametrize("arrays", [BACKENDS[1]], indirect=True)
 KIB = 1024
 

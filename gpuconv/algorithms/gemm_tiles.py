@@ -23,6 +23,7 @@ from gpuconv.cuda.launch import blocks
 
 WARP = 32
 TENSOR_TERMS = 4096  # of a sum on tensor cores, which cut off what does not fit
+SPLIT_TERMS = 512  # the same of tf32x3, three products in the place of one
 PLAIN_TERMS = 128  # so that equal terms, too, whose roundings all go one way, stay within the bound of a direct sum
 ASYNCHRONOUS_STAGES, STAGES = 4, 2
 
@@ -150,6 +151,12 @@ def _modelled(problem: Problem) -> Iterator[Choice]:
         options = {least, *(max(least, min(most, slices)) for slices in steps)}
         microseconds, slices = min((_microseconds(problem, tile, slices), slices) for slices in options)
         yield Choice(tile, slices, microseconds)
+
+
+def is_split_faster(device: Device) -> bool:
+    """Whether tf32x3 is faster than float32: on GeForce, tensor cores are not three times as fast as the others."""
+    rates = _rates(device.capability)
+    return rates["tensor 4"] / 3 > rates["plain 4"]
 
 
 def stages(problem: Problem) -> int:

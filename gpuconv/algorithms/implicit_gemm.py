@@ -43,14 +43,17 @@ def why_not(request: Request) -> str | None:
 
 
 def fills_a_tile(geometry: Geometry, direction: Direction) -> bool:
-    """Whether half of the smallest tile or more would be used."""
+    """Whether half of the smallest tile or more would be used by the rows of one image, or else all of its columns.
+
+    The number of images has no say, so that one alone is computed as it is in a batch.
+    """
     rows, columns = geometry.group_channels, geometry.group_filters
     if direction == "weight_grad":
         rows *= geometry.taps
     else:
         extents = geometry.output if direction == "forward" else geometry.input
-        rows, columns = math.prod((*geometry.batch, *extents)), columns if direction == "forward" else rows
-    return 2 * min(rows, SMALLEST) * min(columns, SMALLEST) >= SMALLEST**2
+        rows, columns = math.prod(extents), columns if direction == "forward" else rows
+    return columns >= SMALLEST or 2 * min(rows, SMALLEST) * columns >= SMALLEST**2
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
@@ -115,7 +118,7 @@ def _add_slices(
     y_x_w = gradients.view, images.view, weights
     wide = arguments.is_wide(geometry, *y_x_w)
     arrays = Arrays("weight_grad", geometry, gradients, images, weights, planner.dtype)
-    room = planner.budget // weights.size - 1  # beside the totals
+    room = min(planner.budget, arguments.NARROW) // weights.size - 1  # beside the totals
     plan = planned(arrays, planner.precision, planner.backend.device(), wide, room)
     convolution, dy_at, x_at, dw_at = arguments.described(geometry, *y_x_w, wide)
     index = structs.index_dtype(wide).type
@@ -264,12 +267,15 @@ def _products(
         exact = {first.activation, second.activation} <= {None, "relu"}
         if halves and exact:
             tensor_products, element = 1, first.view.dtype
-        elif sums == numpy.float32 and precision != "ieee":
-            tensor_products = 3 if precision == "tf32x3" else 1
+        elif sums == numpy.float32 and precision == "tf32":
+            tensor_products = 1
+        elif sums == numpy.float32 and precision == "tf32x3" and gemm_tiles.is_split_faster(device):
+            tensor_products = 3
         elif sums == numpy.float64:
             tensor_products = 1
     if tensor_products and element.itemsize < 8:
-        return Products(element, tensor_products, gemm_tiles.TENSOR_TERMS * (depth > gemm_tiles.TENSOR_TERMS))
+        most = gemm_tiles.SPLIT_TERMS if tensor_products == 3 else gemm_tiles.TENSOR_TERMS
+        return Products(element, tensor_products, most * (depth > most))
     return Products(element, tensor_products, gemm_tiles.PLAIN_TERMS)
 
 
