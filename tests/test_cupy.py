@@ -1,6 +1,8 @@
 """What only CuPy itself can show: its versions, streams, modules, compute types and memory. On a GPU, or emulated."""
 
+import ctypes
 import gc
+import os
 import threading
 import weakref
 from unittest import mock
@@ -18,6 +20,14 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture
 def cupy():
     return pytest.importorskip("cupy")
+
+
+def emulated(name):
+    """A library of the emulated machine, which counts what a GPU does not tell."""
+    folder = os.environ.get("GPUCONV_CUPY_ON_CPU")
+    if folder is None:
+        pytest.skip("a GPU does not tell")
+    return ctypes.CDLL(os.path.join(folder, "lib", name))
 
 
 @pytest.mark.parametrize("version", ["13.6.0", "14.0.0", "14.1.0"])
@@ -139,10 +149,28 @@ def test_a_call_on_a_stream_of_its_own_needs_no_other(cupy):
 
 def test_memory_of_the_host_is_no_argument(cupy):
     """Where kernels are emulated, a pointer to the host is found out; on a GPU it would be an illegal address."""
-    if "emulated" not in cupy.cuda.runtime.getDeviceProperties(0)["name"].decode():
-        pytest.skip("a GPU does not survive it")
+    emulated("libcuda.so.1")
     host = np.ones(32, np.float32)
     kernel = cupy.RawKernel('extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= 2; }', "twice")
     with pytest.raises(cupy.cuda.driver.CUDADriverError, match="twice: argument 0 is no pointer to device memory"):
         kernel((1,), (32,), (np.uint64(host.ctypes.data),))
     assert (host == 1).all()
+
+
+@pytest.mark.called_once("one call is counted")
+@pytest.mark.parametrize("direction", ["forward", "data_grad", "weight_grad"])
+@pytest.mark.parametrize("algorithm", ["im2col", "winograd", "fft"])
+def test_the_host_waits_once_for_what_is_finite(algorithm, direction, cupy):
+    """However many blocks are looked at: once for w where im2col asks for it, once for the result of a transform."""
+    reads = emulated("libcudart.so.12").emulated_reads
+    x, w = cupy.ones((8, 16, 40, 40), "f"), cupy.ones((16, 16, 3, 3), "f")
+    dy = cupy.ones((8, 16, 40, 40), "f")
+    options = {"padding": 1, "algorithm": algorithm}
+    before = reads()
+    if direction == "forward":
+        gpuconv.conv(x, w, **options)
+    elif direction == "data_grad":
+        gpuconv.conv_data_grad(dy, w, x.shape, **options)
+    else:
+        gpuconv.conv_weight_grad(dy, x, w.shape, **options)
+    assert reads() - before <= 1

@@ -307,7 +307,7 @@ class _Tiling:
             planner.loop(range(len(segments) * channels), add)
             inside = tuple(slice(0, axis.stop - axis.start) for axis in outputs)
             block = self._invert(total, inside, planner)
-            planner.call(note, flags[image], block, is_finite)
+            note(flags[image], block, is_finite, planner)
             block = block.transpose(*range(2, block.ndim), 0, 1)
             y.store(block, y.view[(*image, *outputs)], planner)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy
 
@@ -39,10 +40,26 @@ def if_finite(view: View, yes: Body, no: Body, planner: Planner) -> None:
     planner.choose(question, seen, yes, no)
 
 
-def note(flag: Array, block: Array, question: Callable[[Array], bool]) -> None:
-    """Makes the flag 0 where the answer is no for a block."""
+def note(flag: View, block: View, question: Callable[[Array], bool], planner: Planner) -> None:
+    """A step that makes the flag 0 where NaN or Inf is in a block: on NumPy where the answer to a question is no.
+
+    On a GPU the device decides: an answer for every block would have the host wait as often.
+    """
+    if planner.backend.kind == "cupy":
+        planner.call(_note_on_device, flag, block, planner.xp)
+    else:
+        planner.call(_note, flag, block, question)
+
+
+def _note(flag: Array, block: Array, question: Callable[[Array], bool]) -> None:
     if not question(block):
         flag[...] = 0
+
+
+def _note_on_device(flag: Array, block: Array, xp: Any) -> None:
+    for part in (block.real, block.imag) if block.dtype.kind == "c" else (block,):
+        for extreme in (part.max(), part.min()):  # which are NaN if an element is
+            xp.logical_and(flag, xp.isfinite(extreme), out=flag)
 
 
 def _has_finite_extremes(array: Array) -> bool:

@@ -310,7 +310,7 @@ class Tiling:
         planner.call(self.xp.matmul, AT_rows, kept[:full], out=lines[: full * row.m].reshape(full, row.m, width))
         if rest:
             planner.call(self.xp.matmul, AT_rows[:rest], kept[full], out=lines[full * row.m :])
-        planner.call(note, flags[unit.image], lines, is_finite_block)
+        note(flags[unit.image], lines, is_finite_block, planner)
         y.store(block, target, planner)
 
     # Weights, transformed along columns and along rows: less work than by the Kronecker product of the matrices.

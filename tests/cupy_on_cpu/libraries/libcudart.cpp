@@ -483,10 +483,14 @@ static cudaError_t check_copy(const void* to, const void* from, size_t bytes, cu
     return failed(is_right ? cudaSuccess : cudaErrorInvalidValue);
 }
 
+static unsigned long reads;  // of memory of the device by the host, which waits for them
+extern "C" __attribute__((visibility("default"))) unsigned long emulated_reads() { return reads; }
+
 API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
     Locked guard(lock());
     if (const cudaError_t error = check_copy(to, from, bytes, kind)) return error;
     const bool from_host = !region_of(from) && !is_pinned(from), to_host = !region_of(to) && !is_pinned(to);
+    reads += region_of(from) && !region_of(to);
     if (from_host) {  // which may change as soon as this returns
         const auto* const first = static_cast<const char*>(from);
         auto staged = std::make_shared<std::vector<char>>(first, first + bytes);
