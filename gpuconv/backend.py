@@ -14,7 +14,6 @@ import os
 import platform
 import re
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -64,7 +63,7 @@ class Backend(NamedTuple):
     ``launch(kernel, grid, block, arguments, shared_memory)`` checks the arguments, which may be views, and gives a
     function of arrays in their place; it is None where there are no kernels. ``memory(array)`` is what
     ``array(shape, dtype, memory, offset, strides)`` makes parts of an array from, at an offset in bytes from the lowest
-    one.
+    one. ``matmul(left, right, out, planner)`` plans products of matrices where the module's own is not taken.
     """
 
     name: str
@@ -73,6 +72,7 @@ class Backend(NamedTuple):
     device: Callable[[], device.Device] = lambda: device.MODEL
     memory: Callable[[Array], Any] = _numpy_memory
     array: Callable[..., Array] = numpy.ndarray
+    matmul: Callable[..., None] | None = None
 
     @property
     def kind(self) -> Kind:
@@ -81,9 +81,6 @@ class Backend(NamedTuple):
 
 
 NUMPY = Backend("numpy", numpy, None)
-
-TF32_CAPABILITY = 80  # 8.0, the first that has TensorFloat-32
-_compute_type = threading.RLock()
 
 _context: ContextVar[str | None] = ContextVar("gpuconv_backend", default=None)
 _process: str | None = None
@@ -200,7 +197,7 @@ def cupy_backend() -> Backend:
 @lru_cache(maxsize=1)
 def _cupy(cupy: Any) -> Backend:
     """The backend of this module; BackendError where it is too old."""
-    from gpuconv.cuda import launch
+    from gpuconv.cuda import launch, products
 
     release = re.match(r"(\d+)\.(\d+)\.(\d+)", cupy.__version__)
     if release is not None and tuple(map(int, release.groups())) < OLDEST_CUPY:
@@ -209,7 +206,7 @@ def _cupy(cupy: Any) -> Backend:
             f"gpuconv needs CuPy {oldest} or later, and CuPy {cupy.__version__} is installed: pip install --upgrade"
             f" 'cupy-cuda12x>={oldest}', or cupy-cuda13x"
         )
-    return Backend("cupy", cupy, launch.prepared, device.current, _cupy_memory, _cupy_array)
+    return Backend("cupy", cupy, launch.prepared, device.current, _cupy_memory, _cupy_array, products.matmul)
 
 
 def _cupy_memory(array: Array) -> Any:
@@ -320,28 +317,6 @@ def addressable(array: Array) -> Array:
 def device_of(array: Array) -> contextlib.AbstractContextManager[Any]:
     """A context in which the array's device is the current one."""
     return contextlib.nullcontext() if isinstance(array, numpy.ndarray) else array.device  # type: ignore[no-any-return]
-
-
-@contextlib.contextmanager
-def matrix_products(precision: str) -> Iterator[None]:
-    """CuPy's float32 matrix products held to the precision asked for, whatever CUPY_TF32 says.
-
-    The compute type is one for the process, so one thread at a time is here.
-    """
-    from cupy import _core  # the only way in: compute types have no public name
-
-    names = _core._routines_linalg
-    with _compute_type:
-        before = _core.get_compute_type("f")
-        is_tf32 = precision == "tf32" and device.current().capability >= TF32_CAPABILITY
-        if (before == names.COMPUTE_TYPE_TF32) == is_tf32:
-            yield
-            return
-        _core.set_compute_type("f", names.COMPUTE_TYPE_TF32 if is_tf32 else names.COMPUTE_TYPE_DEFAULT)
-        try:
-            yield
-        finally:
-            _core.set_compute_type("f", before)
 
 
 def show_config() -> None:

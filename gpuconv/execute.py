@@ -30,7 +30,6 @@ from gpuconv.backend import (
     addressable,
     backend_for,
     device_of,
-    matrix_products,
     module_of,
     moved,
 )
@@ -162,9 +161,7 @@ class Call(NamedTuple):
     def _surroundings(self, plan: Plan) -> contextlib.ExitStack:
         """A context for the steps of a plan."""
         stack = contextlib.ExitStack()
-        if self.backend.name == "cupy":
-            stack.enter_context(matrix_products(self.precision))
-        elif self.backend.name == "numpy" and (plan.holds_blas or self.threads is not None):
+        if self.backend.name == "numpy" and (plan.holds_blas or self.threads is not None):
             stack.enter_context(threads.held_blas())
         if plan.is_silent:  # it looks for such numbers itself
             stack.enter_context(numpy.errstate(over="ignore", invalid="ignore"))

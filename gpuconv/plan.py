@@ -3,7 +3,8 @@
 An algorithm works with views, as if they were arrays, and calls the planner where it would call NumPy. Nothing is
 computed meanwhile. A plan depends on nothing but its description (gpuconv/execute.py), which also runs it.
 
-    planner.call(xp.matmul, cols, weights, out=sums)     a step: a function, views in the place of arrays, constants
+    planner.call(xp.add, total, term, out=total)         a step: a function, views in the place of arrays, constants
+    planner.matmul(cols, weights, sums)                  products of matrices
     planner.loop(blocks, body, workers)                  the steps of body(block, planner) for each block, by threads
     planner.choose(is_finite, w, yes, no)                steps that depend on data
     planner.launch(kernel, grid, block, arguments)       a step that launches a kernel
@@ -217,6 +218,13 @@ class Planner:
         into = inputs[0] if out is None else out
         if not isinstance(into, View) or into.size:
             self.scope.note(Step(function, inputs, out))
+
+    def matmul(self, left: Any, right: Any, out: View) -> None:
+        """Products of matrices, or of stacks of them, of views and arrays."""
+        if self.backend.matmul is None:
+            self.call(self.xp.matmul, left, right, out=out)
+        elif out.size:
+            self.backend.matmul(left, right, out, self)
 
     def copy(self, into: View, values: Any) -> None:
         """Elements of a view, or a number, in the dtype of another."""

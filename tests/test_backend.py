@@ -11,6 +11,8 @@ import pytest
 import gpuconv
 from gpuconv.backend import cupy_backend
 from gpuconv.choose import MODULES
+from gpuconv.execute import Call
+from gpuconv.geometry import Geometry
 from tests.conftest import HAS_GPU
 
 backend_module = sys.modules["gpuconv.backend"]  # gpuconv.backend is the function
@@ -18,7 +20,6 @@ backend_module = sys.modules["gpuconv.backend"]  # gpuconv.backend is the functi
 X, W = np.ones((1, 2, 5, 5)), np.ones((3, 2, 3, 3))
 Y = gpuconv.conv(X, W)
 GRADIENTS = gpuconv.conv_backward(Y, X, W)
-DEFAULT, TF32 = 1, 7  # CuPy's compute types
 
 
 @pytest.fixture(params=[pytest.param("cupy", marks=pytest.mark.gpu)])
@@ -263,32 +264,20 @@ def test_scatter_on_a_gpu_needs_consent_to_its_order(cupy):
 @pytest.mark.parametrize(
     "environment, argument, wanted",
     [
-        ({}, None, DEFAULT),
-        ({"CUPY_TF32": "1"}, None, TF32),
-        ({"CUPY_TF32": "1"}, "ieee", DEFAULT),
-        ({"GPUCONV_PRECISION": "tf32"}, None, TF32),
-        ({"GPUCONV_PRECISION": "ieee", "CUPY_TF32": "1"}, None, DEFAULT),
-        ({}, "tf32", TF32),
-        ({"CUPY_TF32": "1"}, "tf32x3", DEFAULT),
+        ({}, None, "ieee"),
+        ({"CUPY_TF32": "1"}, None, "tf32"),
+        ({"CUPY_TF32": "1"}, "ieee", "ieee"),
+        ({"GPUCONV_PRECISION": "tf32"}, None, "tf32"),
+        ({"GPUCONV_PRECISION": "ieee", "CUPY_TF32": "1"}, None, "ieee"),
+        ({}, "tf32", "tf32"),
+        ({"CUPY_TF32": "1"}, "tf32x3", "tf32x3"),
     ],
 )
-def test_precision_decides_how_cupy_multiplies(environment, argument, wanted, cupy, monkeypatch):
+def test_what_decides_the_precision(environment, argument, wanted, monkeypatch):
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
-    compute_type, at_first, seen = cupy._core.get_compute_type, cupy._core.get_compute_type("f"), []
-    for name in ("matmul", "dot"):
-        original = getattr(cupy, name)
-        spy = lambda *a, original=original, **k: (seen.append(compute_type("f")), original(*a, **k))[1]  # noqa: E731
-        monkeypatch.setattr(cupy, name, spy)
-    x, w = cupy.asarray(X, "float32"), cupy.asarray(W, "float32")
-    before = TF32 if environment.get("CUPY_TF32") == "1" else DEFAULT
-    try:
-        cupy._core.set_compute_type("f", before)  # as CuPy does where it is imported with that variable
-        gpuconv.conv(x, w, precision=argument, algorithm="im2col")
-        assert compute_type("f") == before
-    finally:
-        cupy._core.set_compute_type("f", at_first)
-    assert set(seen) == {wanted}
+    geometry = Geometry.infer((1, 1, 4), (1, 1, 2))
+    assert Call.of(geometry, "numpy", np.dtype("f"), "auto", argument, None).precision == wanted
 
 
 def test_show_config_tells_what_decides(capsys, monkeypatch):

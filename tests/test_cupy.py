@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import os
-import threading
 import weakref
 from unittest import mock
 
@@ -11,8 +10,8 @@ import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv.backend import BackendError, matrix_products
-from gpuconv.cuda import device
+from gpuconv.backend import BackendError
+from gpuconv.cuda import device, products
 
 pytestmark = pytest.mark.gpu
 
@@ -84,44 +83,108 @@ def test_out_that_overlaps_is_found_without_the_device(number, cupy):
             check_out(out, "cupy", out.dtype, out.shape, x=x)
 
 
-def compute_type(cupy):
-    return cupy._core.get_compute_type("f")
+@pytest.mark.parametrize(
+    "capability, precision, dtype, taken",
+    [
+        (90, "ieee", "float32", 68),
+        (90, "tf32", "float32", 77),
+        (90, "tf32x3", "float32", 68),
+        (80, "tf32", "float32", 77),
+        (75, "tf32", "float32", 68),
+        (90, "tf32", "complex64", 68),
+        (90, "tf32", "float64", 70),
+    ],
+)
+def test_products_take_tf32_where_the_device_has_it(capability, precision, dtype, taken, cupy, monkeypatch):
+    """The compute type of each product says so; CuPy's own, which is one for the process, is left alone."""
+    monkeypatch.setattr(device, "_device", lambda number: device.Device(capability, 40))
+    cublas, seen, before = cupy.cuda.cublas, [], cupy._core.get_compute_type("f")
+    for name in ("gemmEx", "gemmStridedBatchedEx"):
+        original = getattr(cublas, name)
+        spy = lambda *a, original=original: (seen.append(a[-2]), original(*a))[1]  # noqa: E731
+        monkeypatch.setattr(cublas, name, spy)
+    x, w = cupy.ones((2, 8, 12, 12), dtype), cupy.ones((8, 8, 3, 3), dtype)
+    for algorithm in ("im2col", "winograd"):
+        if algorithm == "im2col" or dtype != "complex64":
+            gpuconv.conv(x, w, algorithm=algorithm, precision=precision)
+    assert set(seen) == {taken}
+    assert cupy._core.get_compute_type("f") == before
 
 
-@pytest.mark.parametrize("capability, changes", [(75, False), (80, True), (90, True)])
-def test_products_take_tf32_where_the_device_has_it(capability, changes, cupy):
-    before = compute_type(cupy)
-    with (
-        mock.patch.object(device, "current", return_value=device.Device(capability, 40)),
-        matrix_products("tf32"),
-    ):
-        assert (compute_type(cupy) == cupy._core._routines_linalg.COMPUTE_TYPE_TF32) is changes
-    assert compute_type(cupy) == before
+SOME = slice(None, None, 2)
+OPERANDS = {  # of products: their shapes, and what is taken of them
+    "dense": ((3, 4, 5), (3, 5, 6), (3, 4, 6)),
+    "one for all": ((4, 5), (3, 5, 6), (3, 4, 6)),
+    "two axes": ((2, 3, 4, 5), (2, 3, 5, 6), (2, 3, 4, 6)),
+    "one for some": ((2, 1, 4, 5), (1, 3, 5, 6), (2, 3, 4, 6)),
+    "a row": ((1, 5), (5, 6), (1, 6)),
+    "a column": ((4, 5), (5, 1), (4, 1)),
+    "one number": ((3, 1, 5), (3, 5, 1), (3, 1, 1)),
+    "one term": ((3, 4, 1), (3, 1, 6), (3, 4, 6)),
+}
+LAYOUTS = {  # views of a larger array of these, and whether cuBLAS takes them where they lie
+    "contiguous": (lambda a: a, True),
+    "transposed": (lambda a: a.swapaxes(-1, -2).copy().swapaxes(-1, -2), True),
+    "of longer rows": (lambda a: a[..., 1:-1], True),
+    "of longer columns": (lambda a: a[..., 1:-1, :], True),
+    "with gaps": (lambda a: a[..., ::2, ::2], False),
+    "backwards": (lambda a: a[..., ::-1], False),
+    "every other one": (lambda a: a[::2] if a.ndim > 2 else a, True),
+    "other axes first": (lambda a: a.swapaxes(0, -2).copy().swapaxes(0, -2), True),
+}
 
 
-def test_a_thread_does_not_see_the_compute_type_of_another(cupy):
-    """Products of one precision wait for those of another."""
-    seen, is_tf32, may_go_on = [], threading.Event(), threading.Event()
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("operands", OPERANDS)
+def test_products_are_formed_where_matrices_lie(operands, layout, dtype, cupy):
+    """And only what cuBLAS cannot read is copied."""
+    view, is_taken = LAYOUTS[layout]
+    rng = np.random.default_rng(0)
+    made = []
+    for shape in OPERANDS[operands]:
+        larger = rng.integers(-3, 4, tuple(2 * size + 2 for size in shape)).astype(dtype)
+        lying = view(cupy.asarray(larger))
+        lying = lying[tuple(slice(size) for size in shape)]
+        made.append(lying)
+    left, right, out = made
+    if _is_written(out):
+        steps, run = planned_product(left, right, out)
+        run()
+        np.testing.assert_array_equal(out.get(), np.matmul(left.get(), right.get()))
+        copies = sum(step.function is cupy.copyto for step in steps)
+        assert copies == 0 or not is_taken
+    else:
+        with pytest.raises(ValueError, match=r"no axis of .* has its elements side by side"):
+            planned_product(left, right, out)
 
-    def with_tf32():
-        with matrix_products("tf32"):
-            is_tf32.set()
-            may_go_on.wait(10)
 
-    def with_ieee():
-        with matrix_products("ieee"):
-            seen.append(compute_type(cupy))
+def _is_written(out):
+    """Whether one of the last two axes has its elements side by side, and the other one goes over them."""
+    (rows, columns), (down, along) = out.shape[-2:], out.strides[-2:]
+    item, axes = out.itemsize, [(rows, down, columns, along), (columns, along, rows, down)]
+    return any((n == 1 or step == item) and (m == 1 or over >= n * item) for n, step, m, over in axes)
 
-    threads = [threading.Thread(target=target) for target in (with_tf32, with_ieee)]
-    threads[0].start()
-    assert is_tf32.wait(10)
-    threads[1].start()
-    threads[1].join(0.2)
-    may_go_on.set()
-    for thread in threads:
-        thread.join(10)
-    assert seen == [compute_type(cupy)]
-    assert seen != [cupy._core._routines_linalg.COMPUTE_TYPE_TF32]
+
+def planned_product(left, right, out):
+    """The steps of a product, and what runs them."""
+    from gpuconv.backend import cupy_backend
+    from gpuconv.execute import _Memory, execute
+    from gpuconv.plan import WORKSPACE, Planner, Scope
+    from gpuconv.views import View, first_byte
+
+    backend, scope = cupy_backend(), Scope(WORKSPACE, 64)
+    views = [
+        View(i, -first_byte(a.shape, a.strides), a.shape, a.strides, a.dtype) for i, a in enumerate((left, right, out))
+    ]
+    products.matmul(*views, Planner(backend, out.dtype, 1 << 20, scope, 64))
+
+    def run():
+        space = backend.memory(backend.xp.empty(scope.most, np.uint8))
+        memories = [*map(backend.memory, (left, right, out)), None, None, None, space]
+        execute([_Memory(backend, memories, None)], [scope.steps])
+
+    return scope.steps, run
 
 
 def test_tensors_are_computed_on_the_stream_of_pytorch(cupy):

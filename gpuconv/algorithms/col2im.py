@@ -69,7 +69,7 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: 
         def some_outputs(index: Index, planner: Planner) -> None:
             gradients = images_order.load(dy, (*image, *index), dy_space, planner)
             dcols = dcols_space.shaped((geometry.groups, weights.shape[1], gradients.shape[2]))
-            planner.call(planner.xp.matmul, weights, gradients, out=dcols)
+            planner.matmul(weights, gradients, dcols)
             _add(dcols, index, planes, sizes, geometry, planner)
 
         planner.loop(Blocks(geometry.output, sizes.box), some_outputs)

@@ -97,7 +97,7 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Plan
             cols = unfolding.cols(index, patch_space, cols_space, planner)
             target = y.view[(*index, slice(None), filters)]
             block, sums = order.images.place(target, sums_space, planner)
-            planner.call(planner.xp.matmul, *((cols, weights) if order.by_rows else (weights, cols)), out=sums)
+            planner.matmul(*((cols, weights) if order.by_rows else (weights, cols)), sums)
             y.store(block, target, planner, filters)
 
         planner.loop(blocks, some_outputs, team.workers)
@@ -179,7 +179,7 @@ def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, pl
             sums = order.images.load(dy, index, dy_space, planner)
             target = windows[(*index, ..., channels)]
             block, cols = order.windows.empty(target.shape, cols_space)
-            planner.call(planner.xp.matmul, *((sums, weights) if order.by_rows else (weights, sums)), out=cols)
+            planner.matmul(*((sums, weights) if order.by_rows else (weights, sums)), cols)
             dx.store(block, target, planner, channels)
 
         planner.loop(Blocks(extents, box), some_outputs, team.workers)
@@ -243,7 +243,7 @@ def _slices(geometry: Geometry) -> int:
 
 def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner, team: Team) -> None:
     """The outputs in slices, which are added up in order, however many threads there are."""
-    matmul, add, order = planner.xp.matmul, planner.xp.add, order_of(x.view, dy.view, geometry, stack=False)
+    add, order = planner.xp.add, order_of(x.view, dy.view, geometry, stack=False)
     gradients = Space(order.images.copies(dy, planner), dy.temporaries)
     per_filter, copies = geometry.channels * geometry.taps, _slices(geometry) + team.shares
     filters_at_once = largest(geometry.group_filters, planner.budget // 2, copies * per_filter)
@@ -274,7 +274,7 @@ def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planne
                 sums = order.images.load(dy, (*index, slice(None), filters), dy_space, planner)
                 factors = (cols.swapaxes(-1, -2), sums) if order.by_rows else (sums, cols.swapaxes(-1, -2))
                 term = totals[number] if at == begin else term_space.shaped(total.shape)
-                planner.call(matmul, *factors, out=term)
+                planner.matmul(*factors, term)
                 if at > begin:
                     planner.call(add, totals[number], term, out=totals[number])
 

@@ -73,7 +73,7 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Plan
         target = y.view[(*image, rows)]
         block, sums = results_order.place(target, sums_space, planner)
         factors = (windows.swapaxes(-1, -2), weights) if by_rows else (weights, windows)
-        planner.call(planner.xp.matmul, *factors, out=sums)
+        planner.matmul(*factors, sums)
         y.store(block, target, planner)
 
     rows = list(pieces(geometry.output[0], size))
@@ -100,7 +100,7 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
             windows = _windows(x.of_images(image), rows, geometry, lines_space, planner)
             gradients = gradients_order.load(dy, (*image, rows), dy_space, planner)
             products = product_space.shaped((1, rows.stop - rows.start, *shape[1:]))
-            planner.call(xp.matmul, windows, gradients, out=products)
+            planner.matmul(windows, gradients, products)
             is_first = at == slices[number].start
             term = totals[number] if is_first else term_space.shaped(shape)
             planner.call(xp.sum, products, 1, out=term)

@@ -254,6 +254,6 @@ def _multiply(cols: View, weights: View, part: Part, by_rows: bool, sums: View, 
         taps = slice(own * channels, (own + length) * channels)
         factors = (cols[..., seen], weights[..., taps, :]) if by_rows else (weights[..., taps], cols[..., seen, :])
         term = sums if number == 0 else space.shaped(sums.shape)
-        planner.call(planner.xp.matmul, *factors, out=term)
+        planner.matmul(*factors, term)
         if number:
             planner.call(planner.xp.add, sums, term, out=sums)

@@ -236,7 +236,7 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
                     rows = _as_rows(images, order, slice_space, planner).swapaxes(-1, -2)
                     share = _as_rows(gradients[(*everything, *outputs)], order, gradient_space, planner)
                     products = _lying_like(total[tap], term_space)
-                    planner.call(planner.xp.matmul, rows, share, out=products)
+                    planner.matmul(rows, share, products)
                     planner.call(planner.xp.add, total[tap], products, out=total[tap])
 
             planner.loop(Places(geometry.kernel), add, team.workers)
@@ -288,7 +288,7 @@ def _product(
         planner.call(planner.xp.multiply, images, weight[:, 0], out=term)
     else:
         rows = _as_rows(images, order, slice_space, planner)
-        planner.call(planner.xp.matmul, rows, weight, out=matrix)
+        planner.matmul(rows, weight, matrix)
     return term
 
 

@@ -204,7 +204,7 @@ class Tiling:
         )
         self._rows_into(images, unit, lines_of, lines_space, planner)
         count = unit.rows.stop - unit.rows.start
-        planner.call(self.xp.matmul, images.columns, windows[:, :count], out=self._by_rows(tiles, unit))
+        planner.matmul(images.columns, windows[:, :count], self._by_rows(tiles, unit))
 
     def _rows_into(self, images: _Images, unit: Unit, U: View, space: View, planner: Planner) -> None:
         """The first half: windows of rows, times the matrix, into U (a, rows of tiles, columns * channels)."""
@@ -220,14 +220,14 @@ class Tiling:
             shape, step = (last - first, length, lines.shape[1]), lines.strides[0]
             windows = lines[first * m - low - start :].strided(shape, (m * step, *lines.strides))
             target = U[:, first - unit.rows.start : last - unit.rows.start].transpose(1, 0, 2)
-            planner.call(self.xp.matmul, images.rows, windows, out=target)
+            planner.matmul(images.rows, windows, target)
         for row in (*range(unit.rows.start, first), *range(last, unit.rows.stop)):
             origin = row * m - low
             begin, end = max(start, origin), min(stop, origin + length)
             target = U[:, row - unit.rows.start]
             if begin < end:
                 part = images.rows[:, begin - origin : end - origin]
-                planner.call(self.xp.matmul, part, lines[begin - start : end - start], out=target)
+                planner.matmul(part, lines[begin - start : end - start], target)
             else:
                 planner.copy(target, 0)
 
@@ -276,7 +276,7 @@ class Tiling:
 
     def _multiply(self, V: View, weights: View, M: View, points: slice, planner: Planner) -> None:
         factors, products = (tiles.reshape(-1, *tiles.shape[2:])[points] for tiles in (V, M))
-        planner.call(self.xp.matmul, factors, weights[points], out=products)
+        planner.matmul(factors, weights[points], products)
 
     def _accumulate(self, V: View, D: View, E: View, add: bool, points: slice, planner: Planner) -> None:
         """E (a * a, C, F) = or += V' D."""
@@ -284,7 +284,7 @@ class Tiling:
         (space,) = planner.workspace(E[0].size * plan.points_at_once(self.points, E[0].size))
         sums = E[points]
         terms = space.shaped(sums.shape) if add else sums
-        planner.call(self.xp.matmul, V.swapaxes(1, 2), D, out=terms)
+        planner.matmul(V.swapaxes(1, 2), D, terms)
         if add:
             planner.call(self.xp.add, sums, terms, out=sums)
 
@@ -298,7 +298,7 @@ class Tiling:
         space, lines_space = planner.workspace(math.prod(shape), self.sizes.unit * row.m * width)
         Z, count = space.shaped(shape), unit.rows.stop - unit.rows.start
         tiles = Z[:, :count].reshape(row.a, count, column.tiles, column.m, F)
-        planner.call(self.xp.matmul, AT_columns, self._by_rows(M, unit), out=tiles)
+        planner.matmul(AT_columns, self._by_rows(M, unit), tiles)
         kept = Z[:, :count, :width].transpose(1, 0, 2)
         outputs = slice(unit.rows.start * row.m, min(row.output, unit.rows.stop * row.m))
         target = y.view[self._index(unit.image, outputs, slice(None))]
@@ -307,9 +307,9 @@ class Tiling:
             block = lines_space.shaped(target.shape)
             lines = block.shaped((outputs.stop - outputs.start, width))
         full, rest = divmod(outputs.stop - outputs.start, row.m)
-        planner.call(self.xp.matmul, AT_rows, kept[:full], out=lines[: full * row.m].reshape(full, row.m, width))
+        planner.matmul(AT_rows, kept[:full], lines[: full * row.m].reshape(full, row.m, width))
         if rest:
-            planner.call(self.xp.matmul, AT_rows[:rest], kept[full], out=lines[full * row.m :])
+            planner.matmul(AT_rows[:rest], kept[full], lines[full * row.m :])
         note(flags[unit.image], lines, is_finite_block, planner)
         y.store(block, target, planner)
 
@@ -352,16 +352,16 @@ class Tiling:
         rows, columns = self._G(taps.steps)
         (space,) = planner.workspace(self.rows.r * self.columns.a * min(WEIGHTS, lines.shape[2]))
         half = space.shaped((self.rows.r, self.columns.a, part.stop - part.start))
-        planner.call(self.xp.matmul, columns, lines[:, :, part], out=half)
-        planner.call(self.xp.matmul, rows, half.swapaxes(0, 1), out=weights[:, :, part].swapaxes(0, 1))
+        planner.matmul(columns, lines[:, :, part], half)
+        planner.matmul(rows, half.swapaxes(0, 1), weights[:, :, part].swapaxes(0, 1))
 
     def _back(self, points: View, taps: _Taps, lines: View, part: slice, planner: Planner) -> None:
         """The transpose of _forth: dw (R, S, C * F) = G' points G."""
         rows, columns = (G.swapaxes(0, 1) for G in self._G(taps.steps))
         (space,) = planner.workspace(self.rows.r * self.columns.a * min(WEIGHTS, lines.shape[2]))
         half = space.shaped((self.rows.r, self.columns.a, part.stop - part.start))
-        planner.call(self.xp.matmul, rows, points[:, :, part].swapaxes(0, 1), out=half.swapaxes(0, 1))
-        planner.call(self.xp.matmul, columns, half, out=lines[:, :, part])
+        planner.matmul(rows, points[:, :, part].swapaxes(0, 1), half.swapaxes(0, 1))
+        planner.matmul(columns, half, lines[:, :, part])
 
     def _G(self, steps: tuple[int, int]) -> list[Array]:
         return [G[:, ::step] for G, step in zip(self._matrices("G"), steps, strict=True)]

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy
 
 from gpuconv import dtypes
-from gpuconv.backend import Array, Backend, matrix_products
+from gpuconv.backend import Array, Backend
 from gpuconv.benchmark.timing import Clock
+from gpuconv.cuda import products
 
 COPY_BYTES = {"numpy": 2**28, "cupy": 2**31}
 EXTENT = {"numpy": 2048, "cupy": 8192}  # of the square matrices
@@ -62,12 +63,8 @@ def product_rate(place: Backend, name: str, clock: Clock) -> float:
     a, b = (_square(rng, n, dtype) for _ in range(2))
     c = place.xp.empty((n, n), dtype)
 
-    def product() -> Any:
-        return place.xp.matmul(a, b, out=c)
-
-    precision = "tf32" if name == "tf32" else "ieee"
-    with matrix_products(precision) if place.name == "cupy" else contextlib.nullcontext():
-        seconds = min(clock.samples(product, SAMPLES))
+    multiply = products.of_squares(n, name) if name in products.NAMES and place.kind == "cupy" else place.xp.matmul
+    seconds = min(clock.samples(lambda: multiply(a, b, out=c), SAMPLES))
     return (8 if dtypes.is_complex(dtype) else 2) * n**3 / seconds
 
 
