@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import ctypes
+import random
 import sys
 import zlib
 from unittest import mock
@@ -196,6 +197,12 @@ def pytest_addoption(parser):
         "--repeat-every", type=int, default=10, help="of N tests of emulated kernels one repeats its calls (default 10)"
     )
     parser.addoption("--repeat-seed", default="0", help="draws which one (default 0)")
+    parser.addoption("--draw", type=int, metavar="N", help=f"of the tests in {', '.join(MATRIX)} run N only")
+    parser.addoption("--draw-seed", default="0", help="draws which ones (default 0)")
+
+
+# Files of tests that go through cases, layouts, dtypes and kernels: many tests of a kind.
+MATRIX = ("test_matrix.py", "test_adjoint.py", "test_nonfinite.py", "test_implicit_gemm.py", "test_kernels.py")
 
 
 def pytest_configure(config):
@@ -232,12 +239,20 @@ def pytest_collection_modifyitems(config, items):
         if NO_EMULATION and (item.get_closest_marker("emulated") or item.get_closest_marker("checked")):
             item.add_marker(pytest.mark.skip(reason=NO_EMULATION))
     config.stash[LEFT_OUT] = left_out
+    _deselect(config, items, needless)
+    if (most := config.getoption("draw")) is not None:
+        of_matrix = [item for item in items if item.path.name in MATRIX]
+        drawn = set(random.Random(config.getoption("draw_seed")).sample(of_matrix, min(most, len(of_matrix))))
+        _deselect(config, items, [item for item in of_matrix if item not in drawn])
+    if _is_long(items):  # what needs no kernel comes first: the time to compile some
+        items.sort(key=lambda item: not hasattr(item, "callspec") or item.callspec.params.get("arrays") != "numpy")
+
+
+def _deselect(config, items, needless):
     if needless:
         config.hook.pytest_deselected(items=needless)
         dropped = set(needless)
         items[:] = [item for item in items if item not in dropped]
-    if _is_long(items):  # what needs no kernel comes first: the time to compile some
-        items.sort(key=lambda item: not hasattr(item, "callspec") or item.callspec.params.get("arrays") != "numpy")
 
 
 def _in_turn(item, backend, params, counts):

@@ -1,4 +1,4 @@
-// libcufft: the plans that CuPy makes, in float64, by halving lengths as long as they are even.
+// libcufft: the plans that CuPy makes, in float64.
 #include "device.hpp"
 
 #include <cmath>
@@ -44,22 +44,29 @@ struct Plan {
 std::map<int, Plan> plans;
 int last_plan;
 
+int smallest_factor(int length) {
+    for (int factor = 2; factor * factor <= length; ++factor)
+        if (length % factor == 0) return factor;
+    return length;
+}
+
+// By transforms of a factor of the length (Cooley and Tukey 1965).
 void transform_line(const Number* from, Number* to, int length, long step, int sign) {
-    const double turn = sign * 2 * M_PI / length;
-    if (length % 2) {
-        for (int k = 0; k < length; ++k) {
-            to[k] = 0;
-            for (int j = 0; j < length; ++j) to[k] += from[j * step] * std::polar(1.0, turn * double(long(j) * k % length));
-        }
+    if (length == 1) {
+        *to = *from;
         return;
     }
-    const int half = length / 2;
-    transform_line(from, to, half, 2 * step, sign);
-    transform_line(from + step, to + half, half, 2 * step, sign);
-    for (int k = 0; k < half; ++k) {
-        const Number even = to[k], odd = to[k + half] * std::polar(1.0, turn * k);
-        to[k] = even + odd;
-        to[k + half] = even - odd;
+    const int factor = smallest_factor(length), part = length / factor;
+    const double turn = sign * 2 * M_PI / length;
+    for (int f = 0; f < factor; ++f) transform_line(from + f * step, to + f * part, part, factor * step, sign);
+    std::vector<Number> terms(factor);
+    for (int k = 0; k < part; ++k) {
+        for (int f = 0; f < factor; ++f) terms[f] = to[f * part + k] * std::polar(1.0, turn * f * k);
+        for (int q = 0; q < factor; ++q) {
+            Number sum = 0;
+            for (int f = 0; f < factor; ++f) sum += terms[f] * std::polar(1.0, sign * 2 * M_PI * (f * q % factor) / factor);
+            to[q * part + k] = sum;
+        }
     }
 }
 
