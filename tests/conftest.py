@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import ctypes
+import os
 import random
 import sys
 import zlib
@@ -47,6 +48,8 @@ def devices_by_driver():
 HAS_GPU = devices_by_driver() > 0
 NO_GPU = "the driver reports no CUDA device"
 NO_EMULATION = loader.why_not()
+# Backends whose kernels run on the CPU.
+EMULATED = ("emulated", "checked", *(["cupy"] if "GPUCONV_CUPY_ON_CPU" in os.environ else []))
 LEFT_OUT = pytest.StashKey()  # how many tests need a GPU that is not there
 
 
@@ -165,11 +168,11 @@ def _plain_environment(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _repeated_calls(request):
-    """Every call is repeated (tests/repeat.py), unless a test says why not; of emulated kernels' tests some are."""
+    """Every call is repeated (tests/repeat.py), unless a test says why not; where kernels are emulated some are."""
     backend = dict(request.node.user_properties).get("backend", "numpy")
     seed, every = request.config.getoption("repeat_seed"), request.config.getoption("repeat_every")
     drawn = zlib.crc32(f"{seed} {request.node.nodeid}".encode()) % every == 0
-    if request.node.get_closest_marker("called_once") or (backend in ("emulated", "checked") and not drawn):
+    if request.node.get_closest_marker("called_once") or (backend in EMULATED and not drawn):
         yield
         return
     with repeat.repeating(adds_atomically=backend != "numpy"):
@@ -191,7 +194,10 @@ def rng():
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--kernels", choices=loader.MODES, default="fast", help="how kernels are compiled for the CPU (default fast)"
+        "--kernels",
+        choices=loader.MODES,
+        default=launcher.options.mode,
+        help="how kernels are compiled for the CPU (default fast)",
     )
     parser.addoption(
         "--repeat-every", type=int, default=10, help="of N tests of emulated kernels one repeats its calls (default 10)"

@@ -305,7 +305,11 @@ def test_without_pytorch_the_extra_is_named():
     assert "ImportError: gpuconv.torch needs PyTorch: pip install 'gpuconv[torch]'" in ran.stderr
 
 
+WITH_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="this PyTorch has no CUDA")
+
+
 @pytest.mark.gpu
+@WITH_CUDA
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "complex64"])
 def test_on_a_gpu(dtype, rng):
     shapes = (2, 3, 9, 8), (4, 3, 3, 3), (4,)
@@ -325,6 +329,7 @@ def test_on_a_gpu(dtype, rng):
 
 
 @pytest.mark.gpu
+@WITH_CUDA
 def test_memory_outlives_the_launch(rng):
     """Tensors are dropped right after the call, on a stream of its own, and the allocator hands out their memory."""
     w = torch.from_numpy(draw(rng, (64, 64, 3, 3), "float32", True).astype("float32")).cuda()
@@ -338,6 +343,7 @@ def test_memory_outlives_the_launch(rng):
 
 
 @pytest.mark.gpu
+@WITH_CUDA
 def test_tensors_on_two_devices():
     with pytest.raises(ValueError, match="tensors must be on one device, but x is on cuda:0 and w on cpu"):
         gpuconv_torch.conv(X.cuda(), W)

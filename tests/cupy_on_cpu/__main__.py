@@ -24,9 +24,9 @@ def devices():
     return 0 if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) else count.value
 
 
-def environment(folder):
+def environment(folder, mode):
     """That of a command: caches of its own, since nothing that it compiles would run on a GPU."""
-    emulation, caches = settings.cache_folder() / "emulation", build.caches(folder)
+    emulation, caches = settings.cache_folder() / "emulation", build.caches(folder, mode)
     emulation.mkdir(parents=True, exist_ok=True)
     (caches / "gpuconv").mkdir(parents=True, exist_ok=True)
     if not (caches / "gpuconv" / "emulation").exists():
@@ -37,6 +37,7 @@ def environment(folder):
         "PYTHONPATH": os.pathsep.join([str(folder / "site"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "LD_LIBRARY_PATH": str(folder / "lib"),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "GPUCONV_KERNELS_ON_CPU": mode,
         "GPUCONV_CACHE_DIR": str(caches / "gpuconv"),
         "CUPY_CACHE_DIR": str(caches / "cupy"),
         "CUPY_ACCELERATORS": "",
@@ -47,6 +48,7 @@ def environment(folder):
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.cupy_on_cpu", description=__doc__)
     parser.add_argument("--cupy", metavar="VERSION", help="another CuPy than the one that is installed")
+    parser.add_argument("--checked", action="store_true", help="gpuconv's kernels with every access checked")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run; nothing: build only")
     given = parser.parse_args()
     if devices():
@@ -59,7 +61,7 @@ def main():
     if not given.command:
         print(f"{folder} ({time.monotonic() - start:.0f} s)")
         return
-    sys.exit(subprocess.call(given.command, env=environment(folder)))
+    sys.exit(subprocess.call(given.command, env=environment(folder, "checked" if given.checked else "fast")))
 
 
 if __name__ == "__main__":

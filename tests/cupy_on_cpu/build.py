@@ -69,10 +69,10 @@ def place(version):
     return settings.cache_folder() / "cupy_on_cpu" / f"{version}-{key}"
 
 
-def caches(target):
+def caches(target, mode):
     """The folder for what is compiled with a build: CuPy and gpuconv know their own sources, but not our compiler."""
     sources = [HERE / "compiler.py", *loader.FOLDER.iterdir()]
-    return target.with_name(f"{target.name}-{_key(*_texts(path for path in sources if path.is_file()))}")
+    return target.with_name(f"{target.name}-{_key(mode, *_texts(path for path in sources if path.is_file()))}")
 
 
 def _texts(paths):

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import os
 import threading
 import types
 from typing import NamedTuple
@@ -31,7 +32,8 @@ class Options:
     """
 
     def __init__(self):
-        self.mode, self.order, self.late_copies, self.seconds = "fast", None, True, SECONDS
+        self.mode = os.environ.get("GPUCONV_KERNELS_ON_CPU", "fast")
+        self.order, self.late_copies, self.seconds = None, True, SECONDS
         self.profiled = False
         self.seed = itertools.count(1)
         self.launches = []

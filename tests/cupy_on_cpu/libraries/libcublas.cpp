@@ -167,24 +167,48 @@ PRODUCTS_OF(D, DOUBLE)
 PRODUCTS_OF(C, COMPLEX)
 PRODUCTS_OF(Z, DOUBLE_COMPLEX)
 
-// ---------------------------------------------------------------------------------------------- norms
+// ---------------------------------------------------------------------------------------------- vectors
 
-// The norm goes to the host, which waits for it, or to the device.
-template <class T, class Real> int norm(Handle* handle, int count, const T* x, int step, Real* result) {
+// A number goes to the host, which waits for it, or to the device.
+template <class Work> int reduced(Handle* handle, Work work) {
     std::lock_guard<std::recursive_mutex> guard(device::lock());
     const cudaError_t error = enqueue(handle->stream, [=] {
-        double sum = 0;
-        for (long i = 0; i < count; ++i) sum += std::norm(std::complex<double>(x[i * step]));
-        *result = Real(std::sqrt(sum));
+        work();
         return cudaSuccess;
     });
     return error == cudaSuccess && handle->pointer_mode == 0 ? cudaStreamSynchronize(handle->stream) : error;
 }
+
+template <class T, class Real> int norm(Handle* handle, int count, const T* x, int step, Real* result) {
+    return reduced(handle, [=] {
+        double sum = 0;
+        for (long i = 0; i < count; ++i) sum += std::norm(std::complex<double>(x[i * step]));
+        *result = Real(std::sqrt(sum));
+    });
+}
+template <class T> int dot(Handle* handle, int count, const T* x, int x_step, const T* y, int y_step, T* result, bool conjugated) {
+    return reduced(handle, [=] {
+        T sum = 0;
+        for (long i = 0; i < count; ++i) sum += (conjugated ? conjugate(x[i * x_step]) : x[i * x_step]) * y[i * y_step];
+        *result = sum;
+    });
+}
+using Complex = std::complex<float>;
+using DoubleComplex = std::complex<double>;
+
 API int cublasSnrm2_v2(Handle* h, int n, const float* x, int step, float* result) { return norm(h, n, x, step, result); }
 API int cublasDnrm2_v2(Handle* h, int n, const double* x, int step, double* result) { return norm(h, n, x, step, result); }
-API int cublasScnrm2_v2(Handle* h, int n, const std::complex<float>* x, int step, float* result) {
+API int cublasScnrm2_v2(Handle* h, int n, const Complex* x, int step, float* result) { return norm(h, n, x, step, result); }
+API int cublasDznrm2_v2(Handle* h, int n, const DoubleComplex* x, int step, double* result) {
     return norm(h, n, x, step, result);
 }
-API int cublasDznrm2_v2(Handle* h, int n, const std::complex<double>* x, int step, double* result) {
-    return norm(h, n, x, step, result);
-}
+#define DOT(name, T, conjugated)                                                                                              \
+    API int cublas##name##_v2(Handle* h, int n, const T* x, int x_step, const T* y, int y_step, T* result) {                   \
+        return dot(h, n, x, x_step, y, y_step, result, conjugated);                                                           \
+    }
+DOT(Sdot, float, false)
+DOT(Ddot, double, false)
+DOT(Cdotu, Complex, false)
+DOT(Cdotc, Complex, true)
+DOT(Zdotu, DoubleComplex, false)
+DOT(Zdotc, DoubleComplex, true)

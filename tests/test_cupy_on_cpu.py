@@ -1,0 +1,83 @@
+"""The build of CuPy for the CPU: what stands in its way is said in one line. What it computes, tests marked gpu see."""
+
+import importlib.metadata
+import json
+import re
+import sys
+
+import pytest
+
+from tests.cupy_on_cpu import __main__, build
+from tests.emulation import loader
+
+
+def refused(arguments, monkeypatch):
+    """What the command says as it refuses."""
+    monkeypatch.setattr(__main__, "devices", lambda: 0)
+    monkeypatch.setattr(sys, "argv", ["cupy_on_cpu", *arguments])
+    with pytest.raises(SystemExit) as refusal:
+        __main__.main()
+    assert isinstance(refusal.value.code, str)
+    assert "\n" not in refusal.value.code
+    return refusal.value.code
+
+
+def test_a_machine_with_a_gpu_needs_no_emulation(monkeypatch):
+    monkeypatch.setattr(__main__, "devices", lambda: 1)
+    monkeypatch.setattr(sys, "argv", ["cupy_on_cpu", "pytest"])
+    with pytest.raises(SystemExit, match="the driver reports a CUDA device: CuPy computes on it"):
+        __main__.main()
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setattr(loader.shutil, "which", lambda name: None if name == "g++" else f"/usr/bin/{name}")
+    assert refused(["--cupy", "14.2.0"], monkeypatch) == "running kernels on the CPU needs g++, which is not installed"
+
+
+def test_a_version_must_be_named_where_cupy_is_not_installed(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert refused([], monkeypatch).startswith("cupy-cuda12x is not installed, so a version must be named")
+
+
+@pytest.mark.skipif(loader.why_not() is not None, reason=str(loader.why_not()))
+@pytest.mark.parametrize(
+    "said, line",
+    [
+        ("ERROR: No matching distribution found for cupy-cuda12x==99.0", "No matching distribution found"),
+        ("noise\nerror: cython is not to be had\nmore noise", "cython is not to be had"),
+        ("Could not connect", "Could not connect"),
+        ("", "nothing"),
+    ],
+)
+def test_what_fails_while_building_is_said_in_one_line(said, line, monkeypatch, tmp_path):
+    """No such version, no tools, no network."""
+    monkeypatch.setenv("GPUCONV_CACHE_DIR", str(tmp_path))
+    script = f"import sys; sys.stderr.write({said!r}); sys.exit(1)"
+    monkeypatch.setattr(build, "_pip", lambda *_, **__: build._run(sys.executable, "-c", script))
+    text = refused(["--cupy", "99.0"], monkeypatch)
+    assert re.fullmatch(rf"building CuPy for the CPU failed: python\S* says .*{line}.*", text)
+    assert not any((tmp_path / "cupy_on_cpu").iterdir()), "something was left"
+
+
+@pytest.mark.skipif(loader.why_not() is not None, reason=str(loader.why_not()))
+@pytest.mark.parametrize("damage", ["cut short", "missing", "no list"])
+def test_a_damaged_build_is_found(damage, monkeypatch, tmp_path):
+    monkeypatch.setenv("GPUCONV_CACHE_DIR", str(tmp_path))
+    folder = build.place("14.2.0")
+    (folder / "lib").mkdir(parents=True)
+    library, digests = folder / "lib" / "libcuda.so.1", folder / "digests.json"
+    library.write_bytes(b"whole")
+    digests.write_text(json.dumps({"lib/libcuda.so.1": build._digest(library)}))
+    assert build.made("14.2.0") == folder
+    if damage == "cut short":
+        library.write_bytes(b"who")
+    elif damage == "missing":
+        library.unlink()
+    else:
+        digests.write_text("{")
+    name = "digests.json" if damage == "no list" else "lib/libcuda.so.1"
+    expected = f"the build of CuPy for the CPU is damaged ({name}): remove {folder}"
+    assert refused(["--cupy", "14.2.0"], monkeypatch) == expected
