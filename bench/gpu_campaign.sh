@@ -96,9 +96,10 @@ sanitizer() {
 micro() { run bench/micro.py --json "$folder/micro.json"; }
 
 suites() {
-    local file=$1
+    local file=$1 dtypes=float32,tf32,float16,bfloat16,float64,complex64
     shift
-    run gpuconv bench "$@" --dtype float32,tf32,float16,bfloat16,float64,complex64 --seconds 0.02 \
+    [[ -n ${SMALL:-} ]] && { dtypes=float32 && set -- "${@:1:2}"; }
+    run gpuconv bench "$@" --dtype "$dtypes" --seconds 0.02 \
         ${peers:+--peer "$peers"} --json "$folder/$file" > "$folder/$file.txt"
     local status=$?
     tail -n 30 "$folder/$file.txt"

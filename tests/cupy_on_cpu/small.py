@@ -1,6 +1,6 @@
 """Runs a program of the GPU campaign in small: ``python -m tests.cupy_on_cpu.small PROGRAM [ARGUMENTS]``.
 
-Layers and matrices are tiny, but everything else is what runs on a GPU, so that no bug in it costs a GPU's minutes.
+Layers and matrices are tiny and samples few, but everything else is what runs on a GPU, so that no bug in it costs a GPU's minutes.
 PyTorch for the CPU takes part as the peer, on the memory of the emulated device.
 """
 
@@ -15,12 +15,14 @@ from unittest import mock
 import numpy
 
 from gpuconv import cli
-from gpuconv.benchmark import layers, limits
+from gpuconv.benchmark import layers, limits, timing
 from gpuconv.cuda import report
 
 LAYERS = 1  # of each suite
 SMALLER = {
-    "bench/micro.py": {"ADDITIONS": 2**14, "EXTENT": 64, "BATCH": 1},
+    "bench/micro.py": {"ADDITIONS": 2**12, "EXTENT": 64, "BATCH": 1},
+    "bench/short_matrix.py": {"DTYPES": ("float32",)},
+    "bench/tune_tiles.py": {"DTYPES": ("float16",), "CANDIDATES": 1},
     "bench/compile_kernels.py": {"modules": lambda: list(report.modules())[::40]},
 }
 
@@ -44,6 +46,7 @@ def small():
         mock.patch.object(layers, "suites", return_value=suites),
         mock.patch.dict(limits.EXTENT, cupy=32),
         mock.patch.dict(limits.COPY_BYTES, cupy=2**16),
+        mock.patch.multiple(timing, ENOUGH=2, MOST=2, REPEATS=2),
         torch_on_the_device(),
     ):
         yield
