@@ -59,6 +59,35 @@ def test_a_compile_error_holds_the_log_the_file_and_the_constants():
         compiler.compiled(module_of("direct"), "sm_80")
 
 
+@NVRTC
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_86", "sm_90a", "sm_120"])
+def test_a_cubin_has_all_its_bytes(architecture):
+    """CuPy drops the last one, and of some architectures that belongs to a header, without which a driver may refuse."""
+    if int(architecture[3:].rstrip("a")) not in compiler.nvrtc().getSupportedArchs():
+        pytest.skip("this NVRTC does not know it")
+    text = 'extern "C" __global__ void add_one(float* x) { x[threadIdx.x] += 1; }'
+    cubin, _ = compiler.compiled_text(text, "add_one.cu", architecture)
+    assert len(cubin) == compiler.elf_size(cubin)
+    assert cubin.startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("found, is_taken", [((12, 0), False), ((12, 1), True), ((13, 0), True), ((11, 8), False)])
+def test_a_compiler_that_is_too_old_is_refused(found, is_taken, monkeypatch):
+    nvrtc = types.SimpleNamespace(getVersion=lambda: found, getSupportedArchs=lambda: (80, 90))
+    monkeypatch.setattr(compiler, "nvrtc", lambda: nvrtc)
+    gpuconv.clear_cache()
+    try:
+        if is_taken:
+            assert compiler.architecture_for("90") == "sm_90a"
+        else:
+            with pytest.raises(
+                gpuconv.BackendError, match=rf"needs NVRTC 12.1 or later, and {found[0]}\.{found[1]} was found"
+            ):
+                compiler.architecture_for("90")
+    finally:
+        gpuconv.clear_cache()
+
+
 def test_a_missing_compiler_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy.cuda", None)
     with pytest.raises(gpuconv.BackendError) as caught:
@@ -72,13 +101,13 @@ def test_a_missing_compiler_names_the_extra(monkeypatch):
     [("75", "sm_75"), ("90", "sm_90a"), ("100", "sm_100a"), ("120", "sm_120"), ("121", "compute_120")],
 )
 def test_architectures(capability, architecture, monkeypatch):
-    known = types.SimpleNamespace(getSupportedArchs=lambda: (75, 80, 90, 100, 120))
-    monkeypatch.setattr(compiler, "nvrtc", lambda: known)
-    compiler.architecture_for.cache_clear()
+    nvrtc = types.SimpleNamespace(getVersion=lambda: (12, 9), getSupportedArchs=lambda: (75, 80, 90, 100, 120))
+    monkeypatch.setattr(compiler, "nvrtc", lambda: nvrtc)
+    gpuconv.clear_cache()
     try:
         assert compiler.architecture_for(capability) == architecture
     finally:
-        compiler.architecture_for.cache_clear()
+        gpuconv.clear_cache()
 
 
 @NVRTC

@@ -14,6 +14,8 @@ from gpuconv.cuda.kernel import Module, source
 
 OPTIONS = ("--std=c++17", "--ptxas-options=-v")  # the second puts registers and spills into the log
 
+OLDEST = (12, 1)  # whose PTX, 8.1, adds several float32 to memory at once
+
 # Architectures whose own features need to be asked for by an "a".
 _WITH_FEATURES = ("90", "100")
 
@@ -41,8 +43,12 @@ def nvrtc() -> Any:
 
 @lru_cache(maxsize=1)
 def version() -> tuple[int, int]:
-    """NVRTC's version."""
+    """NVRTC's version; BackendError where it is too old."""
     major, minor = nvrtc().getVersion()
+    if (major, minor) < OLDEST:
+        raise BackendError(
+            f"gpuconv needs NVRTC {OLDEST[0]}.{OLDEST[1]} or later, and {major}.{minor} was found: {INSTALL_HINT}"
+        )
     return major, minor
 
 
@@ -53,6 +59,7 @@ def architecture_for(capability: str) -> str:
     >>> architecture_for("86")
     'sm_86'
     """
+    version()
     known = nvrtc().getSupportedArchs()
     if int(capability) in known:
         return f"sm_{capability}a" if capability in _WITH_FEATURES else f"sm_{capability}"

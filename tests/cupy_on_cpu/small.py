@@ -1,7 +1,7 @@
 """Runs a program of the GPU campaign in small: ``python -m tests.cupy_on_cpu.small PROGRAM [ARGUMENTS]``.
 
-Layers and matrices are tiny and samples few, but everything else is what runs on a GPU, so that no bug in it costs a GPU's minutes.
-PyTorch for the CPU takes part as the peer, on the memory of the emulated device.
+Layers and matrices are tiny and samples few, but everything else is what runs on a GPU, so that no bug in it costs a
+GPU's minutes. PyTorch for the CPU takes part as the peer, on the memory of the emulated device.
 """
 
 import contextlib
