@@ -368,14 +368,20 @@ def execute(memories: list[_Memory], parts: Iterable[Steps]) -> None:
     for part in parts:
         for step in memory.steps(part):
             if isinstance(step, Step):
+                out = step.out
+                result = None if out is None else memory.array(out)
                 inputs = [
-                    array(v.shape, v.dtype, places[v.memory], v.offset, v.strides) if type(v) is View else v
+                    result
+                    if v is out
+                    else array(v.shape, v.dtype, places[v.memory], v.offset, v.strides)
+                    if type(v) is View
+                    else v
                     for v in step.inputs
                 ]
-                if (v := step.out) is None:
+                if out is None:
                     step.function(*inputs)
                 else:
-                    step.function(*inputs, out=array(v.shape, v.dtype, places[v.memory], v.offset, v.strides))
+                    step.function(*inputs, out=result)
             elif isinstance(step, Loop):
                 own = [memory.of_worker(step, number) for number in range(step.workers)]
                 threads.spread(step.parts, partial(execute, own), step.workers)

@@ -178,6 +178,15 @@ def _text(value: Any, names: Sequence[str]) -> str:
     return str(getattr(value, "__name__", value))
 
 
+def _are_same(value: Any, view: View) -> bool:
+    """Whether a value is a view of the same elements."""
+    return isinstance(value, View) and _place(value) == _place(view)
+
+
+def _place(view: View) -> tuple[Any, ...]:
+    return view.memory, view.offset, view.shape, view.strides, view.dtype
+
+
 class _DeferredParts:
     """A part for each of many tasks, planned when its turn comes."""
 
@@ -217,6 +226,8 @@ class Planner:
         """A function that writes into ``out``, or into its first input."""
         into = inputs[0] if out is None else out
         if not isinstance(into, View) or into.size:
+            # An input that is the result is one array with it: of two arrays in one memory CuPy would copy one.
+            inputs = tuple(out if out is not None and _are_same(value, out) else value for value in inputs)
             self.scope.note(Step(function, inputs, out))
 
     def matmul(self, left: Any, right: Any, out: View) -> None:

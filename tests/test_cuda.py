@@ -62,7 +62,7 @@ def test_a_compile_error_holds_the_log_the_file_and_the_constants():
 @NVRTC
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_86", "sm_90a", "sm_120"])
 def test_a_cubin_has_all_its_bytes(architecture):
-    """CuPy drops the last one, and of some architectures that belongs to a header, without which a driver may refuse."""
+    """CuPy drops the last one, which belongs to a header of some: without it a driver may refuse them."""
     if int(architecture[3:].rstrip("a")) not in compiler.nvrtc().getSupportedArchs():
         pytest.skip("this NVRTC does not know it")
     text = 'extern "C" __global__ void add_one(float* x) { x[threadIdx.x] += 1; }'

@@ -12,6 +12,7 @@ import pytest
 import gpuconv
 from gpuconv.backend import BackendError
 from gpuconv.cuda import device, products
+from tests.cases import DIRECTIONS, laid_out
 
 pytestmark = pytest.mark.gpu
 
@@ -237,3 +238,66 @@ def test_the_host_waits_once_for_what_is_finite(algorithm, direction, cupy):
     else:
         gpuconv.conv_weight_grad(dy, x, w.shape, **options)
     assert reads() - before <= 1
+
+
+@pytest.mark.called_once("one call is looked at")
+@pytest.mark.parametrize("limit", ["64MiB", "250KiB", "100KiB"])
+@pytest.mark.parametrize("layout, dtype", [("channels_first", "float32"), ("channels_last", "float16")])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("algorithm", ["im2col", "winograd", "fft", "depthwise", "direct", "implicit_gemm", "scatter"])
+def test_the_workspace_limit_holds_on_a_gpu(algorithm, direction, layout, dtype, limit, cupy, monkeypatch):
+    """By CuPy's own count of what is allocated at a time, beside the result."""
+    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", limit)
+    groups = 16 if algorithm == "depthwise" else 1
+    shapes = (3, 16, 20, 20), (16, 16 // groups, 3, 3), (3, 16, 20, 20)
+    x, w, dy = (cupy.asarray(laid_out(np.ones(s, dtype), layout, r)) for s, r in zip(shapes, "xwx", strict=True))
+    options = {"padding": 1, "groups": groups, "layout": layout, "algorithm": algorithm}
+    call = {
+        "forward": lambda: gpuconv.conv(x, w, **options),
+        "data_grad": lambda: gpuconv.conv_data_grad(dy, w, x.shape, **options),
+        "weight_grad": lambda: gpuconv.conv_weight_grad(dy, x, w.shape, **options),
+    }[direction]
+    try:
+        result = call()  # which compiles kernels and makes tables
+    except ValueError as error:
+        pytest.skip(str(error))
+    with Allocations() as allocations:
+        call()
+    beside = allocations.most - result.nbytes
+    assert beside <= gpuconv.settings.workspace_limit() + allocations.count * 512  # which each is rounded up to
+
+
+@pytest.mark.called_once("one call is looked at")
+def test_what_is_added_in_place_is_not_copied(cupy):
+    """CuPy copies an input that shares memory with the result, unless they are one object."""
+    x, w = cupy.ones((3, 16, 20, 20), "float32"), cupy.ones((16, 16, 3, 3), "float32")
+    gpuconv.conv(x, w, padding=1, algorithm="scatter")
+    with Allocations() as allocations:
+        gpuconv.conv(x, w, padding=1, algorithm="scatter")
+    assert allocations.count == 2  # the result and the workspace
+
+
+class Allocations:
+    """How many bytes of the device are allocated at a time, at most, and how many allocations there are."""
+
+    def __init__(self):
+        import cupy
+
+        class Hook(cupy.cuda.MemoryHook):
+            name = "allocations"
+
+            def malloc_postprocess(hook, **about):  # noqa: N805
+                self.now += about["mem_size"]
+                self.most, self.count = max(self.most, self.now), self.count + 1
+
+            def free_preprocess(hook, **about):  # noqa: N805
+                self.now -= about["mem_size"]
+
+        self.hook, self.now, self.most, self.count = Hook(), 0, 0, 0
+
+    def __enter__(self):
+        self.hook.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.hook.__exit__(*error)
