@@ -25,6 +25,11 @@ from tests.emulation import loader
 HERE = Path(__file__).parent
 LIBRARIES = HERE / "libraries"
 FOLDER = "GPUCONV_CUPY_ON_CPU"  # the environment variable that says to a process where the build is
+# The module sitecustomize of the build, with which every Python process of a command begins.
+AT_THE_START = """from tests.cupy_on_cpu import install
+
+install.install()
+"""
 TOOLS = ("cython>=3.1", "nvidia-cuda-runtime-cu12>=12.9,<13")
 COMPILED = {"runtime": "cupy_backends.cuda.api.runtime", "cub": "cupy.cuda.cub"}
 
@@ -63,8 +68,7 @@ def version_at_hand():
 def place(version):
     """The folder of a build: its name depends on CuPy's version, Python, the compiler and our sources."""
     sources = [path for path in HERE.rglob("*") if path.suffix in (".cpp", ".hpp", ".h", ".pyx")]
-    sources += [HERE / name for name in ("build.py", "sitecustomize.py")]
-    sources += [loader.FOLDER / name for name in ("parameter.hpp", "launch.hpp", "cuda.hpp")]
+    sources += [HERE / "build.py", *(loader.FOLDER / name for name in ("parameter.hpp", "launch.hpp", "cuda.hpp"))]
     key = _key(version, sys.version, loader.compiler(), *loader.machine_flags(), *_texts(sources))
     return settings.cache_folder() / "cupy_on_cpu" / f"{version}-{key}"
 
@@ -136,7 +140,7 @@ def _make(version, work, result):
     for stem in COMPILED:
         cudart = result / "lib" / "libcudart.so.12"
         _run("g++", "-shared", objects[stem], cudart, "-Wl,-rpath,$ORIGIN", "-o", result / "lib" / f"{stem}.so")
-    shutil.copy(HERE / "sitecustomize.py", result / "site")
+    (result / "site" / "sitecustomize.py").write_text(AT_THE_START)
     ours = [path for name in ("lib", "headers") for path in sorted((result / name).iterdir())]
     digests = {str(path.relative_to(result)): _digest(path) for path in ours}
     (result / "digests.json").write_text(json.dumps(digests))
