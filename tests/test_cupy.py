@@ -267,6 +267,14 @@ def test_the_workspace_limit_holds_on_a_gpu(algorithm, direction, layout, dtype,
     assert beside <= gpuconv.settings.workspace_limit() + allocations.count * 512  # which each is rounded up to
 
 
+def test_the_emulated_device_divides_complex_numbers(cupy):
+    """Whose absolute values C has for integers only."""
+    a, b = 0.5 + 1e-19j, 0.75 - 2e-19j
+    for dtype in ("complex64", "complex128"):
+        found = cupy.asarray(a, dtype) / cupy.asarray(b, dtype)
+        np.testing.assert_allclose(found.get(), a / b, rtol=1e-6)
+
+
 @pytest.mark.called_once("one call is looked at")
 def test_what_is_added_in_place_is_not_copied(cupy):
     """CuPy copies an input that shares memory with the result, unless they are one object."""

@@ -78,7 +78,14 @@ EMULATED_INLINE float __half2float(unsigned short bits) { return float(emulated_
 
 // ---------------------------------------------------------------------------------------------- functions
 
-using namespace std;  // CUDA has the mathematical functions in the global namespace
+// CUDA has the mathematical functions in the global namespace, for every type of number: C has them for one there, and
+// abs for int.
+using namespace std;
+using std::abs, std::fabs, std::fmod, std::fma, std::hypot, std::copysign, std::nextafter, std::pow, std::sqrt, std::cbrt;
+using std::acos, std::asin, std::atan, std::atan2, std::cos, std::cosh, std::exp, std::exp2, std::expm1, std::log;
+using std::acosh, std::asinh, std::atanh, std::log10, std::log1p, std::log2, std::sin, std::sinh, std::tan, std::tanh;
+using std::ceil, std::floor, std::frexp, std::ldexp, std::modf, std::rint, std::round, std::trunc, std::erf, std::erfc;
+using std::isfinite, std::isinf, std::isnan, std::lgamma, std::signbit, std::tgamma, std::fmax, std::fmin;
 
 template <class A, class B> constexpr auto max(A a, B b) -> std::common_type_t<A, B> {
     using C = std::common_type_t<A, B>;
