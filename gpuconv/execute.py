@@ -369,7 +369,9 @@ def execute(memories: list[_Memory], parts: Iterable[Steps]) -> None:
         for step in memory.steps(part):
             if isinstance(step, Step):
                 out = step.out
-                result = None if out is None else memory.array(out)
+                result = None
+                if out is not None:
+                    result = array(out.shape, out.dtype, places[out.memory], out.offset, out.strides)
                 inputs = [
                     result
                     if v is out

@@ -13,7 +13,7 @@ from tests.emulation import loader
 
 def refused(arguments, monkeypatch):
     """What the command says as it refuses."""
-    monkeypatch.setattr(__main__, "devices", lambda: 0)
+    monkeypatch.setattr(__main__, "driver_devices", lambda: 0)
     monkeypatch.setattr(sys, "argv", ["cupy_on_cpu", *arguments])
     with pytest.raises(SystemExit) as refusal:
         __main__.main()
@@ -23,7 +23,7 @@ def refused(arguments, monkeypatch):
 
 
 def test_a_machine_with_a_gpu_needs_no_emulation(monkeypatch):
-    monkeypatch.setattr(__main__, "devices", lambda: 1)
+    monkeypatch.setattr(__main__, "driver_devices", lambda: 1)
     monkeypatch.setattr(sys, "argv", ["cupy_on_cpu", "pytest"])
     with pytest.raises(SystemExit, match="the driver reports a CUDA device: CuPy computes on it"):
         __main__.main()

@@ -1,7 +1,6 @@
 """Builds CuPy for the CPU, or runs a command with it: see the package's text."""
 
 import argparse
-import ctypes
 import os
 import subprocess
 import sys
@@ -9,19 +8,10 @@ import time
 from pathlib import Path
 
 from gpuconv import settings
+from gpuconv.backend import driver_devices
 from tests.cupy_on_cpu import build
 
 ROOT = Path(__file__).parents[2]
-
-
-def devices():
-    """How many CUDA devices the driver of this machine reports."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    return 0 if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) else count.value
 
 
 def environment(folder, mode):
@@ -51,7 +41,7 @@ def main():
     parser.add_argument("--checked", action="store_true", help="gpuconv's kernels with every access checked")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run; nothing: build only")
     given = parser.parse_args()
-    if devices():
+    if driver_devices():
         sys.exit("the driver reports a CUDA device: CuPy computes on it, and nothing is emulated")
     start = time.monotonic()
     try:

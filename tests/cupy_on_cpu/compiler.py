@@ -28,7 +28,6 @@ _COMPILE = ctypes.CFUNCTYPE(
     *(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int, _Texts, ctypes.c_int, _Texts),
     *(ctypes.c_int, _Texts, _Texts),
 )
-compilations = []  # the names of all sources that were compiled
 
 
 def install(nvrtc):
@@ -41,7 +40,6 @@ def install(nvrtc):
         options = [options[i].decode() for i in range(count)]
         expressions = [expression[i].decode() for i in range(expressions)]
         headers = {names[i].decode(): contents[i].decode() for i in range(headers)}
-        compilations.append(name.decode())
         if unknown := [option for option in options if not _is_known(option)]:
             nvrtc.emulated_compiled(program, b"", 0, f"unrecognized options: {unknown}".encode())
             return INVALID_OPTION
