@@ -139,11 +139,7 @@ def _stacked(operand: Any, stack: Shape) -> Any:
     strides = tuple(0 if size == 1 else step for size, step in zip(shape, strides, strict=True))
     if isinstance(operand, View):
         return operand.strided((*stack, *shape[-2:]), strides)
-    return _array_strided(operand, (*stack, *shape[-2:]), strides)
-
-
-def _array_strided(array: Any, shape: Shape, strides: Shape) -> Any:
-    return type(array)(shape, array.dtype, array.data, strides)
+    return type(operand)((*stack, *shape[-2:]), operand.dtype, operand.data, strides)
 
 
 def _readable(operand: Any, planner: Planner) -> Any:
