@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.cupy_on_cpu import __main__, build
+from tests.cupy_on_cpu import __main__, build, install
 from tests.emulation import loader
 
 
@@ -81,3 +81,13 @@ def test_a_damaged_build_is_found(damage, monkeypatch, tmp_path):
     name = "digests.json" if damage == "no list" else "lib/libcuda.so.1"
     expected = f"the build of CuPy for the CPU is damaged ({name}): remove {folder}"
     assert refused(["--cupy", "14.2.0"], monkeypatch) == expected
+
+
+@pytest.mark.parametrize("library, wants", [("libtorch_cuda.so", True), ("libtorch_cpu.so", False), (None, False)])
+def test_a_pytorch_with_cuda_is_not_loaded_beside_our_libraries(library, wants, monkeypatch, tmp_path):
+    if library:
+        (tmp_path / "a_torch" / "lib").mkdir(parents=True)
+        (tmp_path / "a_torch" / "__init__.py").touch()
+        (tmp_path / "a_torch" / "lib" / library).touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert install._wants_nvidias_libraries("a_torch") == wants

@@ -4,6 +4,7 @@ import ctypes
 import importlib.util
 import sys
 from importlib.machinery import ExtensionFileLoader
+from pathlib import Path
 
 from tests.cupy_on_cpu import build, replaced
 
@@ -27,6 +28,14 @@ class _Finder:
 
 def install():
     sys.meta_path.insert(0, _Finder())
+    if _wants_nvidias_libraries("torch"):
+        sys.modules["torch"] = None  # as if it were not installed
+
+
+def _wants_nvidias_libraries(package):
+    """Whether it is a build of PyTorch with CUDA: libraries of ours have the names of some that it is linked with."""
+    found = importlib.util.find_spec(package)
+    return found is not None and (Path(found.origin).parent / "lib" / "libtorch_cuda.so").exists()
 
 
 def _load():
