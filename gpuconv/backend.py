@@ -79,6 +79,10 @@ class Backend(NamedTuple):
         """The kind of its arrays."""
         return "cupy" if self.name == "cupy" else "numpy"
 
+    def is_captured(self) -> bool:
+        """Whether a CUDA graph records what the current stream is given, instead of computing it now."""
+        return self.name == "cupy" and self.xp.cuda.get_current_stream().is_capturing()
+
 
 NUMPY = Backend("numpy", numpy, None)
 

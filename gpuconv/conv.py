@@ -300,7 +300,8 @@ def conv_transpose_backward(
 def clear_cache() -> None:
     """Forgets plans, loaded kernels and all else that was kept for later calls, and releases their workspaces.
 
-    Compiled kernels and what gpuconv.tune has found stay on disk, in the folder of GPUCONV_CACHE_DIR.
+    A CUDA graph that has recorded calls must not be launched any more: it uses these kernels and workspaces. Compiled
+    kernels and what gpuconv.tune has found stay on disk, in the folder of GPUCONV_CACHE_DIR.
     """
     execute.clear()
     workspace.clear()

@@ -117,7 +117,9 @@ class Call(NamedTuple):
             errors = numpy.geterr() if plan.is_silent else None
             with self._surroundings(plan):
                 execute([_Memory(backend, memories, errors)], [plan.steps])
-            if plan.space:
+            if backend.is_captured():
+                workspace.keep_for_graphs(memories)
+            elif plan.space:
                 workspace.give_back(backend, memories[WORKSPACE])
         if result is out or (out is None and backend.kind == self.kind):
             return result

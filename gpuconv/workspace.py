@@ -13,6 +13,7 @@ _MOST_KEPT = 8  # buffers, of calls that were at work at the same time
 # Buffers between calls; CuPy's memory pool keeps its own. Any thread takes the last one or adds one, in one step of the
 # interpreter.
 _kept: list[Any] = []
+_in_graphs: list[Any] = []  # memory of CuPy that CUDA graphs use whenever they are launched
 
 
 def take(backend: Backend, size: int, limit: int) -> Any:
@@ -35,6 +36,12 @@ def give_back(backend: Backend, memory: Any) -> None:
         _kept.append(memory)
 
 
+def keep_for_graphs(memories: list[Any]) -> None:
+    """Keeps what a call takes that a CUDA graph has recorded: the pool would give it to others."""
+    _in_graphs.extend(memories)
+
+
 def clear() -> None:
     """Releases all buffers that are kept."""
     _kept.clear()
+    _in_graphs.clear()

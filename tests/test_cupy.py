@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import gpuconv
+from gpuconv import workspace
 from gpuconv.backend import BackendError
 from gpuconv.cuda import device, products
 from tests.cases import DIRECTIONS, laid_out
@@ -209,6 +210,30 @@ def test_a_call_on_a_stream_of_its_own_needs_no_other(cupy):
         with cupy.cuda.Stream(non_blocking=True):
             found = gpuconv.conv(cupy.asarray(x), cupy.asarray(w), algorithm=algorithm).get()
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-9)
+
+
+def test_what_a_graph_writes_belongs_to_nobody_else(cupy):
+    """The memory pool would give the slices of weight_grad to arrays that are made after the capture."""
+    shapes = (2, 16, 30, 30), (16, 16, 3, 3)
+    options = {"padding": 1, "algorithm": "implicit_gemm"}
+    space = gpuconv.explain(*shapes, direction="weight_grad", backend="cupy", **options).plan.space
+    assert space > 0, "the call needs no memory beside its result"
+    rng = np.random.default_rng(22)
+    x, dy = (rng.integers(-3, 4, shapes[0]).astype(np.float32) for _ in range(2))
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        given = cupy.asarray(dy), cupy.asarray(x), shapes[1]
+        gpuconv.conv_weight_grad(*given, **options)
+        stream.begin_capture()
+        dw = gpuconv.conv_weight_grad(*given, **options)
+        graph = stream.end_capture()
+        others = [cupy.zeros(space, np.uint8) for _ in range(8)]
+        given[1][...] *= 2
+        graph.launch(stream)
+        found = dw.get()
+        assert not any(other.any() for other in others)
+    np.testing.assert_array_equal(found, gpuconv.conv_weight_grad(dy, 2 * x, shapes[1], padding=1))
+    gpuconv.clear_cache()
+    assert not workspace._in_graphs
 
 
 def test_memory_of_the_host_is_no_argument(cupy):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import gpuconv
-from gpuconv import dtypes, settings
+from gpuconv import dtypes, settings, workspace
 from gpuconv.arguments import LAYOUTS, Layout
 from gpuconv.backend import Array, Backend
 from gpuconv.benchmark import peers, timing
@@ -219,15 +219,18 @@ class Bench:
         clock = self.clock
         if not isinstance(clock, GpuClock) or not any(side.samples[0] < timing.SHORT for side in sides):
             return ""
-        graphs = [clock.graph(side.call) for side in sides if side.call]
-        if any(graph is None for graph in graphs):
-            return ""
-        for side in sides:
-            side.samples = []
-        for _ in range(TURNS):
-            for side, graph in zip(sides, graphs, strict=True):
-                side.samples += clock.replays(graph, -(-timing.ENOUGH // TURNS))
-        return "graph"
+        try:
+            graphs = [clock.graph(side.call) for side in sides if side.call]
+            if any(graph is None for graph in graphs):
+                return ""
+            for side in sides:
+                side.samples = []
+            for _ in range(TURNS):
+                for side, graph in zip(sides, graphs, strict=True):
+                    side.samples += clock.replays(graph, -(-timing.ENOUGH // TURNS))
+            return "graph"
+        finally:
+            workspace.clear()  # which was kept for the graphs
 
     def _taken(self, side: Side, number: int) -> list[float]:
         start = time.perf_counter()
