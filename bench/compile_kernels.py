@@ -1,6 +1,7 @@
-"""Compiles the kernels that suites and tests need, on all cores: python bench/compile_kernels.py [--arch sm_90a]
+"""Compiles what the layers of suites need, on all cores: python bench/compile_kernels.py [--dtype NAMES] [SUITE ...]
 
-What is compiled goes to the cache (GPUCONV_CACHE_DIR), where calls find it. The architecture is the GPU's at hand.
+What is compiled goes to the cache (GPUCONV_CACHE_DIR), where calls find it. Modules are compiled in the order in which
+the suites need them, so that an interruption loses the last ones.
 """
 
 import argparse
@@ -9,59 +10,60 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from gpuconv import dtypes
-from gpuconv.algorithms import implicit_gemm
+from gpuconv import dtypes, execute
+from gpuconv.arguments import LAYOUTS
 from gpuconv.backend import BackendError, cupy_backend
-from gpuconv.benchmark import layers
-from gpuconv.cuda import arguments, compiler, report
-from gpuconv.cuda.cache import cubin_path
-from gpuconv.cuda.device import MODEL
+from gpuconv.benchmark import layers, run
+from gpuconv.cuda import cache, compiler
 from gpuconv.geometry import DIRECTIONS
-from tests.cases import CASES
-
-LAYOUTS = ("channels_first", "channels_last")
 
 
-def architecture():
-    """That of the current device."""
-    return compiler.architecture_for(cupy_backend().xp.cuda.Device().compute_capability)
+def modules(cases, names):
+    """The modules that ``auto`` launches for these layers at a GPU's batch size, each once, as they are found."""
+    found = {}
+
+    def remember(kernel, *_):
+        found.setdefault(kernel.module)
+        return lambda *_: None  # nothing runs the plan
+
+    backend = cupy_backend()._replace(launch=remember)
+    for case, batch, dtype in run.Plan(backend, dtypes=names).jobs(cases):
+        kind, precision = ("float32", "tf32") if dtype == "tf32" else (dtype, "ieee")
+        for layout in LAYOUTS:
+            before = len(found)
+            call = execute.Call.of(case.geometry(batch, layout), "cupy", dtypes.named(kind), "auto", precision, None)
+            for direction in DIRECTIONS:
+                execute.contiguous_plan(call._replace(backend=backend), direction)
+            yield from list(found)[before:]
 
 
-def modules():
-    """The modules of the report, of every layer of the suites at a GPU's batch size, and of the tests' cases."""
-    cases = dict.fromkeys(case for cases in layers.suites().values() for case in cases)
-    tested = [(case.geometry(layout), dtype) for case in CASES for layout in LAYOUTS for dtype in dtypes.available()]
-    tested = [(geometry, dtype) for geometry, dtype in tested if not arguments.why_not(geometry)]
-    of_layers = [
-        plan.module
-        for case in cases
-        for layout in LAYOUTS
-        for dtype in dtypes.available()
-        if dtype.name != "complex128"  # which the campaign does not time
-        for precision in (("ieee", "tf32") if dtype.name == "float32" else ("ieee",))
-        for direction in DIRECTIONS
-        for plan in implicit_gemm.plans(case.geometry(case.batches[1], layout), dtype, direction, MODEL, precision)[:1]
-    ]
-    narrow = report.launched(tested)
-    wide = [module._replace(wide=True) for module in narrow if dict(module.types)["First"] == "float32"]
-    return list(dict.fromkeys([*report.modules(), *of_layers, *narrow, *wide]))
+def compiled(wanted):
+    """Compiles these modules, on all cores; how many were reached, and of how many."""
+    architecture = compiler.architecture_for(cupy_backend().xp.cuda.Device().compute_capability)
+    jobs = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            for module in wanted:
+                jobs.append(pool.submit(cache.cubin_path, module, architecture))
+            for job in jobs:
+                job.result()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+    return sum(not job.cancelled() for job in jobs), len(jobs)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", help="such as sm_90a (default that of the GPU at hand)")
+    parser.add_argument("suite", nargs="*", default=list(layers.suites()), help="default all")
+    parser.add_argument("--dtype", default=",".join(run.DTYPES), help="default %(default)s")
     options = parser.parse_args()
+    start = time.perf_counter()
     try:
-        arch = options.arch or architecture()
+        done, found = compiled(modules(layers.selected(options.suite, ()), options.dtype.split(",")))
     except BackendError as error:
-        sys.exit(f"without a GPU --arch must name the architecture: {error}")
-    start = time.perf_counter()
-    wanted = modules()
-    print(f"{len(wanted)} modules found in {time.perf_counter() - start:.1f} s", flush=True)
-    start = time.perf_counter()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        paths = list(pool.map(lambda module: cubin_path(module, arch), wanted))
-    print(f"{len(paths)} modules for {arch} in {time.perf_counter() - start:.1f} s, in {paths[0].parent}")
+        sys.exit(f"compile_kernels.py needs a GPU: {error}")
+    print(f"{done} of {found} modules compiled in {time.perf_counter() - start:.1f} s")
+    sys.exit(done < found)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,43 @@
 #!/usr/bin/env bash
-# Everything that is to be learnt on a machine with one NVIDIA GPU, in one go of less than nine minutes:
+# Everything that is to be learnt on a machine with one NVIDIA GPU, in two runs of less than six minutes each:
 #
-#   bench/gpu_campaign.sh OUT                      all stages
-#   bench/gpu_campaign.sh OUT tests rest=400       these stages, the second one in 400 seconds
+#   bench/gpu_campaign.sh OUT correctness          the tests, golden vectors, compute-sanitizer
+#   bench/gpu_campaign.sh OUT figures              every measurement
+#   bench/gpu_campaign.sh OUT matrix=500 rest      these stages, the first one in 500 seconds
 #
-# From a checkout, with CuPy for CUDA 12 or 13, PyTorch if there is one, and no network. Results go to
-# OUT/<device>-<date>-<commit>/, at most eight files: log.txt (with the machine's facts), tests.xml, the golden vectors,
-# micro.json, first.json, rest.json, tiles.json and summary.md. A stage that fails or runs out of its time leaves what
-# it had, and the next one begins. Without a GPU, `SMALL=1 python -m tests.cupy_on_cpu bench/gpu_campaign.sh OUT` runs
-# every stage with tiny layers.
+# From a checkout, with CuPy for CUDA 12 or 13, PyTorch if there is one, no network, and empty caches. Results go to
+# OUT/<device>-<date>-<commit>/: log.txt (with the machine's facts), tests.xml, the golden vectors, micro.json,
+# first.json, tiles.json, rest.json, summary.md, and passed.txt. A stage that fails or runs out of its time leaves what
+# it had, and the next one begins. A run ends with what was not reached, and another one on the same commit goes on
+# there. Without a GPU, `SMALL=1 python -m tests.cupy_on_cpu bench/gpu_campaign.sh OUT figures` has tiny layers.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
-out=${1:?usage: bench/gpu_campaign.sh OUT [STAGE[=SECONDS]...]}
+out=${1:?usage: bench/gpu_campaign.sh OUT correctness|figures|STAGE[=SECONDS] ...}
 shift
 
-stages=(facts compile tests golden sanitizer micro first rest tiles summary)
+correctness=(facts tests golden sanitizer matrix)
+figures=(facts compile micro first tiles rest summary)
 declare -A seconds=(
-    [facts]=10 [compile]=60 [tests]=105 [golden]=15 [sanitizer]=60 [micro]=50 [first]=120 [rest]=40 [tiles]=50 [summary]=10
+    [facts]=10 [tests]=150 [golden]=15 [sanitizer]=60 [matrix]=90
+    [compile]=60 [micro]=45 [first]=120 [tiles]=45 [rest]=45 [summary]=10
 )
-chosen=()
-for stage in "$@"; do
-    name=${stage%%=*}
-    if [[ -z ${seconds[$name]:-} || ! $stage =~ ^[a-z]+(=[1-9][0-9]*)?$ ]]; then
-        echo "gpu_campaign.sh: no stage $stage; there are ${stages[*]}, each with =SECONDS if wanted" >&2
+stages=()
+for word in "$@"; do
+    name=${word%%=*}
+    if [[ $word == correctness ]]; then
+        stages+=("${correctness[@]}")
+    elif [[ $word == figures ]]; then
+        stages+=("${figures[@]}")
+    elif [[ -n ${seconds[$name]:-} && $word =~ ^[a-z]+(=[1-9][0-9]*)?$ ]]; then
+        [[ $word == *=* ]] && seconds[$name]=${word#*=}
+        stages+=("$name")
+    else
+        echo "gpu_campaign.sh: no run or stage $word; there are correctness (${correctness[*]}), figures" \
+            "(${figures[*]}), and each stage with =SECONDS if wanted" >&2
         exit 2
     fi
-    [[ $stage == *=* ]] && seconds[$name]=${stage#*=}
-    chosen+=("$name")
 done
-[[ ${#chosen[@]} -gt 0 ]] || chosen=("${stages[@]}")
+[[ ${#stages[@]} -gt 0 ]] || { echo 'gpu_campaign.sh: name correctness, figures, or stages' >&2; exit 2; }
 
 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 GPUCONV_CACHE_DIR=${GPUCONV_CACHE_DIR:-${TMPDIR:-/tmp}/gpuconv-campaign}
@@ -40,8 +49,11 @@ heeding=(env --default-signal=INT)
 "${heeding[@]}" true 2> /dev/null || heeding=()  # an older env
 python() { "${heeding[@]}" "$python" "$@"; }
 
+first=(quick resnet50 mobilenet audio1d unet3d jsense)
+rest=(vgg16 convnext replknet stems grouped dilated transposed patch deepbench)
+dtypes=float32,tf32,float16,bfloat16,float64,complex64
 if [[ -n ${SMALL:-} ]]; then
-    device=emulated
+    device=emulated first=(quick resnet50) rest=(vgg16 transposed) dtypes=float32
     run() { python -m tests.cupy_on_cpu.small "$@"; }
 else
     device=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr -c 'A-Za-z0-9\n' -)
@@ -53,7 +65,9 @@ else
     }
 fi
 [[ -n $device ]] || { echo 'gpu_campaign.sh: nvidia-smi names no GPU' >&2; exit 2; }
-folder="$out/$device-$(date -u +%Y-%m-%d)-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
+commit=$(git rev-parse --short HEAD 2> /dev/null || echo unknown)
+folder=$(compgen -G "$out/$device-*-$commit" | tail -n 1)  # of an earlier run
+folder=${folder:-$out/$device-$(date -u +%Y-%m-%d)-$commit}
 mkdir -p "$folder" || exit 2
 peers=$("$python" -c 'import importlib.util as u; print("torch" if u.find_spec("torch") else "")')
 
@@ -66,13 +80,15 @@ facts() {
     run gpuconv info
 }
 
-compile() { run bench/compile_kernels.py; }
-
-tests() {
+pytest() {
     local parallel=()
     "$python" -c 'import xdist' 2> /dev/null && parallel=(-n 6)
-    python -m pytest ${SMALL:+tests/test_golden.py tests/test_cupy.py} -m gpu -p no:cacheprovider -q --maxfail=200 --junitxml="$folder/tests.xml" "${parallel[@]}"
+    python -m pytest -m gpu -p no:cacheprovider -q --maxfail=200 --done "$folder/passed.txt" "${parallel[@]}" "$@"
 }
+
+tests() { pytest --junitxml="$folder/tests.xml" ${SMALL:+tests/test_golden.py tests/test_cupy.py}; }
+
+matrix() { pytest --whole ${SMALL:+tests/test_golden.py}; }
 
 golden() { run tests/golden/make_golden.py "$folder"; }
 
@@ -88,28 +104,30 @@ sanitizer() {
         echo "== $tool"
         head -c 20000 "$found"
         tail -n 3 "$found"
+        command -v compute-sanitizer > /dev/null || break  # once is enough without
     done
     rm -f "$found"
     return $status
 }
 
+compile() { run bench/compile_kernels.py --dtype "$dtypes" "${first[@]}" "${rest[@]}"; }
+
 micro() { run bench/micro.py --json "$folder/micro.json"; }
 
 suites() {
-    local file=$1 dtypes=float32,tf32,float16,bfloat16,float64,complex64
+    local file=$1
     shift
-    [[ -n ${SMALL:-} ]] && { dtypes=float32 && set -- "${@:1:2}"; }
-    run gpuconv bench "$@" --dtype "$dtypes" --seconds 0.02 \
-        ${peers:+--peer "$peers"} --json "$folder/$file" > "$folder/$file.txt"
+    run gpuconv bench "$@" --dtype "$dtypes" --seconds 0.02 ${peers:+--peer "$peers"} \
+        --json "$folder/$file" --resume > "$folder/$file.txt"
     local status=$?
     tail -n 30 "$folder/$file.txt"
     rm -f "$folder/$file.txt"
     return $status
 }
 
-first() { suites first.json quick resnet50 mobilenet audio1d unet3d jsense; }
+first() { suites first.json "${first[@]}"; }
 
-rest() { suites rest.json vgg16 convnext replknet stems grouped dilated transposed patch deepbench; }
+rest() { suites rest.json "${rest[@]}"; }
 
 tiles() { run bench/tune_tiles.py --json "$folder/tiles.json"; }
 
@@ -118,6 +136,10 @@ summary() { "$python" bench/report.py --campaign "$folder"; }
 # A stage in its time, and a word on how it ended. What it started gets an interrupt first, to write down what it has.
 stage() {
     local name=$1 limit=${seconds[$1]} start=$SECONDS status
+    if [[ $name != facts && $name != summary ]] && grep -q "^=== $name: status 0 " "$folder/log.txt"; then
+        echo "=== $name was done by an earlier run"
+        return
+    fi
     [[ -n ${SMALL:-} ]] && limit=$((3 * limit))  # a GPU's machine has more cores
     echo "=== $name, at most $limit s ($SECONDS s)"
     set -m
@@ -138,10 +160,14 @@ stage() {
     echo "=== $name: status $status after $((SECONDS - start)) s of $limit s"
 }
 
+touch "$folder/log.txt"
 {
-    for name in "${chosen[@]}"; do stage "$name"; done
+    for name in "${stages[@]}"; do stage "$name"; done
     echo "=== done after $SECONDS s: $folder"
 } 2>&1 | tee -a "$folder/log.txt"
-if [[ -n ${SMALL:-} ]]; then  # of which nothing may fail
-    ! grep -E '^=== .*: status [^0]' "$folder/log.txt"
+left=()
+for name in "${stages[@]}"; do grep -q "^=== $name: status 0 " "$folder/log.txt" || left+=("$name"); done
+if [[ ${#left[@]} -gt 0 ]]; then
+    echo "=== not reached, or with errors: ${left[*]}; the same command goes on there"
+    exit 1
 fi

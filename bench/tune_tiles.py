@@ -1,18 +1,20 @@
 """Times every tile of implicit GEMM on the layers of suites: python bench/tune_tiles.py --json FILE [SUITE ...]
 
-Each result is verified before it is timed; what was measured is written after every layer and dtype, and at an
-interrupt. With --table FILE ..., such files' fastest tiles become gpuconv/algorithms/gemm_table.json, which goes before
-the model; that needs no GPU.
+Each result is verified before it is timed; what was measured is written after every layer and dtype, and a later run
+of the same commit goes on from there. With --table FILE ..., such files' fastest tiles become
+gpuconv/algorithms/gemm_table.json, which goes before the model; that needs no GPU.
 """
 
 import argparse
 import contextlib
 import datetime
+import itertools
 import json
 import sys
 from pathlib import Path
 from unittest import mock
 
+import compile_kernels
 import numpy
 
 from gpuconv import dtypes, execute, settings
@@ -38,42 +40,45 @@ def taking(choice):
     execute.clear()
 
 
-def measured(case, dtype, place, clock, seconds):
-    """A row for each direction, layout and tile of a layer."""
-    precision = "tf32" if dtype == "tf32" else "ieee"
-    kind = dtypes.named("float32" if dtype == "tf32" else dtype)
-    batch = case.batches[1]
-    problem = Problem.of(case, batch, kind, place.xp, precision)
+def candidates(case, problem, place):
+    """The fastest plans of a layer by the model, for each direction and layout."""
+    limit = settings.workspace_limit()
     for layout in ("channels_last", "channels_first"):
-        geometry = case.geometry(batch, layout)
+        geometry = case.geometry(case.batches[1], layout)
         for direction in DIRECTIONS:
             inner = problem.inner(direction)[0]
-            if implicit_gemm.why_not(Request(geometry, kind, inner, place, limit=settings.workspace_limit())):
-                continue
-            given = geometry, kind, inner, place.device(), precision, settings.workspace_limit()
-            for number, plan in enumerate(implicit_gemm.plans(*given)[:CANDIDATES]):
-                with taking(plan.choice):
-                    call = problem.call(direction, layout, "implicit_gemm")
-                    verdict = problem.verdict(call(), direction, layout)
-                    if not verdict.right:
-                        raise ArithmeticError(
-                            f"{plan.choice} is wrong for {direction} of {case.name}, {layout}, {dtype}"
-                        )
-                    samples = clock.samples(call, timing.count(clock.first(call)[0], seconds))
-                yield {
-                    "layer": case.name,
-                    "batch": batch,
-                    "direction": direction,
-                    "layout": layout,
-                    "dtype": dtype,
-                    "tile": list(plan.choice.tile),
-                    "slices": plan.choice.slices,
-                    "by_model": number == 0,
-                    "model_us": plan.choice.microseconds,
-                    "us": float(numpy.median(samples)) * 1e6,
-                    "gflop": case.geometry(batch).flops(is_complex=kind.kind == "c") / 1e9,
-                    "key": gemm_table.key(plan.problem),
-                }
+            if not implicit_gemm.why_not(Request(geometry, problem.dtype, inner, place, limit=limit)):
+                given = geometry, problem.dtype, inner, place.device(), problem.precision, limit
+                yield layout, direction, implicit_gemm.plans(*given)[:CANDIDATES]
+
+
+def measured(case, dtype, place, clock, seconds):
+    """A row for each direction, layout and tile of a layer."""
+    kind, precision = ("float32", "tf32") if dtype == "tf32" else (dtype, "ieee")
+    problem = Problem.of(case, case.batches[1], dtypes.named(kind), place.xp, precision)
+    found = list(candidates(case, problem, place))
+    compile_kernels.compiled(plan.module for *_, plans in found for plan in plans)
+    for layout, direction, plans in found:
+        for number, plan in enumerate(plans):
+            with taking(plan.choice):
+                call = problem.call(direction, layout, "implicit_gemm")
+                if not problem.verdict(call(), direction, layout).right:
+                    raise ArithmeticError(f"{plan.choice} is wrong for {direction} of {case.name}, {layout}, {dtype}")
+                samples = clock.samples(call, timing.count(clock.first(call)[0], seconds))
+            yield {
+                "layer": case.name,
+                "batch": case.batches[1],
+                "direction": direction,
+                "layout": layout,
+                "dtype": dtype,
+                "tile": list(plan.choice.tile),
+                "slices": plan.choice.slices,
+                "by_model": number == 0,
+                "model_us": plan.choice.microseconds,
+                "us": float(numpy.median(samples)) * 1e6,
+                "gflop": case.geometry(case.batches[1]).flops(is_complex=problem.dtype.kind == "c") / 1e9,
+                "key": gemm_table.key(plan.problem),
+            }
 
 
 def table(paths):
@@ -91,6 +96,12 @@ def table(paths):
             yield gemm_table.entry(
                 row["key"], row["tile"], row["slices"], row["us"], f"bench/results/{path.parent.name}"
             )
+
+
+def earlier(path, commit):
+    """The rows that a run of the same commit has left."""
+    before = json.loads(path.read_text()) if path.exists() and path.stat().st_size else {}
+    return before["rows"] if before and before["commit"] == commit else []
 
 
 def main():
@@ -113,20 +124,21 @@ def main():
         place = backend_named(None)
     except BackendError as error:
         sys.exit(f"tune_tiles.py needs a GPU: {error}")
-    clock, rows = timing.clock_for(place), []
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     facts = {"machine": results.machine(), "commit": results.commit(), "date": date}
-
-    def save():
-        options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-
-    with contextlib.suppress(KeyboardInterrupt), clock.running():
-        for case in layers.selected(options.suites or SUITES, ()):
-            for dtype in options.dtype.split(","):
-                rows += measured(case, dtype, place, clock, options.seconds)
-                save()
-                print(f"{case.name}, {dtype}: {len(rows)} rows", flush=True)
-    save()
+    rows = earlier(options.json, facts["commit"])
+    there = {(row["layer"], row["dtype"]) for row in rows}
+    jobs = itertools.product(layers.selected(options.suites or SUITES, ()), options.dtype.split(","))
+    todo = [(case, dtype) for case, dtype in jobs if (case.name, dtype) not in there]
+    clock = timing.clock_for(place)
+    try:
+        with clock.running():
+            for number, (case, dtype) in enumerate(todo, 1):
+                rows += list(measured(case, dtype, place, clock, options.seconds))
+                options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+                print(f"{case.name}, {dtype}: {len(rows)} rows, {len(todo) - number} layers left", flush=True)
+    except KeyboardInterrupt:
+        sys.exit("interrupted: these are not all layers")
 
 
 if __name__ == "__main__":

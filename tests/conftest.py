@@ -4,9 +4,9 @@ import collections
 import contextlib
 import ctypes
 import os
-import random
 import sys
 import zlib
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -15,17 +15,16 @@ from hypothesis import HealthCheck, settings
 
 import gpuconv
 import gpuconv.execute
-from gpuconv import dtypes, execute, tuned
-from gpuconv.algorithms import direct, scatter, scatter_plain
+from gpuconv import execute, tuned
 from gpuconv.backend import NUMPY, cupy_backend
 from gpuconv.choose import MODULES
-from gpuconv.cuda import arguments, kernels_folder
-from gpuconv.cuda import report as compile_report
+from gpuconv.cuda import arguments
 from gpuconv.geometry import Geometry
 from gpuconv.request import Request
-from tests import repeat
-from tests.cases import CASES, LAYOUTS, in_turn, named_dtype
-from tests.emulation import ahead, launcher, loader
+from tests import ahead, repeat, selection
+from tests.cases import named_dtype
+from tests.cupy_on_cpu import loaded
+from tests.emulation import launcher, loader
 from tests.golden import vectors
 
 repeat.install()
@@ -50,7 +49,8 @@ NO_GPU = "the driver reports no CUDA device"
 NO_EMULATION = loader.why_not()
 # Backends whose kernels run on the CPU.
 EMULATED = ("emulated", "checked", *(["cupy"] if "GPUCONV_CUPY_ON_CPU" in os.environ else []))
-LEFT_OUT = pytest.StashKey()  # how many tests need a GPU that is not there
+LONG = 2000  # tests from which on kernels are compiled ahead
+LEFT_OUT = pytest.StashKey()  # the tests that need a GPU that is not there
 
 
 class NumpyArrays:
@@ -95,6 +95,11 @@ class EmulatedArrays(NumpyArrays):
             yield
 
 
+def in_memory(array):
+    """The axes of an array from the one with the largest steps on."""
+    return np.argsort([-abs(step) for step in array.strides], kind="stable")
+
+
 class CupyArrays(NumpyArrays):
     name = "cupy"
 
@@ -105,12 +110,13 @@ class CupyArrays(NumpyArrays):
         self.backend = cupy_backend()
 
     def asarray(self, array):
-        memory = np.argsort([-abs(step) for step in array.strides], kind="stable")
+        memory = in_memory(array)
         return self.xp.asarray(np.ascontiguousarray(array.transpose(memory))).transpose(np.argsort(memory))
 
     def asnumpy(self, array):
         assert isinstance(array, self.xp.ndarray)
-        return array.get()
+        memory = in_memory(array)
+        return array.transpose(memory).get().transpose(np.argsort(memory))  # without a kernel that copies
 
     def varied(self, wide=True):
         """64-bit offsets."""
@@ -203,120 +209,69 @@ def pytest_addoption(parser):
         "--repeat-every", type=int, default=10, help="of N tests of emulated kernels one repeats its calls (default 10)"
     )
     parser.addoption("--repeat-seed", default="0", help="draws which one (default 0)")
-    parser.addoption("--draw", type=int, metavar="N", help=f"of the tests in {', '.join(MATRIX)} run N only")
+    parser.addoption("--whole", action="store_true", help="on CuPy all tests, not some of those that need many kernels")
+    parser.addoption(
+        "--done", type=Path, metavar="FILE", help="leave out tests that FILE names; it gets those that pass"
+    )
+    parser.addoption("--draw", type=int, metavar="N", help=f"of the tests in {', '.join(selection.MATRIX)} run N only")
     parser.addoption("--draw-seed", default="0", help="draws which ones (default 0)")
-
-
-# Files of tests that go through cases, layouts, dtypes and kernels: many tests of a kind.
-MATRIX = ("test_matrix.py", "test_adjoint.py", "test_nonfinite.py", "test_implicit_gemm.py", "test_kernels.py")
 
 
 def pytest_configure(config):
     launcher.options.mode = config.getoption("--kernels")
+    if config.getoption("done") is not None and not hasattr(config, "workerinput"):  # but by workers of xdist
+        config.pluginmanager.register(selection.Done(config.getoption("done")))
     if launcher.options.mode == "debug":
         launcher.options.seconds = 86400.0  # of someone who thinks at a breakpoint
 
 
-KERNELS = tuple(name for name in gpuconv.ALGORITHMS if (kernels_folder() / f"{name}.cu").exists())
-KERNELS_ONLY = ("direct", "implicit_gemm")  # algorithms that NumPy does not have
-IN_TURNS = "implicit_gemm"  # has kernels for every layout, which take long to compile: each case takes one in its turn
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    needless, counts, left_out = [], collections.Counter(), 0
+    _deselect(config, items, selection.needless(items, config.getoption("whole")))
     for item in items:
-        params = item.callspec.params if hasattr(item, "callspec") else {}
-        backend = params.get("arrays", "numpy")
-        for marker in ("emulated", "checked", "gpu"):
-            if item.get_closest_marker(marker) and "arrays" not in params:
-                backend = {"gpu": "cupy"}.get(marker, marker)
-        if backend == "numpy" and params.get("algorithm") in KERNELS_ONLY:
-            needless.append(item)
-        if not (_in_turn(item, backend, params, counts) and _has_its_value(backend, params)):
-            needless.append(item)
-        item.user_properties.append(("backend", backend))
-        if item.get_closest_marker("gpu") and not HAS_GPU:
-            if "gpu" in config.option.markexpr:  # which asks for them
-                item.add_marker(pytest.mark.skip(reason=NO_GPU))
-            else:
-                left_out += 1
-                needless.append(item)
+        item.user_properties.append(("backend", selection.backend_of(item)))
         if NO_EMULATION and (item.get_closest_marker("emulated") or item.get_closest_marker("checked")):
             item.add_marker(pytest.mark.skip(reason=NO_EMULATION))
-    config.stash[LEFT_OUT] = left_out
-    _deselect(config, items, needless)
-    if (most := config.getoption("draw")) is not None:
-        of_matrix = [item for item in items if item.path.name in MATRIX]
-        drawn = set(random.Random(config.getoption("draw_seed")).sample(of_matrix, min(most, len(of_matrix))))
-        _deselect(config, items, [item for item in of_matrix if item not in drawn])
-    if _is_long(items):  # what needs no kernel comes first: the time to compile some
-        items.sort(key=lambda item: not hasattr(item, "callspec") or item.callspec.params.get("arrays") != "numpy")
+    needs_a_gpu = [] if HAS_GPU else [item for item in items if item.get_closest_marker("gpu")]
+    if "gpu" in config.option.markexpr:  # which asks for them
+        for item in needs_a_gpu:
+            item.add_marker(pytest.mark.skip(reason=NO_GPU))
+    else:
+        config.stash[LEFT_OUT] = needs_a_gpu
+        _deselect(config, items, needs_a_gpu)
+    if (number := config.getoption("draw")) is not None:
+        _deselect(config, items, selection.undrawn(items, number, config.getoption("draw_seed")))
+    if (path := config.getoption("done")) is not None:
+        _deselect(config, items, selection.done(items, path))
+    items.sort(key=selection.turn)
 
 
-def _deselect(config, items, needless):
-    if needless:
-        config.hook.pytest_deselected(items=needless)
-        dropped = set(needless)
+def _deselect(config, items, others):
+    if others:
+        config.hook.pytest_deselected(items=others)
+        dropped = set(others)
         items[:] = [item for item in items if item not in dropped]
 
 
-def _in_turn(item, backend, params, counts):
-    """Whether a test runs on the CPU: of those that would compile many kernels, some.
-
-    Of those, too, that run no kernel on the emulated backend: they repeat NumPy's. fft reads every layout alike.
-    """
-    if backend == "numpy" and params.get("algorithm") == "fft" and {"case", "layout"} <= set(params):
-        return in_turn(params["case"], params["layout"], params.get("dtype", "float64"))
-    if backend != "emulated":
-        return True
-    marker, has_many_modules = item.get_closest_marker("every_nth"), params.get("algorithm") == IN_TURNS
-    has_no_kernel = params.get("algorithm") not in (None, *KERNELS)
-    if {"case", "layout"} <= set(params) and (has_many_modules or has_no_kernel):
-        if has_no_kernel and CASES.index(params["case"]) % 5:
-            return False
-        return in_turn(params["case"], params["layout"], params.get("dtype", "float64"))
-    if marker is None and not has_many_modules:
-        return True
-    counts[backend, item.originalname] += 1
-    return counts[backend, item.originalname] % (marker.args[0] if marker else 3) == 1
-
-
-def _has_its_value(backend, params):
-    """Whether it is the turn of this NaN or Inf: without kernels of our own, each case and layout has one of them."""
-    if backend != "numpy" or not {"case", "layout", "value"} <= set(params):
-        return True
-    turn = CASES.index(params["case"]) + LAYOUTS.index(params["layout"])
-    return (np.nan, np.inf, -np.inf).index(params["value"]) == turn % 3
-
-
-def _is_long(items):
-    return not NO_EMULATION and launcher.options.mode == "fast" and len(items) > 5000
-
-
 @pytest.fixture(scope="session", autouse=True)
-def _libraries_built_ahead(request):
-    """Of a long run: a second core compiles kernels that tests will launch while the first tests run."""
-    items = request.session.items
-    if not _is_long(items):
-        yield
-        return
-    with ahead.building() as build:
-        convolutions = [(case.geometry(), dtype) for case in CASES for dtype in dtypes.available()]
-        possible = [(geometry, dtype) for geometry, dtype in convolutions if not arguments.why_not(geometry)]
-        for module in compile_report.launched(possible, [direct, scatter, scatter_plain]):
-            build(module)
-            build(module._replace(wide=True))
-        tests = [item for item in items if item.get_closest_marker("emulated") and _has_modules_of_its_own(item)]
-        ahead.rehearse(tests, arrays_of, build)
+def _kernels_compiled_ahead(request):
+    """Of a long run: what tests will launch is compiled while the first tests run."""
+    items, is_first = request.session.items, os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
+    with contextlib.ExitStack() as stack:
+        if len(items) > LONG and is_first:
+            for backend, compiling in _compilers():
+                tests = [item for item in items if selection.parameters(item).get("arrays") == backend]
+                if tests:
+                    ahead.find_modules(tests, backend, arrays_of, stack.enter_context(compiling()))
         yield
 
 
-def _has_modules_of_its_own(item):
-    """Beside those of direct and scatter in all cases."""
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    is_of_cases = "case" in params and params.get("algorithm", IN_TURNS) != IN_TURNS
-    return params.get("arrays") == "emulated" and not is_of_cases
+def _compilers():
+    """What compiles ahead, by backend."""
+    if not NO_EMULATION and launcher.options.mode == "fast":
+        yield "emulated", ahead.for_cpu
+    if HAS_GPU:
+        yield "cupy", ahead.for_gpu
 
 
 def pytest_report_header():
@@ -324,6 +279,13 @@ def pytest_report_header():
     kernels = f"no kernels on the CPU: {NO_EMULATION}" if NO_EMULATION else "kernels on the CPU (emulated)"
     python = f"Python {sys.version.split()[0]}"
     return f"gpuconv backends: numpy {np.__version__}, {kernels}, {gpu}; {python}"
+
+
+def pytest_sessionfinish(session):
+    """A run on a GPU stays affordable: where it is emulated, the kernels that it would compile are counted."""
+    is_counted = loaded.FOLDER in os.environ and not session.config.getoption("whole")
+    if is_counted and loaded.counts()["gpuconv"] > loaded.MOST:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -334,8 +296,14 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section("tests per backend")
     for backend in ("numpy", "emulated", "checked", "cupy"):
         line = ", ".join(f"{counts[backend, outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
-        left_out = config.stash.get(LEFT_OUT, 0) if backend == "cupy" else 0
+        left_out = len(config.stash.get(LEFT_OUT, ())) if backend == "cupy" else 0
         terminalreporter.write_line(f"{backend:<9} {line}" + (f", {left_out} left out: {NO_GPU}" if left_out else ""))
+    if loaded.FOLDER in os.environ:
+        ours, others = loaded.counts().values()
+        terminalreporter.write_line(
+            f"a GPU would have compiled {ours} modules of gpuconv, without --whole at most {loaded.MOST},"
+            f" and {others} of CuPy"
+        )
     if missing := vectors.unconfirmed():
         terminalreporter.write_line(
             f"{len(missing)} of {len(vectors.declared())} device functions were never compared with a GPU"

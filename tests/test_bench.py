@@ -367,6 +367,31 @@ exit(cli.main(["bench", "resnet50", "--seconds", "0.05", "--json", {str(path)!r}
     assert not list(tmp_path.glob(".*"))
 
 
+def test_an_interrupted_run_is_resumed(bench, tmp_path):
+    """A layer that is there in some directions only is measured anew; nothing is measured twice or lost."""
+    given = ("--case", SMALL, "--batch", "1,2", "--dtype", "float32,float64", "--resume")
+    whole, _ = bench(*given)
+    results.write_json(tmp_path / "bench.json", replace(whole, rows=whole.rows[:4], complete=False))
+    resumed, _ = bench(*given)
+    assert resumed.complete
+    assert [row.key for row in resumed.rows] == [row.key for row in whole.rows]
+    assert resumed.rows[:3] == whole.rows[:3]
+    assert resumed.rows[3] != whole.rows[3]
+    assert bench(*given)[0].rows == resumed.rows
+
+
+@pytest.mark.parametrize("name", ["command", "commit", "machine"])
+def test_only_the_same_run_is_resumed(name, bench, capsys, tmp_path):
+    path = tmp_path / "bench.json"
+    whole, _ = bench("--case", SMALL)
+    other = {**whole.machine, "NumPy": "1.0"} if name == "machine" else "another"
+    results.write_json(path, replace(whole, **{name: other}))
+    before = path.read_text()
+    assert main(["bench", "--case", SMALL, "--seconds", "0", "--json", str(path), "--resume"]) == 2
+    assert f"--resume goes on {'on' if name == 'machine' else 'with'} the {name} of {path}" in capsys.readouterr().err
+    assert path.read_text() == before
+
+
 def test_files_of_another_schema_are_refused(tmp_path):
     path = tmp_path / "old.json"
     for text, phrase in (('{"schema": 1}', "schema 2, but 1"), ("[]", "schema 2, but None"), ("{", "is not JSON")):
@@ -483,7 +508,7 @@ def test_on_a_gpu_all_sides_are_timed_by_events_or_all_as_graphs(short, algorith
     has_peer = HAS_TORCH and importlib.import_module("torch").cuda.is_available()
     peers = ("torch",) if has_peer else ()
     bench = run.Bench(run.Plan(cupy_backend(), ("data_grad",), algorithms=algorithms, peers=peers, seconds=0))
-    (rows,) = bench.rows([layers.parsed(SMALL)])
+    (rows,) = bench.rows(bench.plan.jobs([layers.parsed(SMALL)]))
     assert [row.by for row in rows] == ["gpuconv"] * 2 + ["torch"] * 2 * has_peer
     for row in rows:
         assert row.refusal is None
@@ -504,7 +529,7 @@ def test_what_cannot_be_recorded_is_timed_by_events():
 def test_the_campaign_knows_its_stages():
     answer = subprocess.run(["bench/gpu_campaign.sh", "/nowhere", "benhc"], cwd=ROOT, capture_output=True, text=True)
     assert answer.returncode == 2
-    assert "no stage benhc; there are facts compile tests golden" in answer.stderr
+    assert "no run or stage benhc; there are correctness (facts tests golden" in answer.stderr
 
 
 def test_the_readmes_show_what_the_results_say():

@@ -14,8 +14,9 @@ from gpuconv.choose import MODULES
 from gpuconv.cuda import kernels_folder
 from tests import gradient_roads
 from tests.cases import CASES, DIRECTIONS, DTYPES, LAYOUTS
-from tests.conftest import KERNELS, arrays_of
+from tests.conftest import arrays_of
 from tests.emulation import launcher
+from tests.selection import KERNELS
 from tests.test_matrix import assert_right
 
 pytestmark = pytest.mark.checked

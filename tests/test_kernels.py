@@ -15,8 +15,9 @@ from gpuconv.request import Request
 from gpuconv.views import View
 from tests import reference
 from tests.cases import CASES, DIRECTIONS, draw, laid_out, named_dtype
-from tests.conftest import BACKENDS, KERNELS
+from tests.conftest import BACKENDS
 from tests.emulation import launcher
+from tests.selection import KERNELS
 from tests.test_matrix import assert_right
 from tests.test_memory import assert_stays_within
 

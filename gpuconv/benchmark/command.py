@@ -30,7 +30,7 @@ SAVE_SECONDS = 10  # how often the JSON file is brought up to date
 DEFAULT_SUITE = "quick"
 WIDE = 400  # columns where there is no terminal: no line is broken
 # Options of a command that say where its results go, and nothing of what they are.
-FILES = re.compile(r" --(json|csv|markdown|plot)[ =]('[^']*'|\S+)")
+FILES = re.compile(r" --(json|csv|markdown|plot)[ =]('[^']*'|\S+)| --resume")
 
 
 def add_bench(commands: Any) -> None:
@@ -64,6 +64,9 @@ def add_bench(commands: Any) -> None:
         "--list", action="store_true", help="show suites, layers, where their numbers are from, and peers"
     )
     bench.add_argument("--json", type=Path, metavar="FILE", help="write machine, definitions and every sample")
+    bench.add_argument(
+        "--resume", action="store_true", help="keep what the --json file has of this command, and measure the rest"
+    )
     bench.add_argument("--csv", type=Path, metavar="FILE", help="write a line for each row")
     bench.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw FILE-time and FILE-roofline, as PNG, SVG or PDF")
@@ -239,6 +242,8 @@ def bench(options: argparse.Namespace, place: Backend) -> int:
     files = [path for path in (options.json, options.csv, options.markdown, *drawn) if path]
     for path in files:
         check_writable(path)
+    if options.resume and not options.json:
+        raise ValueError("--resume needs --json FILE, the results of the earlier run")
     if len({path.resolve() for path in files}) < len(files):
         raise ValueError(f"each file is written by one option: {', '.join(map(str, files))}")
     if options.plot:
@@ -269,11 +274,13 @@ def _run(plan: run.Plan, cases: Sequence[layers.Case], options: argparse.Namespa
     command = FILES.sub("", shlex.join(["gpuconv", *sys.argv[1:]]))
     found = results.Results(facts, command=command, commit=results.commit())
     found.cold = plan.place.kind == "cupy" if plan.cold is None else plan.cold
+    if options.resume and options.json.exists():
+        found.rows = _earlier(options.json, found, plan)
     print(f"{'commit':<10} {found.commit or 'of a wheel'}")
     for name in ("gpuconv", "CPU", "cores", "NumPy", "CuPy", "GPU", "nvidia-smi", *(f"peer {n}" for n in plan.peers)):
         if name in facts:
             print(f"{name:<10} {facts[name]}")
-    jobs = plan.jobs(cases)
+    jobs = _missing(plan.jobs(cases), found.rows, plan)
     started = saved = time.perf_counter()
     bench = run.Bench(plan)
     try:
@@ -283,7 +290,7 @@ def _run(plan: run.Plan, cases: Sequence[layers.Case], options: argparse.Namespa
         peaks = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in limit.peaks.items())
         print(f"{'limits':<10} copy {limit.bandwidth / 1e9:.1f} GB/s; product of {peaks}\n", flush=True)
         with _progress(len(jobs) * len(plan.directions)) as advance:
-            for rows in bench.rows(cases):
+            for rows in bench.rows(jobs):
                 found.rows += rows
                 advance(f"{rows[0].case} {rows[0].direction}")
                 if options.json and time.perf_counter() - saved > SAVE_SECONDS:
@@ -296,12 +303,42 @@ def _run(plan: run.Plan, cases: Sequence[layers.Case], options: argparse.Namespa
         if options.json:
             results.write_json(options.json, found)
         raise
-    done = len({(row.spec, row.dtype) for row in found.rows})
-    left = Counter(f"{suite}, {dtype}" for case, _, dtype in jobs[done:] for suite in case.suites or ("given",))
+    left = Counter(
+        f"{suite}, {dtype}"
+        for case, _, dtype in _missing(jobs, found.rows, plan)
+        for suite in case.suites or ("given",)
+    )
     found.not_reached = [f"{name}: {number} layers" for name, number in left.items()]
     found.spent = {name: round(seconds, 3) for name, seconds in bench.spent.items()}
     found.spent["all"] = round(time.perf_counter() - started, 3)
     return found
+
+
+def _earlier(path: Path, found: results.Results, plan: run.Plan) -> list[results.Row]:
+    """The rows of whole layers that an earlier run has left; ValueError where it was another command or machine."""
+    earlier = results.read_json(path)
+    for name in ("command", "commit", "cold"):
+        before, now = getattr(earlier, name), getattr(found, name)
+        if before != now:
+            raise ValueError(f"--resume goes on with the {name} of {path}, which is {before!r}, not {now!r}")
+    for name in {*earlier.machine, *found.machine} - {"nvidia-smi"}:  # whose clocks and temperatures change
+        before, now = earlier.machine.get(name), found.machine.get(name)
+        if before != now:
+            raise ValueError(f"--resume goes on on the machine of {path}, whose {name} is {before!r}, not {now!r}")
+    whole = _whole(earlier.rows, plan)
+    return [row for row in earlier.rows if (row.spec, row.dtype) in whole]
+
+
+def _missing(jobs: Sequence[run.Job], rows: Sequence[results.Row], plan: run.Plan) -> list[run.Job]:
+    """The layers that have no rows in some direction."""
+    whole = _whole(rows, plan)
+    return [(case, batch, dtype) for case, batch, dtype in jobs if (case.text(batch), dtype) not in whole]
+
+
+def _whole(rows: Sequence[results.Row], plan: run.Plan) -> set[tuple[str, str]]:
+    """The layers and dtypes that have rows in every direction."""
+    there = {(row.spec, row.dtype, row.direction) for row in rows}
+    return {(spec, dtype) for spec, dtype, _ in there if all((spec, dtype, d) in there for d in plan.directions)}
 
 
 @contextlib.contextmanager

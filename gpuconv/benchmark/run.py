@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import gpuconv
 from gpuconv import dtypes, settings, workspace
@@ -21,6 +22,8 @@ from gpuconv.benchmark.timing import GpuClock
 from gpuconv.choose import TRANSFORMS, choose, consent
 from gpuconv.geometry import DIRECTIONS, Direction
 from gpuconv.request import Request
+
+Job: TypeAlias = tuple[Case, int, str]  # a layer, its batch size and dtype
 
 DTYPES = (*dtypes.NAMES, "tf32")
 TURNS = 4
@@ -41,7 +44,7 @@ class Plan:
     seconds: float = 0.5
     cold: bool | None = None  # None: the clock's own choice
 
-    def jobs(self, cases: Iterable[Case]) -> list[tuple[Case, int, str]]:
+    def jobs(self, cases: Iterable[Case]) -> list[Job]:
         """Each layer with each batch size and dtype."""
         on_gpu = self.place.kind == "cupy"
         return [
@@ -73,12 +76,12 @@ class Bench:
         self._workers: dict[str, Worker] = {}
         self._quiet = False  # whether this process has had time to come to rest
 
-    def rows(self, cases: Iterable[Case]) -> Iterator[list[Row]]:
+    def rows(self, jobs: Iterable[Job]) -> Iterator[list[Row]]:
         """The rows of one layer in one direction after the other, gpuconv's first, then the peers'."""
         try:
             with self.clock.running():
-                for case, batch, dtype in self.plan.jobs(cases):
-                    yield from self._layer(case, batch, dtype)
+                for job in jobs:
+                    yield from self._layer(*job)
         finally:
             for worker in self._workers.values():
                 worker.close()

@@ -4,12 +4,13 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 from gpuconv import settings
 from gpuconv.backend import driver_devices
-from tests.cupy_on_cpu import build
+from tests.cupy_on_cpu import build, loaded
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,7 +52,9 @@ def main():
     if not given.command:
         print(f"{folder} ({time.monotonic() - start:.0f} s)")
         return
-    sys.exit(subprocess.call(given.command, env=environment(folder, "checked" if given.checked else "fast")))
+    variables = environment(folder, "checked" if given.checked else "fast")
+    with tempfile.TemporaryDirectory() as kernels:
+        sys.exit(subprocess.call(given.command, env={**variables, loaded.FOLDER: kernels}))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import traceback
 from pathlib import Path
 
 from gpuconv.cuda.compiler import elf_size
+from tests.cupy_on_cpu import loaded
 from tests.emulation import loader
 
 ELF = b"\x7fELF"  # how a file of this format begins
@@ -76,15 +77,20 @@ def install(driver):
     @_reported
     def load_file(path, module):
         try:
-            with open(path, "rb") as file:
-                return add(file.read(), module)
+            image = Path(path.decode()).read_bytes()
         except OSError:
             return FILE_NOT_FOUND
+        loaded.note(image, "gpuconv")
+        return add(image, module)
 
     @_reported
     def load_data(address, module):
         header = ctypes.string_at(address, 64)
-        return add(ctypes.string_at(address, elf_size(header)), module) if header.startswith(ELF) else INVALID_IMAGE
+        if not header.startswith(ELF):
+            return INVALID_IMAGE
+        image = ctypes.string_at(address, elf_size(header))
+        loaded.note(image, "CuPy")
+        return add(image, module)
 
     @_reported
     def find(module, name, function):

@@ -1,0 +1,19 @@
+"""How many kernels a command has loaded: as many as NVRTC would compile for it where nothing is cached."""
+
+import hashlib
+import os
+from pathlib import Path
+
+FOLDER = "GPUCONV_LOADED_KERNELS"  # has a file for each
+MOST = 300  # of gpuconv that a run of the tests on a GPU loads
+
+
+def note(image, name):
+    """Counts what was compiled, once in all processes of a command; ``name`` is "gpuconv" or "CuPy"."""
+    (Path(os.environ[FOLDER]) / f"{name} {hashlib.sha256(image).hexdigest()}").touch()
+
+
+def counts():
+    """How many there are of gpuconv and of CuPy."""
+    names = [path.name.partition(" ")[0] for path in Path(os.environ[FOLDER]).iterdir()]
+    return {name: names.count(name) for name in ("gpuconv", "CuPy")}
