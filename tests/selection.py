@@ -114,12 +114,13 @@ def _has_variants(params):
 
 def _is_nth(item, params, counts):
     """Whether a test is the first of every n that differ by their kernels."""
-    marker, n = item.get_closest_marker("every_nth"), 1
+    backend, marker, n = backend_of(item), item.get_closest_marker("every_nth"), 1
     if marker is not None:
         n = marker.args[0]
     elif params.get("algorithm") == MANY_MODULES:
         n = 3
-    if item.path.name == OF_MANY_MODULES and backend_of(item) == "cupy":
+    if item.path.name == OF_MANY_MODULES and backend == "cupy":
         n *= 5
-    counts[item.originalname] += 1
-    return counts[item.originalname] % n == 1 % n
+    if n > 1:
+        counts[backend, item.originalname] += 1
+    return n == 1 or counts[backend, item.originalname] % n == 1
