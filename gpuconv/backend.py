@@ -201,7 +201,7 @@ def cupy_backend() -> Backend:
 @lru_cache(maxsize=1)
 def _cupy(cupy: Any) -> Backend:
     """The backend of this module; BackendError where it is too old."""
-    from gpuconv.cuda import launch, products
+    from gpuconv.cuda import cublas, launch
 
     release = re.match(r"(\d+)\.(\d+)\.(\d+)", cupy.__version__)
     if release is not None and tuple(map(int, release.groups())) < OLDEST_CUPY:
@@ -210,7 +210,7 @@ def _cupy(cupy: Any) -> Backend:
             f"gpuconv needs CuPy {oldest} or later, and CuPy {cupy.__version__} is installed: pip install --upgrade"
             f" 'cupy-cuda12x>={oldest}', or cupy-cuda13x"
         )
-    return Backend("cupy", cupy, launch.prepared, device.current, _cupy_memory, _cupy_array, products.matmul)
+    return Backend("cupy", cupy, launch.prepared, device.current, _cupy_memory, _cupy_array, cublas.matmul)
 
 
 def _cupy_memory(array: Array) -> Any:
@@ -313,7 +313,7 @@ def addressable(array: Array) -> Array:
     Complex numbers, too, are moved as a whole; NumPy calls them aligned where their parts are.
     """
     is_aligned = address(array) % array.itemsize == 0
-    if is_aligned and getattr(array.dtype, "isnative", True) and not any(s % array.itemsize for s in array.strides):
+    if is_aligned and array.dtype.isnative and not any(s % array.itemsize for s in array.strides):
         return array
     return array.astype(native(array.dtype))
 

@@ -14,7 +14,7 @@ import numpy
 from gpuconv import dtypes
 from gpuconv.backend import Array, Backend
 from gpuconv.benchmark.timing import Clock
-from gpuconv.cuda import products
+from gpuconv.cuda import cublas
 
 COPY_BYTES = {"numpy": 2**28, "cupy": 2**31}
 EXTENT = {"numpy": 2048, "cupy": 8192}  # of the square matrices
@@ -63,7 +63,7 @@ def product_rate(place: Backend, name: str, clock: Clock) -> float:
     a, b = (_square(rng, n, dtype) for _ in range(2))
     c = place.xp.empty((n, n), dtype)
 
-    multiply = products.of_squares(n, name) if name in products.NAMES and place.kind == "cupy" else place.xp.matmul
+    multiply = cublas.of_squares(n, name) if name in cublas.NAMES and place.kind == "cupy" else place.xp.matmul
     seconds = min(clock.samples(lambda: multiply(a, b, out=c), SAMPLES))
     return (8 if dtypes.is_complex(dtype) else 2) * n**3 / seconds
 
