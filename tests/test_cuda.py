@@ -242,22 +242,22 @@ def test_a_dump_that_cannot_be_written_is_an_error(name, device, given, monkeypa
 @pytest.fixture
 def device(made, monkeypatch):
     """A CuPy that only remembers: what was loaded, and what was launched."""
-    seen = types.SimpleNamespace(loaded=[], launched=[], asked_for=[], current=0)
+    seen = types.SimpleNamespace(loaded=[], launched=[], asked_for=[], current=0, static_memory=0)
 
     class Function:
         def __init__(self, name):
-            self.name, self.most, self.ptr = name, 48 << 10, self
+            self.name, self.most, self.ptr = name, (48 << 10) - seen.static_memory, self
 
         def __call__(self, grid, block, given, shared_mem):
             assert shared_mem <= self.most
             seen.launched.append((self.name, grid, block, given, shared_mem))
 
     class Driver:
-        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+        CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 1, 8
 
         def funcGetAttribute(self, attribute, function):  # noqa: N802
-            assert attribute == 8
-            return function.most
+            assert attribute == 1
+            return seen.static_memory
 
         def funcSetAttribute(self, function, attribute, size):  # noqa: N802
             assert attribute == 8
@@ -321,11 +321,14 @@ def test_a_kernel_is_loaded_once_for_each_device(device, made, given):
     assert len(made) == 1
 
 
-def test_more_shared_memory_is_asked_for_once(device, given):
-    for size in (64, 60_000, 60_000, 90_000, 60_000):
+@pytest.mark.parametrize("static_memory, asked_for", [(0, [60_000, 90_000]), (36 << 10, [20_000, 60_000, 90_000])])
+def test_more_shared_memory_is_asked_for_once(static_memory, asked_for, device, given):
+    device.static_memory = static_memory
+    sizes = [64, 20_000, 64, 60_000, 60_000, 90_000, 60_000]
+    for size in sizes:
         launched(given, shared_memory=size)
-    assert [size for *_, size in device.launched] == [64, 60_000, 60_000, 90_000, 60_000]
-    assert device.asked_for == [60_000, 90_000]
+    assert [size for *_, size in device.launched] == sizes
+    assert device.asked_for == asked_for
 
 
 def test_a_grid_of_no_blocks_is_not_launched(device, given):

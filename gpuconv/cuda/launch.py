@@ -11,9 +11,9 @@ from gpuconv.cuda import compiler
 from gpuconv.cuda.cache import cubin_path
 from gpuconv.cuda.kernel import Kernel, Module, check_arguments, dump
 
+UNASKED = 48 << 10  # bytes of shared memory, static and dynamic, that a block has without asking
 MOST_BLOCKS = 2**31 - 1  # of a grid's first axis, the only one that is used
-_loading = threading.RLock()  # of functions, which may be launched once their attributes are set
-_GRANTED = 40 << 10  # bytes: static and dynamic memory beyond 48 KiB must be asked for, and tables are static
+_loading = threading.RLock()  # held while a function is loaded and configured: no thread may launch it before
 
 
 def prepared(
@@ -25,12 +25,10 @@ def prepared(
     source declares; views count as arrays.
     """
     check(kernel, grid, arguments)
-    device = _device()
     with _loading:
-        function = _function(kernel, device)
-        if shared_memory > _GRANTED:
-            _ask_for(shared_memory, kernel, device)
-    return partial(_launch, function, (grid,), (block,), shared_memory)
+        loaded = _loaded(kernel, _device())
+        loaded.grant(shared_memory)
+    return partial(_launch, loaded.function, (grid,), (block,), shared_memory)
 
 
 def _launch(function: Any, grid: tuple[int], block: tuple[int], shared_memory: int, *arguments: Any) -> None:
@@ -56,19 +54,28 @@ def _device() -> int:
     return int(cupy.cuda.Device().id)
 
 
-@cache
-def _function(kernel: Kernel, device: int) -> Any:
-    return _module(kernel.module, device).get_function(kernel.name)
+class _Loaded:
+    """A kernel on a device, and the dynamic shared memory that its launches may have."""
+
+    def __init__(self, function: Any) -> None:
+        self.function, self._granted = function, 0
+
+    def grant(self, size: int) -> None:
+        """Asks the driver for so many bytes where it does not grant them by itself."""
+        if size <= self._granted:
+            return
+        import cupy
+
+        driver, function = cupy.cuda.driver, self.function.ptr
+        static = driver.funcGetAttribute(driver.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function)
+        if static + size > UNASKED:
+            driver.funcSetAttribute(function, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, size)
+        self._granted = size
 
 
 @cache
-def _ask_for(shared_memory: int, kernel: Kernel, device: int) -> None:
-    import cupy
-
-    driver = cupy.cuda.driver
-    function, most = _function(kernel, device).ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    if driver.funcGetAttribute(most, function) < shared_memory:
-        driver.funcSetAttribute(function, most, shared_memory)
+def _loaded(kernel: Kernel, device: int) -> _Loaded:
+    return _Loaded(_module(kernel.module, device).get_function(kernel.name))
 
 
 @cache

@@ -1,6 +1,7 @@
 // libcublas: the matrix products that CuPy calls, in plain loops. float16 and bfloat16 are summed in float32.
 #include "device.hpp"
 
+#include <algorithm>
 #include <complex>
 #include <cstring>
 #include <vector>
@@ -73,7 +74,7 @@ template <> void multiply<Bfloat16, float>(Shape shape, float alpha, Matrix a, M
 
 // cudaDataType
 enum Type { FLOAT = 0, DOUBLE = 1, HALF = 2, COMPLEX = 4, DOUBLE_COMPLEX = 5, BFLOAT16 = 14 };
-constexpr int SUCCESS = 0, NOT_SUPPORTED = 15;
+constexpr int SUCCESS = 0, INVALID_VALUE = 7, NOT_SUPPORTED = 15;
 
 struct Handle {
     cudaStream_t stream;
@@ -89,7 +90,13 @@ int later(Handle* handle, Shape shape, const void* alpha, Matrix a, Matrix b, co
     });
 }
 
+// Whether columns lie apart by their length at least.
+bool has_room(int operation, int rows, int columns, long step) { return step >= std::max(1, operation == NONE ? rows : columns); }
+
 int product(Handle* handle, int type, Shape shape, const void* alpha, Matrix a, Matrix b, const void* beta, void* c, long step) {
+    if (!has_room(shape.a_operation, shape.rows, shape.terms, a.step) ||
+        !has_room(shape.b_operation, shape.terms, shape.columns, b.step) || !has_room(NONE, shape.rows, shape.columns, step))
+        return INVALID_VALUE;
     std::lock_guard<std::recursive_mutex> guard(device::lock());
     switch (type) {
         case FLOAT: return later<float, float>(handle, shape, alpha, a, b, beta, c, step);
@@ -101,6 +108,19 @@ int product(Handle* handle, int type, Shape shape, const void* alpha, Matrix a, 
             return later<std::complex<double>, std::complex<double>>(handle, shape, alpha, a, b, beta, c, step);
     }
     return NOT_SUPPORTED;
+}
+
+// cublasComputeType_t
+enum Sums { SUMS_16 = 64, SUMS_32 = 68, PEDANTIC_32, SUMS_64, PEDANTIC_64, FAST_16F = 74, FAST_16BF, FAST_TF32 = 77 };
+bool is_double(int type) { return type == DOUBLE || type == DOUBLE_COMPLEX; }
+int plain_sums(int type) { return is_double(type) ? SUMS_64 : SUMS_32; }
+
+// Whether the documentation lists these sums for matrices of this type.
+bool sums_in(int compute, int type) {
+    if (is_double(type)) return compute == SUMS_64 || compute == PEDANTIC_64;
+    if (compute == SUMS_32 || compute == PEDANTIC_32) return true;
+    if (type == HALF || type == BFLOAT16) return type == HALF && compute == SUMS_16;
+    return compute == FAST_16F || compute == FAST_16BF || compute == FAST_TF32;
 }
 
 long width(int type) { return type == HALF || type == BFLOAT16 ? 2 : type == FLOAT ? 4 : type == DOUBLE_COMPLEX ? 16 : 8; }
@@ -118,24 +138,24 @@ API int cublasSetPointerMode_v2(Handle* handle, int mode) { handle->pointer_mode
 API int cublasGetPointerMode_v2(Handle* handle, int* mode) { *mode = handle->pointer_mode; return SUCCESS; }
 
 API int cublasGemmEx(Handle* h, int op_a, int op_b, int m, int n, int k, const void* alpha, const void* a, int a_type, int lda,
-                     const void* b, int b_type, int ldb, const void* beta, void* c, int c_type, int ldc, int, int) {
-    if (a_type != b_type || b_type != c_type) return NOT_SUPPORTED;
+                     const void* b, int b_type, int ldb, const void* beta, void* c, int c_type, int ldc, int compute, int) {
+    if (a_type != b_type || b_type != c_type || !sums_in(compute, a_type)) return NOT_SUPPORTED;
     return product(h, a_type, {op_a, op_b, m, n, k}, alpha, {a, lda}, {b, ldb}, beta, c, ldc);
 }
 API int cublasSgemmEx(Handle* h, int op_a, int op_b, int m, int n, int k, const void* alpha, const void* a, int a_type, int lda,
                       const void* b, int b_type, int ldb, const void* beta, void* c, int c_type, int ldc) {
-    return cublasGemmEx(h, op_a, op_b, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc, 0, 0);
+    return cublasGemmEx(h, op_a, op_b, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc, SUMS_32, 0);
 }
 API int cublasGemmStridedBatchedEx(Handle* h, int op_a, int op_b, int m, int n, int k, const void* alpha, const void* a,
                                    int a_type, int lda, long long a_apart, const void* b, int b_type, int ldb,
                                    long long b_apart, const void* beta, void* c, int c_type, int ldc, long long c_apart,
-                                   int count, int, int) {
+                                   int count, int compute, int) {
     for (long i = 0; i < count; ++i) {
         const void* const one = static_cast<const char*>(a) + i * a_apart * width(a_type);
         const void* const other = static_cast<const char*>(b) + i * b_apart * width(b_type);
         void* const result = static_cast<char*>(c) + i * c_apart * width(c_type);
         const int status = cublasGemmEx(h, op_a, op_b, m, n, k, alpha, one, a_type, lda, other, b_type, ldb, beta, result,
-                                        c_type, ldc, 0, 0);
+                                        c_type, ldc, compute, 0);
         if (status) return status;
     }
     return SUCCESS;
@@ -144,14 +164,15 @@ API int cublasGemmStridedBatchedEx(Handle* h, int op_a, int op_b, int m, int n, 
 #define PRODUCTS_OF(letter, type)                                                                                             \
     API int cublas##letter##gemm_v2(Handle* h, int op_a, int op_b, int m, int n, int k, const void* alpha, const void* a,     \
                                     int lda, const void* b, int ldb, const void* beta, void* c, int ldc) {                    \
-        return cublasGemmEx(h, op_a, op_b, m, n, k, alpha, a, type, lda, b, type, ldb, beta, c, type, ldc, 0, 0);             \
+        return cublasGemmEx(h, op_a, op_b, m, n, k, alpha, a, type, lda, b, type, ldb, beta, c, type, ldc,                    \
+                            plain_sums(type), 0);                                                                             \
     }                                                                                                                         \
     API int cublas##letter##gemmStridedBatched(Handle* h, int op_a, int op_b, int m, int n, int k, const void* alpha,         \
                                                const void* a, int lda, long long a_apart, const void* b, int ldb,             \
                                                long long b_apart, const void* beta, void* c, int ldc, long long c_apart,      \
                                                int count) {                                                                   \
         return cublasGemmStridedBatchedEx(h, op_a, op_b, m, n, k, alpha, a, type, lda, a_apart, b, type, ldb, b_apart, beta,  \
-                                          c, type, ldc, c_apart, count, 0, 0);                                                \
+                                          c, type, ldc, c_apart, count, plain_sums(type), 0);                                 \
     }                                                                                                                         \
     API int cublas##letter##gemmBatched(Handle* h, int op_a, int op_b, int m, int n, int k, const void* alpha,                \
                                         const void* const* a, int lda, const void* const* b, int ldb, const void* beta,       \

@@ -18,7 +18,9 @@ struct Function {
     const emulated::Parameter* parameters;
     size_t static_memory;
     char name[256];
+    size_t granted = 0;  // dynamic shared memory that was asked for
 };
+constexpr size_t UNASKED = 48 << 10;  // shared memory in all that every kernel may have
 
 // The functions of Python, and those of the emulator that Python has loaded.
 struct Hooks {
@@ -86,7 +88,9 @@ API CUresult cuModuleGetFunction(CUfunction* handle, CUmodule module, const char
     auto* const function = new Function{};
     strncpy(function->name, name, sizeof function->name - 1);
     *handle = CUfunction(function);
-    return CUresult(hooks.find(module, name, function));
+    const auto result = CUresult(hooks.find(module, name, function));
+    function->granted = UNASKED - std::min(UNASKED, function->static_memory);
+    return result;
 }
 API CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfunction handle) {
     const auto& function = *reinterpret_cast<Function*>(handle);
@@ -94,10 +98,14 @@ API CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfu
              : attribute == CU_FUNC_ATTRIBUTE_NUM_REGS            ? 32
              : attribute == CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES   ? int(function.static_memory)
              : attribute == CU_FUNC_ATTRIBUTE_BINARY_VERSION      ? 90
-                                                                  : 0;
+             : attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES ? int(function.granted)
+                                                                            : 0;
     return CUDA_SUCCESS;
 }
-API CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int) { return CUDA_SUCCESS; }
+API CUresult cuFuncSetAttribute(CUfunction handle, CUfunction_attribute attribute, int value) {
+    if (attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) reinterpret_cast<Function*>(handle)->granted = value;
+    return CUDA_SUCCESS;
+}
 API CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* count, CUfunction, int block, size_t) {
     *count = 2048 / std::max(block, 1);
     return CUDA_SUCCESS;
@@ -180,6 +188,7 @@ API CUresult cuLaunchKernel(CUfunction handle, unsigned grid_x, unsigned grid_y,
     std::lock_guard<std::recursive_mutex> guard(lock());
     if (!is_here(cudaStream_t(stream))) return CUDA_ERROR_INVALID_HANDLE;
     const auto* const function = reinterpret_cast<Function*>(handle);
+    if (shared_memory > function->granted) return CUDA_ERROR_INVALID_VALUE;
     auto arguments = std::make_shared<const Arguments>(function->parameters, given);
     int device = 0;
     cudaGetDevice(&device);
