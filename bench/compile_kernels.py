@@ -5,17 +5,15 @@ the suites need them, so that an interruption loses the last ones.
 """
 
 import argparse
-import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 from gpuconv import dtypes, execute
 from gpuconv.arguments import LAYOUTS
 from gpuconv.backend import BackendError, cupy_backend
 from gpuconv.benchmark import layers, run
-from gpuconv.cuda import cache, compiler
 from gpuconv.geometry import DIRECTIONS
+from tests import ahead
 
 
 def modules(cases, names):
@@ -28,7 +26,7 @@ def modules(cases, names):
 
     backend = cupy_backend()._replace(launch=remember)
     for case, batch, dtype in run.Plan(backend, dtypes=names).jobs(cases):
-        kind, precision = ("float32", "tf32") if dtype == "tf32" else (dtype, "ieee")
+        kind, precision = run.kind_and_precision(dtype)
         for layout in LAYOUTS:
             before = len(found)
             call = execute.Call.of(case.geometry(batch, layout), "cupy", dtypes.named(kind), "auto", precision, None)
@@ -37,33 +35,23 @@ def modules(cases, names):
             yield from list(found)[before:]
 
 
-def compiled(wanted):
-    """Compiles these modules, on all cores; how many were reached, and of how many."""
-    architecture = compiler.architecture_for(cupy_backend().xp.cuda.Device().compute_capability)
-    jobs = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        try:
-            for module in wanted:
-                jobs.append(pool.submit(cache.cubin_path, module, architecture))
-            for job in jobs:
-                job.result()
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-    return sum(not job.cancelled() for job in jobs), len(jobs)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("suite", nargs="*", default=list(layers.suites()), help="default all")
     parser.add_argument("--dtype", default=",".join(run.DTYPES), help="default %(default)s")
     options = parser.parse_args()
-    start = time.perf_counter()
+    start, jobs = time.perf_counter(), []
     try:
-        done, found = compiled(modules(layers.selected(options.suite, ()), options.dtype.split(",")))
+        with ahead.for_gpu() as compiled:
+            for module in modules(layers.selected(options.suite, ()), options.dtype.split(",")):
+                jobs.append(compiled(module))
+            for job in jobs:
+                job.result()
     except BackendError as error:
         sys.exit(f"compile_kernels.py needs a GPU: {error}")
-    print(f"{done} of {found} modules compiled in {time.perf_counter() - start:.1f} s")
-    sys.exit(done < found)
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted: {sum(job.done() and not job.cancelled() for job in jobs)} modules were compiled")
+    print(f"{len(jobs)} modules in {time.perf_counter() - start:.1f} s")
 
 
 if __name__ == "__main__":

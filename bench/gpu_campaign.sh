@@ -5,22 +5,25 @@
 #   bench/gpu_campaign.sh OUT figures              every measurement
 #   bench/gpu_campaign.sh OUT matrix=500 rest      these stages, the first one in 500 seconds
 #
-# From a checkout, with CuPy for CUDA 12 or 13, PyTorch if there is one, no network, and empty caches. Results go to
-# OUT/<device>-<date>-<commit>/: log.txt (with the machine's facts), tests.xml, the golden vectors, micro.json,
-# first.json, tiles.json, rest.json, summary.md, and passed.txt. A stage that fails or runs out of its time leaves what
-# it had, and the next one begins. A run ends with what was not reached, and another one on the same commit goes on
-# there. Without a GPU, `SMALL=1 python -m tests.cupy_on_cpu bench/gpu_campaign.sh OUT figures` has tiny layers.
+# Needs a checkout and CuPy for CUDA 12 or 13, no network and no filled caches; PyTorch is a peer where it is installed.
+# Results go to OUT/<device>-<date>-<commit>/: log.txt (with the machine's facts), tests-<time>.xml, passed.txt, the golden
+# vectors, memcheck.txt, racecheck.txt, micro.json, first.json, tiles.json, rest.json and summary.md. A stage that fails
+# or runs out of its time leaves what it had, and the next one begins. A run ends with what was not reached, and another
+# one on the same commit goes on there; COMMIT names it where there is no git. Without a GPU,
+# `SMALL=1 python -m tests.cupy_on_cpu bench/gpu_campaign.sh OUT figures` has tiny layers.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 out=${1:?usage: bench/gpu_campaign.sh OUT correctness|figures|STAGE[=SECONDS] ...}
 shift
 
-correctness=(facts tests golden sanitizer matrix)
+correctness=(facts tests golden memcheck racecheck matrix)
 figures=(facts compile micro first tiles rest summary)
+anew=(facts compile summary)  # by every run: their results are of the machine at hand
 declare -A seconds=(
-    [facts]=10 [tests]=150 [golden]=15 [sanitizer]=60 [matrix]=90
-    [compile]=60 [micro]=45 [first]=120 [tiles]=45 [rest]=45 [summary]=10
+    [facts]=20 [tests]=130 [golden]=15 [memcheck]=30 [racecheck]=30 [matrix]=80
+    [compile]=50 [micro]=40 [first]=100 [tiles]=35 [rest]=35 [summary]=10
 )
+grace=8  # seconds from the interrupt that ends a stage
 stages=()
 for word in "$@"; do
     name=${word%%=*}
@@ -28,7 +31,7 @@ for word in "$@"; do
         stages+=("${correctness[@]}")
     elif [[ $word == figures ]]; then
         stages+=("${figures[@]}")
-    elif [[ -n ${seconds[$name]:-} && $word =~ ^[a-z]+(=[1-9][0-9]*)?$ ]]; then
+    elif [[ $word =~ ^[a-z]+(=[1-9][0-9]*)?$ && -n ${seconds[$name]:-} ]]; then
         [[ $word == *=* ]] && seconds[$name]=${word#*=}
         stages+=("$name")
     else
@@ -47,26 +50,29 @@ python=${PYTHON:-python3}
 # What runs in the background may have been told to ignore the interrupt that ends a stage.
 heeding=(env --default-signal=INT)
 "${heeding[@]}" true 2> /dev/null || heeding=()  # an older env
-python() { "${heeding[@]}" "$python" "$@"; }
 
 first=(quick resnet50 mobilenet audio1d unet3d jsense)
 rest=(vgg16 convnext replknet stems grouped dilated transposed patch deepbench)
 dtypes=float32,tf32,float16,bfloat16,float64,complex64
 if [[ -n ${SMALL:-} ]]; then
     device=emulated first=(quick resnet50) rest=(vgg16 transposed) dtypes=float32
-    run() { python -m tests.cupy_on_cpu.small "$@"; }
+    run() {
+        [[ $1 == -m ]] || set -- -m tests.cupy_on_cpu.small "$@"
+        "${heeding[@]}" "$python" "$@"
+    }
 else
     device=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr -c 'A-Za-z0-9\n' -)
     run() {
         case $1 in
-            gpuconv) python -m "$@" ;;
-            *) python "$@" ;;
+            gpuconv) "${heeding[@]}" "$python" -m "$@" ;;
+            *) "${heeding[@]}" "$python" "$@" ;;
         esac
     }
 fi
 [[ -n $device ]] || { echo 'gpu_campaign.sh: nvidia-smi names no GPU' >&2; exit 2; }
-commit=$(git rev-parse --short HEAD 2> /dev/null || echo unknown)
-folder=$(compgen -G "$out/$device-*-$commit" | tail -n 1)  # of an earlier run
+commit=${COMMIT:-$(git describe --always --dirty=+ --exclude='*' 2> /dev/null || echo unknown)}
+folder=$(compgen -G "$out/$device-[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]-$commit" | tail -n 1)  # of an earlier run
+[[ $commit == *+ || $commit == unknown ]] && folder="$out/$device-$(date -u +%Y-%m-%d-%H%M%S)-$commit"  # which has none
 folder=${folder:-$out/$device-$(date -u +%Y-%m-%d)-$commit}
 mkdir -p "$folder" || exit 2
 peers=$("$python" -c 'import importlib.util as u; print("torch" if u.find_spec("torch") else "")')
@@ -81,34 +87,32 @@ facts() {
 }
 
 pytest() {
-    local parallel=()
+    local parallel=() status=0
     "$python" -c 'import xdist' 2> /dev/null && parallel=(-n 6)
-    python -m pytest -m gpu -p no:cacheprovider -q --maxfail=200 --done "$folder/passed.txt" "${parallel[@]}" "$@"
+    run -m pytest -m gpu -p no:cacheprovider -q --maxfail=200 --done "$folder/passed.txt" "${parallel[@]}" "$@" || status=$?
+    [[ $status == 5 && -s $folder/passed.txt ]] && status=0  # an earlier run has passed them all
+    return $status
 }
 
-tests() { pytest --junitxml="$folder/tests.xml" ${SMALL:+tests/test_golden.py tests/test_cupy.py}; }
+tests() { pytest --junitxml="$folder/tests-$(date -u +%H%M%S).xml" ${SMALL:+tests/test_golden.py tests/test_cupy.py}; }
 
 matrix() { pytest --whole ${SMALL:+tests/test_golden.py}; }
 
 golden() { run tests/golden/make_golden.py "$folder"; }
 
 sanitizer() {
-    local tool status=0 found
-    found=$(mktemp)
-    for tool in memcheck racecheck; do
-        if command -v compute-sanitizer > /dev/null; then
-            compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" bench/short_matrix.py > "$found" 2>&1 || status=$?
-        else
-            run bench/short_matrix.py > "$found" 2>&1 || status=$?
-        fi
-        echo "== $tool"
-        head -c 20000 "$found"
-        tail -n 3 "$found"
-        command -v compute-sanitizer > /dev/null || break  # once is enough without
-    done
-    rm -f "$found"
+    local checked=()
+    command -v compute-sanitizer > /dev/null && checked=(compute-sanitizer --tool "$1" --error-exitcode 9)
+    "${heeding[@]}" "${checked[@]}" "$python" ${SMALL:+-m tests.cupy_on_cpu.small} bench/short_matrix.py \
+        > "$folder/$1.txt" 2>&1
+    local status=$?
+    tail -n 5 "$folder/$1.txt"
     return $status
 }
+
+memcheck() { sanitizer memcheck; }
+
+racecheck() { sanitizer racecheck; }
 
 compile() { run bench/compile_kernels.py --dtype "$dtypes" "${first[@]}" "${rest[@]}"; }
 
@@ -133,10 +137,13 @@ tiles() { run bench/tune_tiles.py --json "$folder/tiles.json"; }
 
 summary() { "$python" bench/report.py --campaign "$folder"; }
 
+is_done() { grep -q "^=== $1: status 0 " "$folder/log.txt"; }
+
 # A stage in its time, and a word on how it ended. What it started gets an interrupt first, to write down what it has.
+job=
 stage() {
     local name=$1 limit=${seconds[$1]} start=$SECONDS status
-    if [[ $name != facts && $name != summary ]] && grep -q "^=== $name: status 0 " "$folder/log.txt"; then
+    if [[ " ${anew[*]} " != *" $name "* ]] && is_done "$name"; then
         echo "=== $name was done by an earlier run"
         return
     fi
@@ -144,11 +151,11 @@ stage() {
     echo "=== $name, at most $limit s ($SECONDS s)"
     set -m
     "$name" &
-    local job=$!
+    job=$!
     (
         sleep "$limit"
         kill -INT -- "-$job"
-        sleep 8
+        sleep "$grace"
         kill -KILL -- "-$job"
     ) > /dev/null 2>&1 &
     local watch=$!
@@ -162,11 +169,12 @@ stage() {
 
 touch "$folder/log.txt"
 {
+    trap '[[ -n $job ]] && kill -- "-$job" 2> /dev/null; exit 143' INT TERM
     for name in "${stages[@]}"; do stage "$name"; done
     echo "=== done after $SECONDS s: $folder"
 } 2>&1 | tee -a "$folder/log.txt"
 left=()
-for name in "${stages[@]}"; do grep -q "^=== $name: status 0 " "$folder/log.txt" || left+=("$name"); done
+for name in "${stages[@]}"; do is_done "$name" || left+=("$name"); done
 if [[ ${#left[@]} -gt 0 ]]; then
     echo "=== not reached, or with errors: ${left[*]}; the same command goes on there"
     exit 1

@@ -170,24 +170,28 @@ def campaign(folder):
 
 
 def _tests(folder):
-    path = folder / "tests.xml"
-    if not path.exists():
+    suites = [xml.etree.ElementTree.parse(path).getroot().find("testsuite") for path in folder.glob("tests-*.xml")]
+    if not suites:
         return ["**The tests were not reached.**"]
-    suite = xml.etree.ElementTree.parse(path).getroot().find("testsuite")
-    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
-    failed = [case for case in suite.iter("testcase") if {"failure", "error"} & {found.tag for found in case}]
+    names = "tests", "failures", "errors", "skipped"
+    counts = ", ".join(f"{sum(int(suite.get(name, 0)) for suite in suites)} {name}" for name in names)
+    cases = [case for suite in suites for case in suite.iter("testcase")]
+    failed = [case for case in cases if {"failure", "error"} & {found.tag for found in case}]
     lines = [f"- {case.get('classname')}: {case.get('name')}" for case in failed[:20]]
-    return ["## Tests: " + ", ".join(f"{number} {name}" for name, number in counts.items()), *lines]
+    return [f"## Tests, in {len(suites)} runs: {counts}", *lines]
 
 
 def _sanitizer(folder):
-    path = folder / "log.txt"
-    log = path.read_text(errors="replace") if path.exists() else ""
-    found = re.search(r"=== sanitizer,.*?\n(.*?)(?:\n=== |\Z)", log, re.DOTALL)
-    if not found:
-        return ["**compute-sanitizer was not reached.**"]
-    lines = [line for line in found[1].splitlines() if re.match(r"==|=* ERROR SUMMARY|\d+ results|wrong", line)]
-    return ["## compute-sanitizer", "\n".join(f"    {line}" for line in dict.fromkeys(lines[:20]))]
+    parts = []
+    for tool in ("memcheck", "racecheck"):
+        path = folder / f"{tool}.txt"
+        if not path.exists():
+            parts.append(f"**{tool} was not reached.**")
+            continue
+        said = path.read_text(errors="replace").splitlines()
+        lines = [line for line in said if re.match(r"=+ (ERROR|RACECHECK) SUMMARY|=+ Error|\d+ results|wrong", line)]
+        parts += [f"## {tool}", "\n".join(f"    {line}" for line in dict.fromkeys(lines[-20:]))]
+    return parts
 
 
 def _golden(folder):

@@ -14,16 +14,16 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-import compile_kernels
 import numpy
 
-from gpuconv import dtypes, execute, settings
+from gpuconv import dtypes, execute, files, settings
 from gpuconv.algorithms import gemm_table, gemm_tiles, implicit_gemm
 from gpuconv.backend import BackendError, backend_named
-from gpuconv.benchmark import command, layers, results, timing
+from gpuconv.benchmark import command, layers, results, run, timing
 from gpuconv.benchmark.problem import Problem
 from gpuconv.geometry import DIRECTIONS
 from gpuconv.request import Request
+from tests import ahead
 
 SUITES = ("resnet50",)
 DTYPES = ("float16", "tf32", "float32")
@@ -54,10 +54,12 @@ def candidates(case, problem, place):
 
 def measured(case, dtype, place, clock, seconds):
     """A row for each direction, layout and tile of a layer."""
-    kind, precision = ("float32", "tf32") if dtype == "tf32" else (dtype, "ieee")
+    kind, precision = run.kind_and_precision(dtype)
     problem = Problem.of(case, case.batches[1], dtypes.named(kind), place.xp, precision)
     found = list(candidates(case, problem, place))
-    compile_kernels.compiled(plan.module for *_, plans in found for plan in plans)
+    with ahead.for_gpu() as compiled:
+        for job in [compiled(plan.module) for *_, plans in found for plan in plans]:
+            job.result()
     for layout, direction, plans in found:
         for number, plan in enumerate(plans):
             with taking(plan.choice):
@@ -135,7 +137,7 @@ def main():
         with clock.running():
             for number, (case, dtype) in enumerate(todo, 1):
                 rows += list(measured(case, dtype, place, clock, options.seconds))
-                options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+                files.write(options.json, f"{json.dumps({**facts, 'rows': rows}, indent=1)}\n".encode())
                 print(f"{case.name}, {dtype}: {len(rows)} rows, {len(todo) - number} layers left", flush=True)
     except KeyboardInterrupt:
         sys.exit("interrupted: these are not all layers")

@@ -44,8 +44,7 @@ def _on_the_cpu(monkeypatch):
 @pytest.fixture
 def _quick_limits(monkeypatch):
     """The roofline of a machine that somebody made up, in no time."""
-    made_up = limits.Limits(1e9, dict.fromkeys(run.DTYPES, 10000000000.0))
-    monkeypatch.setattr(limits, "measured", lambda *_, **__: made_up)
+    monkeypatch.setattr(limits, "measured", lambda place, names, clock: limits.Limits(1e9, dict.fromkeys(names, 1e10)))
 
 
 @pytest.fixture
@@ -367,17 +366,23 @@ exit(cli.main(["bench", "resnet50", "--seconds", "0.05", "--json", {str(path)!r}
     assert not list(tmp_path.glob(".*"))
 
 
-def test_an_interrupted_run_is_resumed(bench, tmp_path):
+def test_an_interrupted_run_is_resumed(bench, tmp_path, monkeypatch):
     """A layer that is there in some directions only is measured anew; nothing is measured twice or lost."""
-    given = ("--case", SMALL, "--batch", "1,2", "--dtype", "float32,float64", "--resume")
+    case = layers.parsed(SMALL)
+    twins = {"small": (replace(case, name="one"), replace(case, name="other"))}  # layers of one spec
+    monkeypatch.setattr(layers, "suites", lambda: twins)
+    given = ("small", "--batch", "1", "--dtype", "float32,float64", "--resume")
     whole, _ = bench(*given)
-    results.write_json(tmp_path / "bench.json", replace(whole, rows=whole.rows[:4], complete=False))
+    assert len(whole.rows) == 12
+    results.write_json(tmp_path / "bench.json", replace(whole, rows=whole.rows[:8], complete=False))
     resumed, _ = bench(*given)
     assert resumed.complete
-    assert [row.key for row in resumed.rows] == [row.key for row in whole.rows]
-    assert resumed.rows[:3] == whole.rows[:3]
-    assert resumed.rows[3] != whole.rows[3]
-    assert bench(*given)[0].rows == resumed.rows
+    assert [(row.case, *row.key) for row in resumed.rows] == [(row.case, *row.key) for row in whole.rows]
+    assert resumed.rows[:6] == whole.rows[:6]
+    assert resumed.rows[6] != whole.rows[6]
+    again, _ = bench(*given)
+    assert again.rows == resumed.rows
+    assert all(set(run.limits["numpy"].peaks) == {"float32", "float64"} for run in (whole, resumed, again))
 
 
 @pytest.mark.parametrize("name", ["command", "commit", "machine"])
@@ -388,7 +393,7 @@ def test_only_the_same_run_is_resumed(name, bench, capsys, tmp_path):
     results.write_json(path, replace(whole, **{name: other}))
     before = path.read_text()
     assert main(["bench", "--case", SMALL, "--seconds", "0", "--json", str(path), "--resume"]) == 2
-    assert f"--resume goes on {'on' if name == 'machine' else 'with'} the {name} of {path}" in capsys.readouterr().err
+    assert f"--resume needs the {name} of {path}: " in capsys.readouterr().err
     assert path.read_text() == before
 
 

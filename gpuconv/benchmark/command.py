@@ -250,9 +250,9 @@ def bench(options: argparse.Namespace, place: Backend) -> int:
         plots.check_format(options.plot)
     with _terminated_is_interrupted():
         found = _run(plan, cases, options)
-    _print_results(found)
     if options.json:
         results.write_json(options.json, found)
+    _print_results(found)
     if options.csv:
         results.write_csv(options.csv, found)
     if options.markdown:
@@ -280,12 +280,12 @@ def _run(plan: run.Plan, cases: Sequence[layers.Case], options: argparse.Namespa
     for name in ("gpuconv", "CPU", "cores", "NumPy", "CuPy", "GPU", "nvidia-smi", *(f"peer {n}" for n in plan.peers)):
         if name in facts:
             print(f"{name:<10} {facts[name]}")
+    names = dict.fromkeys(dtype for _, _, dtype in plan.jobs(cases))
     jobs = _missing(plan.jobs(cases), found.rows, plan)
     started = saved = time.perf_counter()
     bench = run.Bench(plan)
     try:
         with bench.clock.running():
-            names = dict.fromkeys(dtype for _, _, dtype in jobs)
             found.limits[plan.place.name] = limit = limits.measured(plan.place, list(names), bench.clock)
         peaks = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in limit.peaks.items())
         print(f"{'limits':<10} copy {limit.bandwidth / 1e9:.1f} GB/s; product of {peaks}\n", flush=True)
@@ -317,28 +317,30 @@ def _run(plan: run.Plan, cases: Sequence[layers.Case], options: argparse.Namespa
 def _earlier(path: Path, found: results.Results, plan: run.Plan) -> list[results.Row]:
     """The rows of whole layers that an earlier run has left; ValueError where it was another command or machine."""
     earlier = results.read_json(path)
-    for name in ("command", "commit", "cold"):
+    for name in ("command", "commit"):
         before, now = getattr(earlier, name), getattr(found, name)
         if before != now:
-            raise ValueError(f"--resume goes on with the {name} of {path}, which is {before!r}, not {now!r}")
+            raise ValueError(f"--resume needs the {name} of {path}: it was {before!r} and is now {now!r}")
     for name in {*earlier.machine, *found.machine} - {"nvidia-smi"}:  # whose clocks and temperatures change
         before, now = earlier.machine.get(name), found.machine.get(name)
         if before != now:
-            raise ValueError(f"--resume goes on on the machine of {path}, whose {name} is {before!r}, not {now!r}")
+            raise ValueError(f"--resume needs the machine of {path}: its {name} was {before!r} and is now {now!r}")
     whole = _whole(earlier.rows, plan)
-    return [row for row in earlier.rows if (row.spec, row.dtype) in whole]
+    return [row for row in earlier.rows if (row.case, row.spec, row.dtype) in whole]
 
 
 def _missing(jobs: Sequence[run.Job], rows: Sequence[results.Row], plan: run.Plan) -> list[run.Job]:
     """The layers that have no rows in some direction."""
     whole = _whole(rows, plan)
-    return [(case, batch, dtype) for case, batch, dtype in jobs if (case.text(batch), dtype) not in whole]
+    return [(case, batch, dtype) for case, batch, dtype in jobs if (case.name, case.text(batch), dtype) not in whole]
 
 
-def _whole(rows: Sequence[results.Row], plan: run.Plan) -> set[tuple[str, str]]:
+def _whole(rows: Sequence[results.Row], plan: run.Plan) -> set[tuple[str, str, str]]:
     """The layers and dtypes that have rows in every direction."""
-    there = {(row.spec, row.dtype, row.direction) for row in rows}
-    return {(spec, dtype) for spec, dtype, _ in there if all((spec, dtype, d) in there for d in plan.directions)}
+    directions: dict[tuple[str, str, str], set[str]] = {}
+    for row in rows:
+        directions.setdefault((row.case, row.spec, row.dtype), set()).add(row.direction)
+    return {layer for layer, found in directions.items() if found >= set(plan.directions)}
 
 
 @contextlib.contextmanager

@@ -30,6 +30,11 @@ TURNS = 4
 SPIN_SECONDS = 0.15  # OpenBLAS's idle threads wait for 2^28 cycles before they sleep
 
 
+def kind_and_precision(dtype: str) -> tuple[str, str]:
+    """The arrays' dtype and the precision of their products, for one of DTYPES."""
+    return ("float32", "tf32") if dtype == "tf32" else (dtype, "ieee")
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is run of every layer."""
@@ -88,7 +93,7 @@ class Bench:
 
     def _layer(self, case: Case, batch: int, dtype: str) -> Iterator[list[Row]]:
         place = self.plan.place
-        kind, precision = ("float32", "tf32") if dtype == "tf32" else (dtype, "ieee")
+        kind, precision = kind_and_precision(dtype)
         try:
             problem = Problem.of(case, batch, dtypes.named(kind), place.xp, precision)
         except (MemoryError, ValueError) as error:
@@ -142,6 +147,8 @@ class Bench:
             seconds, result = self.clock.first(side.call)
         except Exception as error:  # whatever it is, the rows before and after are worth having
             side.row["failure"] = f"{type(error).__name__}: {error}"
+            if place.kind == "cupy":
+                place.xp.cuda.runtime.deviceSynchronize()  # raises where the device computes nothing any more
             return side
         self.spent["first calls"] += seconds
         loose = choice.algorithm in TRANSFORMS

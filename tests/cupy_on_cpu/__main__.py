@@ -1,6 +1,7 @@
 """Builds CuPy for the CPU, or runs a command with it: see the package's text."""
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ def environment(folder, mode):
     emulation, caches = settings.cache_folder() / "emulation", build.caches(folder, mode)
     emulation.mkdir(parents=True, exist_ok=True)
     (caches / "gpuconv").mkdir(parents=True, exist_ok=True)
-    if not (caches / "gpuconv" / "emulation").exists():
+    with contextlib.suppress(FileExistsError):
         (caches / "gpuconv" / "emulation").symlink_to(emulation.resolve())
     return {
         **os.environ,

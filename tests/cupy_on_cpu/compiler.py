@@ -1,5 +1,6 @@
 """NVRTC on the CPU: a source becomes a library, made by g++ as tests/emulation makes it."""
 
+import _thread
 import ctypes
 import re
 import tempfile
@@ -49,6 +50,8 @@ def install(nvrtc):
             nvrtc.emulated_compiled(program, b"", 0, str(error).encode())
             return COMPILATION
         except BaseException as error:  # which would be lost: nobody above catches it
+            if isinstance(error, KeyboardInterrupt):
+                _thread.interrupt_main()
             nvrtc.emulated_compiled(program, b"", 0, f"{type(error).__name__}: {error}".encode())
             return COMPILATION
         log = "".join(PTXAS.format(name) for name in loader.kernel_names(source.decode()))

@@ -1,4 +1,4 @@
-"""How many kernels a command has loaded: as many as NVRTC would compile for it where nothing is cached."""
+"""Counts the compiled modules that a command loads: NVRTC compiles as many where nothing is cached."""
 
 import hashlib
 import os
@@ -9,7 +9,7 @@ MOST = 300  # of gpuconv that a run of the tests on a GPU loads
 
 
 def note(image, name):
-    """Counts what was compiled, once in all processes of a command; ``name`` is "gpuconv" or "CuPy"."""
+    """Counts a module, once in all processes of a command; ``name`` is "gpuconv" or "CuPy"."""
     (Path(os.environ[FOLDER]) / f"{name} {hashlib.sha256(image).hexdigest()}").touch()
 
 

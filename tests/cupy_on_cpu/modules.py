@@ -1,5 +1,6 @@
 """What a driver does with compiled kernels, as far as it takes their source or their symbols."""
 
+import _thread
 import ctypes
 import functools
 import tempfile
@@ -48,7 +49,9 @@ def _reported(function):
     def called(*arguments):
         try:
             return function(*arguments)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                _thread.interrupt_main()
             traceback.print_exc()
             return UNKNOWN
 
