@@ -40,8 +40,8 @@ from gpuconv.plan import BIAS, RESULT, WORKSPACE, Choice, Deferred, Loop, NewArr
 from gpuconv.request import Request, workspace_of
 from gpuconv.views import View, contiguous_strides, first_byte
 
-# Memory of plans: a step takes less than so many bytes. A plan has at most so many steps, and all plans that are kept
-# have so many together, where each counts for some more. Loops that are longer are planned anew by every call.
+# Host memory of plans: a step takes less than STEP_BYTES. A plan has at most MOST_STEPS steps; all plans that are kept
+# have at most MOST_KEPT together, each counted with OF_A_PLAN more. Longer loops are planned anew by every call.
 STEP_BYTES = 5 << 8
 MOST_STEPS, MOST_KEPT, OF_A_PLAN = 1 << 13, 1 << 16, 8
 
@@ -357,6 +357,8 @@ class _Memory:
         scope = deferred.planned()
         self.memories += [None] * (scope.memory + 1 - len(self.memories))
         if scope.most > self._sizes.get(scope.memory, 0):
+            if self.backend.is_captured():
+                workspace.keep_for_graphs([self.memories[scope.memory]])
             self.memories[scope.memory] = None  # before another one is made beside it
             self.memories[scope.memory] = self.backend.memory(self.backend.xp.empty(scope.most, numpy.uint8))
             self._sizes[scope.memory] = scope.most

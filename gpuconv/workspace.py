@@ -17,7 +17,7 @@ _in_graphs: list[Any] = []  # memory of CuPy that CUDA graphs use whenever they 
 
 
 def take(backend: Backend, size: int, limit: int) -> Any:
-    """A memory of so many bytes at least. On NumPy, what was kept last if it is large enough and within the limit."""
+    """A memory of at least ``size`` bytes. On NumPy the last kept one, if it has these and at most ``limit``."""
     if backend.name != "numpy":
         return backend.memory(backend.xp.empty(size, numpy.uint8))
     try:
@@ -38,7 +38,7 @@ def give_back(backend: Backend, memory: Any) -> None:
 
 def keep_for_graphs(memories: list[Any]) -> None:
     """Keeps what a call takes that a CUDA graph has recorded: the pool would give it to others."""
-    _in_graphs.extend(memories)
+    _in_graphs.extend(memory for memory in memories if memory is not None)
 
 
 def clear() -> None:

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import gpuconv
-import gpuconv.execute
 from gpuconv import execute, tuned
 from gpuconv.backend import NUMPY, cupy_backend
 from gpuconv.choose import MODULES
@@ -50,6 +49,7 @@ NO_EMULATION = loader.why_not()
 # Backends whose kernels run on the CPU.
 EMULATED = ("emulated", "checked", *(["cupy"] if "GPUCONV_CUPY_ON_CPU" in os.environ else []))
 LONG = 2000  # tests from which on kernels are compiled ahead
+DONE = pytest.StashKey()  # the names of tests that an earlier run has passed
 LEFT_OUT = pytest.StashKey()  # the tests that need a GPU that is not there
 
 
@@ -185,6 +185,20 @@ def _repeated_calls(request):
         yield
 
 
+@pytest.fixture(autouse=True)
+def _working_device(request):
+    """An illegal access is reported by the test that made it; no later test of the process could pass."""
+    yield
+    if "cupy" not in sys.modules or "GPUCONV_CUPY_ON_CPU" in os.environ or not HAS_GPU:
+        return
+    try:
+        sys.modules["cupy"].cuda.runtime.deviceSynchronize()
+    except Exception as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)  # xdist says which test it was, and starts another worker
+        pytest.exit(f"the device computes nothing any more after {request.node.nodeid}: {error}")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _tuned_elsewhere(tmp_path_factory):
     """What the machine's owner has had tuned decides no test, and tests leave it as it is."""
@@ -219,8 +233,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     launcher.options.mode = config.getoption("--kernels")
-    if config.getoption("done") is not None and not hasattr(config, "workerinput"):  # but by workers of xdist
-        config.pluginmanager.register(selection.Done(config.getoption("done")))
+    if (path := config.getoption("done")) is not None:
+        config.stash[DONE] = selection.done(config, path)
     if launcher.options.mode == "debug":
         launcher.options.seconds = 86400.0  # of someone who thinks at a breakpoint
 
@@ -241,8 +255,8 @@ def pytest_collection_modifyitems(config, items):
         _deselect(config, items, needs_a_gpu)
     if (number := config.getoption("draw")) is not None:
         _deselect(config, items, selection.undrawn(items, number, config.getoption("draw_seed")))
-    if (path := config.getoption("done")) is not None:
-        _deselect(config, items, selection.done(items, path))
+    done = set(config.stash.get(DONE, ()))
+    _deselect(config, items, [item for item in items if item.nodeid in done])
     items.sort(key=selection.turn)
 
 

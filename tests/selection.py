@@ -1,9 +1,10 @@
-"""Which tests a run has: of those that each need kernels of their own, some; with ``--whole`` all on CuPy."""
+"""Selects the tests of a run: of those that need kernels of their own some, with ``--whole`` all on CuPy."""
 
 import collections
 import random
 
 import numpy as np
+import pytest
 
 import gpuconv
 from gpuconv.cuda import kernels_folder
@@ -43,26 +44,34 @@ def turn(item):
 
 
 def undrawn(items, number, seed):
-    """The tests of the matrix but so many, which are drawn at random."""
+    """All tests of the files of MATRIX but ``number``, which are drawn at random."""
     of_matrix = [item for item in items if item.path.name in MATRIX]
     drawn = set(random.Random(seed).sample(of_matrix, min(number, len(of_matrix))))
     return [item for item in of_matrix if item not in drawn]
 
 
-def done(items, path):
-    """The tests that a file names, if there is one."""
-    names = set(path.read_text().splitlines()) if path.exists() else ()
-    return [item for item in items if item.nodeid in names]
+def done(config, path):
+    """The names of the tests that a file says have passed; from now on those that pass are added to it.
+
+    Workers of xdist are told by the process that started them: one that replaces another must select the same tests.
+    """
+    if hasattr(config, "workerinput"):
+        return config.workerinput["done"]
+    names = path.read_text().splitlines() if path.exists() else []
+    config.pluginmanager.register(_Done(path, names))
+    return names
 
 
-class Done:
-    """A plugin that adds the tests which pass to a file, so that a later run goes on from there."""
+class _Done:
+    def __init__(self, path, names):
+        self.path, self.names = path, names
 
-    def __init__(self, path):
-        self.path = path
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node):
+        node.workerinput["done"] = self.names
 
     def pytest_runtest_logreport(self, report):
-        if report.when == "call" and not report.failed:
+        if report.when == "call" and report.passed:
             with self.path.open("a") as file:
                 print(report.nodeid, file=file)
 
@@ -85,7 +94,7 @@ def _on_numpy(item, params, counts):
 
 
 def _emulated(item, params, counts):
-    """Of the tests of algorithms without kernels, which repeat NumPy's, some too."""
+    """Algorithms without kernels of ours repeat NumPy's tests: every fifth case runs."""
     if {"case", "layout"} <= set(params) and _has_variants(params):
         if params["algorithm"] not in KERNELS and CASES.index(params["case"]) % 5:
             return False
@@ -94,7 +103,7 @@ def _emulated(item, params, counts):
 
 
 def _on_cupy(item, params, counts):
-    """A case has one layout, dtype and direction by the algorithms of many kernels, of which CuPy has some too."""
+    """By algorithms of many kernels, CuPy's too, a case runs in one combination of layout, dtype and direction."""
     if "case" not in params or "algorithm" not in params:
         return _is_nth(item, params, counts)
     if "layout" in params and not _has_variants(params):
