@@ -155,9 +155,9 @@ def _readable(operand: Any, planner: Planner) -> Any:
 
 
 def _together(stack: Shape, steps: list[Shape]) -> tuple[int, int, Shape]:
-    """The axis of the stack from which on each operand has one step from matrix to matrix.
+    """The first axis of the stack from which on one call covers the rest.
 
-    With it come how many matrices there are, and the steps.
+    With it come the number of its products, and each operand's step from one to the next.
     """
     count, apart = 1, (0,) * len(steps)
     for axis in reversed(range(len(stack))):
