@@ -104,16 +104,16 @@ def _emulated(item, params, counts):
 
 def _on_cupy(item, params, counts):
     """By algorithms of many kernels, CuPy's too, a case runs in one combination of layout, dtype and direction."""
+    dtypes = DTYPES if params.get("algorithm") in (None, *KERNELS) else FEW_DTYPES
+    if params.get("dtype", "float32") not in dtypes:
+        return False
     if "case" not in params or "algorithm" not in params:
         return _is_nth(item, params, counts)
     if "layout" in params and not _has_variants(params):
         return in_turn(params["case"], params["layout"], params.get("dtype", "float64"))
-    dtypes = DTYPES if params["algorithm"] in KERNELS else FEW_DTYPES
     axes = {"layout": LAYOUTS, "dtype": dtypes, "direction": DIRECTIONS, "value": (np.nan, np.inf, -np.inf)}
     turn, turns = CASES.index(params["case"]), 1
     for name in (name for name in axes if name in params):
-        if params[name] not in axes[name]:
-            return False
         turn += turns * axes[name].index(params[name])
         turns *= len(axes[name])
     return turn % turns == 0
@@ -131,7 +131,7 @@ def _is_nth(item, params, counts):
         n = marker.args[0]
     elif params.get("algorithm") == MANY_MODULES:
         n = 3
-    if item.path.name == OF_MANY_MODULES and backend == "cupy":
+    if backend == "cupy" and (item.path.name == OF_MANY_MODULES or params.get("algorithm") == MANY_MODULES):
         n *= 5
     if n > 1:
         counts[backend, item.originalname] += 1
