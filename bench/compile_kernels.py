@@ -12,6 +12,7 @@ from gpuconv import dtypes, execute
 from gpuconv.arguments import LAYOUTS
 from gpuconv.backend import BackendError, cupy_backend
 from gpuconv.benchmark import layers, run
+from gpuconv.cuda import report
 from gpuconv.geometry import DIRECTIONS
 from tests import ahead
 
@@ -19,12 +20,7 @@ from tests import ahead
 def modules(cases, names):
     """The modules that ``auto`` launches for these layers at a GPU's batch size, each once, as they are found."""
     found = {}
-
-    def remember(kernel, *_):
-        found.setdefault(kernel.module)
-        return lambda *_: None  # nothing runs the plan
-
-    backend = cupy_backend()._replace(launch=remember)
+    backend = report.recording(cupy_backend(), found)
     for case, batch, dtype in run.Plan(backend, dtypes=names).jobs(cases):
         kind, precision = run.kind_and_precision(dtype)
         for layout in LAYOUTS:

@@ -139,19 +139,24 @@ def launched(
 ) -> dict[Module, dict[str, int]]:
     """The modules that the algorithms launch for these; the most dynamic shared memory of their kernels, in bytes."""
     found: dict[Module, dict[str, int]] = {}
-
-    def remember(
-        kernel: Kernel, grid: int, block: int, arguments: Sequence[Any], shared_memory: int
-    ) -> Callable[..., None]:
-        kernels = found.setdefault(kernel.module, {})
-        kernels[kernel.name] = max(shared_memory, kernels.get(kernel.name, 0))
-        return lambda *_: None  # nothing runs the plan
-
-    backend = Backend("recorded", numpy, remember)
+    backend = recording(Backend("recorded", numpy, None), found)
     for geometry, dtype in convolutions:
         for algorithm in algorithms:
             _launch(algorithm, geometry, dtype, backend)
     return found
+
+
+def recording(backend: Backend, found: dict[Module, dict[str, int]]) -> Backend:
+    """The backend with launches that only add to ``found``: modules in order, with the shared memory of each kernel."""
+
+    def remember(
+        kernel: Kernel, grid: int, block: int, arguments: Sequence[Any], shared_memory: int = 0
+    ) -> Callable[..., None]:
+        kernels = found.setdefault(kernel.module, {})
+        kernels[kernel.name] = max(shared_memory, kernels.get(kernel.name, 0))
+        return lambda *_: None
+
+    return backend._replace(launch=remember)
 
 
 def _launch(algorithm: ModuleType, geometry: Geometry, dtype: numpy.dtype, backend: Backend) -> None:
