@@ -113,9 +113,10 @@ def _on_cupy(item, params, counts):
         return in_turn(params["case"], params["layout"], params.get("dtype", "float64"))
     axes = {"layout": LAYOUTS, "dtype": dtypes, "direction": DIRECTIONS, "value": (np.nan, np.inf, -np.inf)}
     turn, turns = CASES.index(params["case"]), 1
-    for name in (name for name in axes if name in params):
-        turn += turns * axes[name].index(params[name])
-        turns *= len(axes[name])
+    for name, values in axes.items():
+        if name in params:
+            turn += turns * values.index(params[name])
+            turns *= len(values)
     return turn % turns == 0
 
 

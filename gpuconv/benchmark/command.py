@@ -280,17 +280,18 @@ def _run(plan: run.Plan, cases: Sequence[layers.Case], options: argparse.Namespa
     for name in ("gpuconv", "CPU", "cores", "NumPy", "CuPy", "GPU", "nvidia-smi", *(f"peer {n}" for n in plan.peers)):
         if name in facts:
             print(f"{name:<10} {facts[name]}")
-    names = dict.fromkeys(dtype for _, _, dtype in plan.jobs(cases))
-    jobs = _missing(plan.jobs(cases), found.rows, plan)
+    jobs = plan.jobs(cases)
+    todo = _missing(jobs, found.rows, plan)
     started = saved = time.perf_counter()
     bench = run.Bench(plan)
     try:
         with bench.clock.running():
+            names = dict.fromkeys(dtype for _, _, dtype in jobs)
             found.limits[plan.place.name] = limit = limits.measured(plan.place, list(names), bench.clock)
         peaks = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in limit.peaks.items())
         print(f"{'limits':<10} copy {limit.bandwidth / 1e9:.1f} GB/s; product of {peaks}\n", flush=True)
-        with _progress(len(jobs) * len(plan.directions)) as advance:
-            for rows in bench.rows(jobs):
+        with _progress(len(todo) * len(plan.directions)) as advance:
+            for rows in bench.rows(todo):
                 found.rows += rows
                 advance(f"{rows[0].case} {rows[0].direction}")
                 if options.json and time.perf_counter() - saved > SAVE_SECONDS:
