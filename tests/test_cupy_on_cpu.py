@@ -83,11 +83,19 @@ def test_a_damaged_build_is_found(damage, monkeypatch, tmp_path):
     assert refused(["--cupy", "14.2.0"], monkeypatch) == expected
 
 
-@pytest.mark.parametrize("library, wants", [("libtorch_cuda.so", True), ("libtorch_cpu.so", False), (None, False)])
-def test_a_pytorch_with_cuda_is_not_loaded_beside_our_libraries(library, wants, monkeypatch, tmp_path):
-    if library:
-        (tmp_path / "a_torch" / "lib").mkdir(parents=True)
-        (tmp_path / "a_torch" / "__init__.py").touch()
-        (tmp_path / "a_torch" / "lib" / library).touch()
+@pytest.mark.parametrize(
+    "files, wants",
+    [
+        (("__init__.py", "lib/libtorch_cuda.so"), True),
+        (("__init__.py", "lib/libtorch_cpu.so"), False),
+        (("lib/libtorch_cuda.so",), False),  # what an uninstallation has left: no package
+        ((), False),
+    ],
+)
+def test_a_pytorch_with_cuda_is_not_loaded_beside_our_libraries(files, wants, monkeypatch, tmp_path):
+    for name in files:
+        path = tmp_path / "a_torch" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     monkeypatch.syspath_prepend(tmp_path)
     assert install._wants_nvidias_libraries("a_torch") == wants

@@ -35,7 +35,9 @@ def install():
 def _wants_nvidias_libraries(package):
     """Whether it is a build of PyTorch with CUDA: libraries of ours have the names of some that it is linked with."""
     found = importlib.util.find_spec(package)
-    return found is not None and (Path(found.origin).parent / "lib" / "libtorch_cuda.so").exists()
+    return (
+        found is not None and found.has_location and (Path(found.origin).parent / "lib" / "libtorch_cuda.so").exists()
+    )
 
 
 def _load():
