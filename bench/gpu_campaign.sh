@@ -5,7 +5,7 @@
 #   bench/gpu_campaign.sh OUT figures              every measurement
 #   bench/gpu_campaign.sh OUT matrix=500 rest      these stages, the first one in 500 seconds
 #
-# Needs a checkout and CuPy for CUDA 12 or 13, no network and no filled caches; PyTorch is a peer where it is installed.
+# It needs a checkout and CuPy for CUDA 12 or 13, but neither network nor filled caches. PyTorch, if installed, is a peer.
 # Results go to OUT/<device>-<date>-<commit>/: log.txt (with the machine's facts), tests-<time>.xml, passed.txt, the golden
 # vectors, memcheck.txt, racecheck.txt, micro.json, first.json, tiles.json, rest.json and summary.md. A stage that fails
 # or runs out of its time leaves what it had, and the next one begins. A run ends with what was not reached, and another
@@ -140,7 +140,7 @@ summary() { "$python" bench/report.py --campaign "$folder"; }
 is_done() { grep -q "^=== $1: status 0 " "$folder/log.txt"; }
 
 # A stage in its time, and a word on how it ended. What it started gets an interrupt first, to write down what it has.
-job=
+job='' watch=''
 stage() {
     local name=$1 limit=${seconds[$1]} start=$SECONDS status
     if [[ " ${anew[*]} " != *" $name "* ]] && is_done "$name"; then
@@ -158,7 +158,7 @@ stage() {
         sleep "$grace"
         kill -KILL -- "-$job"
     ) > /dev/null 2>&1 &
-    local watch=$!
+    watch=$!
     set +m
     wait "$job"
     status=$?
@@ -169,7 +169,7 @@ stage() {
 
 touch "$folder/log.txt"
 {
-    trap '[[ -n $job ]] && kill -- "-$job" 2> /dev/null; exit 143' INT TERM
+    trap '[[ -n $watch ]] && kill -- "-$job" "-$watch" 2> /dev/null; exit 143' INT TERM
     for name in "${stages[@]}"; do stage "$name"; done
     echo "=== done after $SECONDS s: $folder"
 } 2>&1 | tee -a "$folder/log.txt"

@@ -189,7 +189,11 @@ def _sanitizer(folder):
             parts.append(f"**{tool} was not reached.**")
             continue
         said = path.read_text(errors="replace").splitlines()
-        lines = [line for line in said if re.match(r"=+ (ERROR|RACECHECK) SUMMARY|=+ Error|\d+ results|wrong", line)]
+        lines = [
+            line
+            for line in said
+            if re.match(r"=+ (ERROR|RACECHECK) SUMMARY|=+ (Error|Invalid|Warning)|\d+ results|wrong", line)
+        ]
         parts += [f"## {tool}", "\n".join(f"    {line}" for line in dict.fromkeys(lines[-20:]))]
     return parts
 
