@@ -50,6 +50,7 @@ NO_EMULATION = loader.why_not()
 EMULATED = ("emulated", "checked", *(["cupy"] if "GPUCONV_CUPY_ON_CPU" in os.environ else []))
 LONG = 2000  # tests from which on kernels are compiled ahead
 DONE = pytest.StashKey()  # the names of tests that an earlier run has passed
+TOO_MANY = pytest.StashKey()  # whether a GPU would have compiled more modules than a run may
 LEFT_OUT = pytest.StashKey()  # the tests that need a GPU that is not there
 
 
@@ -299,6 +300,7 @@ def pytest_sessionfinish(session):
     """A run on a GPU stays affordable: where it is emulated, the kernels that it would compile are counted."""
     is_counted = loaded.FOLDER in os.environ and not session.config.getoption("whole")
     if is_counted and loaded.counts()["gpuconv"] > loaded.MOST:
+        session.config.stash[TOO_MANY] = True
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -318,6 +320,8 @@ def pytest_terminal_summary(terminalreporter, config):
             f"a GPU would have compiled {ours} modules of gpuconv, without --whole at most {loaded.MOST},"
             f" and {others} of CuPy"
         )
+        if config.stash.get(TOO_MANY, False):
+            terminalreporter.write_line("the run fails for it: selection.py selects too many", red=True)
     if missing := vectors.unconfirmed():
         terminalreporter.write_line(
             f"{len(missing)} of {len(vectors.declared())} device functions were never compared with a GPU"
