@@ -1,4 +1,4 @@
-"""Three layers for pytest-benchmark: ``pytest bench --benchmark-only``."""
+"""Three layers for pytest-benchmark: ``pytest bench -n 0 --benchmark-only``."""
 
 import pytest
 

@@ -8,13 +8,14 @@ import argparse
 import sys
 import time
 
+import ahead
+
 from gpuconv import dtypes, execute
 from gpuconv.arguments import LAYOUTS
 from gpuconv.backend import BackendError, cupy_backend
 from gpuconv.benchmark import layers, run
 from gpuconv.cuda import report
 from gpuconv.geometry import DIRECTIONS
-from tests import ahead
 
 
 def modules(cases, names):
@@ -38,7 +39,7 @@ def main():
     options = parser.parse_args()
     start, jobs = time.perf_counter(), []
     try:
-        with ahead.for_gpu() as compiled:
+        with ahead.compiling() as compiled:
             for module in modules(layers.selected(options.suite, ()), options.dtype.split(",")):
                 jobs.append(compiled(module))
             for job in jobs:

@@ -96,7 +96,7 @@ pytest() {
 
 tests() { pytest --junitxml="$folder/tests-$(date -u +%H%M%S).xml" ${SMALL:+tests/test_golden.py tests/test_cupy.py}; }
 
-matrix() { pytest --whole ${SMALL:+tests/test_golden.py}; }
+matrix() { pytest --full ${SMALL:+tests/test_golden.py}; }
 
 golden() { run tests/golden/make_golden.py "$folder"; }
 

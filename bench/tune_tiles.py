@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import ahead
 import numpy
 
 from gpuconv import dtypes, execute, files, settings
@@ -23,7 +24,6 @@ from gpuconv.benchmark import command, layers, results, run, timing
 from gpuconv.benchmark.problem import Problem
 from gpuconv.geometry import DIRECTIONS
 from gpuconv.request import Request
-from tests import ahead
 
 SUITES = ("resnet50",)
 DTYPES = ("float16", "tf32", "float32")
@@ -57,7 +57,7 @@ def measured(case, dtype, place, clock, seconds):
     kind, precision = run.kind_and_precision(dtype)
     problem = Problem.of(case, case.batches[1], dtypes.named(kind), place.xp, precision)
     found = list(candidates(case, problem, place))
-    with ahead.for_gpu() as compiled:
+    with ahead.compiling() as compiled:
         for job in [compiled(plan.module) for *_, plans in found for plan in plans]:
             job.result()
     for layout, direction, plans in found:

@@ -1,13 +1,13 @@
 """Named convolutions, small and awkward, that every algorithm, dtype, layout and backend must get right."""
 
-import itertools
+import functools
 from typing import NamedTuple
 
 import numpy as np
-import pytest
 
 from gpuconv.backend import NUMPY
 from gpuconv.choose import ALGORITHMS, MODULES, TRANSFORMS
+from gpuconv.cuda import kernels_folder
 from gpuconv.geometry import Geometry
 from gpuconv.request import Request
 from tests.emulation.launcher import EMULATED
@@ -16,6 +16,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128"
 LAYOUTS = ("channels_first", "channels_last", "channels_last_memory")
 ANY_CHANNELS = tuple(name for name in ALGORITHMS if name != "depthwise")  # and any number of filters
 EXACT_ALGORITHMS = tuple(name for name in ANY_CHANNELS if name not in TRANSFORMS)  # on small integers
+KERNELS = tuple(name for name in ALGORITHMS if (kernels_folder() / f"{name}.cu").exists())  # on a GPU
 NUMPY_ALGORITHMS = ("im2col", "winograd", "fft", "depthwise", "scatter")
 DIRECTIONS = ("forward", "data_grad", "weight_grad")
 
@@ -125,14 +126,6 @@ CASES = (
 )
 
 
-def in_turn(case, layout, dtype="float64"):
-    """Whether it is the turn of this layout: each case and dtype has one. Twins of other dtypes have fewer turns."""
-    number = CASES.index(case)
-    if dtype in ("bfloat16", "complex128") and number % 3:
-        return False
-    return (number + LAYOUTS.index(layout) + DTYPES.index(dtype)) % len(LAYOUTS) == 0
-
-
 def named_dtype(name):
     if name == "bfloat16":
         import ml_dtypes
@@ -172,15 +165,26 @@ def channels_first(array, layout, role="x"):
     return np.moveaxis(array, (-1, -2), (0, 1)) if role == "w" else np.moveaxis(array, -1, 1)
 
 
-def pairs():
-    """Every case with each algorithm, but for those that are not made for it at all."""
-    for case, (name, module) in itertools.product(CASES, MODULES.items()):
-        whys = (
-            module.why_not(Request(case.geometry(), np.dtype(np.float32), direction, place, False))
-            for direction, place in itertools.product(DIRECTIONS, (NUMPY, EMULATED))
-        )
-        if not all(whys):
-            yield pytest.param(case, name, id=f"{case.name}-{name}")
+def is_on(arrays, algorithm, **_):
+    """Whether a backend has an algorithm: some are kernels alone."""
+    return arrays != "numpy" or algorithm not in ("direct", "implicit_gemm")
 
 
-PAIRS = list(pairs())
+def compiles_little(case, algorithm, **_):
+    """Whether kernels of a case are few, or it is one of every four: implicit_gemm has some for almost every call."""
+    return algorithm != "implicit_gemm" or CASES.index(case) % 4 == 0
+
+
+@functools.cache
+def why_not(case, algorithm, direction="forward", is_complex=False, on_kernels=False):
+    """The reason why an algorithm refuses a case on NumPy, or where there are kernels, or None."""
+    dtype, backend = np.dtype(np.complex64 if is_complex else np.float32), EMULATED if on_kernels else NUMPY
+    return MODULES[algorithm].why_not(Request(case.geometry(), dtype, direction, backend, False))
+
+
+def is_taken(case, algorithm, arrays="numpy", direction="forward", dtype="float32", **_):
+    """Whether an algorithm computes a case on a backend."""
+    return (
+        is_on(arrays, algorithm)
+        and why_not(case, algorithm, direction, named_dtype(dtype).kind == "c", arrays != "numpy") is None
+    )

@@ -7,11 +7,12 @@ time is not measured. Prints the table of kernels/README.md.
 """
 
 import collections
+import itertools
 
 import numpy as np
 
 import gpuconv
-from tests.conftest import arrays_of
+from tests.backends import arrays_of
 from tests.emulation import launcher
 
 ROADS = ("implicit_gemm", "direct", "scatter")
@@ -43,16 +44,18 @@ def moved(algorithm, direction, x_shape, w_shape, settings):
     return *(n * SECTOR / 1024 for n in (sectors["read"], written)), sum(one.global_atomics for one in launches)
 
 
+def row(layer, direction):
+    """The row of a layer and a gradient."""
+    found = [moved(road, direction, *LAYERS[layer]) for road in ROADS]
+    kib = " | ".join(f"{read:,.0f} | {written:,.0f}" for read, written, _ in found)
+    return f"| {layer} | {direction} | {kib} | {found[-1][-1]:,} |"
+
+
 def table():
     """A row for each layer and gradient."""
     cells = " | ".join(f"`{road}` reads | writes" for road in ROADS)
-    lines = [f"| layer | gradient | {cells} | atomic additions |", "|---|---|" + "--:|" * (2 * len(ROADS) + 1)]
-    for name, layer in LAYERS.items():
-        for direction in ("dx", "dw"):
-            found = [moved(road, direction, *layer) for road in ROADS]
-            kib = " | ".join(f"{read:,.0f} | {written:,.0f}" for read, written, _ in found)
-            lines.append(f"| {name} | {direction} | {kib} | {found[-1][-1]:,} |")
-    return "\n".join(lines)
+    head = [f"| layer | gradient | {cells} | atomic additions |", "|---|---|" + "--:|" * (2 * len(ROADS) + 1)]
+    return "\n".join([*head, *(row(*one) for one in itertools.product(LAYERS, ("dx", "dw")))])
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ import pytest
 from _pytest.runner import runtestprotocol
 
 from gpuconv.cuda import report
+from tests.backends import backend_of
 from tests.emulation import launcher, loader
 from tests.emulation.edited import edited
 from tests.equivalent_mutants import EQUIVALENT
@@ -40,6 +41,7 @@ from tests.mutants import FILES, TRIED_BY, Mutant, hashes, mutants, read
 RESULTS = Path(__file__).parent / "mutations.json"
 SAME_CODE = "the compiler makes the same code of it"
 SECONDS = 5.0  # that a launch may take: mutated loops may never end
+MANY = 20  # tests that most mutants do not survive
 
 # ------------------------------------------------------------------------------------------------- running tests
 
@@ -52,74 +54,12 @@ class Session:
         self.items = []
 
     def pytest_runtestloop(self, session):
-        self.items = sorted((item for item in session.items if stage(item) is not None), key=stage)
+        caught = collections.Counter(entry["by"] for entry in recorded().values())
+        of_kernels = [item for item in session.items if backend_of(item) in ("emulated", "checked")]
+        self.items = sorted(of_kernels, key=lambda item: (backend_of(item) == "checked", -caught[name_of(item)]))
         session.items[:] = self.items
         self.work(self.items)
         return True
-
-
-MATRIX_FILES = ("test_matrix", "test_checked")
-MATRIX = ("test_result_is_right", "test_plain_twins_are_right", "test_kernels_do_nothing_forbidden")
-DTYPES = ("float32", "complex64", "float64", "float16", "complex128", "bfloat16")
-TELLING = ("3x3", "dilation with stride", "depthwise stride 2", "3-D strided", "many channels", "several boxes")
-
-
-@functools.cache
-def stage(item):
-    """When a test runs, or None: those that find most, and need the fewest compilations, come first."""
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    backend = dict(item.user_properties).get("backend")
-    if algorithm_of(item) == "implicit_gemm":
-        return gemm_stage(item, params, backend)
-    if item.originalname in MATRIX:
-        layout = params.get("layout", "channels_first")
-        is_kernel = params.get("algorithm") != "scatter" or params["direction"] != "forward"
-        if params["dtype"] not in DTYPES or layout == "channels_last_memory" or not is_kernel:
-            return None
-        dtype = DTYPES.index(params["dtype"])
-        is_telling = params["case"].name in TELLING and layout == "channels_first"
-        if backend == "checked":
-            return (4, dtype) if dtype < 2 or is_telling else None
-        if backend != "emulated":
-            return None
-        if is_telling:
-            return (0 if dtype == 0 else 2), dtype
-        return (2 if dtype == 0 else 3, dtype) if dtype < 2 else None
-    if backend == "emulated" and params.get("algorithm") in (None, "direct", "scatter"):
-        stages = {"test_kernels": (1, 0), "test_profile": (5, 0)}
-        if "algorithm" in params:
-            stages["test_conv"] = 1, 1
-        return stages.get(Path(item.fspath).stem)
-    return None
-
-
-# The tests of implicit GEMM, each of which compiles a kernel of its own; of those with many parameters some.
-GEMM_TESTS = {
-    "test_every_tile_is_exact": ((0, 0), 3),
-    "test_random_numbers_stay_within_their_bound": ((0, 1), 3),
-    "test_a_sample_alone_gives_the_same_bits_as_in_a_batch": ((1, 1), 5),
-    "test_derivatives_are_multiplied_in_as_operands_are_read": ((1, 0), 3),
-    "test_result_is_right": ((2, 0), 7),
-    "test_nonfinite_elements_stay_where_they_belong": ((2, 0), 5),
-    "test_any_strides_are_taken_and_come_back_contiguous": ((2, 0), 3),
-    "test_activation_and_its_derivative": ((2, 0), 5),
-    "test_sums_of_100_000_positive_terms_stay_within_the_bound": ((2, 1), 3),
-    "test_kernels_do_nothing_forbidden": ((4, 0), 2),
-    "test_inner_loops_meet_no_bank_conflicts": ((5, 0), 1),
-}
-_turns = collections.Counter()
-
-
-def gemm_stage(item, params, backend):
-    """The same for implicit GEMM: every n-th test, and of cases the telling ones."""
-    files = "test_implicit_gemm", "test_conv", "test_nonfinite", *MATRIX_FILES
-    if backend not in ("emulated", "checked") or Path(item.fspath).stem not in files:
-        return None
-    when, every = GEMM_TESTS.get(item.originalname, ((1, 0), 1))
-    if params.get("case") and params["case"].name not in TELLING:
-        return None
-    _turns[item.originalname] += 1
-    return when if _turns[item.originalname] % every == 0 else None
 
 
 def algorithm_of(item):
@@ -149,11 +89,10 @@ def verdict(items, mutant, tried_first):
     chosen = [item for item in items if concerns(item, mutant)]
     first = sorted((item for item in chosen if name_of(item) in rank), key=lambda item: rank[name_of(item)])
     rest = [item for item in chosen if name_of(item) not in rank]
-    soon, late = ([item for item in rest if (stage(item) < (3, 0)) == is_soon] for is_soon in (True, False))
-    kind, by = first_failure([*first, *soon], mutant)
+    kind, by = first_failure([*first, *rest[:MANY]], mutant)
     if kind == "survived" and same_code(mutant):
         return "equivalent", SAME_CODE
-    return first_failure(late, mutant) if kind == "survived" else (kind, by)
+    return first_failure(rest[MANY:], mutant) if kind == "survived" else (kind, by)
 
 
 def name_of(item):
@@ -409,6 +348,9 @@ def sample(everything, options):
     counts, changed = collections.Counter(), []
 
     def work(items):
+        caught_by = {mutant: entry["by"] for mutant, entry in verdicts.items() if entry["verdict"] == "caught"}
+        items = [item for item in items if name_of(item) in caught_by.values()]
+        names = {name_of(item) for item in items}
         check_baseline(items)
         start = time.monotonic()
 
@@ -416,7 +358,7 @@ def sample(everything, options):
             for mutant in drawn:
                 if time.monotonic() - start > options.sample:
                     return
-                if verdicts[mutant.identity]["verdict"] == "caught":
+                if caught_by.get(mutant.identity) in names:
                     yield mutant
 
         def done(mutant, kind, by, seconds):

@@ -31,7 +31,7 @@ class Small(NamedTuple):
 
 
 class Bug(NamedTuple):
-    defect: str
+    name: str  # the defect
     place: Shipped | Small
     right: str  # the line, or the part of it that is changed
     wrong: str
@@ -414,5 +414,5 @@ def table():
     lines = ["| defect | in | fast mode | checked mode |", "|---|---|---|---|"]
     for bug in BUGS:
         where = f"`{bug.place.kernel}`" if isinstance(bug.place, Shipped) else "a small kernel"
-        lines.append(f"| {bug.defect} | {where} | {bug.fast} | {bug.checked} |")
+        lines.append(f"| {bug.name} | {where} | {bug.fast} | {bug.checked} |")
     return "\n".join(lines)

@@ -13,8 +13,8 @@ from unittest import mock
 from gpuconv.algorithms import scatter_plain
 from gpuconv.choose import MODULES
 from gpuconv.cuda import kernels_folder
+from tests.backends import arrays_of
 from tests.cases import DIRECTIONS, DTYPES, LAYOUTS
-from tests.conftest import arrays_of
 from tests.emulation import launcher, loader
 from tests.test_matrix import BY_NAME, computed
 

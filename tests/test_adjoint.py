@@ -5,10 +5,21 @@ import pytest
 
 import gpuconv
 from gpuconv.choose import TRANSFORMS
-from tests.cases import PAIRS, draw, laid_out, named_dtype
+from tests import tiers
+from tests.backends import BACKENDS
+from tests.cases import CASES, draw, is_taken, laid_out, named_dtype
+from tests.tiers import combinations
 from tests.tolerances import epsilon
 
-DTYPES = ("float64", "complex128")
+CASES_IN_TURNS = combinations(
+    arrays=BACKENDS,
+    case=CASES,
+    algorithm=[name for name in gpuconv.ALGORITHMS if tiers.full or name != "implicit_gemm"],  # of many modules
+    dtype=("float64", "complex128"),
+    layout=("channels_first", "channels_last"),
+    where=is_taken,
+    turns=("arrays", "dtype", "layout"),
+)
 
 
 def inner(a, b):
@@ -21,11 +32,8 @@ def assert_same(one, other, algorithm, magnitude):
     assert abs(one - other) <= (16 * epsilon("float64") * magnitude.real if algorithm in TRANSFORMS else 0)
 
 
-@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case, algorithm", PAIRS)
+@CASES_IN_TURNS
 def test_gradients_are_adjoints(case, algorithm, dtype, layout, arrays, rng):
-    arrays.skip_where_refused(case, algorithm, dtype)
     x, w = (laid_out(draw(rng, s, dtype, True), layout, r) for s, r in ((case.x, "x"), (case.w, "w")))
     x, w = arrays.asarray(x), arrays.asarray(w)
     settings = {**case.settings, "layout": layout, "algorithm": algorithm}
@@ -39,11 +47,8 @@ def test_gradients_are_adjoints(case, algorithm, dtype, layout, arrays, rng):
     np.testing.assert_array_equal(db, np.moveaxis(dy, channels, 0).reshape(db.size, -1).sum(1))
 
 
-@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case, algorithm", PAIRS)
+@CASES_IN_TURNS
 def test_transposed_convolution_is_the_transpose_and_has_its_adjoints(case, algorithm, dtype, layout, arrays, rng):
-    arrays.skip_where_refused(case, algorithm, dtype)
     settings = {**case.settings, "layout": layout, "algorithm": algorithm}
     # The x of a transposed convolution has the shape of the y of the convolution that it transposes.
     v, w = (laid_out(draw(rng, s, dtype, True), layout, r) for s, r in ((case.x, "x"), (case.w, "w")))

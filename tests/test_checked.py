@@ -1,10 +1,5 @@
-"""Kernels on the CPU with every access checked: races, bounds, unset memory, alignment, overflow, copies in flight.
+"""Kernels on the CPU with every access checked: races, bounds, unset memory, alignment, overflow, copies in flight."""
 
-Slower, and so on fewer of the matrix's tests: every case, algorithm, direction and dtype, each in one of the layouts,
-in turns, and of implicit_gemm every seventh; and the plain twins of scatter. Run by ``pytest -m checked``.
-"""
-
-import itertools
 import zlib
 
 import pytest
@@ -12,47 +7,56 @@ import pytest
 from gpuconv.algorithms import scatter_plain
 from gpuconv.choose import MODULES
 from gpuconv.cuda import kernels_folder
-from tests import gradient_roads
-from tests.cases import CASES, DIRECTIONS, DTYPES, LAYOUTS
-from tests.conftest import arrays_of
-from tests.emulation import launcher
-from tests.selection import KERNELS
+from tests import gradient_roads, tiers
+from tests.cases import CASES, DIRECTIONS, DTYPES, KERNELS, LAYOUTS, is_taken
 from tests.test_matrix import assert_right
+from tests.tiers import combinations
 
-pytestmark = pytest.mark.checked
-
-COMBINATIONS = [
-    (case, algorithm, direction, dtype)
-    for number, (case, algorithm, direction, dtype) in enumerate(
-        itertools.product(CASES, (*KERNELS, "scatter_plain"), DIRECTIONS, DTYPES)
-    )
-    if not (direction == "forward" and "scatter" in algorithm)  # which has no kernel
-    if algorithm != "implicit_gemm" or number % 7 == 0  # whose many modules take long to compile
-]
-
-
-@pytest.fixture(autouse=True)
-def _checked():
-    with launcher.using(mode="checked"):
-        yield
-
-
-@pytest.fixture
-def arrays():
-    with arrays_of("emulated") as made:
-        yield made
+# What a plain run checks: combinations that differ in what kernels do, in few dtypes, since each is compiled anew.
+PLAIN = {
+    ("direct", "float32"): ("3-D strided", "many channels", "depthwise stride 2"),
+    ("scatter", "float32"): (
+        "3x3",
+        "padding beyond stride",
+        "many channels",
+        "several boxes",
+        "taps further apart than a block reaches",
+        "3-D taps further apart than a block reaches",
+    ),
+    ("scatter_plain", "complex64"): ("3x3", "3-D strided"),
+    ("scatter_plain", "complex128"): ("3x3",),
+    ("implicit_gemm", "complex64"): ("depthwise stride 2",),
+    ("implicit_gemm", "float16"): ("dilation with stride", "3-D strided"),
+    ("implicit_gemm", "bfloat16"): ("many channels",),
+    ("implicit_gemm", "float64"): ("several boxes",),
+}
 
 
-@pytest.mark.parametrize(
-    "case, algorithm, direction, dtype", COMBINATIONS, ids=lambda value: getattr(value, "name", value)
+def is_checked(case, algorithm, direction, dtype, **one):
+    name = algorithm.removesuffix("_plain")
+    if name == "scatter" and direction == "forward":  # which has no kernel
+        return False
+    if not tiers.full and case.name not in PLAIN.get((algorithm, dtype), ()):
+        return False
+    return is_taken(case, name, direction=direction, dtype=dtype, **one)
+
+
+@combinations(
+    arrays=["checked"],
+    case=CASES,
+    algorithm=(*KERNELS, "scatter_plain"),
+    direction=DIRECTIONS,
+    dtype=DTYPES,
+    where=is_checked,
 )
 def test_kernels_do_nothing_forbidden(case, algorithm, direction, dtype, arrays, monkeypatch):
     """In the natural order with 32-bit offsets, and in another one with 64-bit offsets."""
     monkeypatch.setitem(MODULES, "scatter_plain", scatter_plain)
-    arrays.skip_where_refused(case, algorithm, dtype, direction)
     layout = LAYOUTS[zlib.crc32(f"{case.name} {algorithm} {dtype}".encode()) % 3]
     assert_right(arrays, case, algorithm, direction, dtype, layout)
 
 
-def test_the_table_of_the_roads_to_a_gradient_is_what_the_emulator_counts():
-    assert gradient_roads.table() in (kernels_folder() / "README.md").read_text()
+@pytest.mark.checked
+@combinations(gradient=["dx", "dw"], layer=gradient_roads.LAYERS, turns=["layer"])
+def test_the_table_of_the_roads_to_a_gradient_is_what_the_emulator_counts(layer, gradient):
+    assert gradient_roads.row(layer, gradient) in (kernels_folder() / "README.md").read_text()

@@ -7,8 +7,9 @@ import pytest
 import gpuconv
 from gpuconv.choose import TRANSFORMS
 from tests import reference
-from tests.cases import ANY_CHANNELS, EXACT_ALGORITHMS, draw, laid_out, named_dtype
-from tests.conftest import NUMPY_ARRAYS
+from tests.backends import BACKENDS
+from tests.cases import ANY_CHANNELS, EXACT_ALGORITHMS, draw, is_on, laid_out, named_dtype
+from tests.tiers import combinations
 from tests.tolerances import assert_within, bound_of, epsilon
 
 ONE = ((1, 1), (1, 1))
@@ -52,22 +53,20 @@ def test_batch_axes_come_back(batch, layout, arrays, rng):
         np.testing.assert_array_equal(arrays.asnumpy(result), exact)
 
 
-@pytest.mark.parametrize("algorithm", ANY_CHANNELS)
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda a: a[..., ::-1, ::-1],
-        lambda a: np.asfortranarray(a),
-        lambda a: np.repeat(np.repeat(a, 2, -1), 2, 0)[::2, ..., ::2],
-        lambda a: np.swapaxes(np.swapaxes(a, 0, 3).copy(), 0, 3),
-        lambda a: a.astype(a.dtype.newbyteorder(">")),
-        lambda a: np.pad(a, 1)[1:-1, 1:-1, 1:-1, 1:-1],
-    ],
-    ids=["negative strides", "Fortran order", "steps", "swapped axes", "other byte order", "inside a larger array"],
-)
-@NUMPY_ARRAYS
-def test_any_strides_are_taken_and_come_back_contiguous(view, algorithm, arrays, xwb):
+VIEWS = {
+    "negative strides": lambda a: a[..., ::-1, ::-1],
+    "Fortran order": lambda a: np.asfortranarray(a),
+    "steps": lambda a: np.repeat(np.repeat(a, 2, -1), 2, 0)[::2, ..., ::2],
+    "swapped axes": lambda a: np.swapaxes(np.swapaxes(a, 0, 3).copy(), 0, 3),
+    "other byte order": lambda a: a.astype(a.dtype.newbyteorder(">")),
+    "inside a larger array": lambda a: np.pad(a, 1)[1:-1, 1:-1, 1:-1, 1:-1],
+}
+
+
+@combinations(arrays=["numpy", "emulated"], name=VIEWS, algorithm=ANY_CHANNELS, where=is_on)
+def test_any_strides_are_taken_and_come_back_contiguous(name, algorithm, arrays, xwb):
     x, w, b = xwb
+    view = VIEWS[name]
     x, w = view(x), view(w)
     y = gpuconv.conv(x, w, b, padding=1, algorithm=algorithm)
     dy = view(y.copy())
@@ -161,9 +160,14 @@ ACTIVATIONS = {
 }
 
 
-@pytest.mark.parametrize("algorithm", ANY_CHANNELS)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@combinations(
+    arrays=BACKENDS,
+    name=ACTIVATIONS,
+    dtype=["float16", "bfloat16", "float32", "float64"],
+    algorithm=ANY_CHANNELS,
+    where=is_on,
+    turns=["dtype"],
+)
 def test_activation_and_its_derivative(name, dtype, algorithm, arrays, rng):
     function, derivative = ACTIVATIONS[name]
     x, w, b = (draw(rng, shape, dtype, False) for shape in ((2, 3, 6, 7), (4, 3, 3, 3), (4,)))
@@ -213,9 +217,9 @@ def test_bias_and_activation_reach_what_no_tap_reaches(arrays):
     np.testing.assert_array_equal(arrays.asnumpy(y), [[[3, 4, 3, 3, 4, 3, 3, 3], [0] * 8]])
 
 
-@pytest.mark.parametrize(
-    "one, other, result",
-    [
+@combinations(
+    arrays=["numpy", "emulated"],
+    dtypes=[
         ("float16", "float32", "float32"),
         ("float16", "float64", "float64"),
         ("float32", "complex64", "complex64"),
@@ -227,10 +231,12 @@ def test_bias_and_activation_reach_what_no_tap_reaches(arrays):
         ("bfloat16", "complex64", "complex64"),
         ("bfloat16", "complex128", "complex128"),
     ],
+    algorithm=EXACT_ALGORITHMS,
+    where=is_on,
+    turns=["algorithm"],
 )
-@pytest.mark.parametrize("algorithm", EXACT_ALGORITHMS)
-@NUMPY_ARRAYS
-def test_dtypes_are_promoted(one, other, result, algorithm, arrays, rng):
+def test_dtypes_are_promoted(dtypes, algorithm, arrays, rng):
+    one, other, result = dtypes
     x, w = draw(rng, (2, 3, 5, 5), one, True), draw(rng, (4, 3, 3, 3), other, True)
     given = x.astype(named_dtype(one)), w.astype(named_dtype(other))
     y = gpuconv.conv(*given, algorithm=algorithm)
@@ -274,11 +280,13 @@ def test_long_sums_of_like_terms_do_not_drift():
     assert abs(gradients.dw[0, 0, 0] - exact) <= bound
 
 
-@pytest.mark.parametrize("algorithm", ANY_CHANNELS)
+@combinations(
+    arrays=BACKENDS,
+    algorithm=ANY_CHANNELS,
+    where=lambda arrays, algorithm: is_on(arrays, algorithm) and (algorithm != "scatter" or arrays == "numpy"),
+)
 def test_the_same_call_gives_the_same_bits(algorithm, arrays, rng):
-    """All but the kernels that scatter: those are asked for by name."""
-    if algorithm == "scatter" and arrays.name != "numpy":
-        pytest.skip("its additions have no fixed order")
+    """All but the kernels that scatter, whose additions have no fixed order."""
     x, w = rng.standard_normal((2, 8, 9, 10), np.float32), rng.standard_normal((8, 8, 3, 3), np.float32)
     x, w = arrays.asarray(x), arrays.asarray(w)
     y = gpuconv.conv(x, w, algorithm=algorithm)

@@ -13,8 +13,10 @@ import pytest
 import gpuconv
 from gpuconv import settings
 from gpuconv.compat import cupy_cudnn
-from tests import reference
+from tests import reference, tiers
+from tests.backends import BACKENDS
 from tests.cases import CASES, draw, named_dtype
+from tests.tiers import combinations
 
 # cuDNN pads alike on both ends and does not turn kernels round.
 CASES_OF_CUDNN = [
@@ -31,10 +33,14 @@ def from_layout(array, layout):
     return np.moveaxis(array, -1, 1) if layout else array
 
 
-@pytest.mark.every_nth(3)
-@pytest.mark.parametrize("d_layout, w_layout", [(0, 0), (0, 1), (1, 0), (1, 1)])
-@pytest.mark.parametrize("dtype", ["float32", "complex128"])
-@pytest.mark.parametrize("case", CASES_OF_CUDNN, ids=lambda case: case.name)
+@combinations(
+    arrays=BACKENDS,
+    case=CASES_OF_CUDNN,
+    dtype=["float32", "complex128"],
+    d_layout=[0, 1],
+    w_layout=[0, 1],
+    turns=["dtype", "d_layout", "w_layout"],
+)
 def test_results_are_written_into_the_callers_array(case, dtype, d_layout, w_layout, arrays, rng):
     geometry = case.geometry()
     wide = "complex128" if dtype.startswith("complex") else "float64"
@@ -102,7 +108,7 @@ def arrays_of_cupys_shapes(dilate, groups, ndim, layout):
 def test_what_the_tests_of_cupy_13_go_through(function, dtype, arrays, monkeypatch):
     monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "8MiB")  # and afterwards what it was
     names, values = zip(*{**IN_ALL, **IN_ONE[function]}.items(), strict=True)
-    every = 1 if arrays.name == "cupy" else 7  # which has no factor in common with the numbers of values
+    every = 1 if tiers.full else 29  # which has no factor in common with the numbers of values
     for chosen in itertools.islice(itertools.product(*values), None, None, every):
         how = dict(zip(names, chosen, strict=True))
         dilate, groups, ndim, layout = how.pop("dilate"), how.pop("groups"), how.pop("ndim"), how.pop("layout", 0)

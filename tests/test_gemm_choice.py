@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 import gpuconv
 from gpuconv.algorithms import gemm_table, gemm_tiles, implicit_gemm
@@ -15,10 +14,10 @@ from gpuconv.geometry import Geometry
 from gpuconv.operands import contiguous
 from gpuconv.request import Request
 from gpuconv.views import View
+from tests.backends import on
 from tests.cases import DIRECTIONS, named_dtype
-from tests.conftest import BACKENDS
 
-EMULATED = pytest.mark.parametrize("arrays", [BACKENDS[1]], indirect=True)
+EMULATED = on("emulated")
 TURING = Device(75, 72)
 REPOSITORY = Path(__file__).parents[1]
 

@@ -20,14 +20,16 @@ from gpuconv.geometry import Geometry
 from gpuconv.operands import Operand
 from gpuconv.views import View
 from tests import reference
+from tests.backends import BACKENDS, on
 from tests.cases import DIRECTIONS, channels_first, draw, laid_out, named_dtype
-from tests.conftest import BACKENDS
 from tests.emulation import launcher
+from tests.tiers import combinations
 from tests.tolerances import assert_within, direct_bound
 
-ON_KERNELS = pytest.mark.parametrize("arrays", [BACKENDS[1], BACKENDS[2]], indirect=True)
-EMULATED = pytest.mark.parametrize("arrays", [BACKENDS[1]], indirect=True)
-BOTH_LAYOUTS = pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+ON_KERNELS = on("emulated", "cupy")
+EMULATED = on("emulated")
+TWO_LAYOUTS = ["channels_first", "channels_last"]
+BOTH_LAYOUTS = pytest.mark.parametrize("layout", TWO_LAYOUTS)
 
 # The ways to multiply: dtype and precision.
 KINDS = {
@@ -132,23 +134,26 @@ def planned():
 # ------------------------------------------------------------------------------------------------- results
 
 
-# Channels, filters and extents: copied 16 bytes at a time, and one element at a time. Larger than the largest tile.
-SIZES = {"in chunks": (32, 264, (16, 9)), "one by one": (29, 259, (13, 11))}
+# Few channels or filters, how many more than a tile's columns the others are, and extents of more outputs than a tile's
+# rows: copied 16 bytes at a time, and one element at a time.
+SIZES = {"in chunks": (32, 8, (16, 9)), "one by one": (29, 3, (13, 11))}
 
 
-# Every n-th of the tests, n being no divisor of what is combined, so that all combinations come about.
-@pytest.mark.every_nth(11)
-@ON_KERNELS
-@BOTH_LAYOUTS
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize(
-    "kind, tile", TILES, ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value))
+@combinations(
+    arrays=BACKENDS[1:],
+    kind=KINDS,
+    tile=dict.fromkeys(tile for _, tile in TILES),
+    direction=DIRECTIONS,
+    sizes=SIZES,
+    layout=TWO_LAYOUTS,
+    where=lambda kind, tile, **_: (kind, tile) in TILES,
+    turns=["direction", "sizes", "layout"],
 )
 def test_every_tile_is_exact(kind, tile, direction, sizes, layout, arrays):
     """With rows and columns that do not fill the last tile, and a depth that does not fill the last turn."""
     dtype, precision = KINDS[kind]
-    few, many, extent = SIZES[sizes]
+    few, more, extent = SIZES[sizes]
+    many = tile.columns + more
     channels, filters = (many, few) if direction == "data_grad" else (few, many)
     problem = Problem((2, channels, *extent), (filters, channels, 3, 3), dtype, padding=1)
     with forced(tile, slices=3), planned() as constants:
@@ -161,15 +166,18 @@ def test_every_tile_is_exact(kind, tile, direction, sizes, layout, arrays):
     assert (chunk in vectors) == (sizes == "in chunks" or chunk == 1)
 
 
-@pytest.mark.every_nth(19)
-@ON_KERNELS
-@BOTH_LAYOUTS
-@pytest.mark.parametrize("groups, stride", [(1, 1), (3, 1), (1, 2), (2, 3)])
-@pytest.mark.parametrize("rank", [1, 2, 3])
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_random_numbers_stay_within_their_bound(kind, direction, rank, groups, stride, layout, arrays):
+@combinations(
+    arrays=BACKENDS[1:],
+    kind=KINDS,
+    direction=DIRECTIONS,
+    rank=[1, 2, 3],
+    groups_and_stride=[(1, 1), (3, 1), (1, 2), (2, 3)],
+    layout=TWO_LAYOUTS,
+    turns=["rank", "groups_and_stride", "layout"],
+)
+def test_random_numbers_stay_within_their_bound(kind, direction, rank, groups_and_stride, layout, arrays):
     dtype, precision = KINDS[kind]
+    groups, stride = groups_and_stride
     problem = Problem(
         *((2, 8 * groups, *(7, 9, 8)[:rank]), (16 * groups, 8, *(3, 2, 3)[:rank]), dtype, False),
         padding=1,
@@ -210,9 +218,12 @@ def test_tf32_rounds_to_the_nearest(layout, arrays):
         assert precision != "tf32" or error.max() > 1e-5, "TF32 was not used"
 
 
-@ON_KERNELS
-@pytest.mark.parametrize("kind", ["float16", "float32", "tf32x3", "complex64"])
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@combinations(
+    arrays=BACKENDS[1:],
+    kind=["tf32x3", "float16", "float32", "complex64"],
+    direction=DIRECTIONS,
+    turns=["direction"],
+)
 def test_sums_of_100_000_positive_terms_stay_within_the_bound(direction, kind, arrays):
     """Tensor cores cut off what does not fit a sum, always downwards: so no sum of theirs may grow too long."""
     dtype, precision = KINDS[kind]
@@ -301,10 +312,13 @@ def test_complex_numbers_may_lie_where_floats_do(role, arrays):
     np.testing.assert_array_equal(arrays.asnumpy(given["out"]), expected)
 
 
-@ON_KERNELS
-@BOTH_LAYOUTS
-@pytest.mark.parametrize("kind", ["float16", "float32", "tf32"])
-@pytest.mark.parametrize("direction", ["forward", "data_grad"])
+@combinations(
+    arrays=BACKENDS[1:],
+    kind=["float16", "float32", "tf32"],
+    direction=["forward", "data_grad"],
+    layout=TWO_LAYOUTS,
+    turns=["direction", "layout"],
+)
 def test_a_sample_alone_gives_the_same_bits_as_in_a_batch(direction, kind, layout, arrays):
     """Other batches take other tiles, but add up in the same order."""
     dtype, precision = KINDS[kind]
@@ -320,11 +334,9 @@ def test_a_sample_alone_gives_the_same_bits_as_in_a_batch(direction, kind, layou
             np.testing.assert_array_equal(problem.computed(arrays, direction, layout, precision=precision), whole[:7])
 
 
-@ON_KERNELS
-@BOTH_LAYOUTS
-@pytest.mark.parametrize(
-    "kind, shape",
-    [
+@combinations(
+    arrays=BACKENDS[1:],
+    kind_and_shape=[
         ("float16", (32, 32)),
         ("float32", (32, 32)),
         ("float32", (64, 128)),
@@ -332,9 +344,12 @@ def test_a_sample_alone_gives_the_same_bits_as_in_a_batch(direction, kind, layou
         ("float64", (64, 64)),
         ("complex128", (32, 32)),
     ],
+    layout=TWO_LAYOUTS,
+    turns=["layout"],
 )
-def test_tiles_that_lack_one_row_column_and_step_are_exact(kind, shape, layout, arrays):
+def test_tiles_that_lack_one_row_column_and_step_are_exact(kind_and_shape, layout, arrays):
     """In groups, with biases; in other orders of blocks too, for what one writes beyond its part is another's."""
+    kind, shape = kind_and_shape
     rows, columns = shape[0] - 1, shape[1] - 1
     problem = Problem((1, 2 * columns, rows), (2 * columns, columns, 1), kind, groups=2)
     x, w, b = (a.astype(kind) for a in (problem.x, problem.w, np.arange(2 * columns) % 7 - 3))
@@ -574,17 +589,20 @@ def test_the_sums_of_slices_stay_within_the_workspace(limit, arrays, monkeypatch
     assert len(launches) == 2 * {"1728": 40, "100KiB": 1, "1MiB": 1, "64MiB": 1}[limit]
 
 
-@pytest.mark.every_nth(17)
-@EMULATED
-@BOTH_LAYOUTS
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("kind", KINDS)
+@combinations(
+    arrays=["emulated"],
+    kind=KINDS,
+    direction=DIRECTIONS,
+    sizes=SIZES,
+    layout=TWO_LAYOUTS,
+    turns=["direction", "sizes", "layout"],
+)
 def test_inner_loops_meet_no_bank_conflicts(kind, direction, sizes, layout, arrays):
     """Nothing that the block does turn by turn, but one warp's writing of the next steps' spots."""
     dtype, precision = KINDS[kind]
-    few, many, _ = SIZES[sizes]
-    channels, filters = (many // 4, few) if direction == "data_grad" else (few, many // 4)
+    few, more, _ = SIZES[sizes]
+    many = 64 + more
+    channels, filters = (many, few) if direction == "data_grad" else (few, many)
     problem = Problem((1, channels, 8, 8 - few % 2), (filters, channels, 3, 3), dtype, padding=1)
     tile = [tile for name, tile in TILES if name == kind][-2]
     with forced(tile), launcher.using(mode="checked", profiled=True) as launches:

@@ -14,15 +14,15 @@ from gpuconv.geometry import Geometry
 from gpuconv.request import Request
 from gpuconv.views import View
 from tests import reference
-from tests.cases import CASES, DIRECTIONS, draw, laid_out, named_dtype
-from tests.conftest import BACKENDS
+from tests.backends import BACKENDS, arrays_of, on
+from tests.cases import CASES, DIRECTIONS, KERNELS, draw, laid_out, named_dtype
 from tests.emulation import launcher
-from tests.selection import KERNELS
 from tests.test_matrix import assert_right
 from tests.test_memory import assert_stays_within
+from tests.tiers import combinations
 
-ON_KERNELS = pytest.mark.parametrize("arrays", [BACKENDS[1], BACKENDS[2]], indirect=True)
-EMULATED = pytest.mark.parametrize("arrays", [BACKENDS[1]], indirect=True)
+ON_KERNELS = on("emulated", "cupy")
+EMULATED = on("emulated")
 KIB = 1024
 
 
@@ -42,10 +42,13 @@ def gradients_of(algorithm, x, w, dy, **settings):
 # ------------------------------------------------------------------------------------------------- scatter
 
 
-@ON_KERNELS
-@pytest.mark.parametrize("dtype", ["float16", "float32", "complex128"])
-@pytest.mark.parametrize("direction", DIRECTIONS[1:])
-@pytest.mark.parametrize("case", [c for c in CASES if len(c.x) < 6], ids=lambda case: case.name)
+@combinations(
+    arrays=BACKENDS[1:],
+    case=[case for case in CASES if len(case.x) < 6],
+    direction=DIRECTIONS[1:],
+    dtype=["float16", "float32", "complex128"],
+    turns=["dtype"],
+)
 def test_plain_twins_are_right(case, direction, dtype, arrays, plain):
     assert_right(arrays, case, "scatter_plain", direction, dtype, "channels_first")
 
@@ -76,8 +79,6 @@ RESNET = [((2, 16, 14, 14), 1), ((2, 32, 7, 7), 1), ((2, 64, 4, 4), 1), ((2, 32,
 @pytest.mark.parametrize("x_shape, stride", RESNET)
 def test_sums_are_formed_before_they_are_added_to_global_memory(x_shape, stride, plain):
     """At most an eighth of the atomic additions of the plain twin, in both gradients."""
-    from tests.conftest import arrays_of
-
     channels = x_shape[1]
     x, w = np.ones(x_shape, np.float32), np.ones((channels, channels, 3, 3), np.float32)
     dy = gpuconv.conv(x, w, stride=stride, padding=1)
@@ -314,21 +315,20 @@ def test_results_that_are_not_aligned_are_added_up_elsewhere(shift, arrays, rng)
     np.testing.assert_array_equal(gpuconv.conv_weight_grad(dy, x, w.shape, algorithm="scatter", out=out), dw)
 
 
-@pytest.mark.emulated
-@pytest.mark.parametrize("algorithm", KERNELS)
-@pytest.mark.parametrize(
-    "x_shape, w_shape, settings",
-    [
-        ((1, 2, 3, 2, 3), (2, 2, 1, 2, 2), {"stride": (2**28, 1, 2**30)}),
-        ((1, 1, 4), (2, 1, 1), {"dilation": 2**31 - 2, "padding": ((-1, 0),)}),
-        ((1, 1, 4), (2, 1, 2), {"dilation": 2**30, "padding": ((2**30, 0),)}),
-        ((1, 1, 4), (2, 1, 2), {"padding": ((-2, 0),), "stride": 2**31 - 1}),
-    ],
-)
-def test_extreme_steps_overflow_nowhere(x_shape, w_shape, settings, algorithm):
-    """Of the integers that kernels compute with, in checked mode."""
-    from tests.conftest import arrays_of
+EXTREME = {
+    "strides": ((1, 2, 3, 2, 3), (2, 2, 1, 2, 2), {"stride": (2**28, 1, 2**30)}),
+    "dilation": ((1, 1, 4), (2, 1, 1), {"dilation": 2**31 - 2, "padding": ((-1, 0),)}),
+    "dilation and padding": ((1, 1, 4), (2, 1, 2), {"dilation": 2**30, "padding": ((2**30, 0),)}),
+    "stride after a crop": ((1, 1, 4), (2, 1, 2), {"padding": ((-2, 0),), "stride": 2**31 - 1}),
+}
 
+
+@pytest.mark.checked
+@pytest.mark.parametrize("algorithm", KERNELS)
+@pytest.mark.parametrize("steps", EXTREME)
+def test_extreme_steps_overflow_nowhere(steps, algorithm):
+    """Of the integers that kernels compute with, in checked mode."""
+    x_shape, w_shape, settings = EXTREME[steps]
     x, w = np.ones(x_shape), np.ones(w_shape)
     y = gpuconv.conv(x, w, **settings)
     expected = [y, *gpuconv.conv_backward(y, x, w, **settings, needs=("dx", "dw"))[:2]]
@@ -444,11 +444,14 @@ LAYERS = {
 
 
 @pytest.mark.called_once("it measures the memory of a single call")
-@EMULATED
-@pytest.mark.parametrize("activation", [None, "sigmoid", "leaky_relu"])
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("algorithm", KERNELS)
-@pytest.mark.parametrize("layer", LAYERS)
+@combinations(
+    arrays=["emulated"],
+    layer=LAYERS,
+    algorithm=KERNELS,
+    dtype=["float16", "float32"],
+    activation=[None, "sigmoid", "leaky_relu"],
+    turns=["dtype", "activation"],
+)
 def test_kernels_stay_within_the_workspace_limit(layer, algorithm, dtype, activation, arrays, monkeypatch):
     """By tracemalloc; what the emulator itself allocates does not go through Python. Plans are memory of the host."""
     limit = 64 * KIB

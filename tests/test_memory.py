@@ -19,8 +19,9 @@ from gpuconv.backend import NUMPY
 from gpuconv.choose import MODULES, choose
 from gpuconv.geometry import Geometry
 from gpuconv.request import Request
-from gpuconv.settings import workspace_limit
+from tests import tiers
 from tests.cases import DIRECTIONS, NUMPY_ALGORITHMS, named_dtype
+from tests.tiers import combinations
 
 pytestmark = pytest.mark.called_once("it measures the memory of a single call")
 
@@ -53,6 +54,10 @@ LAYERS = {
     "15x15": ((1, 8, 72, 64), (8, 8, 15, 15), {"padding": 7}),
     "1-D": ((2, 32, 8000), (32, 32, 9), {"padding": 4}),
     "3-D": ((1, 8, 24, 24, 24), (16, 8, 3, 3, 3), {"padding": 1}),
+    "many groups": ((1, 512, 16, 16), (512, 1, 9, 9), {"padding": 4, "groups": 512}),
+    "far taps": ((1, 64, 300, 300), (4, 64, 2, 2), {"dilation": 290}),
+    "far padded taps": ((1, 64, 300, 300), (4, 64, 2, 2), {"dilation": 290, "padding": 3}),
+    "patches": ((2, 3, 128, 128), (256, 3, 16, 16), {"stride": 16}),
 }
 
 
@@ -76,40 +81,37 @@ def assert_stays_within(limit, result_bytes, call, slack=None, forget=gpuconv.cl
     assert peak <= bound, f"takes {peak} bytes beside its result"
 
 
-def skip_where_refused(x_shape, w_shape, settings, dtype, algorithm):
+def is_possible(layer, algorithm, dtype, direction, limit, **_):
+    """Whether an algorithm computes a layer within a limit; kernels of few taps take very long in pieces of spectra."""
+    x_shape, w_shape, settings = LAYERS[layer]
     geometry = Geometry.infer(x_shape, w_shape, **settings)
-    if algorithm == "fft" and geometry.taps < 100:
-        pytest.skip("kernels of few taps take very long in pieces of spectra")
-    for direction in DIRECTIONS:
-        request = Request(geometry, np.dtype(dtype), direction, NUMPY, limit=workspace_limit())
-        if reason := MODULES[algorithm].why_not(request):
-            pytest.skip(reason)
+    request = Request(geometry, np.dtype(dtype), direction, NUMPY, limit=limit * MIB)
+    return (algorithm != "fft" or geometry.taps >= 100) and MODULES[algorithm].why_not(request) is None
 
 
-@pytest.mark.parametrize(
-    "dtype, memory, limit",
-    [
-        ("float32", "channels_first", 4),
-        ("float16", "channels_first", 1),
-        ("complex64", "channels_last", 1),
-    ],
+@combinations(
+    layer=LAYERS,
+    algorithm=NUMPY_ALGORITHMS,
+    dtype=["float32", "float16", "complex64"],
+    direction=DIRECTIONS,
+    memory=["channels_first", "channels_last"],
+    limit=[1, 4],
+    where=is_possible,
+    turns=["dtype", "direction", "memory", "limit"],
 )
-@pytest.mark.parametrize("algorithm", NUMPY_ALGORITHMS)
-@pytest.mark.parametrize("layer", LAYERS)
-def test_memory_stays_within_the_limit(layer, dtype, algorithm, memory, limit, monkeypatch):
+def test_memory_stays_within_the_limit(layer, dtype, algorithm, direction, memory, limit, monkeypatch):
     monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", f"{limit}MiB")
     x_shape, w_shape, settings = LAYERS[layer]
-    skip_where_refused(x_shape, w_shape, settings, dtype, algorithm)
     x, w = np.full(x_shape, 1 / 64, dtype), np.full(w_shape, 1 / 64, dtype)
     if memory == "channels_last":
         x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
     y = gpuconv.conv(x, w, algorithm=algorithm, **settings)
-    for result, call in (
-        (y, lambda: gpuconv.conv(x, w, algorithm=algorithm, **settings)),
-        (x, lambda: gpuconv.conv_data_grad(y, w, x_shape, algorithm=algorithm, **settings)),
-        (w, lambda: gpuconv.conv_weight_grad(y, x, w_shape, algorithm=algorithm, **settings)),
-    ):
-        assert_stays_within(limit * MIB, result.nbytes, call, of_threads(dtype))
+    result, call = {
+        "forward": (y, lambda: gpuconv.conv(x, w, algorithm=algorithm, **settings)),
+        "data_grad": (x, lambda: gpuconv.conv_data_grad(y, w, x_shape, algorithm=algorithm, **settings)),
+        "weight_grad": (w, lambda: gpuconv.conv_weight_grad(y, x, w_shape, algorithm=algorithm, **settings)),
+    }[direction]
+    assert_stays_within(limit * MIB, result.nbytes, call, of_threads(dtype))
 
 
 @pytest.mark.parametrize("limit", [64, 1])
@@ -131,29 +133,6 @@ def test_memory_of_activations_mixed_dtypes_and_transposed_calls(limit, monkeypa
         (b.nbytes, lambda: gpuconv.conv_transpose_backward(t, x, w, y=t, needs="db", stride=2, **settings)),
     ):
         assert_stays_within(limit * MIB, size, call)
-
-
-@pytest.mark.parametrize(
-    "x_shape, w_shape, settings",
-    [
-        ((1, 512, 16, 16), (512, 1, 9, 9), {"padding": 4, "groups": 512}),
-        ((1, 64, 300, 300), (4, 64, 2, 2), {"dilation": 290}),
-        ((1, 64, 300, 300), (4, 64, 2, 2), {"dilation": 290, "padding": 3}),
-        ((2, 3, 128, 128), (256, 3, 16, 16), {"stride": 16}),
-    ],
-    ids=["many groups", "far taps", "far padded taps", "patches"],
-)
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("algorithm", NUMPY_ALGORITHMS)
-def test_memory_of_extremes(x_shape, w_shape, settings, dtype, algorithm, monkeypatch):
-    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "1MiB")
-    skip_where_refused(x_shape, w_shape, settings, dtype, algorithm)
-    x, w = np.full(x_shape, 1 / 64, dtype), np.full(w_shape, 1 / 64, dtype)
-    options = {**settings, "algorithm": algorithm}
-    y = gpuconv.conv(x, w, **options)
-    assert_stays_within(MIB, y.nbytes, lambda: gpuconv.conv(x, w, **options))
-    assert_stays_within(MIB, x.nbytes, lambda: gpuconv.conv_data_grad(y, w, x_shape, **options))
-    assert_stays_within(MIB, w.nbytes, lambda: gpuconv.conv_weight_grad(y, x, w_shape, **options))
 
 
 def test_memory_of_unaligned_arrays(monkeypatch):
@@ -225,7 +204,9 @@ def convolutions(draw, algorithm):
 
 
 @pytest.mark.parametrize("algorithm", ["auto", *NUMPY_ALGORITHMS])
-@hypothesis_settings(max_examples=30, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+@hypothesis_settings(
+    max_examples=100 if tiers.full else 4, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow]
+)
 @given(
     st.data(),
     st.sampled_from(DIRECTIONS),

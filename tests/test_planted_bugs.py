@@ -17,13 +17,14 @@ from gpuconv.choose import MODULES
 from gpuconv.cuda import kernels_folder
 from gpuconv.cuda.kernel import files_of
 from tests import planted_bugs
-from tests.conftest import arrays_of
+from tests.backends import arrays_of
 from tests.emulation import launcher
 from tests.emulation.edited import edited, replaced
 from tests.emulation.loader import EmulationError
 from tests.emulation.planted import kernel, launch
 from tests.planted_bugs import BUGS, Shipped
 from tests.test_matrix import BY_NAME, computed, exact
+from tests.tiers import combinations
 
 pytestmark = pytest.mark.emulated
 
@@ -73,26 +74,18 @@ def sources(bug):
     return tuple(kernel("const float* x, float* y", body) for body in twins)
 
 
-@pytest.mark.parametrize("mode", ["fast", pytest.param("checked", marks=pytest.mark.checked)])
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.defect)
+@combinations(bug=BUGS, mode=["fast", "checked"], turns=["mode"])
 def test_the_right_kernel_is_silent_in_every_schedule(bug, mode):
     right, _ = sources(bug)
     assert outcomes(bug, right, mode) == [None] * len(SCHEDULES)
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.defect)
-def test_fast_mode_finds_what_is_stated(bug):
+@combinations(bug=BUGS, mode=["checked", "fast"], turns=["mode"])
+def test_what_is_stated_is_found_and_checked_mode_names_the_line(bug, mode):
     _, wrong = sources(bug)
-    assert summary(outcomes(bug, wrong, "fast")) == bug.fast
-
-
-@pytest.mark.checked
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.defect)
-def test_checked_mode_names_the_defect_and_its_line(bug):
-    _, wrong = sources(bug)
-    found = outcomes(bug, wrong, "checked")
-    assert summary(found) == bug.checked
-    if "reported" in bug.checked:
+    found = outcomes(bug, wrong, mode)
+    assert summary(found) == getattr(bug, mode)
+    if mode == "checked" and "reported" in bug.checked:
         places = [place for text in bug.lines for place in places_of(text, bug, wrong)]
         for report in found:
             assert bug.words in report
@@ -128,11 +121,11 @@ def summary(found):
 def test_most_twins_are_shipped_kernels():
     shipped = [bug for bug in BUGS if isinstance(bug.place, Shipped)]
     assert len(shipped) >= len(BUGS) / 2
-    assert len({bug.defect for bug in BUGS}) == len(BUGS)
+    assert len({bug.name for bug in BUGS}) == len(BUGS)
 
 
 def test_a_wrong_swizzle_shows_in_the_profile():
-    bug = next(bug for bug in BUGS if "swizzle" in bug.defect)
+    bug = next(bug for bug in BUGS if "swizzle" in bug.name)
     costs = []
     for source in sources(bug):
         x, y = np.zeros(256, np.float32), np.zeros(128, np.float32)

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 import gpuconv
 from gpuconv.choose import TRANSFORMS
 from gpuconv.geometry import Geometry
-from tests import reference
+from tests import reference, tiers
+from tests.backends import NO_EMULATION, arrays_of
 from tests.cases import DTYPES, LAYOUTS, NUMPY_ALGORITHMS, channels_first, draw, laid_out, named_dtype
-from tests.conftest import NO_EMULATION, arrays_of
 from tests.tolerances import assert_within, bound_of
 
 
@@ -62,7 +62,7 @@ def depthwise(x_shape, w_shape, groups):
 EMULATED = [] if NO_EMULATION else [("emulated", name) for name in ("scatter", "direct")]
 
 
-@hypothesis_settings(max_examples=600)
+@hypothesis_settings(max_examples=1000 if tiers.full else 30)
 @given(
     convolutions(),
     st.sampled_from(DTYPES),
@@ -119,7 +119,7 @@ def test_any_convolution_is_exact_on_small_integers(convolution, dtype, layout, 
         np.testing.assert_array_equal(result, expected.astype(named_dtype(dtype)))
 
 
-@hypothesis_settings(max_examples=200)
+@hypothesis_settings(max_examples=500 if tiers.full else 20)
 @given(
     convolutions(transformable=True),
     st.sampled_from(["float16", "bfloat16", "float32", "float64"]),

@@ -21,9 +21,9 @@ from gpuconv.choose import MODULES
 from gpuconv.geometry import DIRECTIONS, Geometry
 from gpuconv.operands import Operand
 from gpuconv.request import Request
-from tests import reference
+from tests import reference, tiers
+from tests.backends import NO_EMULATION
 from tests.cases import NUMPY_ALGORITHMS
-from tests.conftest import NO_EMULATION
 from tests.emulation import launcher
 from tests.tolerances import assert_within, bound_of
 
@@ -267,7 +267,7 @@ def test_every_call_of_a_sequence_is_right():
         run_state_machine_as_test(
             Sequences,
             settings=hypothesis.settings(
-                max_examples=40,
+                max_examples=100 if tiers.full else 12,
                 stateful_step_count=15,
                 deadline=None,
                 derandomize=True,

@@ -8,6 +8,7 @@ import pytest
 
 from gpuconv.compat import cupy_cudnn
 from tests.cases import draw
+from tests.tiers import combinations
 
 for needed in ("sigpy", "cupy"):
     if importlib.util.find_spec(needed) is None:
@@ -54,12 +55,15 @@ def through_cudnn(sigpy, function, *given, **how):
     return sigpy.conv._complex(call, *given, **how)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "complex128"])
-@pytest.mark.parametrize("function", ["convolve", "convolve_data_adjoint", "convolve_filter_adjoint"])
-@pytest.mark.parametrize("multi_channel", [False, True])
-@pytest.mark.parametrize("strides", [(1, 1, 1), (2, 2, 2), (1, 2, 3)])
-@pytest.mark.parametrize("mode", ["full", "valid"])
-@pytest.mark.parametrize("rank", [1, 2, 3])
+@combinations(
+    function=["convolve", "convolve_data_adjoint", "convolve_filter_adjoint"],
+    rank=[1, 2, 3],
+    mode=["full", "valid"],
+    strides=[(1, 1, 1), (2, 2, 2), (1, 2, 3)],
+    multi_channel=[False, True],
+    dtype=["float64", "complex128"],
+    turns=["strides", "multi_channel", "dtype"],
+)
 def test_its_convolutions_are_its_own(rank, mode, strides, multi_channel, function, dtype, sigpy, rng):
     data, filt = (draw(rng, s[: rank + 2], dtype, True) for s in ((2, 3, 7, 6, 5), (4, 3, 3, 2, 3)))
     if not multi_channel:

@@ -5,11 +5,15 @@ import pytest
 
 import gpuconv
 from tests.cases import CASES, draw, laid_out
+from tests.tiers import combinations
 
 
-@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
-@pytest.mark.parametrize("dtype", ["float32", "complex128"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@combinations(
+    case=CASES,
+    dtype=["float32", "complex128"],
+    layout=["channels_first", "channels_last"],
+    turns=["dtype", "layout"],
+)
 def test_matrix_is_the_convolution(case, dtype, layout, rng):
     x, w = (laid_out(draw(rng, s, dtype, True).astype(dtype), layout, r) for s, r in ((case.x, "x"), (case.w, "w")))
     settings = {**case.settings, "layout": layout}

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from gpuconv.geometry import Geometry
-from tests import reference, repeat
+from tests import reference, repeat, tiers
 from tests.cases import CASES, draw, named_dtype
+from tests.tiers import combinations
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 gpuconv_torch = pytest.importorskip("gpuconv.torch")
@@ -51,16 +52,15 @@ def parts(name, function, rng, dtype):
 
 
 @pytest.mark.called_once("differences make hundreds of calls")
-@pytest.mark.parametrize("dtype", ["float64", "complex128"])
-@pytest.mark.parametrize("function, name", WAYS)
-def test_gradients_and_their_gradients(name, function, dtype, rng):
+@combinations(way=WAYS, dtype=["float64", "complex128"], turns=["dtype"])
+def test_gradients_and_their_gradients(way, dtype, rng):
+    function, name = way
     call, inputs = parts(name, function, rng, dtype)
     assert torch.autograd.gradcheck(call, inputs)
-    assert torch.autograd.gradgradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=not tiers.full)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "complex64"])
-@pytest.mark.parametrize("case", [case for case in CASES if len(case.x) <= 5], ids=lambda case: case.name)
+@combinations(case=[case for case in CASES if len(case.x) <= 5], dtype=["float32", "complex64"], turns=["dtype"])
 def test_values_and_gradients_are_exact(case, dtype, rng):
     x, w = (draw(rng, shape, dtype, True) for shape in (case.x, case.w))
     X, W = (torch.from_numpy(a.astype(dtype)).requires_grad_() for a in (x, w))  # noqa: N806

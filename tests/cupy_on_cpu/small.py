@@ -86,7 +86,8 @@ def main():
 
 
 def run(program):
-    """The main function of a file, with what makes it small."""
+    """The main function of a file, which finds the files beside it, with what makes it small."""
+    sys.path.insert(0, str(Path(program).parent))
     spec = importlib.util.spec_from_file_location(Path(program).stem, program)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -2,7 +2,6 @@
 // What has state lives in the runtime (runtime.hpp); here are keywords, built-in types, variables and functions.
 #pragma once
 
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -29,9 +28,6 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(...) __attribute__((aligned(__VA_ARGS__)))
-
-using std::exp;
-using std::tanh;
 
 // ---------------------------------------------------------------------------------------------- vector types
 

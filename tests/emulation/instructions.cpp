@@ -1,6 +1,8 @@
 // Instructions that work on more than one thread's registers: asynchronous copies, matrix loads and matrix products.
 #include "runtime.hpp"
 
+#include <cmath>
+
 namespace emulated {
 
 static Runtime& g = runtime;

@@ -4,7 +4,6 @@ Fast mode is fast to compile and to run; what it finds, guard pages and unset me
 compiler call the hooks of checks.cpp at every load and store.
 """
 
-import collections
 import ctypes
 import functools
 import hashlib
@@ -15,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 from gpuconv import settings
@@ -98,24 +96,22 @@ def run(*command):
     return done.stdout
 
 
-_building = collections.defaultdict(threading.Lock)
-
-
 def _built(parts, build):
-    """The library with this key, built now if it is not there: written under another name, and renamed.
+    """The library of these parts, built now if it is not there: written under another name, and renamed."""
+    import fcntl  # which only the systems have that run kernels
 
-    Where another thread is building it, this waits for that.
-    """
     key = hashlib.sha256("\0".join((*parts, *machine_flags(), compiler())).encode()).hexdigest()[:24]
     folder = settings.cache_folder() / "emulation"
     path = folder / f"{key}.so"
-    with _building[key]:
-        if path.exists():
-            return path
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            build(Path(scratch))
-            os.replace(Path(scratch) / "library.so", path)
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{key[:2]}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until another thread or process has built it
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                build(Path(scratch))
+                os.replace(Path(scratch) / "library.so", path)
     return path
 
 
@@ -139,25 +135,6 @@ def runtime():
     return library
 
 
-@functools.cache
-def _header(mode, cache):
-    """A copy of cuda.hpp, which every kernel includes, beside what g++ made of it beforehand: that saves a fifth."""
-    flags = (*KERNEL, *MODES[mode])
-    texts = {name: (FOLDER / name).read_text() for name in ("parameter.hpp", "cuda.hpp")}
-    key = hashlib.sha256("\0".join((*texts.values(), *flags, *machine_flags(), compiler())).encode()).hexdigest()[:24]
-    folder = cache / "emulation" / key
-    if not (folder / "cuda.hpp.gch").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            for name, text in texts.items():
-                (Path(scratch) / name).write_text(text)
-            header = Path(scratch) / "cuda.hpp"
-            run("g++", *flags, *machine_flags(), "-x", "c++-header", header, "-o", f"{header}.gch")
-            for name in (*texts, "cuda.hpp.gch"):
-                os.replace(Path(scratch) / name, folder / name)
-    return folder / "cuda.hpp"
-
-
 def library_file(text, mode):
     """The library of the kernels of one source text, compiled in one mode."""
     entries = "".join(f"EMULATED_ENTRY({name})\n" for name in kernel_names(text))
@@ -166,9 +143,9 @@ def library_file(text, mode):
 
     def build(folder):
         (folder / "kernels.cpp").write_text(content)
-        include = ("-include", _header(mode, settings.cache_folder()))
         where = f"-ffile-prefix-map={folder}=."
-        command = ("g++", *flags, where, *machine_flags(), *include, "-c", folder / "kernels.cpp")
+        header = FOLDER / "cuda.hpp"
+        command = ("g++", *flags, where, *machine_flags(), "-include", header, "-c", folder / "kernels.cpp")
         run(*command, "-o", folder / "kernels.o")
         run("g++", "-shared", "-o", folder / "library.so", folder / "kernels.o")
 

@@ -4,12 +4,16 @@
 #include <cassert>
 #include <cfloat>
 #include <climits>
+#include <cmath>
 #include <cstdio>
 #include <initializer_list>
 #include <limits>
 #include <tuple>
 
 #include "cuda.hpp"
+
+using std::exp;
+using std::tanh;
 
 #define __CUDA_ARCH__ 900
 #define __CUDACC_VER_MAJOR__ 12

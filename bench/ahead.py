@@ -1,0 +1,19 @@
+"""Compiles modules for the device at hand in threads, before they are launched."""
+
+import contextlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+from gpuconv.backend import cupy_backend
+from gpuconv.cuda import cache, compiler
+
+
+@contextlib.contextmanager
+def compiling():
+    """Gives a function that has a module compiled while this lasts, and returns the job."""
+    architecture = compiler.architecture_for(cupy_backend().xp.cuda.Device().compute_capability)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            yield lambda module: pool.submit(cache.cubin_path, module, architecture)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,66 @@
+"""Parts of a run: tests drawn at random, and those that an earlier run has not passed."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+# Files of tests that go through cases, layouts, dtypes and kernels: many tests of a kind.
+MATRIX = ("test_matrix.py", "test_adjoint.py", "test_nonfinite.py", "test_implicit_gemm.py", "test_kernels.py")
+DONE = pytest.StashKey()  # the names of tests that an earlier run has passed
+
+
+def add_options(parser):
+    parser.addoption(
+        "--done", type=Path, metavar="FILE", help="leave out tests that FILE names; it gets those that pass"
+    )
+    parser.addoption("--draw", type=int, metavar="N", help=f"of the tests in {', '.join(MATRIX)} run N only")
+    parser.addoption("--draw-seed", default="0", help="draws which ones (default 0)")
+
+
+def configure(config):
+    if (path := config.getoption("done")) is not None:
+        config.stash[DONE] = done(config, path)
+
+
+def select(config, items):
+    """Leaves in ``items`` what the options want."""
+    names = set(config.stash.get(DONE, ()))
+    left_out = {item for item in items if item.nodeid in names}
+    if (number := config.getoption("draw")) is not None:
+        left_out |= undrawn(items, number, config.getoption("draw_seed"))
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def undrawn(items, number, seed):
+    """All tests of the files of MATRIX but ``number``, which are drawn at random."""
+    of_matrix = [item for item in items if item.path.name in MATRIX]
+    return set(of_matrix) - set(random.Random(seed).sample(of_matrix, min(number, len(of_matrix))))
+
+
+def done(config, path):
+    """The names of the tests that a file says have passed; from now on those that pass are added to it.
+
+    Workers of xdist are told by the process that started them: one that replaces another must select the same tests.
+    """
+    if hasattr(config, "workerinput"):
+        return config.workerinput["done"]
+    names = path.read_text().splitlines() if path.exists() else []
+    config.pluginmanager.register(_Done(path, names))
+    return names
+
+
+class _Done:
+    def __init__(self, path, names):
+        self.path, self.names = path, names
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node):
+        node.workerinput["done"] = self.names
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" and report.passed:
+            with self.path.open("a") as file:
+                print(report.nodeid, file=file)

@@ -1,0 +1,66 @@
+"""Which combinations of their parameters tests have, and which tests a run has."""
+
+import collections
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import gpuconv
+from tests import test_matrix, tiers
+from tests.cases import CASES, DIRECTIONS, DTYPES, LAYOUTS, is_taken
+
+
+def of_matrix():
+    """The combinations that the matrix has in this run."""
+    (mark,) = (mark for mark in test_matrix.test_result_is_right.pytestmark if mark.name == "parametrize")
+    names, sets = mark.args
+    return [dict(zip(names, one.values, strict=True)) for one in sets]
+
+
+def test_in_turns_every_pair_of_values_occurs():
+    axes = {"case": range(40), "dtype": DTYPES, "layout": LAYOUTS}
+    product = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    chosen = list(tiers.in_turns(product, ["dtype", "layout"]))
+    assert [one["case"] for one in chosen] == list(range(40))
+    counts = collections.Counter((one["dtype"], one["layout"]) for one in chosen)
+    assert len(counts) == 18
+    assert set(counts.values()) <= {2, 3}
+
+
+def test_the_matrix_has_each_case_with_each_algorithm_and_direction():
+    found = {(one["arrays"], one["case"].name, one["algorithm"], one["direction"]) for one in of_matrix()}
+    for arrays, case, algorithm, direction in itertools.product(
+        ("numpy", "emulated"), CASES, gpuconv.ALGORITHMS, DIRECTIONS
+    ):
+        taken = is_taken(case, algorithm, arrays, direction)
+        assert ((arrays, case.name, algorithm, direction) in found) == taken
+
+
+def test_no_algorithm_refuses_most_cases():
+    """A rule that begins to refuse everything is noticed here."""
+    counts = collections.Counter((one["arrays"], one["algorithm"], one["direction"]) for one in of_matrix())
+    least = {"im2col": 55, "scatter": 53, "direct": 53, "implicit_gemm": 53, "fft": 30, "winograd": 10, "depthwise": 8}
+    for (arrays, algorithm, direction), number in counts.items():
+        assert number >= least[algorithm] or arrays == "cupy", (arrays, algorithm, direction, number)
+
+
+def test_the_matrix_has_all_pairs():
+    """Of dtypes, layouts, algorithms, directions and backends, but complex numbers for winograd."""
+    axes = ("arrays", "algorithm", "direction", "dtype", "layout")
+    for one, other in itertools.combinations(axes, 2):
+        pairs = {(combination[one], combination[other]) for combination in of_matrix()}
+        values = [sorted({pair[end] for pair in pairs}) for end in (0, 1)]
+        missing = set(itertools.product(*values)) - pairs
+        kernels_only = {("numpy", "direct"), ("numpy", "implicit_gemm")}
+        assert missing <= kernels_only | {("winograd", "complex64"), ("winograd", "complex128")}
+
+
+def test_a_run_goes_on_where_another_ended(tmp_path):
+    passed, root = tmp_path / "passed.txt", Path(__file__).parents[1]
+    words = "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/test_views.py", "--done", str(passed)
+    for said, status in (("2 passed", 0), ("2 deselected", 5)):
+        run = subprocess.run([sys.executable, *words], cwd=root, capture_output=True, text=True)
+        assert run.returncode == status, run.stdout
+        assert said in run.stdout
+        assert len(passed.read_text().splitlines()) == 2

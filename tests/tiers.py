@@ -1,0 +1,55 @@
+"""The tiers of the tests: with which combinations of its parameters a test runs.
+
+``pytest`` runs what a change must not break, ``pytest --full`` generates every combination.
+"""
+
+import collections
+import itertools
+
+import pytest
+
+from tests.backends import marks_of
+
+full = False  # whether --full was given; conftest.py sets it before the tests are imported
+
+
+def combinations(*, turns=(), where=None, **axes):
+    """Parametrizes a test with the product of the axes, as far as ``where`` is true of it.
+
+    But for ``--full``, the axes named in ``turns`` take turns: each combination of the others gets one combination of
+    these, and all pairs of values of two axes occur, about equally often. An axis "arrays" has names of backends.
+    """
+    found = (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
+    chosen = [one for one in found if where is None or where(**one)]
+    if not full:
+        chosen = list(in_turns(chosen, turns))
+    sets = [pytest.param(*one.values(), id=_id(one), marks=marks_of(one.get("arrays"))) for one in chosen]
+    return pytest.mark.parametrize(tuple(axes), sets, indirect=["arrays"] if "arrays" in axes else [])
+
+
+def in_turns(candidates, turns):
+    """Of candidates that differ by the axes in ``turns`` alone that whose pairs of values were chosen least so far."""
+    groups, counts = collections.defaultdict(list), collections.Counter()
+    for one in candidates:
+        fixed = tuple(_text(value) for axis, value in one.items() if axis not in turns)
+        groups[fixed].append((one, _pairs(one, turns)))
+    for group in groups.values():
+        chosen, pairs = min(group, key=lambda pair: sum(map(counts.__getitem__, pair[1])))
+        counts.update(pairs)
+        yield chosen
+
+
+def _pairs(combination, turns):
+    """The pairs of (axis, value) that have to do with an axis in ``turns``."""
+    values = [(axis, _text(value)) for axis, value in combination.items()]
+    return [(one, other) for one, other in itertools.combinations(values, 2) if one[0] in turns or other[0] in turns]
+
+
+def _id(combination):
+    return "-".join(map(_text, combination.values()))
+
+
+def _text(value):
+    if isinstance(value, tuple) and not hasattr(value, "name"):
+        return "x".join(map(str, value))
+    return str(getattr(value, "name", value))
