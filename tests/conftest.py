@@ -45,11 +45,12 @@ def _plain_environment(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _repeated_calls(request):
-    """Every call is repeated (tests/repeat.py), unless a test says why not; where kernels are emulated some are."""
+    """Every call is repeated (tests/repeat.py), unless a test says why not; of many alike, or on the CPU, some are."""
     backend = dict(request.node.user_properties).get("backend", "numpy")
     seed, every = request.config.getoption("repeat_seed"), request.config.getoption("repeat_every")
     drawn = zlib.crc32(f"{seed} {request.node.nodeid}".encode()) % every == 0
-    if request.node.get_closest_marker("called_once") or (backend in backends.ON_CPU and not drawn):
+    is_one_of_many = backend in backends.ON_CPU or (request.node.path.name in parts.MATRIX and not tiers.full)
+    if request.node.get_closest_marker("called_once") or (is_one_of_many and not drawn):
         yield
         return
     with repeat.repeating(adds_atomically=backend != "numpy"):
@@ -92,7 +93,10 @@ def pytest_addoption(parser):
         help="how kernels are compiled for the CPU (default fast)",
     )
     parser.addoption(
-        "--repeat-every", type=int, default=10, help="of N tests of emulated kernels one repeats its calls (default 10)"
+        "--repeat-every",
+        type=int,
+        default=10,
+        help="of N tests of many alike one repeats its calls (default 10)",
     )
     parser.addoption("--repeat-seed", default="0", help="draws which one (default 0)")
     parts.add_options(parser)

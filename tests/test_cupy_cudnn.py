@@ -39,7 +39,7 @@ def from_layout(array, layout):
     dtype=["float32", "complex128"],
     d_layout=[0, 1],
     w_layout=[0, 1],
-    turns=["dtype", "d_layout", "w_layout"],
+    turns=["arrays", "dtype", "d_layout", "w_layout"],
 )
 def test_results_are_written_into_the_callers_array(case, dtype, d_layout, w_layout, arrays, rng):
     geometry = case.geometry()

@@ -147,7 +147,7 @@ SIZES = {"in chunks": (32, 8, (16, 9)), "one by one": (29, 3, (13, 11))}
     sizes=SIZES,
     layout=TWO_LAYOUTS,
     where=lambda kind, tile, **_: (kind, tile) in TILES,
-    turns=["direction", "sizes", "layout"],
+    turns=["kind", "direction", "sizes", "layout"],
 )
 def test_every_tile_is_exact(kind, tile, direction, sizes, layout, arrays):
     """With rows and columns that do not fill the last tile, and a depth that does not fill the last turn."""

@@ -13,7 +13,7 @@ from gpuconv.cuda import arguments
 from gpuconv.geometry import Geometry
 from gpuconv.request import Request
 from gpuconv.views import View
-from tests import reference
+from tests import reference, tiers
 from tests.backends import BACKENDS, arrays_of, on
 from tests.cases import CASES, DIRECTIONS, KERNELS, draw, laid_out, named_dtype
 from tests.emulation import launcher
@@ -324,8 +324,7 @@ EXTREME = {
 
 
 @pytest.mark.checked
-@pytest.mark.parametrize("algorithm", KERNELS)
-@pytest.mark.parametrize("steps", EXTREME)
+@combinations(algorithm=KERNELS, steps=EXTREME, where=lambda algorithm, steps: tiers.full or steps == "strides")
 def test_extreme_steps_overflow_nowhere(steps, algorithm):
     """Of the integers that kernels compute with, in checked mode."""
     x_shape, w_shape, settings = EXTREME[steps]

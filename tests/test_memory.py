@@ -203,9 +203,9 @@ def convolutions(draw, algorithm):
     return x_shape, w_shape, {**settings, "groups": groups}
 
 
-@pytest.mark.parametrize("algorithm", ["auto", *NUMPY_ALGORITHMS])
+@pytest.mark.parametrize("algorithm", ["auto", *(NUMPY_ALGORITHMS if tiers.full else [])])
 @hypothesis_settings(
-    max_examples=100 if tiers.full else 4, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow]
+    max_examples=100 if tiers.full else 10, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow]
 )
 @given(
     st.data(),

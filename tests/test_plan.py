@@ -15,7 +15,7 @@ import gpuconv
 from gpuconv import dtypes, execute, plan, workspace
 from gpuconv.geometry import Geometry
 from tests import reference
-from tests.backends import on
+from tests.backends import BACKENDS, on
 from tests.cases import DIRECTIONS, channels_first, draw, laid_out, named_dtype
 from tests.emulation import launcher
 from tests.tiers import combinations
@@ -90,9 +90,13 @@ def test_a_plan_prints_as_its_steps():
     assert "\n  if all(workspace@0 (2,)):\n  else:\n    what is planned when it is needed" in winograd
 
 
-@pytest.mark.parametrize("layout", ["channels_first", "channels_last", "channels_last_memory"])
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@combinations(
+    arrays=BACKENDS,
+    direction=DIRECTIONS,
+    dtype=["float16", "float32"],
+    layout=["channels_first", "channels_last", "channels_last_memory"],
+    turns=["dtype", "layout"],
+)
 def test_later_calls_make_no_plan(direction, dtype, layout, arrays, rng):
     options = {"padding": 1, "layout": "channels_last" if layout == "channels_last" else "channels_first"}
     options["algorithm"] = "im2col" if arrays.name == "numpy" else "implicit_gemm"

@@ -1,0 +1,136 @@
+"""Searches for calls that go wrong: ``python -m tests.fuzz --minutes 5 --seed 0``
+
+Draws sequences of calls: shapes, settings, dtypes, memory, algorithms, workspace limits, numbers of threads, the same
+call again with other data, cleared caches in between, and calls at the same time. Each result is compared with the
+independent reference. What fails is made as small as hypothesis can, and printed as a test. Exit status 1 where
+something failed.
+"""
+
+import argparse
+import contextlib
+import itertools
+import sys
+import time
+import traceback
+import warnings
+
+import hypothesis
+from hypothesis import strategies as st
+
+from tests import calls
+from tests.backends import NO_EMULATION
+from tests.calls import ACTIVATIONS, FUNCTIONS, LYINGS, Call, Settings, Together
+from tests.cases import DTYPES, NUMPY_ALGORITHMS
+from tests.test_random import convolutions, depthwise
+
+BACKENDS = ("numpy", "numpy", "numpy", *([] if NO_EMULATION else ["emulated"]))
+EXAMPLES = 50  # sequences between two looks at the clock
+
+
+@st.composite
+def call(draw, backend):
+    """Any call; on kernels such as need few compilations."""
+    algorithm = draw(st.sampled_from(("auto", *NUMPY_ALGORITHMS) if backend == "numpy" else ("scatter", "direct")))
+    x, w, settings = draw(convolutions(transformable=algorithm == "winograd"))
+    if algorithm == "depthwise":
+        x, w = depthwise(x, w, settings["groups"])
+    dtype = draw(st.sampled_from(DTYPES))
+    is_complex = dtype.startswith("complex")
+    return Call(
+        function=draw(st.sampled_from(FUNCTIONS)),
+        x=x,
+        w=w,
+        settings=settings,
+        dtype=dtype,
+        layout=draw(st.sampled_from(("channels_first", "channels_last"))),
+        algorithm=algorithm,
+        activation=None if is_complex else draw(st.sampled_from(tuple(ACTIVATIONS))),
+        has_bias=draw(st.booleans()),
+        lying=draw(st.sampled_from(tuple(LYINGS))),
+        out=draw(st.sampled_from((None, None, *LYINGS))),
+        seed=draw(st.integers(0, 2**32 - 1)),
+    )
+
+
+@st.composite
+def sequences(draw):
+    """A backend and steps: a few calls again and again, with other data each time, among other settings."""
+    backend = draw(st.sampled_from(BACKENDS))
+    few = draw(st.lists(call(backend), min_size=1, max_size=3))
+    again = st.builds(lambda one, seed: one._replace(seed=seed), st.sampled_from(few), st.integers(0, 2**32 - 1))
+    settings = st.builds(
+        Settings,
+        st.sampled_from(("0", "2000", "20KiB", "300KiB", "64MiB")),
+        st.sampled_from(("1", "2", "5")),
+        st.booleans(),
+    )
+    steps = [again, again, again, settings]
+    if backend == "numpy":  # the emulator runs one kernel at a time
+        steps.append(st.builds(Together, st.lists(again, min_size=2, max_size=4).map(tuple)))
+    return backend, draw(st.lists(st.one_of(steps), min_size=2, max_size=10))
+
+
+def failure(seed, count):
+    """The smallest sequence that fails among some drawn by a seed, and its error, or None; ``count`` gets the calls."""
+    last = None
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        database=None,
+        print_blob=False,
+        report_multiple_bugs=False,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
+        verbosity=hypothesis.Verbosity.quiet,
+    )
+    @hypothesis.given(sequences())
+    def each_call_is_right(sequence):
+        nonlocal last
+        last = sequence  # hypothesis runs the smallest once more at the end
+        calls.run(*sequence)
+        count(sum(len(step.calls) if isinstance(step, Together) else isinstance(step, Call) for step in sequence[1]))
+
+    try:
+        each_call_is_right()
+    except Exception:
+        return last, traceback.format_exc()
+    return None
+
+
+def as_test(backend, steps):
+    """The text of a test that fails as the sequence does."""
+    lines = "".join(f"            {step!r},\n" for step in steps)
+    return (
+        "from tests.calls import Call, Settings, Together, run\n\n\n"
+        f'def test_found_by_search():\n    run(\n        "{backend}",\n        [\n{lines}        ],\n    )\n'
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--minutes", type=float, default=1, metavar="M", help="default 1")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
+    options = parser.parse_args()
+    end, made, found = time.monotonic() + 60 * options.minutes, 0, None
+
+    def count(number):
+        nonlocal made
+        made += number
+
+    warnings.simplefilter("error")
+    with contextlib.suppress(KeyboardInterrupt):
+        for number in itertools.count():
+            found = failure(options.seed * 1_000_003 + number, count)
+            if found or time.monotonic() > end:
+                break
+    print(f"seed {options.seed}: {made} calls were right")
+    if found:
+        sequence, error = found
+        print(f"{error}\n{as_test(*sequence)}")
+    sys.exit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    main()
