@@ -4,7 +4,7 @@ Edits the CUDA sources by rule, at every place where a rule fits, one place at a
 each edited text until one fails: on the CPU, fast mode first, then with every access checked. The score is the share of
 caught mutants among all but those that are equivalent (EQUIVALENT says why, for each). mutations.json holds the
 verdicts with hashes of the sources; a run that is interrupted goes on where it stopped, and after a change of the
-kernels only what the change may have touched runs again.
+kernels or the tests only what the change may have touched runs again.
 
     python -m tests.mutate_kernels                      all of them, on all cores
     python -m tests.mutate_kernels --sample 60 --seed 7 those that 60 seconds allow, drawn at random; changes no file
@@ -294,10 +294,11 @@ def full(everything, options):
         old["line"] = mutant.line
         if old["verdict"] == "survived" and reason(mutant):
             verdicts[mutant.identity] = entry(mutant, "survived", "", old.get("seconds", 0))
-    todo = [m for m in everything if verdicts.get(m.identity, {"verdict": "survived"})["verdict"] == "survived"]
     print(f"{len(everything)} mutants, {len(known)} of them have a verdict")
 
     def work(items):
+        names = {name_of(item) for item in items}
+        todo = [mutant for mutant in everything if not stands(verdicts.get(mutant.identity), names)]
         check_baseline(items)
         with progress() as bar:
             task = bar.add_task("mutants", total=len(todo), survived=0)
@@ -312,14 +313,20 @@ def full(everything, options):
 
             in_children(items, todo, hints, options.jobs, done)
 
-    if todo:
-        run_pytest(work)
+    run_pytest(work)
     write(everything, verdicts)
     entries = [verdicts[mutant.identity] for mutant in everything if mutant.identity in verdicts]
     print(table(entries))
     print(f"beside {sum(item['verdict'] == 'not compiled' for item in entries)} edits that do not compile")
     print(f"{sum(item['seconds'] for item in entries) / 60:.0f} minutes of one core")
     return conclusion(everything, entries)
+
+
+def stands(entry, names):
+    """Whether a recorded verdict, if any, stands: what caught the mutant is still among the tests."""
+    if entry is None or entry["verdict"] == "survived":
+        return False
+    return entry["verdict"] != "caught" or entry["by"] in names or "::" not in entry["by"]
 
 
 def conclusion(everything, entries):
