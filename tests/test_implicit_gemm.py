@@ -368,6 +368,20 @@ def test_tiles_that_lack_one_row_column_and_step_are_exact(kind_and_shape, layou
 
 @ON_KERNELS
 @BOTH_LAYOUTS
+@pytest.mark.parametrize("kind", ["float32", "float16"])
+def test_biases_are_those_of_their_columns_in_every_tile(kind, layout, arrays):
+    """In groups of more filters than a tile has columns, side by side in memory and apart."""
+    problem = Problem((2, 8, 5, 4), (144, 4, 3, 3), kind, groups=2, padding=1)
+    x, w, b = (a.astype(kind) for a in (problem.x, problem.w, np.arange(144) % 11 - 5))
+    given = [arrays.asarray(laid_out(a, layout, role)) for a, role in ((x, "x"), (w, "w"))]
+    with forced(next(tile for name, tile in TILES if name == kind and tile.columns == 32)):
+        y = gpuconv.conv(*given, arrays.asarray(b), **problem.settings, layout=layout, algorithm="implicit_gemm")
+    expected = problem.exact("forward") + b.reshape(-1, 1, 1)
+    np.testing.assert_array_equal(channels_first(arrays.asnumpy(y), layout), expected.astype(kind))
+
+
+@ON_KERNELS
+@BOTH_LAYOUTS
 def test_each_column_has_its_bias(layout, arrays):
     """Columns of several tiles, in groups, and stored several at a time."""
     problem = Problem((1, 2 * 40, 33), (2 * 72, 40, 1), "float32", groups=2)
