@@ -45,12 +45,11 @@ def _plain_environment(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _repeated_calls(request):
-    """Every call is repeated (tests/repeat.py), unless a test says why not; of many alike, or on the CPU, some are."""
+    """Every call is repeated (tests/repeat.py), unless a test says why not; where kernels are emulated some are."""
     backend = dict(request.node.user_properties).get("backend", "numpy")
     seed, every = request.config.getoption("repeat_seed"), request.config.getoption("repeat_every")
     drawn = zlib.crc32(f"{seed} {request.node.nodeid}".encode()) % every == 0
-    is_one_of_many = backend in backends.ON_CPU or (request.node.path.name in parts.MATRIX and not tiers.full)
-    if request.node.get_closest_marker("called_once") or (is_one_of_many and not drawn):
+    if request.node.get_closest_marker("called_once") or (backend in backends.ON_CPU and not drawn):
         yield
         return
     with repeat.repeating(adds_atomically=backend != "numpy"):
@@ -96,7 +95,7 @@ def pytest_addoption(parser):
         "--repeat-every",
         type=int,
         default=10,
-        help="of N tests of many alike one repeats its calls (default 10)",
+        help="of N tests of emulated kernels one repeats its calls (default 10)",
     )
     parser.addoption("--repeat-seed", default="0", help="draws which one (default 0)")
     parts.add_options(parser)
