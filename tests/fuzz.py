@@ -89,8 +89,7 @@ def failure(seed, count):
     def each_call_is_right(sequence):
         nonlocal last
         last = sequence  # hypothesis runs the smallest once more at the end
-        calls.run(*sequence)
-        count(sum(len(step.calls) if isinstance(step, Together) else isinstance(step, Call) for step in sequence[1]))
+        count(calls.run(*sequence))
 
     try:
         each_call_is_right()
@@ -125,7 +124,7 @@ def main():
             found = failure(options.seed * 1_000_003 + number, count)
             if found or time.monotonic() > end:
                 break
-    print(f"seed {options.seed}: {made} calls were right")
+    print(f"seed {options.seed}: {made} calls were right, beside those that were refused")
     if found:
         sequence, error = found
         print(f"{error}\n{as_test(*sequence)}")
