@@ -29,7 +29,7 @@ enum ProductKind { F16_K8, F16_K16, BF16_K16, TF32_K8 };
 }  // namespace emulated
 
 // ---------------------------------------------------------------------------------------------- functions
-// By their built-in names: to read <cmath> would take g++ half of the time of a kernel.
+// By their built-in names: to read <cmath> takes g++ about as long as to compile a small kernel.
 
 EMULATED_INLINE float exp(float v) { return __builtin_expf(v); }
 EMULATED_INLINE float tanh(float v) { return __builtin_tanhf(v); }
