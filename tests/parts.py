@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 # Files of tests that go through cases, layouts, dtypes and kernels: many tests of a kind.
-MATRIX = ("test_matrix.py", "test_adjoint.py", "test_nonfinite.py", "test_implicit_gemm.py", "test_kernels.py")
+MATRIX = tuple(f"test_{name}.py" for name in ("matrix", "adjoint", "nonfinite", "implicit_gemm", "kernels", "checked"))
 DONE = pytest.StashKey()  # the names of tests that an earlier run has passed
 
 
