@@ -16,27 +16,24 @@ import argparse
 import collections
 import datetime
 import functools
-import gc
 import json
 import os
 import random
 import re
 import sys
 import time
-import warnings
 from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one process for each core
 
-import pytest
-from _pytest.runner import runtestprotocol
-
 from gpuconv.cuda import report
+from tests import mutation_runs
 from tests.backends import backend_of
 from tests.emulation import launcher, loader
 from tests.emulation.edited import edited
 from tests.equivalent_mutants import EQUIVALENT
-from tests.mutants import FILES, TRIED_BY, Mutant, hashes, mutants, read
+from tests.mutants import FILES, TRIED_BY, hashes, mutants, read
+from tests.mutation_runs import in_children, name_of, positive, progress, with_tests
 
 RESULTS = Path(__file__).parent / "mutations.json"
 SAME_CODE = "the compiler makes the same code of it"
@@ -46,20 +43,11 @@ MANY = 20  # tests that most mutants do not survive
 # ------------------------------------------------------------------------------------------------- running tests
 
 
-class Session:
-    """A pytest plugin: collects the kernels' tests once, and then runs mutants in the place of tests."""
-
-    def __init__(self, work):
-        self.work = work
-        self.items = []
-
-    def pytest_runtestloop(self, session):
-        caught = collections.Counter(entry["by"] for entry in recorded().values())
-        of_kernels = [item for item in session.items if backend_of(item) in ("emulated", "checked")]
-        self.items = sorted(of_kernels, key=lambda item: (backend_of(item) == "checked", -caught[name_of(item)]))
-        session.items[:] = self.items
-        self.work(self.items)
-        return True
+def in_order(items):
+    """The kernels' tests among these, those that caught most first, and checked mode last."""
+    caught = collections.Counter(entry["by"] for entry in recorded().values())
+    of_kernels = [item for item in items if backend_of(item) in ("emulated", "checked")]
+    return sorted(of_kernels, key=lambda item: (backend_of(item) == "checked", -caught[name_of(item)]))
 
 
 def algorithm_of(item):
@@ -83,44 +71,30 @@ def concerns(item, mutant):
     return "direction" not in params or mutant.where == mutant.file or params["direction"] in mutant.where
 
 
-def verdict(items, mutant, tried_first):
+def verdict(session, items, hints, mutant, likely):
     """("caught", the test), ("equivalent", the reason), ("not compiled", the error) or ("survived", "")."""
+    tried_first = dict.fromkeys((*hints.get((mutant.file, mutant.after), ()), *likely))
     rank = {name: number for number, name in enumerate(tried_first)}
     chosen = [item for item in items if concerns(item, mutant)]
     first = sorted((item for item in chosen if name_of(item) in rank), key=lambda item: rank[name_of(item)])
     rest = [item for item in chosen if name_of(item) not in rank]
-    kind, by = first_failure([*first, *rest[:MANY]], mutant)
+    kind, by = tried(session, [*first, *rest[:MANY]], mutant)
     if kind == "survived" and same_code(mutant):
         return "equivalent", SAME_CODE
-    return first_failure(rest[MANY:], mutant) if kind == "survived" else (kind, by)
+    return tried(session, rest[MANY:], mutant) if kind == "survived" else (kind, by)
 
 
-def name_of(item):
-    return item.nodeid.rpartition("/")[2]
-
-
-def first_failure(items, mutant):
+def tried(session, items, mutant):
     """Runs tests on a mutant until one fails: ("caught", its name), ("not compiled", the error) or ("survived", "")."""
     with edited(mutant.file, mutant.text), launcher.using(seconds=SECONDS):
-        for item, following in zip(items, [*items[1:], None], strict=True):
-            for outcome in runtestprotocol(item, nextitem=following, log=False):
-                if outcome.failed and "BuildError" in outcome.longreprtext:
-                    error = re.search(r"error: .*", outcome.longreprtext)
-                    return "not compiled", error[0] if error else "?"
-                if outcome.failed:
-                    return "caught", name_of(item)
-    return "survived", ""
-
-
-def check_baseline(items):
-    """RuntimeError unless every test passes on the kernels as they are: what fails anyway catches nothing."""
-    unchanged = Mutant(FILES[0], 0, "", "", "", "", read(FILES[0]), "")
-    child, answer = in_child(lambda: first_failure(items, unchanged))
-    os.waitpid(child, 0)
-    with answer:
-        kind, by = json.loads(answer.read() or '["stopped", "?"]')
-    if kind != "survived":
-        raise RuntimeError(f"the tests fail on the kernels as they are: {kind}: {by}")
+        failure = session.first_failure(items)
+    if failure is None:
+        return "survived", ""
+    name, text = failure
+    if "BuildError" in text:
+        error = re.search(r"error: .*", text)
+        return "not compiled", error[0] if error else "?"
+    return "caught", name
 
 
 def same_code(mutant):
@@ -133,45 +107,6 @@ def same_code(mutant):
     built = [code(module) for module in modules]
     with edited(mutant.file, mutant.text):
         return all(code(module) == before for module, before in zip(modules, built, strict=True))
-
-
-def in_child(function):
-    """Calls a function in a process of its own, which takes along what it remembers: its number, and its answer."""
-    reader, writer = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of forking beside threads, which BLAS has
-        child = os.fork()
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.write(writer, json.dumps(function()).encode())
-        os._exit(0)
-    os.close(writer)
-    return child, os.fdopen(reader, "rb")
-
-
-def in_children(items, todo, hints, jobs, done):
-    """The verdict of each mutant, from a process of its own: ``done(mutant, kind, by, seconds)`` as they come."""
-    running = {}
-    todo = iter(todo)
-    killers = collections.defaultdict(dict)  # what caught a mutant may well catch its neighbours: where it last did
-    gc.freeze()  # or each child's collector would copy the memory that they share
-    while True:
-        while len(running) < jobs and (mutant := next(todo, None)) is not None:
-            line_of, line = killers[mutant.file], mutant.line
-            nearest = sorted(line_of, key=lambda name: abs(line_of[name] - line))[:12]
-            first = list(dict.fromkeys((*hints.get((mutant.file, mutant.after), ()), *nearest)))
-            child, answer = in_child(functools.partial(verdict, items, mutant, first))
-            running[child] = mutant, answer, time.monotonic()
-        if not running:
-            return
-        child, status = os.wait()
-        mutant, answer, start = running.pop(child)
-        with answer:
-            text = answer.read()
-        kind, by = json.loads(text) if text else ("caught", f"the process ended with status {status}")
-        if kind == "caught":
-            killers[mutant.file][by] = mutant.line
-        done(mutant, kind, by, round(time.monotonic() - start, 1))
 
 
 # ------------------------------------------------------------------------------------------------- results
@@ -216,19 +151,29 @@ def entry(mutant, kind, by, seconds):
     }
 
 
-def killers_of(entries):
-    """What caught mutants, by file and mutated line: with other sources too, they may well catch them again."""
-    return {(item["file"], item["after"]): [item["by"]] for item in entries if item["verdict"] == "caught"}
+def killers_of(entries, names):
+    """What caught mutants, by file and mutated line: with other sources too, they may well catch them again.
+
+    In the place of a test that is gone there are those most like it: with the same function, and most values in common.
+    """
+    by_function = collections.defaultdict(list)
+    for name in names:
+        by_function[name.partition("[")[0]].append(name)
+
+    @functools.cache
+    def likely(killer):
+        values = collections.Counter(re.split(r"[\[\]-]", killer))
+        others = by_function[killer.partition("[")[0]]
+        return sorted(others, key=lambda name: -(values & collections.Counter(re.split(r"[\[\]-]", name))).total())[:3]
+
+    return {(item["file"], item["after"]): likely(item["by"]) for item in entries if item["verdict"] == "caught"}
 
 
 def write(everything, verdicts):
     """One line for each mutant, so that a change of one is a change of one line."""
     entries = [verdicts[mutant.identity] for mutant in everything if mutant.identity in verdicts]
     head = {"sources": hashes(), "date": datetime.date.today().isoformat(), "complete": len(entries) == len(everything)}
-    lines = ",\n".join(json.dumps(item, ensure_ascii=False) for item in entries)
-    scratch = RESULTS.with_suffix(".part")
-    scratch.write_text(f'{json.dumps(head)[:-1]}, "mutants": [\n{lines}\n]}}\n')
-    os.replace(scratch, RESULTS)
+    mutation_runs.write(RESULTS, head, entries)
 
 
 def is_current(content):
@@ -238,43 +183,22 @@ def is_current(content):
 
 def table(entries):
     """Counts and score, for each kernel and for what kernels share."""
-    counts = collections.defaultdict(collections.Counter)
-    for item in entries:
-        name = f"`{item['where']}`" if item["where"] not in FILES else f"{item['where']}, shared"
-        counts[name][item["verdict"]] += 1
-        counts["all"][item["verdict"]] += 1
-    lines = ["| where | mutants | caught | equivalent | survived | score |", "|---|--:|--:|--:|--:|--:|"]
-    for name, count in counts.items():
-        if name == "all":
-            continue
-        lines.append(row(name, count))
-    return "\n".join([*lines, row("**all**", counts["all"])])
-
-
-def row(name, count):
-    caught, survived = count["caught"], count["survived"]
-    total = caught + survived + count["equivalent"]
-    score = f"{100 * caught / (caught + survived):.1f} %" if caught + survived else "-"
-    return f"| {name} | {total} | {caught} | {count['equivalent']} | {survived} | {score} |"
-
-
-def _positive(text):
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be an int of at least 1, got {text!r}")
-    return int(text)
+    return mutation_runs.table(
+        entries, lambda item: f"{item['where']}, shared" if item["where"] in FILES else f"`{item['where']}`"
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.mutate_kernels", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--sample",
-        type=_positive,
+        type=positive,
         metavar="SECONDS",
         help="as many as this time allows, drawn at random, after the tests have passed on the kernels as they are",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample (default 0)")
     parser.add_argument(
-        "--jobs", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N", help="default: all cores"
+        "--jobs", type=positive, default=len(os.sched_getaffinity(0)), metavar="N", help="default: all cores"
     )
     options = parser.parse_args()
     if loader.why_not():
@@ -287,7 +211,6 @@ def main():
 def full(everything, options):
     """Runs what has no verdict yet, and writes mutations.json."""
     verdicts = recorded()
-    hints = killers_of(verdicts.values())
     known = [mutant for mutant in everything if mutant.identity in verdicts]
     for mutant in known:  # a reason may have been added, or taken away
         old = verdicts[mutant.identity]
@@ -296,10 +219,13 @@ def full(everything, options):
             verdicts[mutant.identity] = entry(mutant, "survived", "", old.get("seconds", 0))
     print(f"{len(everything)} mutants, {len(known)} of them have a verdict")
 
-    def work(items):
+    def work(session):
+        items = in_order(session.items)
         names = {name_of(item) for item in items}
         todo = [mutant for mutant in everything if not stands(verdicts.get(mutant.identity), names)]
-        check_baseline(items)
+        todo.sort(key=lambda mutant: mutant.identity in verdicts)  # a record without gaps first
+        hints = killers_of(verdicts.values(), names)
+        session.check_baseline(items)
         with progress() as bar:
             task = bar.add_task("mutants", total=len(todo), survived=0)
 
@@ -311,9 +237,9 @@ def full(everything, options):
                 write(everything, verdicts)
                 bar.update(task, advance=1, survived=survived, refresh=True)
 
-            in_children(items, todo, hints, options.jobs, done)
+            in_children(functools.partial(verdict, session, items, hints), todo, options.jobs, done)
 
-    run_pytest(work)
+    with_kernel_tests(work)
     write(everything, verdicts)
     entries = [verdicts[mutant.identity] for mutant in everything if mutant.identity in verdicts]
     print(table(entries))
@@ -354,11 +280,11 @@ def sample(everything, options):
     drawn = random.Random(options.seed).sample(everything, len(everything))
     counts, changed = collections.Counter(), []
 
-    def work(items):
+    def work(session):
         caught_by = {mutant: entry["by"] for mutant, entry in verdicts.items() if entry["verdict"] == "caught"}
-        items = [item for item in items if name_of(item) in caught_by.values()]
+        items = [item for item in in_order(session.items) if name_of(item) in caught_by.values()]
         names = {name_of(item) for item in items}
-        check_baseline(items)
+        session.check_baseline(items)
         start = time.monotonic()
 
         def in_time():
@@ -373,47 +299,21 @@ def sample(everything, options):
             if kind != "caught":
                 changed.append((mutant, kind))
 
-        in_children(items, in_time(), killers_of(verdicts.values()), options.jobs, done)
+        hints = killers_of(verdicts.values(), names)
+        in_children(functools.partial(verdict, session, items, hints), in_time(), options.jobs, done)
 
-    run_pytest(work)
+    with_kernel_tests(work)
     print(f"seed {options.seed}: {counts['caught']} mutants caught again")
     for mutant, kind in changed:
         print(f"{kind}, but was caught before: {mutant.file}:{mutant.line} {mutant.rule}: {mutant.after}")
     return 1 if changed or not counts["caught"] else 0
 
 
-def run_pytest(work):
-    """Collects the tests, and lets ``work`` have them."""
+def with_kernel_tests(work):
+    """Collects the tests that run kernels, and calls ``work`` with them."""
     here = Path(__file__).parent
     names = "matrix", "kernels", "checked", "profile", "conv", "nonfinite", "implicit_gemm"
-    files = (here / f"test_{name}.py" for name in names)
-    arguments = ["-s", "-m", "not gpu", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:terminal"]
-    session = Session(work)
-    status = pytest.main([*arguments, *map(str, files)], plugins=[session])
-    if not session.items:
-        raise RuntimeError(f"pytest ended with status {int(status)} before it ran a test")
-
-
-def progress():
-    """A progress bar that needs no thread: processes are forked beside it."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[survived]} survived"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, auto_refresh=False)
+    with_tests(["-m", "not gpu", *(str(here / f"test_{name}.py") for name in names)], work)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,166 @@
+"""Runs tests on mutants, each mutant in a process of its own: what mutate_kernels.py and mutate_python.py share."""
+
+import argparse
+import collections
+import functools
+import gc
+import json
+import os
+import signal
+import time
+import warnings
+
+import pytest
+
+
+class Session:
+    """A pytest plugin: hands itself to ``work`` when the tests are collected, in the place of running them."""
+
+    def __init__(self, work):
+        self.work = work
+        self.items = []
+        self.reports = []
+
+    def pytest_runtestloop(self, session):
+        self.items = session.items
+        self.work(self)
+        return True
+
+    def pytest_runtest_logreport(self, report):
+        self.reports.append(report)
+
+    def first_failure(self, items, seconds=0):
+        """Runs tests until one fails: its name and what it says, or None. The process ends if one takes too long."""
+        for item, following in zip(items, [*items[1:], None], strict=True):
+            signal.alarm(seconds)
+            item.ihook.pytest_runtest_protocol(item=item, nextitem=following)
+            signal.alarm(0)
+            failed = next((report for report in self.reports if report.failed), None)
+            self.reports.clear()
+            if failed:
+                return name_of(item), failed.longreprtext
+        return None
+
+    def check_baseline(self, items):
+        """RuntimeError unless every test passes on the sources as they are: what fails anyway catches nothing."""
+        child, answer = in_child(lambda: self.first_failure(items) or "passed")
+        os.waitpid(child, 0)
+        with answer:
+            found = json.loads(answer.read() or '"the process ended"')
+        if found != "passed":
+            raise RuntimeError(f"the tests fail on the sources as they are: {': '.join(found)}")
+
+
+def with_tests(arguments, work):
+    """Has pytest collect tests, and calls ``work`` with the Session that has them."""
+    session = Session(work)
+    options = "-s", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:terminal"
+    status = pytest.main([*options, *arguments], plugins=[session])
+    if not session.items:
+        raise RuntimeError(f"pytest ended with status {int(status)} before it ran a test")
+
+
+def name_of(item):
+    return item.nodeid.rpartition("/")[2]
+
+
+def in_child(function):
+    """Calls a function in a forked process, which has all that this one has imported: its number, and its answer."""
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of forking beside threads, which BLAS has
+        child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.write(writer, json.dumps(function()).encode())
+        finally:
+            os._exit(0)  # also where a test ends the run: this process must not go on with the caller's work
+    os.close(writer)
+    return child, os.fdopen(reader, "rb")
+
+
+def in_children(verdict, todo, jobs, done):
+    """Calls ``verdict(mutant, likely)`` for each mutant, ``jobs`` at a time, and ``done(mutant, kind, by, seconds)``.
+
+    ``likely`` names tests that caught other mutants of the file, those of the nearest lines first.
+    """
+    running = {}
+    todo = iter(todo)
+    killers = collections.defaultdict(dict)  # by file: tests, and the line of the last mutant that each caught
+    gc.freeze()  # or each child's collector would copy the memory that they share
+    while True:
+        while len(running) < jobs and (mutant := next(todo, None)) is not None:
+            likely = nearest(killers[mutant.file], mutant.line)
+            child, answer = in_child(functools.partial(verdict, mutant, likely))
+            running[child] = mutant, answer, time.monotonic()
+        if not running:
+            return
+        child, status = os.wait()
+        mutant, answer, start = running.pop(child)
+        with answer:
+            text = answer.read()
+        kind, by = json.loads(text) if text else ("caught", f"the process ended with status {status}")
+        if kind == "caught":
+            killers[mutant.file][by] = mutant.line
+        done(mutant, kind, by, round(time.monotonic() - start, 1))
+
+
+def nearest(line_of, line):
+    """The twelve tests that caught mutants nearest to a line."""
+    return sorted(line_of, key=lambda name: abs(line_of[name] - line))[:12]
+
+
+def write(path, head, entries):
+    """Writes a record, one line for each mutant, so that a change of one is a change of one line."""
+    lines = ",\n".join(json.dumps(item, ensure_ascii=False) for item in entries)
+    scratch = path.with_suffix(".part")
+    scratch.write_text(f'{json.dumps(head)[:-1]}, "mutants": [\n{lines}\n]}}\n')
+    os.replace(scratch, path)
+
+
+def row(name, count):
+    """A line of a table: how many mutants of a place have which verdict, and the score."""
+    caught, survived = count["caught"], count["survived"]
+    total = caught + survived + count["equivalent"]
+    score = f"{100 * caught / (caught + survived):.1f} %" if caught + survived else "-"
+    return f"| {name} | {total} | {caught} | {count['equivalent']} | {survived} | {score} |"
+
+
+def table(entries, place_of):
+    """Counts and score, for each place and for all of them."""
+    counts = collections.defaultdict(collections.Counter)
+    for item in entries:
+        counts[place_of(item)][item["verdict"]] += 1
+    everything = sum(counts.values(), collections.Counter())
+    lines = ["| where | mutants | caught | equivalent | survived | score |", "|---|--:|--:|--:|--:|--:|"]
+    return "\n".join([*lines, *(row(name, count) for name, count in counts.items()), row("**all**", everything)])
+
+
+def positive(text):
+    """The type of an option that is a count."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be an int of at least 1, got {text!r}")
+    return int(text)
+
+
+def progress():
+    """A progress bar that needs no thread: processes are forked beside it."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[survived]} survived"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, auto_refresh=False)
