@@ -71,8 +71,12 @@ else
 fi
 [[ -n $device ]] || { echo 'gpu_campaign.sh: nvidia-smi names no GPU' >&2; exit 2; }
 commit=${COMMIT:-$(git describe --always --dirty=+ --exclude='*' 2> /dev/null || echo unknown)}
+again='the same command goes on there'
 folder=$(compgen -G "$out/$device-[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]-$commit" | tail -n 1)  # of an earlier run
-[[ $commit == *+ || $commit == unknown ]] && folder="$out/$device-$(date -u +%Y-%m-%d-%H%M%S)-$commit"  # which has none
+if [[ $commit == *+ || $commit == unknown ]]; then  # it may be another one each time
+    folder="$out/$device-$(date -u +%Y-%m-%d-%H%M%S)-$commit"
+    again='another run begins anew, since COMMIT names no commit'
+fi
 folder=${folder:-$out/$device-$(date -u +%Y-%m-%d)-$commit}
 mkdir -p "$folder" || exit 2
 peers=$("$python" -c 'import importlib.util as u; print("torch" if u.find_spec("torch") else "")')
@@ -100,8 +104,9 @@ matrix() { pytest --full ${SMALL:+tests/test_golden.py}; }
 golden() { run tests/golden/make_golden.py "$folder"; }
 
 sanitizer() {
-    local checked=()
-    command -v compute-sanitizer > /dev/null && checked=(compute-sanitizer --tool "$1" --error-exitcode 9)
+    local checked=(compute-sanitizer --tool "$1" --error-exitcode 9)
+    [[ -n ${SMALL:-} ]] && checked=()  # the emulator has checks of its own
+    [[ ${#checked[@]} == 0 ]] || command -v compute-sanitizer || { echo 'compute-sanitizer is not installed'; return 1; }
     "${heeding[@]}" "${checked[@]}" "$python" ${SMALL:+-m tests.cupy_on_cpu.small} bench/short_matrix.py \
         > "$folder/$1.txt" 2>&1
     local status=$?
@@ -136,7 +141,7 @@ tiles() { run bench/tune_tiles.py --json "$folder/tiles.json"; }
 
 summary() { "$python" bench/report.py --campaign "$folder"; }
 
-is_done() { grep -q "^=== $1: status 0 " "$folder/log.txt"; }
+is_done() { [[ $(grep "^=== $1: status " "$folder/log.txt" | tail -n 1) == *': status 0 '* ]]; }
 
 # A stage in its time, and a word on how it ended. What it started gets an interrupt first, to write down what it has.
 job='' watch=''
@@ -175,6 +180,6 @@ touch "$folder/log.txt"
 left=()
 for name in "${stages[@]}"; do is_done "$name" || left+=("$name"); done
 if [[ ${#left[@]} -gt 0 ]]; then
-    echo "=== not reached, or with errors: ${left[*]}; the same command goes on there"
+    echo "=== not reached, or with errors: ${left[*]}; $again"
     exit 1
 fi

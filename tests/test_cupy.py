@@ -23,7 +23,9 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture
 def cupy():
-    return pytest.importorskip("cupy")
+    import cupy
+
+    return cupy
 
 
 def emulated(name):
@@ -116,7 +118,6 @@ def test_products_take_tf32_where_the_device_has_it(capability, precision, dtype
     assert cupy._core.get_compute_type("f") == before
 
 
-SOME = slice(None, None, 2)
 OPERANDS = {  # of products: their shapes, and what is taken of them
     "dense": ((3, 4, 5), (3, 5, 6), (3, 4, 6)),
     "one for all": ((4, 5), (3, 5, 6), (3, 4, 6)),
@@ -247,6 +248,43 @@ def test_memory_of_the_host_is_no_argument(cupy):
     with pytest.raises(cupy.cuda.driver.CUDADriverError, match="twice: argument 0 is no pointer to device memory"):
         kernel((1,), (32,), (np.uint64(host.ctypes.data),))
     assert (host == 1).all()
+
+
+def test_arrays_of_the_host_are_operands_of_nothing(cupy):
+    """Neither of CuPy's kernels, which get arrays as structs, nor of cuBLAS."""
+    emulated("libcuda.so.1")
+    host = np.ones((4, 4), np.float32)
+    memory = cupy.cuda.UnownedMemory(host.ctypes.data, host.nbytes, host, 0)
+    x = cupy.ndarray((4, 4), "f", cupy.cuda.MemoryPointer(memory, 0))
+    with pytest.raises(cupy.cuda.driver.CUDADriverError, match="argument 0 is no pointer to device memory"):
+        x + 1
+    with pytest.raises(cupy.cuda.cublas.CUBLASError, match="EXECUTION_FAILED"):
+        x @ x
+
+
+def test_an_event_is_no_later_work_of_its_stream(cupy):
+    """Whoever records an event too early reads old data: what was queued after it has not been done."""
+    emulated("libcudart.so.12")
+    x, stream, event = cupy.zeros(4, "f"), cupy.cuda.Stream(non_blocking=True), cupy.cuda.Event()
+    with stream:
+        x.fill(1)
+        event.record(stream)
+        x.fill(2)
+    event.synchronize()
+    memory = np.ctypeslib.as_array(ctypes.cast(x.data.ptr, ctypes.POINTER(ctypes.c_float)), (4,))  # as it is now
+    assert (memory == 1).all()
+    stream.synchronize()
+    assert (memory == 2).all()
+
+
+def test_writes_beyond_an_allocation_are_found(cupy):
+    """Also within the 256 bytes that allocations are aligned to."""
+    emulated("libcuda.so.1")
+    kernel = cupy.RawKernel('extern "C" __global__ void set(float* x) { x[threadIdx.x] = 1; }', "set")
+    x = cupy.ndarray(100, "f", cupy.cuda.MemoryPointer(cupy.cuda.Memory(400), 0))
+    kernel((1,), (100,), (x,))
+    with pytest.raises(cupy.cuda.driver.CUDADriverError, match="set: argument 0: written beyond its end"):
+        kernel((1,), (101,), (x,))
 
 
 @pytest.mark.called_once("one call is counted")

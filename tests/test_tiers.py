@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pytest import TestReport
+
 import gpuconv
-from tests import test_matrix, tiers
+from tests import parts, test_matrix, tiers
 from tests.cases import CASES, DIRECTIONS, DTYPES, LAYOUTS, is_on, is_taken
 
 
@@ -71,3 +73,12 @@ def test_a_run_goes_on_where_another_ended(tmp_path):
         assert run.returncode == status, run.stdout
         assert said in run.stdout
         assert len(passed.read_text().splitlines()) == 2
+
+
+def test_a_test_that_breaks_the_device_has_not_passed(tmp_path):
+    """Its call passes, and what looks at the device after it fails."""
+    noted = parts._Done(tmp_path / "passed", [])
+    for name, teardown in (("right", "passed"), ("breaking", "failed")):
+        for when, outcome in (("setup", "passed"), ("call", "passed"), ("teardown", teardown)):
+            noted.pytest_runtest_logreport(TestReport(name, ("", 0, ""), {}, outcome, None, when))
+    assert (tmp_path / "passed").read_text() == "right\n"

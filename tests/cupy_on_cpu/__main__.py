@@ -27,7 +27,7 @@ def environment(folder, mode):
         **os.environ,
         build.FOLDER: str(folder),
         "PYTHONPATH": os.pathsep.join([str(folder / "site"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "LD_LIBRARY_PATH": str(folder / "lib"),
+        "LD_LIBRARY_PATH": os.pathsep.join([str(folder / "lib"), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "GPUCONV_KERNELS_ON_CPU": mode,
         "GPUCONV_CACHE_DIR": str(caches / "gpuconv"),
@@ -55,7 +55,10 @@ def main():
         return
     variables = environment(folder, "checked" if given.checked else "fast")
     with tempfile.TemporaryDirectory() as kernels:
-        sys.exit(subprocess.call(given.command, env={**variables, loaded.FOLDER: kernels}))
+        try:
+            sys.exit(subprocess.call(given.command, env={**variables, loaded.FOLDER: kernels}))
+        except FileNotFoundError:
+            sys.exit(f"there is no command {given.command[0]}")
 
 
 if __name__ == "__main__":

@@ -48,8 +48,17 @@ SONAMES = {
 }
 
 
+# CuPy's sources are compiled for the CPU by a compiler that they were not written for.
+OF_CUPY = ("-std=gnu++17", "-w", "-fpermissive", "-mf16c", "-O1", "-g0")
+
+
 class BuildError(RuntimeError):
     """Why there is no build, in one line."""
+
+
+def cupy_flags():
+    """How g++ compiles CuPy's sources."""
+    return (*loader.KERNEL, *OF_CUPY, *loader.machine_flags())
 
 
 def folder():
@@ -69,7 +78,8 @@ def place(version):
     """The folder of a build: its name depends on CuPy's version, Python, the compiler and our sources."""
     sources = [path for path in HERE.rglob("*") if path.suffix in (".cpp", ".hpp", ".h", ".pyx")]
     sources += [HERE / "build.py", *(loader.FOLDER / name for name in ("parameter.hpp", "launch.hpp", "cuda.hpp"))]
-    key = _key(version, sys.version, loader.compiler(), *loader.machine_flags(), *_texts(sources))
+    flags = cupy_flags()  # of the precompiled header, which g++ silently passes over under other ones
+    key = _key(version, sys.version, loader.compiler(), *flags, *_texts(sources))
     return settings.cache_folder() / "cupy_on_cpu" / f"{version}-{key}"
 
 
@@ -142,6 +152,7 @@ def _make(version, work, result):
         _run("g++", "-shared", objects[stem], cudart, "-Wl,-rpath,$ORIGIN", "-o", result / "lib" / f"{stem}.so")
     (result / "site" / "sitecustomize.py").write_text(AT_THE_START)
     ours = [path for name in ("lib", "headers") for path in sorted((result / name).iterdir())]
+    ours.append(result / "site" / "sitecustomize.py")
     digests = {str(path.relative_to(result)): _digest(path) for path in ours}
     (result / "digests.json").write_text(json.dumps(digests))
 
@@ -253,19 +264,19 @@ def _link(soname, made_object, needed, work, folder):
 
 def _headers(result):
     """cupy.hpp, which is in front of every source of CuPy's, beside what g++ makes of it beforehand."""
-    from tests.cupy_on_cpu import compiler
-
     headers = result / "headers"
     shutil.copytree(HERE / "kernel_headers", headers)
     for name in ("parameter.hpp", "cuda.hpp"):
         shutil.copy(loader.FOLDER / name, headers)
-    _run("g++", *compiler.cupy_flags(), "-x", "c++-header", headers / "cupy.hpp", "-o", headers / "cupy.hpp.gch")
+    _run("g++", *cupy_flags(), "-x", "c++-header", headers / "cupy.hpp", "-o", headers / "cupy.hpp.gch")
 
 
 def _run(*command, **how):
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **how)
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
+        if any("Failed to establish a new connection" in line or "connection broken by" in line for line in said):
+            raise BuildError("building CuPy for the CPU needs the package index, which cannot be reached")
         errors = [line for line in said if "rror" in line] or said
         name = Path(str(command[0])).name
         raise BuildError(f"building CuPy for the CPU failed: {name} says {errors[-1].strip()}")

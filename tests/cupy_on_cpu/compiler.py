@@ -10,8 +10,6 @@ from tests.cupy_on_cpu import build
 from tests.emulation import launcher, loader
 
 SUCCESS, INVALID_OPTION, COMPILATION = 0, 5, 6
-# CuPy's sources are compiled for the CPU by a compiler that they were not written for.
-OF_CUPY = ("-std=gnu++17", "-w", "-fpermissive", "-mf16c", "-O1", "-g0")
 # The constructs of CUDA that no header can give a meaning to.
 DYNAMIC_SHARED = re.compile(r"extern\s+__shared__\s+([\w:<>\s]+?)\s*\b(\w+)\s*\[\s*\]\s*;")
 PRIMITIVES = re.compile(r'#line 1 "primitives\.cuh"\n.*?(?=#line 1 ")', re.DOTALL)
@@ -127,10 +125,5 @@ def _built(text, flags, headers):
             f"-I{build.folder() / 'headers'}",
             f"-I{folder}",
         )
-        loader.run("g++", *cupy_flags(), *flags, *include, "-shared", Path(folder) / "kernels.cpp", "-o", library)
+        loader.run("g++", *build.cupy_flags(), *flags, *include, "-shared", Path(folder) / "kernels.cpp", "-o", library)
         return library.read_bytes()
-
-
-def cupy_flags():
-    """How g++ compiles CuPy's sources."""
-    return (*loader.KERNEL, *OF_CUPY, *loader.machine_flags())

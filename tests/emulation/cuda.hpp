@@ -198,13 +198,12 @@ template <class... A> EMULATED_INLINE void call(void (*kernel)(A...), void** arg
 }
 template <class T> constexpr unsigned element_bytes = std::is_floating_point_v<T> ? sizeof(T) : 0;
 
-template <class A> constexpr Parameter parameter() {
-    using To = std::remove_pointer_t<A>;
-    constexpr bool is_pointer = std::is_pointer_v<A>;
-    return {sizeof(A), is_pointer, is_pointer && std::is_const_v<To>, element_bytes<std::remove_cv_t<To>>};
-}
+template <class A> struct ParameterOf { static constexpr Parameter value = {sizeof(A), false, false, 0}; };
+template <class T> struct ParameterOf<T*> {
+    static constexpr Parameter value = {sizeof(T*), true, std::is_const_v<T>, element_bytes<std::remove_cv_t<T>>};
+};
 template <class... A> struct Parameters {
-    static constexpr Parameter value[] = {parameter<A>()..., {}};
+    static constexpr Parameter value[] = {ParameterOf<A>::value..., {}};
 };
 template <class... A> EMULATED_INLINE const Parameter* parameters(void (*)(A...)) { return Parameters<A...>::value; }
 }  // namespace emulated

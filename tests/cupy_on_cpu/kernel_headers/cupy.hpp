@@ -121,6 +121,14 @@ EMULATED_INLINE double __dadd_rn(double x, double y) { return x + y; }
 
 // ---------------------------------------------------------------------------------------------- entry points
 
+// CuPy's arrays are structs that begin with the pointer to their data.
+template <class T, int NDIM, bool CONTIGUOUS, bool NARROW> class CArray;
+namespace emulated {
+template <class T, int NDIM, bool CONTIGUOUS, bool NARROW> struct ParameterOf<CArray<T, NDIM, CONTIGUOUS, NARROW>> {
+    static constexpr Parameter value = {sizeof(CArray<T, NDIM, CONTIGUOUS, NARROW>), true, false, 0};
+};
+}  // namespace emulated
+
 // A kernel that a name expression stands for, as expression_N.
 #define EXPRESSION_ENTRY(number)                                                                            \
     extern "C" __attribute__((visibility("default"))) EMULATED_UNCHECKED                                    \

@@ -25,6 +25,9 @@ Region* region_of(const void* address);
 // The device that an address of device memory belongs to.
 int device_of(const void* address);
 
+// Whether the bytes between the end of an allocation and the page behind it are as they were.
+bool is_intact(const Region& region);
+
 // Whether a stream belongs to the device of this thread.
 bool is_here(cudaStream_t stream);
 

@@ -12,6 +12,8 @@ using device::enqueue;
 
 struct Bfloat16 {
     unsigned short bits;
+    Bfloat16() = default;
+    explicit Bfloat16(float value) { *this = value; }
     operator float() const {
         const unsigned wide = unsigned(bits) << 16;
         float value;
@@ -61,20 +63,9 @@ template <class T, class Sum> void multiply(Shape shape, Sum alpha, Matrix a, Ma
         }
     }
 }
-template <> void multiply<Bfloat16, float>(Shape shape, float alpha, Matrix a, Matrix b, float beta, void* result, long step) {
-    auto* const c = static_cast<Bfloat16*>(result);
-    for (long j = 0; j < shape.columns; ++j)
-        for (long i = 0; i < shape.rows; ++i) {
-            float sum = 0;
-            for (long k = 0; k < shape.terms; ++k)
-                sum += element<Bfloat16, float>(a, shape.a_operation, i, k) * element<Bfloat16, float>(b, shape.b_operation, k, j);
-            c[i + j * step] = beta == 0 ? alpha * sum : alpha * sum + beta * float(c[i + j * step]);
-        }
-}
-
 // cudaDataType
 enum Type { FLOAT = 0, DOUBLE = 1, HALF = 2, COMPLEX = 4, DOUBLE_COMPLEX = 5, BFLOAT16 = 14 };
-constexpr int SUCCESS = 0, INVALID_VALUE = 7, NOT_SUPPORTED = 15;
+constexpr int SUCCESS = 0, INVALID_VALUE = 7, EXECUTION_FAILED = 13, NOT_SUPPORTED = 15;
 
 struct Handle {
     cudaStream_t stream;
@@ -98,6 +89,9 @@ int product(Handle* handle, int type, Shape shape, const void* alpha, Matrix a, 
         !has_room(shape.b_operation, shape.terms, shape.columns, b.step) || !has_room(NONE, shape.rows, shape.columns, step))
         return INVALID_VALUE;
     std::lock_guard<std::recursive_mutex> guard(device::lock());
+    const bool is_empty = shape.rows == 0 || shape.columns == 0 || shape.terms == 0;
+    for (const void* data : {a.data, b.data, static_cast<const void*>(c)})
+        if (!is_empty && !device::region_of(data)) return EXECUTION_FAILED;  // memory of the host
     switch (type) {
         case FLOAT: return later<float, float>(handle, shape, alpha, a, b, beta, c, step);
         case DOUBLE: return later<double, double>(handle, shape, alpha, a, b, beta, c, step);
@@ -111,16 +105,15 @@ int product(Handle* handle, int type, Shape shape, const void* alpha, Matrix a, 
 }
 
 // cublasComputeType_t
-enum Sums { SUMS_16 = 64, SUMS_32 = 68, PEDANTIC_32, SUMS_64, PEDANTIC_64, FAST_16F = 74, FAST_16BF, FAST_TF32 = 77 };
+enum Sums { SUMS_32 = 68, PEDANTIC_32, SUMS_64, PEDANTIC_64, FAST_16F = 74, FAST_16BF, FAST_TF32 = 77 };
 bool is_double(int type) { return type == DOUBLE || type == DOUBLE_COMPLEX; }
 int plain_sums(int type) { return is_double(type) ? SUMS_64 : SUMS_32; }
 
-// Whether the documentation lists these sums for matrices of this type.
+// Whether the documentation lists these sums for matrices of this type; those of float16 in itself are not emulated.
 bool sums_in(int compute, int type) {
     if (is_double(type)) return compute == SUMS_64 || compute == PEDANTIC_64;
     if (compute == SUMS_32 || compute == PEDANTIC_32) return true;
-    if (type == HALF || type == BFLOAT16) return type == HALF && compute == SUMS_16;
-    return compute == FAST_16F || compute == FAST_16BF || compute == FAST_TF32;
+    return type != HALF && type != BFLOAT16 && (compute == FAST_16F || compute == FAST_16BF || compute == FAST_TF32);
 }
 
 long width(int type) { return type == HALF || type == BFLOAT16 ? 2 : type == FLOAT ? 4 : type == DOUBLE_COMPLEX ? 16 : 8; }

@@ -20,7 +20,7 @@ struct Function {
     char name[256];
     size_t granted = 0;  // dynamic shared memory that was asked for
 };
-constexpr size_t UNASKED = 48 << 10;  // shared memory in all that every kernel may have
+constexpr size_t UNASKED = 48 << 10, MOST_SHARED = 227 << 10;  // shared memory that every kernel may have, or ask for
 
 // The functions of Python, and those of the emulator that Python has loaded.
 struct Hooks {
@@ -103,7 +103,10 @@ API CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfu
     return CUDA_SUCCESS;
 }
 API CUresult cuFuncSetAttribute(CUfunction handle, CUfunction_attribute attribute, int value) {
-    if (attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) reinterpret_cast<Function*>(handle)->granted = value;
+    if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) return CUDA_SUCCESS;
+    auto& function = *reinterpret_cast<Function*>(handle);
+    if (value < 0 || value + function.static_memory > MOST_SHARED) return CUDA_ERROR_INVALID_VALUE;
+    function.granted = value;
     return CUDA_SUCCESS;
 }
 API CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* count, CUfunction, int block, size_t) {
@@ -173,6 +176,8 @@ static cudaError_t run(const Function& function, const Arguments& arguments, int
     std::vector<void*> pointers = arguments.pointers;
     const int count = hooks.run(function.library, function.entry, grid, block, shared_memory, pointers.data(), regions.data(),
                                 int(regions.size()), &how);
+    for (const Region* region : regions)
+        if (!is_intact(*region)) return failed_launch(std::string(function.name) + ": " + region->name + ": written beyond its end");
     if (count == 0) return cudaSuccess;
     std::string text;
     for (int i = 0; i < count; ++i) text += std::string(i ? "\n" : "") + hooks.report(i);

@@ -153,8 +153,6 @@ API cudaError_t cudaDeviceGetPCIBusId(char* text, int length, int device) {
 }
 API cudaError_t cudaDeviceGetByPCIBusId(int* device, const char* text) { *device = text[6] - '0'; return cudaSuccess; }
 API cudaError_t cudaDeviceCanAccessPeer(int* value, int, int) { *value = 0; return cudaSuccess; }
-API cudaError_t cudaDeviceGetLimit(size_t* value, cudaLimit) { *value = 1024; return cudaSuccess; }
-API cudaError_t cudaDeviceSetLimit(cudaLimit, size_t) { return cudaSuccess; }
 API cudaError_t cudaProfilerStart() { return cudaSuccess; }
 API cudaError_t cudaProfilerStop() { return cudaSuccess; }
 
@@ -186,6 +184,12 @@ Region* region_of(const void* address) {
 }
 
 int device_of(const void* address) { return allocation_of(address)->device; }
+
+bool is_intact(const Region& region) {
+    const Allocation& found = allocations.at(region.low);
+    const char* const page = found.mapping + found.mapped - PAGE;
+    return std::all_of(reinterpret_cast<const char*>(region.high), page, [](char byte) { return byte == char(UNSET); });
+}
 
 static bool is_on_device(const void* address, size_t bytes) {
     const Region* const region = region_of(address);
@@ -257,11 +261,13 @@ struct Stream {
     bool is_blocking;  // waits for the default stream, and the default stream for it
     std::deque<Work> waiting;
     std::unique_ptr<Graph> capture;
+    size_t done = 0;  // works so far
 };
 static std::set<Stream*> streams;
 
 struct Event {
-    Stream* stream;  // what was recorded there has happened once the stream has done its work
+    Stream* stream;
+    size_t works;  // of the stream, that have to be done first
     double milliseconds;
 };
 static std::set<Event*> events;
@@ -277,12 +283,14 @@ static double now() {
     return double(time.tv_sec) * 1e3 + double(time.tv_nsec) * 1e-6;
 }
 
-static cudaError_t finish(Stream& stream) {
+// Does the works of a stream, or as many as its first ones.
+static cudaError_t finish(Stream& stream, size_t works = SIZE_MAX) {
     if (stream.capture) return failed(cudaErrorStreamCaptureUnsupported);
     cudaError_t first = cudaSuccess;
-    while (!stream.waiting.empty()) {
+    while (!stream.waiting.empty() && stream.done < works) {
         const Work work = std::move(stream.waiting.front());
         stream.waiting.pop_front();
+        ++stream.done;
         const cudaError_t error = work();
         if (first == cudaSuccess) first = error;
     }
@@ -326,7 +334,7 @@ static cudaError_t wait_for(cudaStream_t handle) {
 
 static cudaError_t new_stream(cudaStream_t* handle, bool is_blocking) {
     Locked guard(lock());
-    auto* const stream = new Stream{current, is_blocking, {}, nullptr};
+    auto* const stream = new Stream{current, is_blocking, {}, nullptr, 0};
     streams.insert(stream);
     *handle = reinterpret_cast<cudaStream_t>(stream);
     return cudaSuccess;
@@ -420,7 +428,7 @@ API cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t 
 
 API cudaError_t cudaEventCreateWithFlags(cudaEvent_t* handle, unsigned) {
     Locked guard(lock());
-    auto* const event = new Event{nullptr, now()};
+    auto* const event = new Event{nullptr, 0, now()};
     events.insert(event);
     *handle = reinterpret_cast<cudaEvent_t>(event);
     return cudaSuccess;
@@ -429,7 +437,7 @@ API cudaError_t cudaEventCreate(cudaEvent_t* handle) { return cudaEventCreateWit
 API cudaError_t cudaEventDestroy(cudaEvent_t handle) {
     Locked guard(lock());
     auto* const event = reinterpret_cast<Event*>(handle);
-    const cudaError_t error = event->stream ? finish(*event->stream) : cudaSuccess;
+    const cudaError_t error = event->stream ? finish(*event->stream, event->works) : cudaSuccess;
     events.erase(event);
     delete event;
     return error;
@@ -438,26 +446,29 @@ API cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream) {
     Locked guard(lock());
     auto* const event = reinterpret_cast<Event*>(handle);
     event->stream = object(stream);
+    event->works = event->stream ? event->stream->done + event->stream->waiting.size() + 1 : 0;
     return enqueue(stream, [=] { event->milliseconds = now(); return cudaSuccess; });
 }
 API cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
     Locked guard(lock());
     const auto* const event = reinterpret_cast<Event*>(handle);
-    return event->stream ? finish(*event->stream) : finish_all(false);
+    return event->stream ? finish(*event->stream, event->works) : finish_all(false);
 }
 API cudaError_t cudaEventQuery(cudaEvent_t handle) { return cudaEventSynchronize(handle); }
 API cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t first, cudaEvent_t last) {
     Locked guard(lock());
     const auto &from = *reinterpret_cast<Event*>(first), &to = *reinterpret_cast<Event*>(last);
-    if ((from.stream && !from.stream->waiting.empty()) || (to.stream && !to.stream->waiting.empty()))
-        return failed(cudaErrorNotReady);
+    for (const Event* event : {&from, &to})
+        if (event->stream && event->stream->done < event->works) return failed(cudaErrorNotReady);
     *milliseconds = float(to.milliseconds - from.milliseconds);
     return cudaSuccess;
 }
-API cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t handle, unsigned) {
+API cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t handle, unsigned) {
     Locked guard(lock());
     const auto* const event = reinterpret_cast<Event*>(handle);
-    return event->stream && !event->stream->capture ? finish(*event->stream) : cudaSuccess;
+    if (!event->stream) return cudaSuccess;
+    if (!event->stream->capture) return finish(*event->stream, event->works);
+    return event->stream == object(stream) ? cudaSuccess : failed(cudaErrorNotSupported);  // a graph of two streams
 }
 
 // ---------------------------------------------------------------------------------------------- giving memory back
