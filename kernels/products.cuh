@@ -188,25 +188,44 @@ template <> struct Fragments<float> {  // rounded to TF32
 
     template <bool ALONG_DEPTH, bool LEFT, int COUNT, class Matrix> using Reader = FloatReader<ALONG_DEPTH, LEFT, COUNT, Matrix>;
 
-    // A float is the sum of two TF32 numbers, and of what is left of it, which is too small to matter.
-    template <int COUNT>
-    DEVICE static void split(unsigned (&large)[COUNT], unsigned (&small)[COUNT], const unsigned (&bits)[COUNT]) {
+    template <int COUNT> struct Rounded {
+        unsigned bits[COUNT];
+
+        DEVICE explicit Rounded(const unsigned (&from)[COUNT]) {
 #pragma unroll
-        for (int e = 0; e < COUNT; ++e) {
-            const float v = __uint_as_float(bits[e]);
-            large[e] = to_tf32(v);
-            small[e] = TENSOR_PRODUCTS == 3 ? to_tf32(v - __uint_as_float(large[e])) : 0;
+            for (int e = 0; e < COUNT; ++e) bits[e] = to_tf32(__uint_as_float(from[e]));
         }
-    }
+    };
+
+    // A float as the sum of two TF32 numbers, but for a rest that is too small to matter. `finite` is `large`, or 0 for
+    // NaN and Inf: their products with the small parts of others, most of which are 0, would be NaN.
+    template <int COUNT> struct Parts {
+        unsigned large[COUNT], finite[COUNT], small[COUNT];
+
+        DEVICE explicit Parts(const unsigned (&bits)[COUNT]) {
+#pragma unroll
+            for (int e = 0; e < COUNT; ++e) {
+                const float v = __uint_as_float(bits[e]);
+                large[e] = v == v ? to_tf32(v) : NOT_A_NUMBER;  // a NaN may have none of the bits that TF32 has
+                if (is_special(large[e]) && !is_special(bits[e])) large[e] = bits[e] & TF32_BITS;  // not rounded to Inf
+                finite[e] = is_special(large[e]) ? 0 : large[e];
+                small[e] = is_special(large[e]) ? 0 : to_tf32(v - __uint_as_float(large[e]));
+            }
+        }
+    };
+    static constexpr unsigned EXPONENT_BITS = 0x7f800000, TF32_BITS = 0xffffe000, NOT_A_NUMBER = 0x7fffffff;
+    DEVICE static bool is_special(unsigned bits) { return (bits & EXPONENT_BITS) == EXPONENT_BITS; }
+
     DEVICE static void multiply(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-        unsigned large_a[4], small_a[4], large_b[2], small_b[2];
-        split(large_a, small_a, a);
-        split(large_b, small_b, b);
         if constexpr (TENSOR_PRODUCTS == 3) {
-            multiply_16x8x8_tf32(d, small_a, large_b);
-            multiply_16x8x8_tf32(d, large_a, small_b);
+            const Parts<4> left(a);
+            const Parts<2> right(b);
+            multiply_16x8x8_tf32(d, left.small, right.finite);
+            multiply_16x8x8_tf32(d, left.finite, right.small);
+            multiply_16x8x8_tf32(d, left.large, right.large);
+        } else {
+            multiply_16x8x8_tf32(d, Rounded<4>(a).bits, Rounded<2>(b).bits);
         }
-        multiply_16x8x8_tf32(d, large_a, large_b);
     }
 };
 
@@ -223,8 +242,10 @@ template <class T> struct TensorProducts {
     const LeftReader left_reader = LeftReader(warp_row());
     const RightReader right_reader = RightReader(warp_column());
 
-    // The fragments of the next steps are read while the products of these are formed.
+    // The fragments of the next steps are read while the products of these are formed. Copying may have left lanes apart,
+    // and ldmatrix and mma ask for all of a warp.
     DEVICE void add(const LeftTile& left, const RightTile& right) {
+        __syncwarp();
         unsigned a[2][ROWS][4], b[2][COLUMNS / 2][4];
         read(a[0], b[0], left, right, 0);
 #pragma unroll
@@ -290,6 +311,7 @@ template <class T> struct DoubleProducts {
         DoubleReader<RIGHT_ALONG_DEPTH, RightTile>(warp_column());
 
     DEVICE void add(const LeftTile& left, const RightTile& right) {
+        __syncwarp();  // before mma, as above
 #pragma unroll
         for (int k = 0; k < DEPTH; k += STEPS) {
             T a[ROWS], b[COLUMNS];

@@ -14,6 +14,7 @@ CHUNKS = (
 )
 SLAB_ROOM = "the room between the lines of a slab decides about bank conflicts only"
 TERM_TURNS_UNUSED = "TERM_TURNS is used only where TERMS is more than 0"
+SETTLED = "a sum of at most TERMS products is added to the total: how many fewer, or at which turn, is left open"
 BEYOND_TILE = "rows, columns and steps beyond a whole tile are not looked at, whatever their number"
 EQUAL = "where the two are equal, either is the smaller one"
 NO_TAP = "where no tap reaches the residue, none of its numbers is used"
@@ -203,19 +204,9 @@ EQUIVALENT = {
     ): CHUNKS,
     (
         "products.cuh",
-        "constexpr int RIGHT_TURN = SINGLE && (!RIGHT_ALONG_DEPTH || sizeof(Element) == 8) ? 2 : 1;",
-        "constexpr int RIGHT_TURN = SINGLE || (!RIGHT_ALONG_DEPTH || sizeof(Element) == 8) ? 2 : 1;",
-    ): CHUNKS,
-    (
-        "products.cuh",
         "static constexpr int STEPS = LEFT_ALONG_DEPTH || RIGHT_ALONG_DEPTH ? CHUNK : 1;",
         "static constexpr int STEPS = LEFT_ALONG_DEPTH || RIGHT_ALONG_DEPTH || true ? CHUNK : 1;",
     ): "how many steps are read at once changes neither the products nor their order",
-    (
-        "products.cuh",
-        "small[e] = TENSOR_PRODUCTS == 3 ? to_tf32(v - __uint_as_float(large[e])) : 0;",
-        "small[e] = TENSOR_PRODUCTS == 3 || true ? to_tf32(v - __uint_as_float(large[e])) : 0;",
-    ): "what is left of a number is used only by three products",
     (
         "products.cuh",
         "for (int i = 0; i < (RESULT_ALONG_ROWS ? ROWS : 1); ++i)",
@@ -238,6 +229,41 @@ EQUIVALENT = {
         "constexpr int SLAB_PITCH = SLAB_LENGTH + (RESULT_ALONG_ROWS && false ? 4 : 8);",
     ): SLAB_ROOM,
     # ----------------------------------------------------------------------------------------- implicit_gemm.cu
+    (
+        "implicit_gemm.cu",
+        "constexpr int TERM_TURNS = TERMS > 0 ? TERMS / DEPTH : 1;",
+        "constexpr int TERM_TURNS = TERMS > 0 && false ? TERMS / DEPTH : 1;",
+    ): SETTLED,
+    (
+        "implicit_gemm.cu",
+        "if (TERMS > 0 && (turn + 1) % TERM_TURNS == 0) products.settle();",
+        "if (TERMS >= 0 && (turn + 1) % TERM_TURNS == 0) products.settle();",
+    ): SETTLED,
+    (
+        "implicit_gemm.cu",
+        "if (TERMS > 0 && (turn + 1) % TERM_TURNS == 0) products.settle();",
+        "products.settle();",
+    ): SETTLED,
+    (
+        "implicit_gemm.cu",
+        "if (TERMS > 0 && (turn + 1) % TERM_TURNS == 0) products.settle();",
+        "if (TERMS > 0 || (turn + 1) % TERM_TURNS == 0) products.settle();",
+    ): SETTLED,
+    (
+        "implicit_gemm.cu",
+        "if (TERMS > 0 && (turn + 1) % TERM_TURNS == 0) products.settle();",
+        "if (TERMS > 0 && (turn + 1) % TERM_TURNS != 0) products.settle();",
+    ): SETTLED,
+    (
+        "implicit_gemm.cu",
+        "if (TERMS > 0 && (turn + 1) % TERM_TURNS == 0) products.settle();",
+        "if (TERMS > 0 && (turn) % TERM_TURNS == 0) products.settle();",
+    ): SETTLED,
+    (
+        "implicit_gemm.cu",
+        "if (TERMS > 0 && (turn + 1) % TERM_TURNS == 0) products.settle();",
+        "if (TERMS > 0 && (turn - 1) % TERM_TURNS == 0) products.settle();",
+    ): SETTLED,
     (
         "implicit_gemm.cu",
         "constexpr int TERM_TURNS = TERMS > 0 ? TERMS / DEPTH : 1;",

@@ -5,7 +5,6 @@ import re
 from typing import NamedTuple
 
 from gpuconv.cuda import kernels_folder
-from gpuconv.cuda.kernel import files_of
 from tests.emulation import loader
 
 # The files, and the kernels by which their mutants are tried: what common.cuh has is all used by direct and scatter.
@@ -104,7 +103,7 @@ class Mutant(NamedTuple):
     before: str  # the line, without indentation
     after: str
     text: str  # of the whole file
-    identity: str  # a hash of all that is compiled: with other sources it is another mutant
+    identity: str  # a hash of the edited file: where that has changed it is another mutant
 
 
 def read(file):
@@ -120,16 +119,12 @@ def mutants():
     """All mutants, in the order of the sources."""
     found = {}
     for file in FILES:
-        text = read(file)
-        lines = text.splitlines(keepends=True)
-        others = dict.fromkeys(other for stem in TRIED_BY[file] for other in files_of(stem) if other != file)
-        compiled_with = [read(other) for other in others]
+        lines = read(file).splitlines(keepends=True)
         for number, (line, kernel) in enumerate(zip(lines, _kernels_by_line(lines), strict=True)):
             for rule, after in _edits(line):
-                mutated = "".join((*lines[:number], after, *lines[number + 1 :]))
-                identity = hashlib.sha256("\0".join((mutated, *compiled_with)).encode()).hexdigest()[:16]
-                change = rule, line.strip(), after.strip()
-                mutant = Mutant(file, number + 1, kernel or file, *change, mutated, identity)
+                text = "".join((*lines[:number], after, *lines[number + 1 :]))
+                identity = hashlib.sha256(f"{file}\0{text}".encode()).hexdigest()[:16]
+                mutant = Mutant(file, number + 1, kernel or file, rule, line.strip(), after.strip(), text, identity)
                 found.setdefault(identity, mutant)  # two rules may do the same
     return list(found.values())
 

@@ -4,7 +4,7 @@ Edits the CUDA sources by rule, at every place where a rule fits, one place at a
 each edited text until one fails: on the CPU, fast mode first, then with every access checked. The score is the share of
 caught mutants among all but those that are equivalent (EQUIVALENT says why, for each). mutations.json holds the
 verdicts with hashes of the sources; a run that is interrupted goes on where it stopped, and after a change of the
-kernels or the tests only what the change may have touched runs again.
+kernels or the tests the mutants of the files that changed run again, and those whose test is gone.
 
     python -m tests.mutate_kernels                      all of them, on all cores
     python -m tests.mutate_kernels --sample 60 --seed 7 those that 60 seconds allow, drawn at random; changes no file
@@ -79,6 +79,8 @@ def verdict(session, items, hints, mutant, likely):
     first = sorted((item for item in chosen if name_of(item) in rank), key=lambda item: rank[name_of(item)])
     rest = [item for item in chosen if name_of(item) not in rank]
     kind, by = tried(session, [*first, *rest[:MANY]], mutant)
+    if kind == "survived" and reason(mutant):
+        return "equivalent", reason(mutant)
     if kind == "survived" and same_code(mutant):
         return "equivalent", SAME_CODE
     return tried(session, rest[MANY:], mutant) if kind == "survived" else (kind, by)
@@ -136,8 +138,6 @@ def recorded():
 
 
 def entry(mutant, kind, by, seconds):
-    if kind == "survived" and reason(mutant):
-        kind, by = "equivalent", reason(mutant)
     return {
         "id": mutant.identity,
         "file": mutant.file,
@@ -216,7 +216,7 @@ def full(everything, options):
         old = verdicts[mutant.identity]
         old["line"] = mutant.line
         if old["verdict"] == "survived" and reason(mutant):
-            verdicts[mutant.identity] = entry(mutant, "survived", "", old.get("seconds", 0))
+            verdicts[mutant.identity] = entry(mutant, "equivalent", reason(mutant), old["seconds"])
     print(f"{len(everything)} mutants, {len(known)} of them have a verdict")
 
     def work(session):

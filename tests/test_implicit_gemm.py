@@ -275,6 +275,31 @@ def test_equal_terms_stay_within_the_bound(terms, precision, factor, arrays):
     assert_within(result, exact, factor * direct_bound(exact, exact, terms, "float32"))
 
 
+LARGEST = np.finfo(np.float32).max
+SIGNALING = np.uint32(0x7F800001).view(np.float32)  # NaN without a bit that TF32 has
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, SIGNALING, LARGEST, -LARGEST])
+@pytest.mark.parametrize("operand", ["x", "w"])
+def test_three_products_are_infinite_where_one_is(operand, value, arrays):
+    """Numbers that are TF32 already have no small part, and 0 times Inf is NaN."""
+    x, w = np.ones((1, 8, 16), np.float32), np.ones((16, 8, 1), np.float32)
+    (x if operand == "x" else w)[0, 3, 0] = value
+    with np.errstate(invalid="ignore"):
+        expected = reference.forward(x.astype(float), w.astype(float), (1,), ((0, 0),), (1,)).astype(np.float32)
+    given = arrays.asarray(x), arrays.asarray(w)
+    result = arrays.asnumpy(gpuconv.conv(*given, algorithm="implicit_gemm", precision="tf32x3"))
+    np.testing.assert_allclose(result, expected, rtol=1e-6)
+
+
+@combinations(arrays=["checked"], precision=["tf32", "tf32x3"])
+def test_products_in_tf32_do_nothing_forbidden(precision, arrays):
+    x, w = np.ones((1, 8, 16), np.float32), np.ones((16, 8, 1), np.float32)
+    result = gpuconv.conv(x, w, algorithm="implicit_gemm", precision=precision)
+    np.testing.assert_array_equal(result, np.full_like(result, 8))
+
+
 @pytest.mark.parametrize("capability, taken", [(80, 3), (86, 0), (89, 0), (90, 3), (120, 0)])
 def test_three_products_are_taken_where_they_are_faster(capability, taken):
     """Tensor cores of GeForce make fewer than three times the products of its other units."""
@@ -292,6 +317,15 @@ def test_partial_sums_are_counted_with_32_bits(monkeypatch):
     call = call._replace(backend=launcher.EMULATED)
     plan = execute.contiguous_plan(call, "weight_grad")
     assert 0 < plan.space // 4 <= arguments.NARROW
+
+
+def test_a_warp_meets_before_it_multiplies():
+    """Copying may leave its lanes apart, and PTX asks for all of them where an instruction is .aligned."""
+    text = (kernels_folder() / "products.cuh").read_text()
+    for name in ("TensorProducts", "DoubleProducts"):
+        body = text[text.index(f"struct {name} ") :]
+        body = body[body.index("DEVICE void add(") :]
+        assert body[: body.index("multiply")].count("__syncwarp();") == 1
 
 
 @ON_KERNELS
@@ -433,6 +467,8 @@ def test_infinite_weights_meet_no_zeros_beyond_dy(dtype, value, places, arrays):
         problem = Problem((2, 40, 9, 8), (24, 40, 3, 3), dtype, padding=1, stride=stride)
         for place in places:
             problem.w[place] = value
+        if not np.iscomplexobj(problem.dy):
+            problem.dy = abs(problem.dy) + 1  # no product of infinities is NaN, and no sum of them
         problem.dy[1, 3, 1, 1] = np.nan
         with np.errstate(invalid="ignore"):
             expected = problem.exact("data_grad").astype(named_dtype(dtype))

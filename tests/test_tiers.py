@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pytest import TestReport
+import pytest
 
 import gpuconv
 from tests import parts, test_matrix, tiers
@@ -80,5 +80,5 @@ def test_a_test_that_breaks_the_device_has_not_passed(tmp_path):
     noted = parts._Done(tmp_path / "passed", [])
     for name, teardown in (("right", "passed"), ("breaking", "failed")):
         for when, outcome in (("setup", "passed"), ("call", "passed"), ("teardown", teardown)):
-            noted.pytest_runtest_logreport(TestReport(name, ("", 0, ""), {}, outcome, None, when))
+            noted.pytest_runtest_logreport(pytest.TestReport(name, ("", 0, ""), {}, outcome, None, when))
     assert (tmp_path / "passed").read_text() == "right\n"

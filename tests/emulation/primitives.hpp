@@ -49,6 +49,7 @@ EMULATED_INLINE bfloat16 to_bfloat16(float f) {
     const bool up = cut > 0x8000u || (cut == 0x8000u && odd);
     return {static_cast<unsigned short>((u >> 16) + up)};
 }
+// What the instruction makes of a NaN whose bits are all beyond TF32's is not documented; here it becomes Inf.
 EMULATED_INLINE unsigned to_tf32(float f) {
     const unsigned u = __float_as_uint(f);
     return __builtin_isfinite(f) ? (u + 0x1000u) & 0xffffe000u : u & 0xffffe000u;  // to the nearest, ties away from zero
