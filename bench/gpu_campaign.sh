@@ -92,7 +92,8 @@ facts() {
 
 pytest() {
     local status=0
-    run -m pytest -m gpu -n 6 -p no:cacheprovider -q --maxfail=200 --done "$folder/passed.txt" "$@" || status=$?
+    # An existing file after a space would be taken for a test, before tests/conftest.py says what --done is.
+    run -m pytest -m gpu -n 6 -p no:cacheprovider -q --maxfail=200 --done="$folder/passed.txt" "$@" || status=$?
     [[ $status == 5 && -s $folder/passed.txt ]] && status=0  # an earlier run has passed them all
     return $status
 }

@@ -67,7 +67,7 @@ def test_the_matrix_has_all_pairs():
 
 def test_a_run_goes_on_where_another_ended(tmp_path):
     passed, root = tmp_path / "passed.txt", Path(__file__).parents[1]
-    words = "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/test_views.py", "--done", str(passed)
+    words = "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", f"--done={passed}", "tests/test_views.py"
     for said, status in (("2 passed", 0), ("2 deselected", 5)):
         run = subprocess.run([sys.executable, *words], cwd=root, capture_output=True, text=True)
         assert run.returncode == status, run.stdout
