@@ -223,7 +223,8 @@ def full(everything, options):
         items = in_order(session.items)
         names = {name_of(item) for item in items}
         todo = [mutant for mutant in everything if not stands(verdicts.get(mutant.identity), names)]
-        todo.sort(key=lambda mutant: mutant.identity in verdicts)  # a record without gaps first
+        order = (None, "survived", "caught")  # first a record without gaps
+        todo.sort(key=lambda mutant: order.index(verdicts.get(mutant.identity, {}).get("verdict")))
         hints = killers_of(verdicts.values(), names)
         session.check_baseline(items)
         with progress() as bar:

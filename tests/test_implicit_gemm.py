@@ -478,8 +478,29 @@ def test_infinite_weights_meet_no_zeros_beyond_dy(dtype, value, places, arrays):
                 np.testing.assert_array_equal(result[~np.isnan(expected)], expected[~np.isnan(expected)])
 
 
+@pytest.mark.parametrize("arrays", [pytest.param("checked", marks=pytest.mark.checked)], indirect=True)
+def test_weights_are_looked_at_within_their_bounds(arrays):
+    """Where a NaN in dy asks for it; weights that are infinite have the sums formed again."""
+    problem = Problem((1, 8, 5, 5), (8, 8, 3, 3), "float32", padding=1)
+    problem.w[3, 5, 0, 2], problem.dy[0, 3, 1, 1] = np.inf, np.nan
+    with np.errstate(invalid="ignore"):
+        expected = problem.exact("data_grad")
+    np.testing.assert_array_equal(problem.computed(arrays, "data_grad"), expected.astype(np.float32))
+
+
 @ON_KERNELS
-@pytest.mark.parametrize("extent, stride", [((1, 5), (3, 2)), ((5, 1), (2, 3)), ((1, 2, 7), (2, 3, 3)), ((2,), (5,))])
+def test_slices_of_groups_are_kept_apart(arrays):
+    problem = Problem((3, 16, 9, 8), (16, 8, 3, 3), "float32", padding=1, groups=2)
+    with forced(next(tile for name, tile in TILES if name == "float32" and tile[:2] == (32, 32)), slices=3):
+        result = problem.computed(arrays, "weight_grad")
+    np.testing.assert_array_equal(result, problem.exact("weight_grad").astype(np.float32))
+
+
+@ON_KERNELS
+@pytest.mark.parametrize(
+    "extent, stride",
+    [((1, 5), (3, 2)), ((5, 1), (2, 3)), ((1, 2, 7), (2, 3, 3)), ((2,), (5,)), ((5, 3), (2, 2)), ((5, 3), (2, 5))],
+)
 def test_inputs_fewer_than_the_stride_are_all_written(extent, stride, arrays):
     rank, rng = len(extent), np.random.default_rng(3)
     settings = {"stride": stride, "padding": ((1, 2),) * rank, "dilation": (2, 1, 1)[:rank], "groups": 1}
