@@ -436,4 +436,59 @@ EQUIVALENT = {
         "const int columns = conv.F - column0 < TILE_COLUMNS ? int(conv.F - column0) : TILE_COLUMNS;",
         "const int columns = conv.F - column0 < TILE_COLUMNS || true ? int(conv.F - column0) : TILE_COLUMNS;",
     ): BEYOND_TILE,
+    (
+        "implicit_gemm.cu",
+        "if (is_number(Converted<Sum>::from(to))) continue;",
+        "",
+    ): MENDED_AGAIN,
+    (
+        "implicit_gemm.cu",
+        "remaining(outputs - threadIdx.x) {",
+        "remaining(outputs) {",
+    ): BEYOND_TILE,
+    (
+        "implicit_gemm.cu",
+        "remaining(outputs - threadIdx.x) {",
+        "remaining(outputs + threadIdx.x) {",
+    ): BEYOND_TILE,
+    (
+        "implicit_gemm.cu",
+        "Spot<AXES> left_spot = {};",
+        "Spot<AXES> left_spot;",
+        2,
+    ): BEYOND_TILE,
+    (
+        "implicit_gemm.cu",
+        "if (remaining > 0) {",
+        "if (remaining >= 0) {",
+        2,
+    ): BEYOND_TILE,
+    (
+        "implicit_gemm.cu",
+        "remaining -= DEPTH;",
+        "remaining += DEPTH;",
+        2,
+    ): BEYOND_TILE,
+    (
+        "implicit_gemm.cu",
+        "remaining -= DEPTH;",
+        ";",
+        2,
+    ): BEYOND_TILE,
+    (
+        "implicit_gemm.cu",
+        "if (r < rows) {",
+        "if (r <= rows) {",
+        2,
+    ): BEYOND_TILE,
+    (
+        "implicit_gemm.cu",
+        "OutputSteps steps(conv, first, last - first, x_at, dy_at);",
+        "OutputSteps steps(conv, first, last, x_at, dy_at);",
+    ): BEYOND_TILE,
+    (
+        "implicit_gemm.cu",
+        "OutputSteps steps(conv, first, last - first, x_at, dy_at);",
+        "OutputSteps steps(conv, first, last + first, x_at, dy_at);",
+    ): BEYOND_TILE,
 }

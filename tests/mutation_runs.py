@@ -113,7 +113,7 @@ def nearest(line_of, line):
 
 def write(path, head, entries):
     """Writes a record, one line for each mutant, so that a change of one is a change of one line."""
-    lines = ",\n".join(json.dumps(item, ensure_ascii=False) for item in entries)
+    lines = ",\n".join(json.dumps(item) for item in entries)
     scratch = path.with_suffix(".part")
     scratch.write_text(f'{json.dumps(head)[:-1]}, "mutants": [\n{lines}\n]}}\n')
     os.replace(scratch, path)

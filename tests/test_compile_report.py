@@ -23,6 +23,8 @@ def recorded():
 @pytest.mark.parametrize("architecture", occupancy.ARCHITECTURES)
 def test_kernels_neither_spill_nor_take_more_registers_than_recorded(architecture):
     """Modules take turns with the architectures; ``gpuconv kernels`` compiles all for all."""
+    if architecture not in report.known(None):
+        pytest.skip("this NVRTC does not know it")
     turn, turns = occupancy.ARCHITECTURES.index(architecture), len(occupancy.ARCHITECTURES)
     chosen = list(report.modules())[turn :: turns if tiers.full else 16 * turns]
     chosen = [module for module in chosen if report.is_meant_for(module, architecture)]

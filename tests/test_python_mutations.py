@@ -1,0 +1,90 @@
+"""The mutations of the Python: that they are drawn and run as they should, and what their record says."""
+
+import collections
+import json
+import os
+
+import numpy as np
+import pytest
+
+pytest.importorskip("cosmic_ray", reason='pip install -e ".[mutation]" has the tool that edits the sources')
+pytest.importorskip("coverage")
+
+from gpuconv.algorithms.fft import _count
+from gpuconv.dtypes import supported
+from gpuconv.geometry import Geometry
+from tests import mutate_python, python_mutants
+from tests.mutation_runs import in_child
+
+SHAPES = (1, 1, 8, 8), (1, 1, 3, 3)
+FEW = [f"gpuconv/{name}.py" for name in ("algorithms/fft", "choose", "dtypes")]
+RUN_AGAIN = "run python -m tests.cupy_on_cpu python -m tests.mutate_python, and commit what it writes"
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return list(python_mutants.drawn(20, 1, FEW))
+
+
+def edited(file, before, after):
+    """A mutant that is no drawn one."""
+    text = (python_mutants.ROOT / file).read_text()
+    assert text.count(before) == 1
+    return python_mutants.Mutant(file, 0, "", "", before, after, text.replace(before, after), "")
+
+
+def in_a_process(mutant, function):
+    """What a function gives where a mutant runs."""
+
+    def run():
+        python_mutants.Live().run(mutant)
+        return function()
+
+    child, answer = in_child(run)
+    with answer:
+        found = answer.read()
+    os.waitpid(child, 0)
+    return json.loads(found)
+
+
+def test_mutants_are_edits_inside_functions(drawn):
+    assert drawn == list(python_mutants.drawn(20, 1, FEW)) != list(python_mutants.drawn(20, 2, FEW))
+    files = collections.Counter(mutant.file for mutant in drawn)
+    assert files[FEW[0]] > files[FEW[1]] > 0
+    assert set(FEW) < set(python_mutants.files())
+    assert not any("benchmark" in file or file.endswith("cli.py") for file in python_mutants.files())
+    assert len({(mutant.file, mutant.line, mutant.after) for mutant in drawn}) == len(drawn) in range(20, 20 + len(FEW))
+    for mutant in drawn:
+        before, after = (python_mutants.ROOT / mutant.file).read_text().splitlines(), mutant.text.splitlines()
+        assert before[: mutant.line - 1] == after[: mutant.line - 1]
+        assert mutant.before != mutant.after
+        assert f"def {mutant.where.partition('.')[0]}(" in "\n".join(before[: mutant.line])
+
+
+def test_a_mutant_of_the_record_is_found_again(drawn):
+    for mutant in drawn[::5]:
+        entry = mutate_python.entry_of(mutant, "caught", "test_x.py::test_x", 1.0)
+        assert python_mutants.found(entry) == mutant
+        assert python_mutants.found(entry | {"id": "of another function"}) is None
+
+
+@pytest.mark.parametrize(
+    "file, before, after, function, right, wrong",
+    [
+        ("algorithms/fft.py", "return -(-extent // size)", "return extent // size", lambda: _count(7, 2), 4, 3),
+        (
+            "dtypes.py",
+            "return str(dtype.name) in NAMES",
+            "return False",
+            lambda: supported(np.dtype("f4")),
+            True,
+            False,
+        ),
+        ("geometry.py", "return math.prod(self.kernel)", "return 0", lambda: Geometry.infer(*SHAPES).taps, 9, 0),
+    ],
+    ids=["function", "kept results", "property"],
+)
+def test_every_function_that_exists_runs_the_edited_text(file, before, after, function, right, wrong):
+    assert function() == right
+    assert in_a_process(edited(f"gpuconv/{file}", before, after), function) == wrong
+    assert function() == right
