@@ -90,7 +90,7 @@ def compiler():
 
 
 def run(*command):
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")  # in which g++ quotes
     if done.returncode:
         raise BuildError(f"{' '.join(map(str, command[:3]))} ... failed:\n{done.stderr}")
     return done.stdout
