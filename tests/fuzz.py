@@ -101,8 +101,11 @@ def failure(seed, count):
 def as_test(backend, steps):
     """The text of a test that fails as the sequence does."""
     lines = "".join(f"            {step!r},\n" for step in steps)
+    mark = "" if backend == "numpy" else f"@pytest.mark.{backend}\n"
     return (
-        "from tests.calls import Call, Settings, Together, run\n\n\n"
+        "import pytest\n\nfrom tests.calls import Call, Settings, Together, run\n\n\n"
+        f"{mark}"
+        '@pytest.mark.called_once("what is kept from call to call is under test")\n'
         f'def test_found_by_search():\n    run(\n        "{backend}",\n        [\n{lines}        ],\n    )\n'
     )
 
@@ -128,7 +131,7 @@ def main():
     if found:
         sequence, error = found
         print(f"{error}\n{as_test(*sequence)}")
-    sys.exit(1 if found else 0)
+    sys.exit(1 if found or not made else 0)
 
 
 if __name__ == "__main__":

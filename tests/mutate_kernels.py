@@ -14,6 +14,7 @@ Exit status 1 where a mutant survives, or, for a sample, where the verdicts of m
 
 import argparse
 import collections
+import contextlib
 import datetime
 import functools
 import json
@@ -107,8 +108,9 @@ def same_code(mutant):
         return loader.library_file(loader.emulated_source(module), "optimized").read_bytes()
 
     built = [code(module) for module in modules]
-    with edited(mutant.file, mutant.text):
+    with edited(mutant.file, mutant.text), contextlib.suppress(loader.BuildError):  # of a module that no test has
         return all(code(module) == before for module, before in zip(modules, built, strict=True))
+    return False
 
 
 # ------------------------------------------------------------------------------------------------- results
@@ -120,7 +122,7 @@ def key(mutant):
 
 
 def place(mutant):
-    """The same and, since a file may have a line several times, the how manieth it is."""
+    """The same and, since a file may have a line several times, its number among them."""
     before = mutant.before
     return *key(mutant), sum(line.strip() == before for line in read(mutant.file).splitlines()[: mutant.line])
 

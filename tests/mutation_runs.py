@@ -2,12 +2,14 @@
 
 import argparse
 import collections
+import contextlib
 import functools
 import gc
 import json
 import os
 import signal
 import time
+import traceback
 import warnings
 
 import pytest
@@ -43,12 +45,12 @@ class Session:
 
     def check_baseline(self, items):
         """RuntimeError unless every test passes on the sources as they are: what fails anyway catches nothing."""
-        child, answer = in_child(lambda: self.first_failure(items) or "passed")
-        os.waitpid(child, 0)
+        child, answer = in_child(lambda: self.first_failure(items))
         with answer:
-            found = json.loads(answer.read() or '"the process ended"')
-        if found != "passed":
-            raise RuntimeError(f"the tests fail on the sources as they are: {': '.join(found)}")
+            found = answer.read() or '["?", "the process ended"]'
+        os.waitpid(child, 0)
+        if failed := json.loads(found):
+            raise RuntimeError(f"the tests fail on the sources as they are: {': '.join(failed)}")
 
 
 def with_tests(arguments, work):
@@ -61,7 +63,9 @@ def with_tests(arguments, work):
 
 
 def name_of(item):
-    return item.nodeid.rpartition("/")[2]
+    """The name of a test without the folders of its file."""
+    file, _, test = item.nodeid.partition("::")
+    return f"{file.rpartition('/')[2]}::{test}"
 
 
 def in_child(function):
@@ -71,11 +75,14 @@ def in_child(function):
         warnings.simplefilter("ignore")  # of forking beside threads, which BLAS has
         child = os.fork()
     if child == 0:
+        os.setpgid(0, 0)  # with all processes that tests start in it
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.write(writer, json.dumps(function()).encode())
-        finally:
-            os._exit(0)  # also where a test ends the run: this process must not go on with the caller's work
+        except BaseException:  # also where a test ends the run: this process must not go on with the caller's work
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
     os.close(writer)
     return child, os.fdopen(reader, "rb")
 
@@ -98,9 +105,13 @@ def in_children(verdict, todo, jobs, done):
             return
         child, status = os.wait()
         mutant, answer, start = running.pop(child)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # what tests have started and left
         with answer:
             text = answer.read()
-        kind, by = json.loads(text) if text else ("caught", f"the process ended with status {status}")
+        if os.waitstatus_to_exitcode(status) > 0:
+            raise RuntimeError(f"the verdict of {mutant.file}:{mutant.line} {mutant.after} failed: see above")
+        kind, by = json.loads(text) if text else ("caught", f"the process was ended by signal {status & 0x7F}")
         if kind == "caught":
             killers[mutant.file][by] = mutant.line
         done(mutant, kind, by, round(time.monotonic() - start, 1))

@@ -60,7 +60,7 @@ def _operators():
 
 
 def _places(text):
-    """For each place that may be edited the name of one operator, drawn at random, and the how manieth edit it is."""
+    """For each place that may be edited one operator, drawn at random, and the number of the edit among its edits."""
     nodes = list(ast_nodes(get_ast(text)))
     edits, positions = collections.defaultdict(list), {}
     for name in _operators():

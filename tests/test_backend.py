@@ -14,14 +14,19 @@ from gpuconv.backend import cupy_backend
 from gpuconv.choose import MODULES
 from gpuconv.execute import Call
 from gpuconv.geometry import Geometry
-from tests import tiers
+from tests import reference, tiers
 from tests.backends import HAS_GPU
 
 backend_module = sys.modules["gpuconv.backend"]  # gpuconv.backend is the function
 
 X, W = np.ones((1, 2, 5, 5)), np.ones((3, 2, 3, 3))
-Y = gpuconv.conv(X, W)
-GRADIENTS = gpuconv.conv_backward(Y, X, W)
+PLAIN = (1, 1), ((0, 0), (0, 0)), (1, 1)  # stride, padding, dilation
+Y = reference.forward(X, W, *PLAIN)
+GRADIENTS = (
+    reference.data_grad(Y, W, X.shape, *PLAIN),
+    reference.weight_grad(Y, X, W.shape, *PLAIN),
+    Y.sum((0, 2, 3)),
+)
 
 
 @pytest.fixture(params=[pytest.param("cupy", marks=pytest.mark.gpu)])

@@ -16,8 +16,9 @@ full = False  # whether --full was given; conftest.py sets it before the tests a
 def combinations(*, turns=(), where=None, **axes):
     """Parametrizes a test with the product of the axes, as far as ``where`` is true of it.
 
-    But for ``--full``, the axes named in ``turns`` take turns: each combination of the others gets one combination of
-    these, and all pairs of values of two axes occur, about equally often. An axis "arrays" has names of backends.
+    Without ``--full`` the axes named in ``turns`` take turns: each combination of the others gets one combination of
+    these, whose pairs of values with other axes have occurred least often so far. Where there are enough combinations,
+    all pairs occur. An axis "arrays" has names of backends.
     """
     found = (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
     chosen = [one for one in found if where is None or where(**one)]
@@ -28,7 +29,7 @@ def combinations(*, turns=(), where=None, **axes):
 
 
 def in_turns(candidates, turns):
-    """Of candidates that differ by the axes in ``turns`` alone that whose pairs of values were chosen least so far."""
+    """From each group of candidates that differ in ``turns`` only, that whose pairs were chosen least often so far."""
     groups, counts = collections.defaultdict(list), collections.Counter()
     for one in candidates:
         fixed = tuple(_text(value) for axis, value in one.items() if axis not in turns)
