@@ -157,21 +157,7 @@ def positive(text):
 
 def progress():
     """A progress bar that needs no thread: processes are forked beside it."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[survived]} survived"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, auto_refresh=False)
+    counts = MofNCompleteColumn(), TextColumn("{task.fields[survived]} survived")
+    return Progress(*Progress.get_default_columns(), *counts, auto_refresh=False)
