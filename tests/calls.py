@@ -13,7 +13,7 @@ from tests.backends import arrays_of
 from tests.cases import channels_first, draw, laid_out, named_dtype
 from tests.tolerances import assert_within, bound_of, epsilon
 
-FUNCTIONS = ("conv", "conv_data_grad", "conv_weight_grad", "conv_backward", "conv_transpose")
+FUNCTIONS = ("conv", "conv_data_grad", "conv_weight_grad", "conv_backward", "conv_transpose", "conv_transpose_backward")
 ACTIVATIONS = {
     None: (np.positive, np.ones_like),
     "relu": (lambda z: np.maximum(z, 0), lambda y: (y > 0) * 1.0),
@@ -67,8 +67,9 @@ class Call(NamedTuple):
         arrays = self.drawn()
         arguments, options = self.given(*arrays)
         exact = self.exact(*arrays)
-        roles = {"conv_weight_grad": "w", "conv_backward": "xwb"}.get(self.function, "x")
-        if self.out is not None and self.function != "conv_backward":
+        gives_all = self.function.endswith("backward")
+        roles = "xwb" if gives_all else "w" if self.function == "conv_weight_grad" else "x"
+        if self.out is not None and not gives_all:
             empty = np.full(exact[0][0].shape, np.nan).astype(named_dtype(self.dtype))
             options["out"] = LYINGS[self.out](laid_out(empty, self.layout, roles))
         before = [array.copy() for array in arguments if isinstance(array, np.ndarray)]
@@ -81,7 +82,7 @@ class Call(NamedTuple):
         for array, copy in zip((a for a in arguments if isinstance(a, np.ndarray)), before, strict=True):
             np.testing.assert_array_equal(array, copy, "an input was modified")
         assert "out" not in options or result is options["out"]
-        results = result if self.function == "conv_backward" else (result,)
+        results = result if gives_all else (result,)
         for found, (value, magnitude), role in zip(results, exact, roles, strict=True):
             assert found.dtype == named_dtype(self.dtype)
             self.compare(found if role == "b" else channels_first(found, self.layout, role), value, magnitude)
@@ -91,7 +92,7 @@ class Call(NamedTuple):
         """x, w, dy, b and y in the wide dtype of the reference, but with values of the dtype."""
         rng, y_shape = np.random.default_rng(self.seed), self.y_shape
         bias = self.x[1] if self.function == "conv_transpose" else self.w[0]
-        shapes = self.x, self.w, y_shape, (bias,), y_shape
+        shapes = self.x, self.w, y_shape, (bias,), self.x if self.function == "conv_transpose_backward" else y_shape
         return [draw(rng, shape, self.dtype, False) for shape in shapes]
 
     @property
@@ -118,6 +119,9 @@ class Call(NamedTuple):
             return (x, w, bias), {**options, "activation": self.activation}
         if self.function == "conv_transpose":
             return (dy, w, bias), {**options, "activation": self.activation, "output_padding": self.output_padding}
+        if self.function == "conv_transpose_backward":
+            options["output_padding"] = self.output_padding
+            return (x, dy, w), {**options, "activation": self.activation, "y": y}
         if self.function == "conv_data_grad":
             return (dy, w, x.shape), options
         if self.function == "conv_weight_grad":
@@ -149,6 +153,11 @@ class Call(NamedTuple):
                     reference.data_grad(f(dy), f(np.conj(w)), self.x, **self.settings) for f in (np.positive, np.abs)
                 )
             return [(function(z + bias), sizes + abs(bias))]
+        if self.function == "conv_transpose_backward":  # with x and dy in each other's place
+            x = x * derivative(y)
+            dx = [reference.forward(f(x), f(np.conj(w)), **self.settings) for f in (np.positive, np.abs)]
+            dw = [np.conj(reference.weight_grad(f(dy), f(x), self.w, **self.settings)) for f in (np.positive, np.abs)]
+            return [dx, dw, [f(x).sum((0, *range(2, x.ndim))) for f in (np.positive, np.abs)]]
         if self.function == "conv_backward":
             dy = dy * derivative(y)
         dx = [reference.data_grad(f(dy), f(w), self.x, **self.settings) for f in (np.positive, np.abs)]
@@ -159,7 +168,8 @@ class Call(NamedTuple):
     def compare(self, found, exact, magnitude):
         """Within twice the bound: derivatives of activations and their products are rounded, too."""
         algorithm = "fft" if self.algorithm == "auto" else self.algorithm
-        terms = max(int(np.prod(self.y_shape)) // self.w[0], int(np.prod(self.w)))
+        sums = [self.y_shape, self.x] if self.function == "conv_transpose_backward" else [self.y_shape]
+        terms = max(int(np.prod(self.w)), *(int(np.prod(shape)) // shape[1] for shape in sums))
         bound = 2 * bound_of(algorithm, exact, magnitude, terms, self.dtype)
         if self.activation is not None:
             bound = bound + 4 * epsilon(self.dtype)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tests import calls
 from tests.backends import NO_EMULATION
 from tests.calls import ACTIVATIONS, FUNCTIONS, LYINGS, Call, Settings, Together
-from tests.cases import DTYPES, NUMPY_ALGORITHMS
+from tests.cases import DTYPES, KERNELS, NUMPY_ALGORITHMS
 from tests.test_random import convolutions, depthwise
 
 BACKENDS = ("numpy", "numpy", "numpy", *([] if NO_EMULATION else ["emulated"]))
@@ -29,8 +29,8 @@ EXAMPLES = 50  # sequences between two looks at the clock
 
 @st.composite
 def call(draw, backend):
-    """Any call; on kernels such as need few compilations."""
-    algorithm = draw(st.sampled_from(("auto", *NUMPY_ALGORITHMS) if backend == "numpy" else ("scatter", "direct")))
+    """Any call of an algorithm that the backend has."""
+    algorithm = draw(st.sampled_from(("auto", *(NUMPY_ALGORITHMS if backend == "numpy" else KERNELS))))
     x, w, settings = draw(convolutions(transformable=algorithm == "winograd"))
     if algorithm == "depthwise":
         x, w = depthwise(x, w, settings["groups"])
@@ -54,17 +54,18 @@ def call(draw, backend):
 
 @st.composite
 def sequences(draw):
-    """A backend and steps: a few calls again and again, with other data each time, among other settings."""
+    """A backend and steps: a few calls again and again, with the same or other data, among other settings."""
     backend = draw(st.sampled_from(BACKENDS))
     few = draw(st.lists(call(backend), min_size=1, max_size=3))
-    again = st.builds(lambda one, seed: one._replace(seed=seed), st.sampled_from(few), st.integers(0, 2**32 - 1))
+    same = st.sampled_from(few)
+    again = st.builds(lambda one, seed: one._replace(seed=seed), same, st.integers(0, 2**32 - 1))
     settings = st.builds(
         Settings,
         st.sampled_from(("0", "2000", "20KiB", "300KiB", "64MiB")),
         st.sampled_from(("1", "2", "5")),
         st.booleans(),
     )
-    steps = [again, again, again, settings]
+    steps = [same, again, again, again, settings]
     if backend == "numpy":  # the emulator runs one kernel at a time
         steps.append(st.builds(Together, st.lists(again, min_size=2, max_size=4).map(tuple)))
     return backend, draw(st.lists(st.one_of(steps), min_size=2, max_size=10))

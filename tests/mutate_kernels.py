@@ -34,7 +34,7 @@ from tests.emulation import launcher, loader
 from tests.emulation.edited import edited
 from tests.equivalent_mutants import EQUIVALENT
 from tests.mutants import FILES, TRIED_BY, hashes, mutants, read
-from tests.mutation_runs import in_children, name_of, positive, progress, with_tests
+from tests.mutation_runs import in_children, name_of, positive, progress, stands, with_tests
 
 RESULTS = Path(__file__).parent / "mutations.json"
 SAME_CODE = "the compiler makes the same code of it"
@@ -249,13 +249,6 @@ def full(everything, options):
     print(f"beside {sum(item['verdict'] == 'not compiled' for item in entries)} edits that do not compile")
     print(f"{sum(item['seconds'] for item in entries) / 60:.0f} minutes of one core")
     return conclusion(everything, entries)
-
-
-def stands(entry, names):
-    """Whether a recorded verdict, if any, stands: what caught the mutant is still among the tests."""
-    if entry is None or entry["verdict"] == "survived":
-        return False
-    return entry["verdict"] != "caught" or entry["by"] in names or "::" not in entry["by"]
 
 
 def conclusion(everything, entries):

@@ -5,7 +5,7 @@ time. All tests run once under coverage; a mutant then meets those that run its 
 first, until one fails or TRIED seconds of them have passed. What is edited lies inside functions: a forked process has
 them run the edited code, with all that was imported and collected before.
 
-    python -m tests.cupy_on_cpu python -m tests.mutate_python               1,000 of them, into python_mutations.json
+    python -m tests.cupy_on_cpu python -m tests.mutate_python               all, into python_mutations.json
     python -m tests.cupy_on_cpu python -m tests.mutate_python --sample 60   recorded ones, as many as 60 seconds allow
 
 A run that is interrupted goes on where it stopped. Exit status 1 where mutants survive for which equivalent_python.py
@@ -35,9 +35,11 @@ import gpuconv
 from tests import mutation_runs, python_mutants
 from tests.backends import why_not
 from tests.equivalent_python import EQUIVALENT
-from tests.mutation_runs import in_child, in_children, name_of, positive, progress, with_tests
+from tests.mutation_runs import in_child, in_children, name_of, positive, progress, stands, with_tests
 
 RESULTS = Path(__file__).parent / "python_mutations.json"
+DRAWN = 1040  # mutants: a few of them cannot be run
+SEED = 0  # draws them
 TRIED = 30.0  # seconds of tests that a mutant meets
 SLOWEST = 60  # seconds that a test may take: mutated loops may never end
 MEMORY = 4 << 30  # bytes that it may allocate
@@ -53,15 +55,18 @@ def collected(work):
 
 
 class Observed:
-    """Which tests run which lines, and how long each takes; those that fail are left out."""
+    """Which tests run which lines, and how long each takes; those that fail are left out.
 
-    def __init__(self, session, jobs):
+    They run as they do on a mutant, on code that is compiled from the texts as they are.
+    """
+
+    def __init__(self, session, live, jobs):
         items = [item for item in session.items if not why_not(item)]
         self.seconds, self.tests_of_line = {}, {}
         with tempfile.TemporaryDirectory() as folder:
             shares = [items[i::jobs] for i in range(jobs)]
             running = [
-                in_child(functools.partial(self._run, session, share, str(Path(folder, str(i)))))
+                in_child(functools.partial(self._run, session, live, share, str(Path(folder, str(i)))))
                 for i, share in enumerate(shares)
             ]
             for i, (child, answer) in enumerate(running):
@@ -74,8 +79,11 @@ class Observed:
             if name_of(item) not in self.items:
                 print(f"fails under coverage, and catches nothing: {item.nodeid}", file=sys.stderr)
 
-    def _run(self, session, items, path):
+    def _run(self, session, live, items, path):
         """Runs tests under coverage: the seconds of each that passes."""
+        limit_memory()
+        for file in python_mutants.files():
+            live.run(file, (python_mutants.ROOT / file).read_text())
         observer = coverage.Coverage(
             path, include=[f"{python_mutants.ROOT}/gpuconv/*"], config_file=False, messages=False
         )
@@ -84,7 +92,7 @@ class Observed:
         for item in items:
             observer.switch_context(name_of(item))
             start = time.monotonic()
-            if session.first_failure([item]) is None:
+            if session.first_failure([item], SLOWEST) is None:
                 seconds[name_of(item)] = time.monotonic() - start
         observer.stop()
         observer.save()
@@ -114,12 +122,17 @@ class Observed:
                 return
 
 
-def verdict(session, tests, live, mutant, likely):
-    """("caught", the test) or ("survived", "")."""
+def limit_memory():
+    """What tests allocate beyond MEMORY is refused from now on."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
+
+
+def verdict(session, tests, live, mutant, likely):
+    """("caught", the test), ("survived", "") or ("not run", the reason)."""
+    limit_memory()
     try:
-        live.run(mutant)
+        live.run(mutant.file, mutant.text)
     except ValueError as error:  # a nested function that uses other variables cannot be given to one that exists
         return "not run", str(error)
     failure = session.first_failure(list(tests(mutant, likely)), SLOWEST)
@@ -130,7 +143,7 @@ def recorded():
     """The verdicts of python_mutations.json by identity."""
     if not RESULTS.exists():
         return {}
-    return {entry["id"]: entry for entry in json.loads(RESULTS.read_text())["mutants"]}
+    return {entry["id"]: judged(entry) for entry in json.loads(RESULTS.read_text())["mutants"]}
 
 
 def key(entry):
@@ -145,9 +158,11 @@ def entry_of(mutant, kind, by, seconds):
 
 
 def judged(entry):
-    """An entry with the reason why it is equivalent, if there is one."""
+    """An entry that says "equivalent" where EQUIVALENT has a reason, and "survived" where it has none."""
+    if entry["verdict"] not in ("survived", "equivalent"):
+        return entry
     reason = EQUIVALENT.get(key(entry))
-    return entry | {"verdict": "equivalent", "by": reason} if entry["verdict"] == "survived" and reason else entry
+    return entry | ({"verdict": "equivalent", "by": reason} if reason else {"verdict": "survived", "by": ""})
 
 
 def table(entries):
@@ -156,34 +171,42 @@ def table(entries):
 
 
 def full(options):
-    """Runs what has no verdict yet, and writes python_mutations.json."""
-    mutants = {mutant.identity: mutant for mutant in python_mutants.drawn(options.mutants, options.seed)}
-    verdicts = {name: judged(entry) for name, entry in recorded().items() if name in mutants}
-    head = {"seed": options.seed, "date": datetime.date.today().isoformat()}
+    """Runs what has no verdict that stands, and writes python_mutations.json."""
+    mutants = {mutant.identity: mutant for mutant in python_mutants.drawn(DRAWN, SEED)}
+    verdicts = {
+        name: judged(entry | {"file": mutants[name].file, "line": mutants[name].line})  # which may have moved
+        for name, entry in recorded().items()
+        if name in mutants
+    }
+    head = {"seed": SEED, "date": datetime.date.today().isoformat()}
+
+    def write():
+        mutation_runs.write(RESULTS, head, [verdicts[name] for name in mutants if name in verdicts])
 
     def work(session):
-        todo = [
-            mutant
-            for name, mutant in mutants.items()
-            if name not in verdicts or verdicts[name]["verdict"] == "survived"
-        ]
-        observed = Observed(session, options.jobs)
         live = python_mutants.Live()
+        observed = Observed(session, live, options.jobs)
+        todo = [mutant for name, mutant in mutants.items() if not stands(verdicts.get(name), observed.items)]
         with progress() as bar:
             task = bar.add_task("mutants", total=len(todo), survived=0)
 
             def done(mutant, kind, by, seconds):
                 verdicts[mutant.identity] = entry_of(mutant, kind, by, seconds)
                 survived = sum(entry["verdict"] == "survived" for entry in verdicts.values())
-                mutation_runs.write(RESULTS, head, [verdicts[name] for name in mutants if name in verdicts])
+                write()
                 bar.update(task, advance=1, survived=survived, refresh=True)
 
             in_children(functools.partial(verdict, session, observed.tests, live), todo, options.jobs, done)
 
     collected(work)
-    entries = [verdicts[name] for name in mutants if name in verdicts]
-    mutation_runs.write(RESULTS, head, entries)
+    write()
+    return conclusion(verdicts.values())
+
+
+def conclusion(entries):
+    """Prints counts, survivors, and reasons that nothing needs: the exit status."""
     print(table(entries))
+    print(f"beside {sum(entry['verdict'] == 'not run' for entry in entries)} edits that cannot be run")
     survivors = [entry for entry in entries if entry["verdict"] == "survived"]
     for entry in survivors:
         print(f"survived: {entry['file']}:{entry['line']} {entry['before']}  ->  {entry['after']}")
@@ -240,9 +263,8 @@ def sample(options):
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.mutate_python", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--mutants", type=positive, default=1000, metavar="N", help="how many are drawn (default 1000)")
     parser.add_argument("--sample", type=positive, metavar="SECONDS", help="recorded ones, as many as this time allows")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="draws them (default 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample (default 0)")
     parser.add_argument(
         "--jobs", type=positive, default=len(os.sched_getaffinity(0)), metavar="N", help="default: all cores"
     )

@@ -111,7 +111,9 @@ def in_children(verdict, todo, jobs, done):
             text = answer.read()
         if os.waitstatus_to_exitcode(status) > 0:
             raise RuntimeError(f"the verdict of {mutant.file}:{mutant.line} {mutant.after} failed: see above")
-        kind, by = json.loads(text) if text else ("caught", f"the process was ended by signal {status & 0x7F}")
+        kind, by = (
+            json.loads(text) if text else ("caught", f"the process was ended by {signal.Signals(status & 0x7F).name}")
+        )
         if kind == "caught":
             killers[mutant.file][by] = mutant.line
         done(mutant, kind, by, round(time.monotonic() - start, 1))
@@ -120,6 +122,13 @@ def in_children(verdict, todo, jobs, done):
 def nearest(line_of, line):
     """The twelve tests that caught mutants nearest to a line."""
     return sorted(line_of, key=lambda name: abs(line_of[name] - line))[:12]
+
+
+def stands(entry, names):
+    """Whether a recorded verdict, if any, stands: what caught the mutant is still among the tests."""
+    if entry is None or entry["verdict"] == "survived":
+        return False
+    return entry["verdict"] != "caught" or entry["by"] in names or "::" not in entry["by"]
 
 
 def write(path, head, entries):

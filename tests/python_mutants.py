@@ -7,7 +7,6 @@ import gc
 import hashlib
 import itertools
 import math
-import random
 import types
 import warnings
 from pathlib import Path
@@ -33,7 +32,7 @@ class Mutant(NamedTuple):
     before: str  # the lines that change, without indentation
     after: str
     text: str  # of the whole file
-    identity: str  # a hash of the edited function and its place: a change elsewhere leaves it as it is
+    identity: str  # a hash of the function before and after, without comments and the place of it
 
 
 def files():
@@ -43,11 +42,13 @@ def files():
 
 
 def drawn(number, seed, among=None):
-    """Mutants drawn at random: of each file as many as its size asks for, at most one at a place of the text."""
-    places = {file: _places((ROOT / file).read_text()) for file in among or files()}
+    """Mutants drawn at random: of each file as many as its size asks for, at most one at a place of the text.
+
+    A change of the sources changes few of them.
+    """
+    places = {file: _places((ROOT / file).read_text(), seed) for file in among or files()}
     total = sum(map(len, places.values()))
     for file, edits in places.items():
-        random.Random(f"{seed} {file}").shuffle(edits)
         wanted = math.ceil(number * len(edits) / total)
         found = (mutant for edit in edits if (mutant := _mutant(file, *edit)) is not None)
         yield from itertools.islice(found, wanted)
@@ -59,8 +60,11 @@ def _operators():
     return {name.partition("/")[2]: operator() for name, operator in classes.items() if not operator.arguments()}
 
 
-def _places(text):
-    """For each place that may be edited one operator, drawn at random, and the number of the edit among its edits."""
+def _places(text, seed):
+    """The places that may be edited, in random order: of each an operator, and the number of the edit among its edits.
+
+    Order and operator are drawn by a hash of the seed and of the place's line, so that other lines do not matter.
+    """
     nodes = list(ast_nodes(get_ast(text)))
     edits, positions = collections.defaultdict(list), {}
     for name in _operators():
@@ -70,7 +74,19 @@ def _places(text):
             positions[replaced] = _positions(name, nodes)
         for occurrence, position in enumerate(positions[replaced]):
             edits[position].append((name, occurrence))
-    return [random.Random(str(position)).choice(found) for position, found in sorted(edits.items())]
+    lines, equal, chosen = text.splitlines(), collections.Counter(), {}
+    for ((first, start), (last, end)), found in sorted(edits.items()):
+        line = lines[first - 1]
+        indentation = len(line) - len(line.lstrip())
+        place = line.strip(), start - indentation, last - first, end - indentation
+        equal[place] += 1
+        drawn = _hash(seed, *place, equal[place])
+        chosen[drawn] = found[int(drawn, 16) % len(found)]
+    return [chosen[drawn] for drawn in sorted(chosen)]
+
+
+def _hash(*parts):
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
 def _positions(name, nodes):
@@ -101,18 +117,24 @@ def _mutant(file, name, occurrence):
     try:
         if ast.dump(ast.parse(after)) == ast.dump(ast.parse(before)):
             return None
-        _compiled(after)
+        _compiled(file, after)
     except SyntaxError:
         return None
     line, old, new = _difference(before.splitlines(), after.splitlines())
-    around = _around(ast.parse(before), line)
-    if not around:
+    functions = _around(ast.parse(before), line)
+    if not functions:
         return None
-    function = around[0]
-    where = ".".join(node.name for node in around)
-    inside = file, where, ast.get_source_segment(before, function), str(line - function.lineno), old, new
-    identity = hashlib.sha256("\0".join(inside).encode()).hexdigest()[:16]
-    return Mutant(file, line, where, name, old, new, after, identity)
+    where = ".".join(function.name for function in functions)
+    edited = _around(ast.parse(after), line)[0]
+    return Mutant(file, line, where, name, old, new, after, _hash(where, _code(functions[0]), _code(edited)))
+
+
+def _code(function):
+    """What a function does, without its docstring and those of the functions in it."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body[:1] = []
+    return ast.dump(function)
 
 
 def _difference(before, after):
@@ -136,10 +158,10 @@ def _around(tree, line):
     return sorted((f for f in functions if f.body[0].lineno <= line <= f.end_lineno), key=lambda f: f.lineno)
 
 
-def _compiled(text):
+def _compiled(file, text):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of comparisons of literals by identity
-        return compile(text, "?", "exec", dont_inherit=True)
+        return compile(text, ROOT / file, "exec", dont_inherit=True)
 
 
 def _pairs(old, new):
@@ -164,15 +186,15 @@ class Live:
         for found in gc.get_objects():
             if type(found) is types.FunctionType and found.__code__.co_filename.startswith(str(ROOT / "gpuconv")):
                 self.functions[found.__code__].append(found)
-            elif type(found) is functools._lru_cache_wrapper and found.__module__.startswith("gpuconv"):
+            elif type(found) is functools._lru_cache_wrapper and found.__module__.startswith(("gpuconv", "tests")):
                 self.caches.append(found)
 
-    def run(self, mutant):
-        """Has every function of the mutant's file run the edited text: to be called in a process of its own."""
-        before = (ROOT / mutant.file).read_text()
-        for old, new in _pairs(_compiled(before), _compiled(mutant.text)):
+    def run(self, file, text):
+        """Has every function of a file run an edited text: to be called in a process of its own."""
+        before = (ROOT / file).read_text()
+        for old, new in _pairs(_compiled(file, before), _compiled(file, text)):
             for function in self.functions.get(old, ()):
-                if function.__code__.co_filename == str(ROOT / mutant.file):
+                if function.__code__.co_filename == str(ROOT / file):
                     function.__code__ = new
         for cache in self.caches:
             cache.cache_clear()

@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from gpuconv.algorithms.fft import _count
 from gpuconv.dtypes import supported
 from gpuconv.geometry import Geometry
 from tests import mutate_python, python_mutants
+from tests.equivalent_python import EQUIVALENT
 from tests.mutation_runs import in_child
 
 SHAPES = (1, 1, 8, 8), (1, 1, 3, 3)
@@ -36,7 +38,7 @@ def in_a_process(mutant, function):
     """What a function gives where a mutant runs."""
 
     def run():
-        python_mutants.Live().run(mutant)
+        python_mutants.Live().run(mutant.file, mutant.text)
         return function()
 
     child, answer = in_child(run)
@@ -87,3 +89,32 @@ def test_every_function_that_exists_runs_the_edited_text(file, before, after, fu
     assert function() == right
     assert in_a_process(edited(f"gpuconv/{file}", before, after), function) == wrong
     assert function() == right
+
+
+def test_at_least_95_percent_of_the_recorded_mutants_are_caught():
+    """At least 1,000 count, of every file, and at most one in twenty is equivalent, each for a stated reason."""
+    entries = mutate_python.recorded().values()
+    verdicts = collections.Counter(entry["verdict"] for entry in entries)
+    counted = verdicts["caught"] + verdicts["survived"] + verdicts["equivalent"]
+    assert set(verdicts) <= {"caught", "survived", "equivalent", "not run"}
+    assert counted >= 1000
+    assert verdicts["caught"] >= 0.95 * (counted - verdicts["equivalent"])
+    assert verdicts["equivalent"] <= 0.05 * counted
+    stated = {mutate_python.key(entry) for entry in entries if entry["verdict"] == "equivalent"}
+    assert stated == set(EQUIVALENT)
+    assert all(len(reason) > 20 for reason in EQUIVALENT.values())
+
+
+def test_the_table_in_the_readme_is_that_of_the_record():
+    table = mutate_python.table(mutate_python.recorded().values())
+    assert table in (python_mutants.ROOT / "tests/README.md").read_text(), f"tests/README.md should have\n{table}"
+
+
+def test_a_reason_makes_a_survivor_equivalent_and_nothing_else():
+    survivor = {"file": "f", "where": "w", "before": "b", "after": "a", "verdict": "survived", "by": ""}
+    stated = survivor | {"verdict": "equivalent", "by": "a reason that is no longer stated"}
+    with mock.patch.dict(EQUIVALENT, {mutate_python.key(survivor): "it changes nothing"}):
+        found = [mutate_python.judged(entry) for entry in (survivor, stated, survivor | {"verdict": "caught"})]
+    assert [entry["verdict"] for entry in found] == ["equivalent", "equivalent", "caught"]
+    assert found[1]["by"] == "it changes nothing"
+    assert mutate_python.judged(stated) == survivor

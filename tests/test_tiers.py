@@ -50,7 +50,7 @@ def test_no_algorithm_refuses_most_cases():
 
 
 def test_the_matrix_has_all_pairs():
-    """Of dtypes, layouts, algorithms, directions and backends, but complex numbers for winograd."""
+    """Of dtypes, layouts, algorithms, directions and backends, but complex winograd; of cases and the first two."""
     axes = {
         "arrays": ("numpy", "emulated"),
         "algorithm": gpuconv.ALGORITHMS,
@@ -63,6 +63,9 @@ def test_the_matrix_has_all_pairs():
         missing = set(itertools.product(axes[one], axes[other])) - pairs
         kernels_only = {("numpy", "direct"), ("numpy", "implicit_gemm")}
         assert missing <= kernels_only | {("winograd", "complex64"), ("winograd", "complex128")}
+    for axis in ("dtype", "layout"):
+        pairs = {(combination["case"].name, combination[axis]) for combination in of_matrix()}
+        assert pairs == set(itertools.product((case.name for case in CASES), axes[axis]))
 
 
 def test_a_run_goes_on_where_another_ended(tmp_path):

@@ -17,7 +17,6 @@ from gpuconv.geometry import Geometry
 from tests import reference
 
 X, W = (1, 64, 28, 28), (64, 64, 3, 3)
-GEOMETRY = Geometry.infer(X, W, padding=1)
 FOLDER = tuned._folder  # before tests have one of their own
 FLOAT32 = np.dtype(np.float32)
 
@@ -39,12 +38,16 @@ def test_answers_lie_in_the_cache_folder(monkeypatch, tmp_path):
     assert explained().algorithm == "scatter"
 
 
+def geometry():
+    return Geometry.infer(X, W, padding=1)
+
+
 def explained(direction="forward", dtype="float32"):
     return gpuconv.explain(X, W, padding=1, direction=direction, dtype=dtype, backend="numpy")
 
 
 def remember(algorithm, direction="forward", dtype=FLOAT32):
-    tuned.remember(NUMPY, direction, GEOMETRY, dtype, algorithm)
+    tuned.remember(NUMPY, direction, geometry(), dtype, algorithm)
     gpuconv.clear_cache()
 
 
@@ -54,7 +57,7 @@ def test_the_fastest_is_remembered_and_taken():
     for one in found:
         assert one.fastest in one.seconds
         assert one.default in one.seconds
-        assert one.geometry == GEOMETRY
+        assert one.geometry == geometry()
         assert min(one.seconds.values()) > 0
         assert not one.wrong
         explanation = explained(one.direction)
@@ -105,7 +108,7 @@ def test_a_damaged_file_is_passed_over_with_a_warning_and_replaced(content):
         assert explained() == before
     gpuconv.clear_cache()
     with pytest.warns(RuntimeWarning, match="passed over"):
-        tuned.remember(NUMPY, "forward", GEOMETRY, FLOAT32, "scatter")
+        tuned.remember(NUMPY, "forward", geometry(), FLOAT32, "scatter")
     gpuconv.clear_cache()
     assert explained().algorithm == "scatter"
 
