@@ -35,7 +35,7 @@ import gpuconv
 from tests import mutation_runs, python_mutants
 from tests.backends import why_not
 from tests.equivalent_python import EQUIVALENT
-from tests.mutation_runs import in_child, in_children, name_of, positive, progress, stands, with_tests
+from tests.mutation_runs import answered, in_child, in_children, name_of, positive, progress, stands, with_tests
 
 RESULTS = Path(__file__).parent / "python_mutations.json"
 DRAWN = 1040  # mutants: a few of them cannot be run
@@ -69,10 +69,8 @@ class Observed:
                 in_child(functools.partial(self._run, session, live, share, str(Path(folder, str(i)))))
                 for i, share in enumerate(shares)
             ]
-            for i, (child, answer) in enumerate(running):
-                with answer:
-                    self.seconds |= json.loads(answer.read())
-                os.waitpid(child, 0)
+            for i, process in enumerate(running):
+                self.seconds |= answered(*process)
                 self._add_lines(str(Path(folder, str(i))))
         self.items = {name_of(item): item for item in items if name_of(item) in self.seconds}
         for item in items:

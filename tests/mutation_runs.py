@@ -45,11 +45,7 @@ class Session:
 
     def check_baseline(self, items):
         """RuntimeError unless every test passes on the sources as they are: what fails anyway catches nothing."""
-        child, answer = in_child(lambda: self.first_failure(items))
-        with answer:
-            found = answer.read() or '["?", "the process ended"]'
-        os.waitpid(child, 0)
-        if failed := json.loads(found):
+        if failed := answered(*in_child(lambda: self.first_failure(items))):
             raise RuntimeError(f"the tests fail on the sources as they are: {': '.join(failed)}")
 
 
@@ -85,6 +81,16 @@ def in_child(function):
         os._exit(0)
     os.close(writer)
     return child, os.fdopen(reader, "rb")
+
+
+def answered(child, answer):
+    """The answer of a forked process, or RuntimeError, if it ended without one."""
+    with answer:
+        text = answer.read()
+    os.waitpid(child, 0)
+    if not text:
+        raise RuntimeError("a process that ran tests ended before it was done: see above")
+    return json.loads(text)
 
 
 def in_children(verdict, todo, jobs, done):

@@ -1,8 +1,6 @@
 """The mutations of the Python: that they are drawn and run as they should."""
 
 import collections
-import json
-import os
 from unittest import mock
 
 import numpy as np
@@ -16,7 +14,7 @@ from gpuconv.dtypes import supported
 from gpuconv.geometry import Geometry
 from tests import mutate_python, python_mutants
 from tests.equivalent_python import EQUIVALENT
-from tests.mutation_runs import in_child
+from tests.mutation_runs import answered, in_child
 
 SHAPES = (1, 1, 8, 8), (1, 1, 3, 3)
 FEW = [f"gpuconv/{name}.py" for name in ("algorithms/fft", "choose", "dtypes")]
@@ -41,11 +39,7 @@ def in_a_process(mutant, function):
         python_mutants.Live().run(mutant.file, mutant.text)
         return function()
 
-    child, answer = in_child(run)
-    with answer:
-        found = answer.read()
-    os.waitpid(child, 0)
-    return json.loads(found)
+    return answered(*in_child(run))
 
 
 def test_mutants_are_edits_inside_functions(drawn):

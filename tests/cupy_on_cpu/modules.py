@@ -3,6 +3,7 @@
 import _thread
 import ctypes
 import functools
+import os
 import tempfile
 import traceback
 from pathlib import Path
@@ -66,7 +67,7 @@ def install(driver):
     def add(image, module):
         if not image.startswith(ELF) or len(image) < elf_size(image):
             return INVALID_IMAGE
-        path = Path(folder.name) / f"{len(libraries)}.so"
+        path = Path(folder.name) / f"{os.getpid()}_{len(libraries)}.so"  # forked processes share the folder
         path.write_bytes(image)
         try:
             library = loader.Library(path, "checked" if b"__tsan_init" in image else "fast")
