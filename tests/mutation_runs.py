@@ -117,9 +117,8 @@ def in_children(verdict, todo, jobs, done):
             text = answer.read()
         if os.waitstatus_to_exitcode(status) > 0:
             raise RuntimeError(f"the verdict of {mutant.file}:{mutant.line} {mutant.after} failed: see above")
-        kind, by = (
-            json.loads(text) if text else ("caught", f"the process was ended by {signal.Signals(status & 0x7F).name}")
-        )
+        ended = f"the process was ended by {signal.Signals(status & 0x7F).name}" if os.WIFSIGNALED(status) else ""
+        kind, by = json.loads(text) if text else ("caught", ended)
         if kind == "caught":
             killers[mutant.file][by] = mutant.line
         done(mutant, kind, by, round(time.monotonic() - start, 1))

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import gpuconv
-from tests import parts, test_matrix, tiers
+from tests import mutation_runs, parts, test_matrix, tiers
 from tests.cases import CASES, DIRECTIONS, DTYPES, LAYOUTS, is_on, is_taken
 
 
@@ -66,6 +67,38 @@ def test_the_matrix_has_all_pairs():
     for axis in ("dtype", "layout"):
         pairs = {(combination["case"].name, combination[axis]) for combination in of_matrix()}
         assert pairs == set(itertools.product((case.name for case in CASES), axes[axis]))
+
+
+def test_the_table_of_tiers_has_the_counts_of_a_whole_run(request):
+    """Within a tenth, since they depend on what is installed."""
+    if request.config.args != request.config.getini("testpaths") or tiers.full:
+        pytest.skip("it counts the tests of a plain run of all files")
+    items = request.session.items
+    found = {
+        "plain": len(items),
+        "of it, checked": sum(item.get_closest_marker("checked") is not None for item in items),
+        "of it, on a GPU": sum(item.get_closest_marker("gpu") is not None for item in items),
+    }
+    assert found["plain"] <= 6000
+    for tier, count in found.items():
+        stated = int(table_of_tiers()[tier][2].replace(",", ""))
+        assert abs(count - stated) <= 0.1 * stated, (tier, count)
+
+
+def test_the_table_of_tiers_has_the_scores_of_the_records():
+    tests = Path(__file__).parent
+    scores = []
+    for record in ("mutations.json", "python_mutations.json"):
+        entries = json.loads((tests / record).read_text())["mutants"]
+        scores.append(mutation_runs.table(entries, lambda entry: entry["file"]).rpartition("| ")[2].strip(" |"))
+    assert table_of_tiers()["plain"][5] == "kernels {}, Python {}".format(*scores)
+
+
+def table_of_tiers():
+    """The cells of each tier's row in tests/README.md."""
+    text = (Path(__file__).parent / "README.md").read_text().partition("## Tiers")[2].partition("\n\nSeconds")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines()]
+    return {row[0]: row for row in rows}
 
 
 def test_a_run_goes_on_where_another_ended(tmp_path):

@@ -1,0 +1,210 @@
+"""What many calls would do, in short, and the record of it: ``python -m tests.recorded_plans``
+
+A plan decides how fast a call is, how much memory it takes and the last bits of its result. A change of the sources
+that should change none of these changes no line of ``plans.json``; one that should is seen there call by call. Nothing
+is computed for it. The program writes the record; with words it prints what the calls that have them in their names do.
+
+    python -m tests.recorded_plans winograd "resnet50 3x3 256 @14"
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import random
+import sys
+import types
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+
+import gpuconv
+from gpuconv import choose
+from gpuconv.algorithms import implicit_gemm
+from gpuconv.backend import NUMPY
+from gpuconv.benchmark import layers
+from gpuconv.choose import MODULES
+from gpuconv.cuda.device import Device
+from gpuconv.execute import Call, Description, plan_for
+from gpuconv.operands import ROLES
+from gpuconv.plan import Choice, Deferred, Loop, Step
+from gpuconv.request import Request
+from gpuconv.views import contiguous_strides
+from tests.cases import CASES, DIRECTIONS, DTYPES, KERNELS, NUMPY_ALGORITHMS, named_dtype
+from tests.emulation.launcher import EMULATED
+
+RECORD = Path(__file__).parent / "plans.json"
+BATCH = 4
+LIMITS = (64 << 20, 1 << 20, 20 << 10)  # bytes
+DEVICES = Device(75, 72), Device(80, 108), Device(90, 132), Device(120, 170)
+# Of the layers that are benchmarked each algorithm plans one in so many; to plan scatter's would take seconds.
+ONE_IN = {"im2col": 4, "winograd": 2, "fft": 16, "depthwise": 2, "scatter": 1000, "implicit_gemm": 4, "direct": 8}
+GROUPS = (
+    *(("numpy", algorithm) for algorithm in NUMPY_ALGORITHMS),
+    *(("emulated", algorithm) for algorithm in KERNELS),
+    ("choice", "numpy"),
+    ("choice", "emulated"),
+    ("choice", "tiles"),
+)
+
+
+def geometries(layout, one_in=1):
+    """Names and geometries: those of the tests, and of the layers that are benchmarked one in so many."""
+    yield from ((case.name, case.geometry(layout)) for case in CASES)
+    yield from ((layer.name, layer.geometry(BATCH, layout)) for layer in layers.selected(["all"], [])[::one_in])
+
+
+def calls_of(where, what):
+    """The calls of a group: names, and functions that give the text of what they do."""
+    if where == "choice":
+        return tiles() if what == "tiles" else choices(NUMPY if what == "numpy" else EMULATED)
+    return plans(NUMPY if where == "numpy" else EMULATED, what)
+
+
+def plans(backend, algorithm):
+    """Plans of an algorithm. What else a call has is drawn by its name, so that other calls do not matter."""
+    one_in = ONE_IN[algorithm]
+    both = zip(geometries("channels_first", one_in), geometries("channels_last", one_in), strict=True)
+    dtypes = [name for name in DTYPES if algorithm != "winograd" or not name.startswith("complex")]
+    for pair, direction in itertools.product(both, DIRECTIONS):
+        rng = random.Random(f"{pair[0][0]} {direction} {algorithm}")
+        kind, threads, (name, geometry) = named_dtype(rng.choice(dtypes)), rng.choice((1, 3)), rng.choice(pair)
+        limit = rng.choice(LIMITS if geometry.multiply_adds() < 1 << 20 else LIMITS[:2])
+        has_activation = kind.kind != "c" and rng.random() < 0.5
+        if MODULES[algorithm].why_not(Request(geometry, kind, direction, backend, False, limit)) is None:
+            precision = rng.choice(("ieee", "tf32", "tf32x3"))
+            call = Call(geometry, "numpy", kind, backend, algorithm, False, precision, limit, threads)
+            words = name, direction, kind.name, geometry.layout, f"{limit >> 10} KiB", *["activation"] * has_activation
+            yield ", ".join(words), functools.partial(plan_text, call, direction, has_activation)
+
+
+def plan_text(call, direction, has_activation):
+    """The plan of a call with C-contiguous arrays, all of it."""
+    first, second, _ = (layout_of(call, role) for role in ROLES[direction])
+    is_forward = direction == "forward"
+    y = first if has_activation and not is_forward else None
+    bias = layout_of(call, "b") if has_activation and is_forward else None
+    activation = "leaky_relu" if has_activation else None
+    description = Description(
+        call,
+        direction,
+        (False, activation if y else None),
+        (not is_forward, None),
+        activation if is_forward else None,
+        (first, y, second, None, bias, None),
+        first[:2],
+        None,
+        None,
+    )
+    plan = plan_for(description)
+    heading = f"{plan.algorithm}, {plan.size} steps, {plan.space} bytes of workspace"
+    return "\n".join((heading, str(plan.result), str(plan[6:]), *steps_text(plan.steps)))
+
+
+def layout_of(call, role):
+    geometry = call.geometry
+    shape = (geometry.filters,) if role == "b" else geometry.shape_of(role)
+    return shape, contiguous_strides(shape, call.dtype), call.dtype, 0
+
+
+def steps_text(steps, indent="  "):
+    """A line for each step."""
+    for step in steps:
+        if isinstance(step, Step):
+            yield f"{indent}{text(step.name or step.function)} {text(step.inputs)} -> {text(step.out)}"
+            if step.name:
+                yield f"{indent}  {text(step.function)}"
+        elif isinstance(step, Deferred):
+            yield f"{indent}planned later"
+            yield from steps_text(step.planned().steps, indent + "  ")
+        elif isinstance(step, Loop):
+            yield f"{indent}{step.workers} threads, {step.number} parts, workspace {step[3:]}"
+            some = step.parts if isinstance(step.parts, list) else itertools.islice(step.parts, 2)
+            for part in some:
+                yield from steps_text(part, indent + "  ")
+        elif isinstance(step, Choice):
+            yield f"{indent}whether {step.question.__name__} {text(step.view)}"
+            yield from steps_text(step.yes, indent + "  ")
+            yield from steps_text([step.no], indent + "  ")
+
+
+def text(value):
+    """An input or a function of a step."""
+    if isinstance(value, functools.partial):
+        return f"{text(value.func)}({text(value.args)})"
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return ", ".join(map(text, value))
+    if isinstance(value, (np.ndarray, np.generic)):
+        return f"{value.dtype} {value.tolist()}" if value.ndim == 0 else digest_of(value.tobytes())
+    if callable(value) or isinstance(value, types.ModuleType):
+        return getattr(value, "__name__", type(value).__name__)
+    return str(value)
+
+
+def choices(backend):
+    """What ``auto`` takes, with the reasons against all others."""
+    for name, geometry in geometries("channels_first", 1 if backend is NUMPY else 1000):
+        rng = random.Random(name)
+        dtype, limit, deterministic = rng.choice(DTYPES), rng.choice(LIMITS), rng.random() < 0.5
+        request = functools.partial(Request, backend=backend, deterministic=deterministic, limit=limit)
+        requests = [request(geometry, named_dtype(dtype), direction) for direction in DIRECTIONS]
+        yield f"{name}, {dtype}, {limit >> 10} KiB", functools.partial(choice_text, requests)
+
+
+def choice_text(requests):
+    chosen = [choose.choose(request, "auto") for request in requests]
+    lines = [", ".join(choice.algorithm for choice in chosen)]
+    for request, choice in zip(requests, chosen, strict=True):
+        lines += [choice.reason, *map(": ".join, choose.refused(request, choice.algorithm))]
+    return "\n".join(lines)
+
+
+def tiles():
+    """The tiles that implicit_gemm could take, with the times that its model gives them."""
+    for name, geometry in geometries("channels_first", 2):
+        rng = random.Random(name)
+        dtype, precision, device = rng.choice(DTYPES), rng.choice(("ieee", "tf32", "tf32x3")), rng.choice(DEVICES)
+        if implicit_gemm.why_not(Request(geometry, named_dtype(dtype), "forward", EMULATED)) is None:
+            words = name, dtype, precision, f"sm_{device.capability}"
+            yield ", ".join(words), functools.partial(tiles_text, geometry, dtype, precision, device)
+
+
+def tiles_text(geometry, dtype, precision, device):
+    arguments = geometry, named_dtype(dtype)
+    found = (implicit_gemm.plans(*arguments, direction, device, precision) for direction in DIRECTIONS)
+    return "\n".join(str(plan.choice) for plans in found for plan in plans)
+
+
+def digest_of(content):
+    return hashlib.sha256(content).hexdigest()[:8]
+
+
+def short(whole):
+    """The first line of a text, and the digest of all of it."""
+    return f"{whole.partition(chr(10))[0]}; {digest_of(whole.encode())}"
+
+
+def found(where, what):
+    """The lines of the record for a group, by the names of its calls."""
+    with mock.patch.object(choose.tuned, "recalled", return_value=None):  # what this machine has tuned
+        lines = {f"{where} {what}: {name}": short(made()) for name, made in calls_of(where, what)}
+    gpuconv.clear_cache()
+    return lines
+
+
+def main(words):
+    if words:
+        for where, what in GROUPS:
+            for name, made in calls_of(where, what):
+                if all(word in f"{where} {what}: {name}" for word in words):
+                    print(f"{where} {what}: {name}", made(), sep="\n", end="\n\n")
+        return
+    record = {}
+    for group in GROUPS:
+        record |= found(*group)
+    RECORD.write_text(json.dumps(record, indent=0) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
