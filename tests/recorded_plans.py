@@ -31,7 +31,7 @@ from gpuconv.operands import ROLES
 from gpuconv.plan import Choice, Deferred, Loop, Step
 from gpuconv.request import Request
 from gpuconv.views import contiguous_strides
-from tests.cases import CASES, DIRECTIONS, DTYPES, KERNELS, NUMPY_ALGORITHMS, named_dtype
+from tests.cases import CASES, DIRECTIONS, DTYPES, KERNELS, NUMPY_ALGORITHMS, case, named_dtype
 from tests.emulation.launcher import EMULATED
 
 RECORD = Path(__file__).parent / "plans.json"
@@ -46,7 +46,26 @@ GROUPS = (
     ("choice", "numpy"),
     ("choice", "emulated"),
     ("choice", "tiles"),
+    *(("limits numpy", algorithm) for algorithm in NUMPY_ALGORITHMS),
+    *(("limits emulated", algorithm) for algorithm in KERNELS),
 )
+# Small convolutions, which are planned within workspaces of 16 KiB to 16 MiB.
+SQUEEZED = (
+    case("few channels", (2, 3, 40, 44), (16, 3, 5, 5), stride=2, padding=2),
+    case("long lines", (2, 3, 24, 150), (24, 3, 7, 7), stride=2, padding=3),
+    case("1x1 of few channels", (2, 4, 24, 24), (16, 4, 1, 1)),
+    case("3x3", (2, 32, 28, 28), (32, 32, 3, 3), padding=1),
+    case("3x3 of many channels", (8, 256, 7, 7), (256, 256, 3, 3), padding=1),
+    case("3x3 stride 3", (2, 16, 30, 31), (32, 16, 3, 3), stride=(2, 3), padding=1),
+    case("patches", (2, 3, 32, 32), (64, 3, 4, 4), stride=4),
+    case("dilated", (2, 8, 33, 33), (8, 8, 3, 3), padding=2, dilation=2),
+    case("depthwise", (2, 64, 28, 28), (64, 1, 5, 5), padding=2, groups=64),
+    case("grouped", (4, 32, 14, 14), (64, 8, 3, 3), padding=1, groups=4),
+    case("large kernel", (1, 4, 60, 60), (6, 4, 21, 21), padding=10),
+    case("1-D", (2, 16, 1000), (32, 16, 9), padding=4),
+    case("3-D", (1, 4, 12, 12, 12), (8, 4, 3, 3, 3), padding=1),
+)
+SQUEEZES = tuple(1 << bits for bits in range(14, 25))  # bytes
 
 
 def geometries(layout, one_in=1):
@@ -59,6 +78,8 @@ def calls_of(where, what):
     """The calls of a group: names, and functions that give the text of what they do."""
     if where == "choice":
         return tiles() if what == "tiles" else choices(NUMPY if what == "numpy" else EMULATED)
+    if where.startswith("limits"):
+        return squeezed(NUMPY if where == "limits numpy" else EMULATED, what)
     return plans(NUMPY if where == "numpy" else EMULATED, what)
 
 
@@ -77,6 +98,25 @@ def plans(backend, algorithm):
             call = Call(geometry, "numpy", kind, backend, algorithm, False, precision, limit, threads)
             words = name, direction, kind.name, geometry.layout, f"{limit >> 10} KiB", *["activation"] * has_activation
             yield ", ".join(words), functools.partial(plan_text, call, direction, has_activation)
+
+
+def squeezed(backend, algorithm):
+    """Plans of small convolutions within many limits."""
+    kind = named_dtype("float32")
+    directions = DIRECTIONS if (backend, algorithm) != (EMULATED, "scatter") else DIRECTIONS[1:]  # forward is NumPy's
+    for number, (one, direction) in enumerate(itertools.product(SQUEEZED, directions)):
+        layout = ("channels_first", "channels_last")[number % 2]
+        call = Call(one.geometry(layout), "numpy", kind, backend, algorithm, False, "ieee", 0, 1 + number % 3)
+        yield f"{one.name}, {direction}, {layout}", functools.partial(squeezed_text, call, direction)
+
+
+def squeezed_text(call, direction):
+    texts = []
+    for limit in SQUEEZES:
+        request = Request(call.geometry, call.dtype, direction, call.backend, False, limit)
+        reason = MODULES[call.algorithm].why_not(request)
+        texts.append(reason or plan_text(call._replace(limit=limit), direction, False))
+    return "\n".join((f"{sum(map(len, texts))} characters", *texts))
 
 
 def plan_text(call, direction, has_activation):
