@@ -40,8 +40,8 @@ def are_plain(values: Iterable[object]) -> bool:
 
 def shape_of(value: object, name: str) -> Shape:
     """A shape given by a caller, as a tuple of Python ints."""
-    if hasattr(value, "shape") and getattr(value, "ndim", 1) != 1:
-        raise TypeError(f"{name} must be a shape, not an array; that of this one is {value.shape}")
+    if getattr(value, "ndim", 1) != 1:
+        raise TypeError(f"{name} must be a shape, not an array; that of this one is {value.shape}")  # type: ignore[attr-defined]
     try:
         shape = tuple(integer(extent, name) for extent in value)  # type: ignore[attr-defined]
     except TypeError:

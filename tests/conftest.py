@@ -8,7 +8,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 import gpuconv
 from gpuconv import execute, tuned
@@ -23,6 +23,8 @@ settings.register_profile(
     "gpuconv", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("gpuconv")
+# A mutant's failure need not be made small.
+settings.register_profile("mutants", settings.get_profile("gpuconv"), phases=(Phase.explicit, Phase.generate))
 
 TOO_MANY = pytest.StashKey()  # whether a GPU would have compiled more modules than a run may
 

@@ -1,9 +1,9 @@
 """Do the tests notice when the Python of gpuconv is wrong? ``python -m tests.mutate_python``
 
 Draws places of gpuconv/ at random, of each file as many as its size asks for, and has cosmic-ray edit them, one at a
-time. All tests run once under coverage; a mutant then meets those that run its line, the fastest of each test function
-first, until one fails or TRIED seconds of them have passed. What is edited lies inside functions: a forked process has
-them run the edited code, with all that was imported and collected before.
+time. All tests run once under coverage; a mutant then meets those that run its line, the record of plans and the
+fastest of each test function first, until one fails or TRIED seconds of them have passed. What is edited lies inside
+functions: a forked process has them run the edited code, with all that was imported and collected before.
 
     python -m tests.cupy_on_cpu python -m tests.mutate_python               all, into python_mutations.json
     python -m tests.cupy_on_cpu python -m tests.mutate_python --sample 60   recorded ones, as many as 60 seconds allow
@@ -40,7 +40,8 @@ from tests.mutation_runs import answered, in_child, in_children, name_of, positi
 RESULTS = Path(__file__).parent / "python_mutations.json"
 DRAWN = 1040  # mutants: a few of them cannot be run
 SEED = 0  # draws them
-TRIED = 30.0  # seconds of tests that a mutant meets
+TRIED = 40.0  # seconds of tests that a mutant meets
+PLANS = "test_recorded_plans.py::"  # which notice most
 SLOWEST = 60  # seconds that a test may take: mutated loops may never end
 MEMORY = 4 << 30  # bytes that it may allocate
 
@@ -88,6 +89,7 @@ class Observed:
         observer.start()
         seconds = {}
         for item in items:
+            live.forget("gpuconv")  # or only the first of several tests would run what is remembered
             observer.switch_context(name_of(item))
             start = time.monotonic()
             if session.first_failure([item], SLOWEST) is None:
@@ -105,13 +107,14 @@ class Observed:
                 lines.setdefault(line, set()).update(name for name in names if name in self.seconds)
 
     def tests(self, mutant, likely):
-        """Those that run a mutant's line: likely ones, then the fastest of each test function, then others."""
+        """Those that run a mutant's line: likely ones, plans, then the fastest of each test function, then others."""
         reached = self.tests_of_line.get(mutant.file, {}).get(mutant.line, ())
         by_speed = sorted(reached, key=self.seconds.__getitem__)
+        plans = [name for name in by_speed if name.startswith(PLANS)]
         fastest = {}
         for name in by_speed:
             fastest.setdefault(name.partition("[")[0], name)
-        order = dict.fromkeys((*(name for name in likely if name in reached), *fastest.values(), *by_speed))
+        order = dict.fromkeys((*(name for name in likely if name in reached), *plans, *fastest.values(), *by_speed))
         spent = 0.0
         for name in order:
             yield self.items[name]
@@ -185,6 +188,7 @@ def full(options):
         live = python_mutants.Live()
         observed = Observed(session, live, options.jobs)
         todo = [mutant for name, mutant in mutants.items() if not stands(verdicts.get(name), observed.items)]
+        todo.sort(key=lambda mutant: mutant.identity in verdicts)  # first a record without gaps
         with progress() as bar:
             task = bar.add_task("mutants", total=len(todo), survived=0)
 

@@ -5,6 +5,7 @@ import collections
 import contextlib
 import functools
 import gc
+import itertools
 import json
 import os
 import signal
@@ -33,7 +34,7 @@ class Session:
 
     def first_failure(self, items, seconds=0):
         """Runs tests until one fails: its name and what it says, or None. The process ends if one takes too long."""
-        for item, following in zip(items, [*items[1:], None], strict=True):
+        for item, following in itertools.zip_longest(items, items[1:]):
             signal.alarm(seconds)
             item.ihook.pytest_runtest_protocol(item=item, nextitem=following)
             signal.alarm(0)
@@ -52,7 +53,7 @@ class Session:
 def with_tests(arguments, work):
     """Has pytest collect tests, and calls ``work`` with the Session that has them."""
     session = Session(work)
-    options = "-s", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:terminal"
+    options = "--hypothesis-profile=mutants", "-s", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:terminal"
     status = pytest.main([*options, *arguments], plugins=[session])
     if not session.items:
         raise RuntimeError(f"pytest ended with status {int(status)} before it ran a test")

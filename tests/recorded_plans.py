@@ -14,6 +14,7 @@ import json
 import random
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -21,7 +22,7 @@ import numpy as np
 
 import gpuconv
 from gpuconv import choose
-from gpuconv.algorithms import implicit_gemm
+from gpuconv.algorithms import im2col, implicit_gemm
 from gpuconv.backend import NUMPY
 from gpuconv.benchmark import layers
 from gpuconv.choose import MODULES
@@ -49,28 +50,29 @@ GROUPS = (
     *(("limits numpy", algorithm) for algorithm in NUMPY_ALGORITHMS),
     *(("limits emulated", algorithm) for algorithm in KERNELS),
 )
-# Small convolutions, which are planned within workspaces of 16 KiB to 16 MiB.
+# Convolutions that several threads share, planned within workspaces of 16 KiB to 16 MiB.
 SQUEEZED = (
-    case("few channels", (2, 3, 40, 44), (16, 3, 5, 5), stride=2, padding=2),
-    case("long lines", (2, 3, 24, 150), (24, 3, 7, 7), stride=2, padding=3),
-    case("1x1 of few channels", (2, 4, 24, 24), (16, 4, 1, 1)),
-    case("3x3", (2, 32, 28, 28), (32, 32, 3, 3), padding=1),
-    case("3x3 of many channels", (8, 256, 7, 7), (256, 256, 3, 3), padding=1),
-    case("3x3 stride 3", (2, 16, 30, 31), (32, 16, 3, 3), stride=(2, 3), padding=1),
-    case("patches", (2, 3, 32, 32), (64, 3, 4, 4), stride=4),
-    case("dilated", (2, 8, 33, 33), (8, 8, 3, 3), padding=2, dilation=2),
-    case("depthwise", (2, 64, 28, 28), (64, 1, 5, 5), padding=2, groups=64),
-    case("grouped", (4, 32, 14, 14), (64, 8, 3, 3), padding=1, groups=4),
+    case("few channels", (4, 3, 96, 100), (32, 3, 5, 5), stride=2, padding=2),
+    case("long lines", (1, 3, 240, 150), (24, 3, 7, 7), stride=2, padding=3),
+    case("1x1 of few channels", (8, 8, 64, 64), (64, 8, 1, 1)),
+    case("3x3 shared", (2, 32, 28, 28), (32, 32, 3, 3), padding=1),
+    case("3x3 of many channels", (4, 320, 7, 7), (256, 320, 3, 3), padding=1),
+    case("padding beyond the kernel", (4, 16, 24, 24), (64, 16, 3, 3), padding=8),
+    case("3x3 stride 2 and 3", (4, 32, 60, 62), (64, 32, 3, 3), stride=(2, 3), padding=1),
+    case("patches shared", (8, 3, 96, 96), (64, 3, 4, 4), stride=4),
+    case("dilated", (4, 32, 33, 33), (32, 32, 3, 3), padding=2, dilation=2),
+    case("depthwise shared", (8, 64, 28, 28), (64, 1, 5, 5), padding=2, groups=64),
+    case("grouped", (16, 32, 14, 14), (64, 8, 3, 3), padding=1, groups=4),
     case("large kernel", (1, 4, 60, 60), (6, 4, 21, 21), padding=10),
-    case("1-D", (2, 16, 1000), (32, 16, 9), padding=4),
-    case("3-D", (1, 4, 12, 12, 12), (8, 4, 3, 3, 3), padding=1),
+    case("1-D shared", (2, 16, 1000), (32, 16, 9), padding=4),
+    case("3-D shared", (2, 8, 16, 16, 16), (16, 8, 3, 3, 3), padding=1),
 )
 SQUEEZES = tuple(1 << bits for bits in range(14, 25))  # bytes
 
 
 def geometries(layout, one_in=1):
     """Names and geometries: those of the tests, and of the layers that are benchmarked one in so many."""
-    yield from ((case.name, case.geometry(layout)) for case in CASES)
+    yield from ((one.name, one.geometry(layout)) for one in (*CASES, *SQUEEZED))
     yield from ((layer.name, layer.geometry(BATCH, layout)) for layer in layers.selected(["all"], [])[::one_in])
 
 
@@ -91,23 +93,24 @@ def plans(backend, algorithm):
     for pair, direction in itertools.product(both, DIRECTIONS):
         rng = random.Random(f"{pair[0][0]} {direction} {algorithm}")
         kind, threads, (name, geometry) = named_dtype(rng.choice(dtypes)), rng.choice((1, 3)), rng.choice(pair)
+        geometry = replace(geometry, batch=rng.choice((geometry.batch, geometry.batch, (2, *geometry.batch), ())))
         limit = rng.choice(LIMITS if geometry.multiply_adds() < 1 << 20 else LIMITS[:2])
         has_activation = kind.kind != "c" and rng.random() < 0.5
         if MODULES[algorithm].why_not(Request(geometry, kind, direction, backend, False, limit)) is None:
             precision = rng.choice(("ieee", "tf32", "tf32x3"))
             call = Call(geometry, "numpy", kind, backend, algorithm, False, precision, limit, threads)
-            words = name, direction, kind.name, geometry.layout, f"{limit >> 10} KiB", *["activation"] * has_activation
+            words = name, direction, kind.name, geometry.layout, f"{len(geometry.batch)} batch axes"
+            words = *words, f"{limit >> 10} KiB", *["activation"] * has_activation
             yield ", ".join(words), functools.partial(plan_text, call, direction, has_activation)
 
 
 def squeezed(backend, algorithm):
     """Plans of small convolutions within many limits."""
-    kind = named_dtype("float32")
     directions = DIRECTIONS if (backend, algorithm) != (EMULATED, "scatter") else DIRECTIONS[1:]  # forward is NumPy's
     for number, (one, direction) in enumerate(itertools.product(SQUEEZED, directions)):
-        layout = ("channels_first", "channels_last")[number % 2]
-        call = Call(one.geometry(layout), "numpy", kind, backend, algorithm, False, "ieee", 0, 1 + number % 3)
-        yield f"{one.name}, {direction}, {layout}", functools.partial(squeezed_text, call, direction)
+        layout, dtype = ("channels_first", "channels_last")[number % 2], ("float32", "float16", "float64")[number % 3]
+        call = Call(one.geometry(layout), "numpy", named_dtype(dtype), backend, algorithm, False, "ieee", 0, 3)
+        yield f"{one.name}, {direction}, {layout}, {dtype}", functools.partial(squeezed_text, call, direction)
 
 
 def squeezed_text(call, direction):
@@ -184,12 +187,15 @@ def text(value):
 
 def choices(backend):
     """What ``auto`` takes, with the reasons against all others."""
-    for name, geometry in geometries("channels_first", 1 if backend is NUMPY else 1000):
-        rng = random.Random(name)
+    one_in = 1 if backend is NUMPY else 4
+    for pair in zip(geometries("channels_first", one_in), geometries("channels_last", one_in), strict=True):
+        rng = random.Random(pair[0][0])
+        name, geometry = rng.choice(pair)
         dtype, limit, deterministic = rng.choice(DTYPES), rng.choice(LIMITS), rng.random() < 0.5
         request = functools.partial(Request, backend=backend, deterministic=deterministic, limit=limit)
         requests = [request(geometry, named_dtype(dtype), direction) for direction in DIRECTIONS]
-        yield f"{name}, {dtype}, {limit >> 10} KiB", functools.partial(choice_text, requests)
+        words = name, dtype, geometry.layout, f"{limit >> 10} KiB"
+        yield ", ".join(words), functools.partial(choice_text, requests)
 
 
 def choice_text(requests):
@@ -197,6 +203,9 @@ def choice_text(requests):
     lines = [", ".join(choice.algorithm for choice in chosen)]
     for request, choice in zip(requests, chosen, strict=True):
         lines += [choice.reason, *map(": ".join, choose.refused(request, choice.algorithm))]
+        if request.backend is NUMPY:
+            lines += [f"{name} {MODULES[name].nanoseconds(request):.6g} ns" for name in choose.able(request)]
+        lines.append(str(im2col.exceeds(request)))
     return "\n".join(lines)
 
 
@@ -212,8 +221,9 @@ def tiles():
 
 def tiles_text(geometry, dtype, precision, device):
     arguments = geometry, named_dtype(dtype)
-    found = (implicit_gemm.plans(*arguments, direction, device, precision) for direction in DIRECTIONS)
-    return "\n".join(str(plan.choice) for plans in found for plan in plans)
+    found = [implicit_gemm.plans(*arguments, direction, device, precision) for direction in DIRECTIONS]
+    lines = (f"{plan.choice} {plan.module} {plan[3:]} {plan.kernels}" for plans in found for plan in plans)
+    return "\n".join((str(found[0][0].choice), *lines))
 
 
 def digest_of(content):

@@ -225,6 +225,36 @@ def test_forced_cupy_without_a_device_says_what_was_found(broken_cupy):
         gpuconv.conv(X, W)
 
 
+@pytest.mark.parametrize(
+    "system, library, answers, count",
+    [
+        ("linux", "libcuda.so.1", (0, 0), 2),
+        ("win32", "nvcuda.dll", (0, 0), 2),
+        ("linux", "libcuda.so.1", (100, 0), 0),
+        ("linux", "libcuda.so.1", (0, 3), 0),
+        ("linux", None, (0, 0), 0),
+    ],
+    ids=["Linux", "Windows", "no device", "no count", "no driver"],
+)
+def test_the_driver_is_asked_for_its_devices(system, library, answers, count, monkeypatch):
+    class Driver:
+        def __init__(self, name):
+            if name != library:
+                raise OSError(name)
+
+        def cuInit(self, flags):  # noqa: N802
+            assert flags == 0
+            return answers[0]
+
+        def cuDeviceGetCount(self, count):  # noqa: N802
+            count._obj.value = 2
+            return answers[1]
+
+    monkeypatch.setattr(backend_module.sys, "platform", system)
+    monkeypatch.setattr(backend_module.ctypes, "CDLL", Driver)
+    assert backend_module.driver_devices() == count
+
+
 def test_array_module_is_numpy_without_a_gpu(no_cupy, monkeypatch):
     monkeypatch.setattr(backend_module, "driver_devices", lambda: 0)
     assert gpuconv.array_module() is np

@@ -53,6 +53,9 @@ BAD = {
     "padding a float": (lambda: C(X, W, padding=0.5), TypeError, "padding must be made of ints, got 0.5"),
     "padding None": (lambda: C(X, W, padding=None), TypeError, "padding must be made of ints, got None"),
     "padding of 3 axes": (lambda: C(X, W, padding=(1, 1, 1)), ValueError, "padding must have one int or one (low, high) pair per spatial axis: 2 expected"),
+    "padding of 1 axis": (lambda: C(X, W, padding=(1,)), ValueError, "per spatial axis: 2 expected, got (1,)"),
+    "padding of nested axes": (lambda: C(X, W, padding=((1, 2), (3, 4), (5, 6))), ValueError, "2 expected, got ((1, 2), (3, 4), (5, 6))"),
+    "padding of pairs, one short": (lambda: C(X, W, padding=((1, 2), (1,))), ValueError, "padding must be ints or (low, high) pairs throughout"),
     "padding mixed": (lambda: C(X, W, padding=(1, (1, 2))), ValueError, "padding must be ints or (low, high) pairs throughout"),
     "padding of triples": (lambda: C(X, W, padding=((1, 2, 3), (1, 2, 3))), ValueError, "padding must be ints or (low, high) pairs"),
     "bare pair in 1-D": (lambda: C(X[0], np.ones((4, 9, 3)), padding=(1, 2)), ValueError, "for one axis write padding=((1, 2),)"),
@@ -125,6 +128,13 @@ def test_bad_input_is_refused_in_words(name):
         call()
     assert caught.type is exception
     assert phrase in str(caught.value)
+
+
+@pytest.mark.parametrize("padding, is_bare", [((1, 2), True), (((1, 2), (3, 4)), False), ((1, 2, 3), False)])
+def test_a_pair_is_recognised_where_one_axis_is_padded(padding, is_bare):
+    with pytest.raises(ValueError, match="1 expected") as caught:
+        C(X[0], np.ones((4, 9, 3)), padding=padding)
+    assert ("for one axis write" in str(caught.value)) == is_bare
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,14 @@ def test_measurements_go_before_the_model(monkeypatch):
         assert other[0].choice.source == "the model"
 
 
+def test_the_table_tells_products_apart():
+    geometry, precisions = Geometry.infer((4, 64, 14, 14), (64, 64, 3, 3), padding=1), ("ieee", "tf32", "tf32x3")
+    arguments = [(named_dtype("float32"), precision) for precision in precisions]
+    arguments += [(named_dtype(dtype), "ieee") for dtype in ("float16", "bfloat16", "float64")]
+    best = (implicit_gemm.plans(geometry, dtype, "forward", MODEL, how)[0] for dtype, how in arguments)
+    assert len({gemm_table.key(plan.problem) for plan in best}) == 6
+
+
 def test_the_table_of_measurements_is_written_and_read(tmp_path, monkeypatch):
     (plan, *_) = implicit_gemm.plans(Geometry.infer((1, 8, 9), (8, 8, 3)), named_dtype("float32"), "weight_grad", MODEL)
     entry = gemm_table.entry(gemm_table.key(plan.problem), plan.choice.tile, 2, 3.14159, "bench/results/a-GPU")

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpuconv.algorithms.blocks import as_matrix
 from gpuconv.views import View, first_byte
 
 
@@ -68,3 +69,30 @@ def test_where_memory_begins():
     for array in (np.zeros((3, 4))[::-1], np.zeros((3, 4))[:, ::-2], np.zeros((3, 4)).T, np.zeros((0, 4))[::-1]):
         low = np.lib.array_utils.byte_bounds(array)[0] if array.size else array.__array_interface__["data"][0]
         assert array.__array_interface__["data"][0] + first_byte(array.shape, array.strides) == low
+
+
+@pytest.mark.parametrize(
+    "shape, steps, is_taken",
+    [
+        ((3, 4), (4, 1), True),
+        ((3, 4), (9, 1), True),
+        ((3, 4), (1, 3), True),
+        ((3, 4), (1, 7), True),
+        ((3, 4), (3, 1), False),  # rows overlap
+        ((3, 4), (1, 2), False),
+        ((3, 4), (2, 8), False),
+        ((3, 4), (0, 1), False),
+        ((3, 4), (-4, 1), False),
+        ((1, 4), (99, 5), True),  # of an axis of one element the stride does not matter
+        ((1, 4), (-7, 1), True),
+        ((3, 1), (5, 99), True),
+        ((3, 1), (1, -7), True),
+        ((1, 4), (99, -1), False),
+    ],
+)
+def test_matrices_that_blas_reads_without_a_copy(shape, steps, is_taken):
+    view = View(0, 0, shape, tuple(8 * step for step in steps), np.dtype("f8"))
+    matrix = as_matrix(view, 1, 1)
+    assert (matrix is not None) == is_taken
+    if is_taken:
+        assert matrix.shape == shape

@@ -453,13 +453,13 @@ def _copies(xp: Any) -> int:
 
 @lru_cache(maxsize=4096)
 def smooth(size: int) -> int:
-    """The smallest number of no primes but 2, 3 and 5 that is not below this one."""
-    best = 1 << max(0, size - 1).bit_length()
+    """The smallest number of no primes but 2, 3 and 5 that is not below this one, which is at least 1."""
+    best = 1 << (size - 1).bit_length()
     fives = 1
     while fives < best:
         threes = fives
         while threes < best:
-            twos = threes << max(0, -(-size // threes) - 1).bit_length()
+            twos = threes << (-(-size // threes) - 1).bit_length()
             best = min(best, twos)
             threes *= 3
         fives *= 5
