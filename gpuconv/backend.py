@@ -98,8 +98,20 @@ def _checked(name: str) -> str:
 
 
 def set_backend(name: str | None) -> None:
-    """Makes "numpy", "cupy" or "auto" the backend of this process; None leaves it to GPUCONV_BACKEND again.
+    """Set the backend of this process.
 
+    Parameters
+    ----------
+    name : {"auto", "numpy", "cupy", None}
+        None restores the choice by GPUCONV_BACKEND.
+
+    Raises
+    ------
+    ValueError
+        If the name is another one.
+
+    Examples
+    --------
     >>> set_backend("numpy")
     >>> get_backend()
     'numpy'
@@ -110,8 +122,25 @@ def set_backend(name: str | None) -> None:
 
 
 def backend(name: str) -> contextlib.AbstractContextManager[None]:
-    """A context in which "numpy", "cupy" or "auto" is the backend, for this thread (or task) alone.
+    """Return a context in which a backend is in force, for this thread or task only.
 
+    Parameters
+    ----------
+    name : {"auto", "numpy", "cupy"}
+        The backend. It takes precedence over :func:`set_backend` and GPUCONV_BACKEND.
+
+    Returns
+    -------
+    context manager
+        For a ``with`` statement.
+
+    Raises
+    ------
+    ValueError
+        If the name is another one.
+
+    Examples
+    --------
     >>> with backend("numpy"):
     ...     get_backend()
     'numpy'
@@ -139,16 +168,42 @@ def _selected() -> tuple[str, str]:
 
 
 def get_backend() -> str:
-    """The name of the backend in force: "auto", "numpy" or "cupy"."""
+    """Return the name of the backend in force.
+
+    Returns
+    -------
+    str
+        ``"auto"``, ``"numpy"`` or ``"cupy"``.
+
+    Raises
+    ------
+    ValueError
+        If GPUCONV_BACKEND decides and has another value.
+
+    Examples
+    --------
+    >>> with backend("numpy"):
+    ...     get_backend()
+    'numpy'
+    """
     return _selected()[0]
 
 
 def array_module() -> Any:
-    """numpy or cupy: the module that a script should make its arrays with, so that it runs on both.
+    """Return the module with which a script should make its arrays, so that it runs on both backends.
 
-    "auto" gives cupy where a GPU can be used, else numpy. Where the driver reports a device that CuPy cannot use,
-    BackendError says why instead of leaving the GPU idle in silence.
+    Returns
+    -------
+    module
+        ``numpy`` or ``cupy``. ``"auto"`` gives ``cupy`` if a GPU can be used, else ``numpy``.
 
+    Raises
+    ------
+    BackendError
+        If ``"cupy"`` is in force and cannot be used, or if the driver reports a device that CuPy cannot use.
+
+    Examples
+    --------
     >>> with backend("numpy"):
     ...     array_module().__name__
     'numpy'
@@ -324,7 +379,13 @@ def device_of(array: Array) -> contextlib.AbstractContextManager[Any]:
 
 
 def show_config() -> None:
-    """Prints the versions, the backend in force and what chose it, the devices, and the environment variables."""
+    """Print versions, the backend in force and its origin, devices, and environment variables.
+
+    Examples
+    --------
+    >>> show_config()  # doctest: +ELLIPSIS
+    gpuconv...
+    """
     for name, value in config().items():
         print(f"{name:<26}{value}")
 

@@ -30,7 +30,7 @@ from gpuconv.validate import (
 
 
 class Gradients(NamedTuple):
-    """The gradients of a convolution; None for what was not asked for."""
+    """Gradients of a convolution; None for those that were not requested."""
 
     dx: Array | None
     dw: Array | None
@@ -54,27 +54,74 @@ def conv(
     deterministic: bool | None = None,
     out: Array | None = None,
 ) -> Array:
-    """The convolution y of x with w, plus b, through the activation.
+    """Convolve `x` with `w`, add the bias `b` and apply an activation.
 
-    x is (..., C, *spatial) with any number of batch axes, w (F, C/G, *kernel), b (F,), and y (..., F, *output) with
-    output = (input + low + high - dilation * (kernel - 1) - 1) // stride + 1 on each of any number of spatial axes.
-    With layout="channels_last" x is (..., *spatial, C), w (*kernel, C/G, F), y (..., *output, F). The layout names
-    axes, not memory: y takes the memory order of x.
+    Parameters
+    ----------
+    x : array of shape ``(..., C, *spatial)``
+        Input, with any number of batch axes, including none. With ``layout="channels_last"`` its shape is
+        ``(..., *spatial, C)``. Arrays may have any strides and are never modified.
+    w : array of shape ``(F, C/G, *kernel)``
+        Filters. ``w.ndim - 2`` is the number of spatial axes: any number on NumPy, 1 to 3 on a GPU. With
+        ``layout="channels_last"`` its shape is ``(*kernel, C/G, F)``.
+    b : array of shape ``(F,)``, optional
+        Bias.
+    stride, dilation : int or sequence of int, default 1
+        One value for all spatial axes, or one for each, at least 1.
+    padding : int, sequence or str, default 0
+        Zeros at both ends of each spatial axis: one int, one int per axis, or one ``(low, high)`` pair per axis.
+        Negative values crop. Or one of ``"valid"`` (none), ``"same"`` (output extent ``ceil(input / stride)``, the odd
+        element at the high end), ``"same_lower"`` (at the low end), ``"full"`` (``dilation * (kernel - 1)`` at both
+        ends) and ``"causal"`` (one spatial axis; the same at the low end only).
+    groups : int, default 1
+        Number G of independent convolutions of C/G channels and F/G filters each.
+    layout : {"channels_first", "channels_last"}, default "channels_first"
+        Order of the axes. It does not prescribe the order in memory: `y` is returned with the memory order of `x`.
+    flip : bool, default False
+        False computes a cross-correlation, which deep learning calls convolution; True computes a convolution.
+    activation : {None, "relu", "leaky_relu", "sigmoid", "tanh"}, default None
+        Function applied to the sum, for real dtypes. The slope of "leaky_relu" is 0.01.
+    algorithm : str, default "auto"
+        ``"auto"`` or one of ``gpuconv.ALGORITHMS``.
+    precision : {None, "ieee", "tf32", "tf32x3"}, default None
+        Permits TensorFloat-32 products of float32 arrays on a GPU. None reads GPUCONV_PRECISION.
+    deterministic : bool, optional
+        True for the same bits on every call; False permits ``"auto"`` to add in any order. None reads
+        GPUCONV_DETERMINISTIC.
+    out : array of the shape and dtype of the result, optional
+        Receives the result and is returned. It is untouched if an argument is refused.
 
-    stride, dilation: an int, or one per spatial axis. padding: an int, one per axis, a (low, high) pair per axis, or
-    "valid", "same", "same_lower", "full", "causal"; negative numbers crop. groups: that many convolutions side by side,
-    each of C/G channels and F/G filters. flip=False is cross-correlation, what deep learning calls convolution;
-    flip=True is true convolution. activation: None, "relu", "leaky_relu" (slope 0.01), "sigmoid" or "tanh".
+    Returns
+    -------
+    array of shape ``(..., F, *output)``
+        `y`, with ``layout="channels_last"`` of shape ``(..., *output, F)``. Its dtype is the common dtype of the
+        arguments: float16, bfloat16, float32, float64, complex64 or complex128. Sums are accumulated in float32 at
+        least.
 
-    dtypes: float16, bfloat16, float32, float64, complex64, complex128, promoted to a common one; sums are formed in
-    float32 at least. algorithm: "auto" or one of gpuconv.ALGORITHMS. precision: "ieee", or "tf32" or "tf32x3" to permit
-    TensorFloat-32 products of float32 arrays on a GPU; None leaves it to GPUCONV_PRECISION. deterministic: True for the
-    same bits every time, False to let "auto" add in any order; None leaves it to GPUCONV_DETERMINISTIC. out: an array
-    that receives y and is returned.
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, or a value is not permitted.
+    TypeError
+        If an argument is not an array of NumPy or CuPy, or has another dtype.
+    BackendError
+        If a backend was requested that cannot be used.
 
-    Raises ValueError for shapes and values, TypeError for kinds and dtypes, BackendError where a backend that was
-    asked for cannot be used. No input is modified, and out is untouched unless all checks have passed.
+    See Also
+    --------
+    conv_backward : The gradients dx, dw and db.
+    explain : The algorithm that a call would use.
 
+    Notes
+    -----
+    For one group and one spatial axis, with o the output position and t the tap::
+
+        y[n, f, o] = activation(b[f] + sum over c, t of x[n, c, o * stride + t * dilation - low] * w[f, c, t])
+
+    The output extent of each axis is ``(input + low + high - dilation * (kernel - 1) - 1) // stride + 1``.
+
+    Examples
+    --------
     >>> import numpy, gpuconv
     >>> x, w = numpy.ones((1, 1, 3, 3)), numpy.ones((1, 1, 2, 2))
     >>> gpuconv.conv(x, w)
@@ -108,12 +155,42 @@ def conv_data_grad(
     deterministic: bool | None = None,
     out: Array | None = None,
 ) -> Array:
-    """dx, the gradient of :func:`conv` in x, from the gradient dy in y.
+    """Compute dx, the gradient of :func:`conv` with respect to `x`.
 
-    dy has the shape of y, and dx the shape ``x_shape``, batch axes included. It is the adjoint of the convolution,
-    <conv(x, w), dy> == <x, dx>, so w is conjugated where it is complex. dx takes the memory order of dy. The other
-    arguments and the errors are those of :func:`conv`.
+    Parameters
+    ----------
+    dy : array of the shape of y
+        Gradient with respect to the result of :func:`conv`.
+    w : array of shape ``(F, C/G, *kernel)``
+        Filters.
+    x_shape : sequence of int
+        Shape of `x`, batch axes included.
+    stride, padding, dilation, groups, layout, flip
+        As in :func:`conv`.
+    algorithm, precision, deterministic
+        As in :func:`conv`.
+    out : array of the shape and dtype of the result, optional
+        Receives the result and is returned.
 
+    Returns
+    -------
+    array of shape `x_shape`
+        dx, with the memory order of `dy`.
+
+    Raises
+    ------
+    ValueError, TypeError, BackendError
+        As in :func:`conv`.
+
+    Notes
+    -----
+    The gradient is the adjoint of the convolution in x, ``<conv(x, w), dy> == <x, dx>``. A complex `w` is therefore
+    conjugated::
+
+        dx[n, c, i] = sum over f and o * stride + t * dilation - low == i of dy[n, f, o] * conj(w[f, c, t])
+
+    Examples
+    --------
     >>> import numpy, gpuconv
     >>> gpuconv.conv_data_grad(numpy.ones((1, 1, 2, 2)), numpy.ones((1, 1, 2, 2)), (1, 1, 3, 3))
     array([[[[1., 2., 1.],
@@ -147,11 +224,42 @@ def conv_weight_grad(
     deterministic: bool | None = None,
     out: Array | None = None,
 ) -> Array:
-    """dw, the gradient of :func:`conv` in w, from the gradient dy in y.
+    """Compute dw, the gradient of :func:`conv` with respect to `w`.
 
-    dy has the shape of y, and dw the shape ``w_shape``. It is the adjoint in w, <conv(x, w), dy> == <w, dw>, so x is
-    conjugated where it is complex. The other arguments and the errors are those of :func:`conv`.
+    Parameters
+    ----------
+    dy : array of the shape of y
+        Gradient with respect to the result of :func:`conv`.
+    x : array of shape ``(..., C, *spatial)``
+        Input.
+    w_shape : sequence of int
+        Shape of `w`.
+    stride, padding, dilation, groups, layout, flip
+        As in :func:`conv`.
+    algorithm, precision, deterministic
+        As in :func:`conv`.
+    out : array of the shape and dtype of the result, optional
+        Receives the result and is returned.
 
+    Returns
+    -------
+    array of shape `w_shape`
+        dw, C-contiguous.
+
+    Raises
+    ------
+    ValueError, TypeError, BackendError
+        As in :func:`conv`.
+
+    Notes
+    -----
+    The gradient is the adjoint of the convolution in w, ``<conv(x, w), dy> == <w, dw>``. A complex `x` is therefore
+    conjugated::
+
+        dw[f, c, t] = sum over n, o of dy[n, f, o] * conj(x[n, c, o * stride + t * dilation - low])
+
+    Examples
+    --------
     >>> import numpy, gpuconv
     >>> gpuconv.conv_weight_grad(numpy.ones((1, 1, 2, 2)), numpy.arange(9.0).reshape(1, 1, 3, 3), (1, 1, 2, 2))
     array([[[[ 8., 12.],
@@ -186,12 +294,40 @@ def conv_backward(
     precision: str | None = None,
     deterministic: bool | None = None,
 ) -> Gradients:
-    """dx, dw and db of :func:`conv`, from the gradient dy in y.
+    """Compute the gradients of :func:`conv` with respect to `x`, `w` and `b`.
 
-    With an activation, dy is the gradient behind it, and y, the result of :func:`conv`, is required: the derivative is
-    applied from it. ``needs`` names what to compute, one name or several of "dx", "dw", "db"; the rest is None.
-    The other arguments and the errors are those of :func:`conv`.
+    Parameters
+    ----------
+    dy : array of the shape of y
+        Gradient with respect to the result of :func:`conv`, after the activation if there is one.
+    x : array of shape ``(..., C, *spatial)``
+        Input.
+    w : array of shape ``(F, C/G, *kernel)``
+        Filters.
+    stride, padding, dilation, groups, layout, flip
+        As in :func:`conv`.
+    activation : {None, "relu", "leaky_relu", "sigmoid", "tanh"}, default None
+        Activation of the forward call.
+    y : array, optional
+        Result of the forward call. It is required with an activation, whose derivative is computed from it.
+    needs : str or sequence of str, default ("dx", "dw", "db")
+        Names of the gradients to compute.
+    algorithm, precision, deterministic
+        As in :func:`conv`.
 
+    Returns
+    -------
+    Gradients
+        Named tuple ``(dx, dw, db)`` of arrays with the shapes of `x`, `w` and ``(F,)``; None for a gradient that is not
+        in `needs`.
+
+    Raises
+    ------
+    ValueError, TypeError, BackendError
+        As in :func:`conv`.
+
+    Examples
+    --------
     >>> import numpy, gpuconv
     >>> x, w = numpy.ones((2, 3, 8, 8)), numpy.ones((4, 3, 3, 3))
     >>> dx, dw, db = gpuconv.conv_backward(numpy.ones((2, 4, 6, 6)), x, w)
@@ -230,15 +366,44 @@ def conv_transpose(
     deterministic: bool | None = None,
     out: Array | None = None,
 ) -> Array:
-    """The transposed convolution y of x with w, plus b, through the activation.
+    """Compute the transposed convolution of `x` with `w`, add the bias `b` and apply an activation.
 
-    x is (..., C_in, *spatial), w (C_in, C_out/G, *kernel), b (C_out,), and y (..., C_out, *output) with output =
-    (input - 1) * stride + dilation * (kernel - 1) + 1 - low - high + output_padding; with layout="channels_last" w is
-    (*kernel, C_out/G, C_in). It is the transpose of :func:`conv` (its data_grad without the conjugate). padding takes
-    away what conv's would have added, or is "valid", "same" or "same_lower" (output = input * stride);
-    output_padding, less than max(stride, dilation), lengthens the high end. Where no tap reaches, y is b. The other
-    arguments and the errors are those of :func:`conv`.
+    Parameters
+    ----------
+    x : array of shape ``(..., C_in, *spatial)``
+        Input.
+    w : array of shape ``(C_in, C_out/G, *kernel)``
+        Filters, with ``layout="channels_last"`` of shape ``(*kernel, C_out/G, C_in)``.
+    b : array of shape ``(C_out,)``, optional
+        Bias.
+    stride, dilation, groups, layout, flip
+        As in :func:`conv`.
+    padding : int, sequence or str, default 0
+        Padding of the convolution that is transposed: it shortens the output. Of the names ``"valid"``, ``"same"`` and
+        ``"same_lower"`` are permitted; with the last two the output extent is ``input * stride``.
+    output_padding : int or sequence of int, default 0
+        Elements that are appended at the high end of each axis, less than ``max(stride, dilation)``. Where no tap
+        reaches, the sum is the bias.
+    activation, algorithm, precision, deterministic, out
+        As in :func:`conv`.
 
+    Returns
+    -------
+    array of shape ``(..., C_out, *output)``
+        y.
+
+    Raises
+    ------
+    ValueError, TypeError, BackendError
+        As in :func:`conv`.
+
+    Notes
+    -----
+    The function is the transpose of :func:`conv` as a linear map, without the complex conjugate. The output extent of
+    each axis is ``(input - 1) * stride + dilation * (kernel - 1) + 1 - low - high + output_padding``.
+
+    Examples
+    --------
     >>> import numpy, gpuconv
     >>> gpuconv.conv_transpose(numpy.ones((1, 1, 2)), numpy.ones((1, 1, 3)), stride=2)
     array([[[1., 1., 2., 1., 1.]]])
@@ -274,8 +439,35 @@ def conv_transpose_backward(
     precision: str | None = None,
     deterministic: bool | None = None,
 ) -> Gradients:
-    """dx, dw and db of :func:`conv_transpose`, from the gradient dy in y: the adjoints, as in :func:`conv_backward`.
+    """Compute the gradients of :func:`conv_transpose` with respect to `x`, `w` and `b`.
 
+    Parameters
+    ----------
+    dy : array of the shape of y
+        Gradient with respect to the result of :func:`conv_transpose`, after the activation if there is one.
+    x : array of shape ``(..., C_in, *spatial)``
+        Input.
+    w : array of shape ``(C_in, C_out/G, *kernel)``
+        Filters.
+    stride, padding, dilation, groups, layout, flip, output_padding
+        As in :func:`conv_transpose`.
+    activation, y, needs
+        As in :func:`conv_backward`.
+    algorithm, precision, deterministic
+        As in :func:`conv`.
+
+    Returns
+    -------
+    Gradients
+        Named tuple ``(dx, dw, db)``. The gradients are adjoints, as in :func:`conv_backward`.
+
+    Raises
+    ------
+    ValueError, TypeError, BackendError
+        As in :func:`conv`.
+
+    Examples
+    --------
     >>> import numpy, gpuconv
     >>> x, w = numpy.ones((1, 2, 4, 4)), numpy.ones((2, 3, 2, 2))
     >>> gradients = gpuconv.conv_transpose_backward(numpy.ones((1, 3, 8, 8)), x, w, stride=2)
@@ -298,10 +490,15 @@ def conv_transpose_backward(
 
 
 def clear_cache() -> None:
-    """Forgets plans, loaded kernels and all else that was kept for later calls, and releases their workspaces.
+    """Drop cached plans and loaded kernels, and free their workspaces.
 
-    A CUDA graph that has recorded calls must not be launched any more: it uses these kernels and workspaces. Compiled
-    kernels and what gpuconv.tune has found stay on disk, in the folder of GPUCONV_CACHE_DIR.
+    Compiled kernels and the results of :func:`tune` stay on disk, in the folder of GPUCONV_CACHE_DIR. A CUDA graph that
+    has recorded calls must not be launched any more, because it uses these kernels and workspaces.
+
+    Examples
+    --------
+    >>> import gpuconv
+    >>> gpuconv.clear_cache()
     """
     execute.clear()
     workspace.clear()

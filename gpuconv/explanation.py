@@ -1,4 +1,4 @@
-"""What would compute a convolution, why, and how: ``gpuconv.explain``."""
+"""Which algorithm computes a convolution, why, and how: ``gpuconv.explain``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,23 @@ from gpuconv.request import Request
 
 @dataclass(frozen=True)
 class Explanation:
-    """What would compute a convolution, and why; ``str()`` of it is a short report."""
+    """The algorithm that computes a convolution, and the reasons; ``str()`` gives a short report.
+
+    Attributes
+    ----------
+    algorithm, reason : str
+        The algorithm that is taken, and why.
+    refused : tuple of (str, str)
+        The other algorithms, each with the reason against it.
+    direction : str
+        ``"forward"``, ``"data_grad"`` or ``"weight_grad"``.
+    backend, dtype : str
+        Names of the backend and of the dtype.
+    geometry : Geometry
+        The convolution.
+    candidates : tuple of str
+        Variants of the algorithm, such as tile sizes; the first one is taken.
+    """
 
     algorithm: str
     reason: str
@@ -32,10 +48,12 @@ class Explanation:
 
     @property
     def plan(self) -> Plan:
-        """What a call would do with C-contiguous arrays, step by step; ``str()`` of it is a list.
+        """The plan of a call with C-contiguous arrays; ``str()`` lists its steps.
 
-        On a GPU the kernels are compiled for that.
+        On a GPU the kernels are compiled for it.
 
+        Examples
+        --------
         >>> print(explain((1, 8, 16, 16), (8, 8, 3, 3), padding=1, backend="numpy").plan)
         im2col, 4 steps, 84096 bytes of workspace
           copyto(workspace@0 (1, 18, 18, 1, 8), 0, unsafe)
@@ -76,11 +94,37 @@ def explain(
     precision: str | None = None,
     deterministic: bool | None = None,
 ) -> Explanation:
-    """Which algorithm would compute this convolution, and why each other one would not.
+    """Return which algorithm would compute a convolution, and why not each other one.
 
-    ``backend`` is "numpy" or "cupy"; None stands for the one in force. The other arguments are those of
-    :func:`gpuconv.conv`.
+    Parameters
+    ----------
+    x_shape, w_shape : sequence of int
+        Shapes of x and w.
+    stride, padding, dilation, groups, layout, flip
+        As in :func:`gpuconv.conv`.
+    dtype : dtype or str, default "float32"
+        Dtype of all arrays.
+    direction : {"forward", "data_grad", "weight_grad"}, default "forward"
+        Direction of the convolution.
+    backend : {None, "numpy", "cupy"}, default None
+        Where to compute. None selects the backend in force.
+    algorithm, precision, deterministic
+        As in :func:`gpuconv.conv`.
 
+    Returns
+    -------
+    Explanation
+        The choice and its reasons.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, a value is not permitted, or the named algorithm does not apply.
+    BackendError
+        If the backend cannot be used.
+
+    Examples
+    --------
     >>> explanation = explain((8, 64, 56, 56), (64, 64, 3, 3), padding=1, backend="numpy")
     >>> explanation.algorithm
     'winograd'

@@ -1,4 +1,4 @@
-"""Convolution as a linear operator, for the solvers of SciPy and of CuPy."""
+"""Convolution as a linear operator for the solvers of SciPy and CuPy: ``gpuconv.linear_operator``."""
 
 from __future__ import annotations
 
@@ -26,13 +26,37 @@ def linear_operator(
     layout: str = "channels_first",
     flip: bool = False,
 ) -> Any:
-    """The LinearOperator A with ``A @ x.ravel() == conv(x, w).ravel()``; its adjoint is :func:`conv_data_grad`.
+    """Return the convolution with `w` as a LinearOperator; its adjoint is :func:`gpuconv.conv_data_grad`.
 
-    A is a scipy.sparse.linalg.LinearOperator for a NumPy w, and one of cupyx.scipy.sparse.linalg for a CuPy w, of shape
-    (y.size, x.size) and of w's dtype. It has matvec, rmatvec, matmat and rmatmat, keeps no matrix, and follows w when w
-    is written to. Vectors of ints are taken as float64; all are promoted with w, as by :func:`gpuconv.conv`, which
-    has the other arguments and the errors. Needs SciPy (``pip install 'gpuconv[sparse]'``).
+    Parameters
+    ----------
+    w : array of shape ``(F, C/G, *kernel)``
+        Filters. The operator refers to the array: it follows later changes of its elements.
+    x_shape : sequence of int
+        Shape of x, batch axes included.
+    stride, padding, dilation, groups, layout, flip
+        As in :func:`gpuconv.conv`.
 
+    Returns
+    -------
+    LinearOperator
+        Operator A of shape ``(y.size, x.size)`` with ``A @ x.ravel() == conv(x, w).ravel()``, and the dtype of `w`. It
+        is a ``scipy.sparse.linalg.LinearOperator`` for a NumPy `w` and one of ``cupyx.scipy.sparse.linalg`` for a CuPy
+        `w`, with matvec, rmatvec, matmat and rmatmat. It stores no matrix.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in :func:`gpuconv.conv`.
+    ImportError
+        If SciPy is not installed (``pip install 'gpuconv[sparse]'``).
+
+    Notes
+    -----
+    Vectors of integers are converted to float64. All other vectors are promoted with `w` as by :func:`gpuconv.conv`.
+
+    Examples
+    --------
     >>> import numpy, gpuconv
     >>> from scipy.sparse.linalg import lsqr
     >>> A = gpuconv.linear_operator(numpy.array([[[1.0, 2.0]]]), (1, 1, 4))
@@ -58,13 +82,13 @@ def linear_operator(
 
 
 class _Products(NamedTuple):
-    """The products of a LinearOperator, to be pickled with it."""
+    """Products of a LinearOperator, as bound methods that can be pickled with it."""
 
     w: Array
     geometry: Geometry
 
     def matmat(self, x: Array) -> Array:
-        """(y.size, K) of (x.size, K); the K vectors are a batch."""
+        """Return ``(y.size, K)`` for ``(x.size, K)``; the K vectors form a batch."""
         y = conv(_batch(x, self.geometry.x_shape), self.w, **self._settings())
         return y.reshape(x.shape[1], math.prod(self.geometry.y_shape)).T
 
@@ -85,7 +109,7 @@ class _Products(NamedTuple):
 
 
 def _batch(vectors: Array, shape: Shape) -> Array:
-    """The columns as a batch of arrays; ints in float64, as NumPy's products with floats are."""
+    """Return the columns as a batch of arrays; integers become float64, as in products of NumPy with floats."""
     if vectors.dtype.kind in "iub":
         vectors = vectors.astype(numpy.float64)
     return vectors.T.reshape(vectors.shape[1], *shape)

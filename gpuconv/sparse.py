@@ -1,4 +1,4 @@
-"""Convolution as a sparse matrix, for those who want to look at it or hand it to a solver."""
+"""Convolution as a sparse matrix, to inspect it or to hand it to a solver: ``gpuconv.conv_matrix``."""
 
 from __future__ import annotations
 
@@ -27,13 +27,32 @@ def conv_matrix(
     layout: str = "channels_first",
     flip: bool = False,
 ) -> Any:
-    """The sparse matrix A with ``conv(x, w).ravel() == A @ x.ravel()``, in CSR form.
+    """Return the convolution with `w` as a sparse matrix in CSR format.
 
-    A is a scipy.sparse.csr_array for a NumPy w, a cupyx.scipy.sparse.csr_matrix for a CuPy w, of shape (y.size,
-    x.size) with one stored entry for every product: taps on the padding have none, zeros in w are stored. w is float32,
-    float64, complex64 or complex128, which is what sparse matrices hold; the other arguments are those of
-    :func:`gpuconv.conv`, and so are the errors. Needs SciPy (``pip install 'gpuconv[sparse]'``).
+    Parameters
+    ----------
+    w : array of shape ``(F, C/G, *kernel)``
+        Filters of dtype float32, float64, complex64 or complex128, the dtypes of sparse matrices.
+    x_shape : sequence of int
+        Shape of x, batch axes included.
+    stride, padding, dilation, groups, layout, flip
+        As in :func:`gpuconv.conv`.
 
+    Returns
+    -------
+    scipy.sparse.csr_array or cupyx.scipy.sparse.csr_matrix
+        Matrix A of shape ``(y.size, x.size)`` with ``A @ x.ravel() == conv(x, w).ravel()``. It stores one entry for
+        each product: none for taps on the padding, but one for each zero in `w`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in :func:`gpuconv.conv`.
+    ImportError
+        If SciPy is not installed (``pip install 'gpuconv[sparse]'``).
+
+    Examples
+    --------
     >>> import numpy, gpuconv
     >>> A = gpuconv.conv_matrix(numpy.arange(1.0, 10).reshape(1, 1, 3, 3), (1, 1, 4, 4))
     >>> A.shape, A.nnz
@@ -65,7 +84,7 @@ def conv_matrix(
 
 
 def _csr(w: Array, geometry: Geometry) -> tuple[Array, Array, Array]:
-    """data, indices and indptr, from w (*kernel, G, C/G, F/G); the columns of each row in order."""
+    """Return data, indices and indptr for w ``(*kernel, G, C/G, F/G)``, with the columns of each row in order."""
     seen, valid = _inputs_seen(geometry)  # (outputs, terms of a row): the input that each product reads
     counts = valid.sum(axis=1)
     images = math.prod(geometry.batch)
@@ -100,7 +119,7 @@ def _csr(w: Array, geometry: Geometry) -> tuple[Array, Array, Array]:
 
 
 def _inputs_seen(geometry: Geometry) -> tuple[Array, Array]:
-    """For every output and term of its sum: the index in one image of the input in group 0, and whether it exists."""
+    """Return for each output and term the index of its input within an image (group 0), and whether it exists."""
     rank = geometry.rank
     channels_last = geometry.layout == "channels_last"
     steps = numpy.cumprod((geometry.channels if channels_last else 1, *geometry.input[:0:-1]))[::-1]

@@ -1,4 +1,4 @@
-"""tune: which algorithm is fastest on this machine, found by trying, and remembered on disk."""
+"""Measures which algorithm is fastest on this machine and stores the answer on disk: ``gpuconv.tune``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,25 @@ MARGIN = 0.97  # of the default's time that another one must keep to: less is wi
 
 
 class Tuned(NamedTuple):
-    """What was found for one direction of a convolution."""
+    """Result of :func:`tune` for one direction of a convolution.
+
+    Attributes
+    ----------
+    geometry : Geometry
+        The convolution.
+    direction : str
+        ``"forward"``, ``"data_grad"`` or ``"weight_grad"``.
+    dtype, backend : str
+        Names of the dtype and of the backend.
+    default : str
+        The algorithm that ``"auto"`` takes without tuning.
+    fastest : str
+        The fastest algorithm with correct results; `default` if there is none.
+    seconds : dict of str to float
+        Median time of each algorithm that was timed.
+    wrong : tuple of str
+        Algorithms whose results exceeded their error bound. They are never taken.
+    """
 
     geometry: Geometry
     direction: Direction
@@ -38,7 +56,7 @@ class Tuned(NamedTuple):
 
     @property
     def gain(self) -> float:
-        """The default's time over that of the fastest; NaN where one of them was wrong, and not timed."""
+        """Time of the default divided by that of the fastest; NaN if one of them was wrong and not timed."""
         return self.seconds.get(self.default, math.nan) / self.seconds.get(self.fastest, math.nan)
 
 
@@ -57,16 +75,45 @@ def tune(
     backend: str | None = None,
     seconds: float = 0.3,
 ) -> list[Tuned]:
-    """Times the algorithms that can compute a convolution, and remembers the fastest for ``algorithm="auto"``.
+    """Time the algorithms that can compute a convolution, and store the fastest for ``algorithm="auto"``.
 
-    The convolution is given as to :func:`gpuconv.explain`; ``seconds`` is about how long each algorithm is timed in
-    each of the ``directions``. Only algorithms that add in a fixed order are tried, on NumPy those that their estimates
-    do not rule out. Each result is first held against a float64 reference, and one beyond its bound never taken. The
-    answer counts for exactly these shapes, this dtype and layout on this machine, with this build of NumPy or CuPy; it
-    lies in the folder of GPUCONV_CACHE_DIR. An ordinary call never times anything.
+    Parameters
+    ----------
+    x_shape, w_shape : sequence of int
+        Shapes of x and w.
+    stride, padding, dilation, groups, layout, flip
+        As in :func:`gpuconv.conv`.
+    dtype : dtype or str, default "float32"
+        Dtype of all arrays.
+    directions : str or sequence of str, default all three
+        Of ``"forward"``, ``"data_grad"`` and ``"weight_grad"``.
+    backend : {None, "numpy", "cupy"}, default None
+        Where to compute. None selects the backend in force.
+    seconds : float, default 0.3
+        Approximate time, in seconds, that each algorithm is timed in each direction.
 
-    Raises ValueError for shapes and values.
+    Returns
+    -------
+    list of Tuned
+        One for each direction.
 
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, or a value is not permitted.
+    BackendError
+        If the backend cannot be used.
+
+    Notes
+    -----
+    Only algorithms with a fixed order of additions are tried, on NumPy those whose estimated time is at most four times
+    the smallest estimate. Each result is first compared with a float64 reference; one that exceeds its error bound is
+    not taken. The algorithms are timed in turns. An answer applies to exactly these shapes, this dtype and layout, on
+    this machine with this build of NumPy or CuPy. It is stored in the folder of GPUCONV_CACHE_DIR. An ordinary call
+    never times anything.
+
+    Examples
+    --------
     >>> (found,) = tune((1, 8, 32, 32), (8, 8, 3, 3), padding=1, directions="forward", backend="numpy", seconds=0.01)
     >>> found.fastest in found.seconds
     True
@@ -91,7 +138,7 @@ def tune(
 def tuned_geometry(
     geometry: Geometry, dtype: numpy.dtype, directions: Sequence[Direction], backend: Backend, seconds: float
 ) -> list[Tuned]:
-    """The same of a geometry; with any batch axes it is timed as one of them."""
+    """Tune a geometry; its batch axes are timed as one."""
     from gpuconv.benchmark.problem import Problem
     from gpuconv.benchmark.timing import clock_for
 
@@ -107,7 +154,7 @@ def tuned_geometry(
 def _tuned(
     problem: Problem, geometry: Geometry, direction: Direction, backend: Backend, clock: Clock, seconds: float
 ) -> Tuned:
-    """Times the algorithms in turns, and remembers the fastest."""
+    """Time the algorithms in turns, and store the fastest."""
     request = Request(geometry, problem.dtype, direction, backend, limit=settings.workspace_limit())
     default = choose.untuned(request).algorithm
     calls, counts, samples, wrong = {}, {}, {}, []
@@ -133,7 +180,7 @@ def _tuned(
 
 
 def _candidates(request: Request) -> list[str]:
-    """The algorithms that can, in a fixed order of additions, and are not ruled out by their estimate."""
+    """Algorithms with a fixed order of additions that apply and are not excluded by their estimate."""
     able = choose.able(request)
     if request.backend.launch is not None:
         return able
