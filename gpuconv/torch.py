@@ -1,13 +1,20 @@
-"""The convolutions under PyTorch's autograd, on its CPU and CUDA tensors, without a copy.
+"""Convolution functions for PyTorch tensors, differentiable by autograd, on CPU and CUDA tensors without a copy.
 
-    from gpuconv.torch import conv
+Examples
+--------
+>>> import torch
+>>> from gpuconv.torch import conv
+>>> x, w = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2, requires_grad=True)
+>>> conv(x, w).sum().backward()
+>>> w.grad
+tensor([[[[4., 4.],
+          [4., 4.]]]])
 
-    y = conv(x, w, b, padding=1)  # x, w and b are tensors
-    y.sum().backward()
-
-Each gradient is a convolution itself, so it has gradients in turn. CUDA tensors are computed on PyTorch's current
-stream, into memory of PyTorch's allocator. torch.compile leaves the calls as they are: its graph breaks there. Autocast
-leaves the dtypes as they are. The transforms of torch.func and forward-mode gradients are refused.
+Notes
+-----
+Each gradient is a convolution, so it has gradients itself. CUDA tensors are computed on PyTorch's current stream, into
+memory of PyTorch's allocator. torch.compile breaks its graph at the calls. Autocast does not change their dtypes. The
+transforms of torch.func and forward-mode gradients are refused.
 """
 
 from __future__ import annotations
@@ -49,18 +56,37 @@ def conv(
     precision: str | None = None,
     deterministic: bool | None = None,
 ) -> Tensor:
-    """:func:`gpuconv.conv` of tensors, to be differentiated any number of times.
+    """Convolve tensors, as :func:`gpuconv.conv` does arrays; differentiable any number of times.
 
-    Shapes, dtypes, errors and arguments are those of :func:`gpuconv.conv`. The tensors are dense and on one device, the
-    CPU or a CUDA device, and so is y; where x has channels_last memory, y has. Gradients of complex tensors are as
-    PyTorch has them: the adjoints.
+    Parameters
+    ----------
+    x : Tensor of shape ``(..., C, *spatial)``
+        Input. All tensors are dense and on one device, the CPU or a CUDA device.
+    w : Tensor of shape ``(F, C/G, *kernel)``
+        Filters.
+    b : Tensor of shape ``(F,)``, optional
+        Bias.
+    stride, padding, dilation, groups, layout, flip
+        As in :func:`gpuconv.conv`.
+    algorithm, precision, deterministic
+        As in :func:`gpuconv.conv`.
 
+    Returns
+    -------
+    Tensor of shape ``(..., F, *output)``
+        y on the device of `x`, in channels_last memory if `x` is. Gradients of complex tensors are the adjoints, as
+        PyTorch defines them.
+
+    Raises
+    ------
+    ValueError, TypeError, BackendError
+        As in :func:`gpuconv.conv`.
+
+    Examples
+    --------
     >>> import torch
-    >>> x, w = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2, requires_grad=True)
-    >>> conv(x, w).sum().backward()
-    >>> w.grad
-    tensor([[[[4., 4.],
-              [4., 4.]]]])
+    >>> conv(torch.ones(1, 1, 3), torch.ones(1, 1, 2))
+    tensor([[[2., 2.]]])
     """
     geometry = {
         "stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "layout": layout, "flip": flip,
@@ -84,8 +110,33 @@ def conv_transpose(
     precision: str | None = None,
     deterministic: bool | None = None,
 ) -> Tensor:
-    """:func:`gpuconv.conv_transpose` of tensors, like :func:`conv`.
+    """Compute the transposed convolution of tensors, as :func:`gpuconv.conv_transpose` does of arrays.
 
+    Parameters
+    ----------
+    x : Tensor of shape ``(..., C_in, *spatial)``
+        Input.
+    w : Tensor of shape ``(C_in, C_out/G, *kernel)``
+        Filters.
+    b : Tensor of shape ``(C_out,)``, optional
+        Bias.
+    stride, padding, dilation, groups, layout, flip, output_padding
+        As in :func:`gpuconv.conv_transpose`.
+    algorithm, precision, deterministic
+        As in :func:`gpuconv.conv`.
+
+    Returns
+    -------
+    Tensor of shape ``(..., C_out, *output)``
+        y, as for :func:`conv`.
+
+    Raises
+    ------
+    ValueError, TypeError, BackendError
+        As in :func:`gpuconv.conv`.
+
+    Examples
+    --------
     >>> import torch
     >>> conv_transpose(torch.ones(1, 1, 2), torch.ones(1, 1, 3), stride=2)
     tensor([[[1., 1., 2., 1., 1.]]])
@@ -101,7 +152,7 @@ def conv_transpose(
 def _called(
     direction: Direction, x: Tensor, w: Tensor, b: Tensor | None, geometry: dict[str, Any], *how: Any
 ) -> Tensor:
-    """The convolution forwards or, transposed, as data_grad."""
+    """Compute the convolution forward or, transposed, as data_grad."""
     _check(x=x, w=w, b=b)
     infer = Geometry.infer if direction == "forward" else Geometry.infer_transposed
     problem = _Problem(infer(tuple(x.shape), tuple(w.shape), **geometry), *how)
@@ -122,13 +173,13 @@ class _Problem(NamedTuple):
     deterministic: bool | None
 
     def result(self, direction: Direction, first: Tensor, second: Tensor, b: Tensor | None = None) -> Tensor:
-        """The result of a direction, known to autograd where it has to be: its bookkeeping takes time."""
+        """The result of a direction. Autograd is told of it only if a gradient is needed, since that takes time."""
         if _has_gradients(first, second, b):
             return _Differentiable.apply(self, direction, first, second, b)  # type: ignore[no-any-return]
         return self.computed(direction, first, second, b)
 
     def computed(self, direction: Direction, first: Tensor, second: Tensor, b: Tensor | None) -> Tensor:
-        """The same, unknown to autograd; w and x are conjugated in the gradients."""
+        """The same without autograd; w and x are conjugated in the gradients."""
         # PyTorch says nothing of numbers that overflow.
         with _on_stream_of(first.device) if first.is_cuda else numpy.errstate(over="ignore", invalid="ignore"):
             arrays = [_array(tensor) for tensor in (first, second, b) if tensor is not None]
@@ -147,7 +198,7 @@ class _Problem(NamedTuple):
             return _tensor(result) if out is None else out
 
     def _empty(self, role: Role, dtype: torch.dtype, device: torch.device, like: Array) -> Tensor:
-        """A tensor for the result; x and y in the order in which the array ``like`` lies."""
+        """An empty tensor for the result; x and y have the memory order of the array ``like``."""
         geometry = self.geometry
         shape = geometry.shape_of(role)
         if role == "w" or not has_channels_last_memory(like.shape, like.strides, like.dtype.itemsize, geometry):
@@ -158,7 +209,7 @@ class _Problem(NamedTuple):
         return torch.empty_strided(shape, memory.movedim(-1, channel).stride(), dtype=dtype, device=device)
 
     def bias_grad(self, gradient: Tensor) -> Tensor:
-        """The sum over all but the channels."""
+        """The sum over all axes except that of the channels."""
         axis = gradient.ndim - 1 if self.geometry.layout == "channels_last" else len(self.geometry.batch)
         return gradient.sum([other for other in range(gradient.ndim) if other != axis])
 
@@ -191,7 +242,7 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _cast(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient in an operand that was promoted."""
+    """The gradient with respect to an operand that was promoted."""
     if gradient.is_complex() and not dtype.is_complex:
         gradient = gradient.real
     return gradient.to(dtype)
@@ -206,7 +257,7 @@ INTS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int
 
 
 def _check(**tensors: Tensor | None) -> None:
-    """TypeError or ValueError unless these are tensors that arrays can be made of, on one device."""
+    """Raise TypeError or ValueError unless the tensors can be seen as arrays and are on one device."""
     device = None
     for name, tensor in tensors.items():
         if tensor is None and name == "b":
@@ -225,7 +276,7 @@ def _check(**tensors: Tensor | None) -> None:
 
 
 def _has_gradients(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to know of a function of these, backwards or forwards."""
+    """Whether autograd needs to record a function of these tensors, in reverse or forward mode."""
     backwards = torch.is_grad_enabled()
     for tensor in tensors:
         if tensor is not None and ((backwards and tensor.requires_grad) or unpack_dual(tensor).tangent is not None):
@@ -235,7 +286,7 @@ def _has_gradients(*tensors: Tensor | None) -> bool:
 
 @contextlib.contextmanager
 def _on_stream_of(device: torch.device) -> Iterator[None]:
-    """Has CuPy compute on a CUDA device, in PyTorch's current stream there."""
+    """A context in which CuPy computes on a CUDA device, on PyTorch's current stream there."""
     try:
         import cupy
     except ImportError:
@@ -246,12 +297,12 @@ def _on_stream_of(device: torch.device) -> Iterator[None]:
 
 
 class _Stream(NamedTuple):
-    """A stream of PyTorch by the protocol of CUDA's libraries, which PyTorch's own class has had for a short time."""
+    """A stream of PyTorch with the stream protocol of CUDA's libraries, which older versions of PyTorch lack."""
 
     pointer: int
 
     def __cuda_stream__(self) -> tuple[int, int]:
-        """The protocol's version and the stream."""
+        """The version of the protocol, and the stream."""
         return 0, self.pointer
 
 

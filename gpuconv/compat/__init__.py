@@ -1,4 +1,4 @@
-"""Modules with the function names of programs that exist, for one changed import."""
+"""Modules with the function names of existing programs: only an import changes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def named(**names: str) -> Iterator[None]:
-    """Errors that call arguments what the caller calls them."""
+    """A context in which error messages call arguments by the caller's names."""
     try:
         yield
     except (TypeError, ValueError) as error:

@@ -1,17 +1,17 @@
-"""The convolutions that CuPy had from cuDNN until version 13, by their names and with their arguments.
+"""The convolution functions that CuPy had from cuDNN until version 13, with their names and arguments.
 
-One changed import moves old code over::
+Existing code changes one import::
 
     from gpuconv.compat import cupy_cudnn as cudnn  # was: from cupy import cudnn
 
-Every function writes into the array that the caller gives, and returns None. Arrays are CuPy's or NumPy's, with one to
-three spatial axes and any strides, real or complex. In layout 0 x is (N, C, *spatial), W (F, C/G, *kernel) and y
-(N, F, *output); in layout 1 x is (N, *spatial, C), W (F, *kernel, C/G) and y (N, *output, F). ``d_layout`` is that of
-x and y, ``w_layout`` that of W. pad, stride and dilation are ints, or one int per spatial axis.
+Every function writes into an array of the caller and returns None. Arrays are of CuPy or NumPy, real or complex, with
+one to three spatial axes and any strides. In layout 0 x is (N, C, *spatial), W (F, C/G, *kernel) and y (N, F, *output);
+in layout 1 x is (N, *spatial, C), W (F, *kernel, C/G) and y (N, *output, F). ``d_layout`` is the layout of x and y,
+``w_layout`` that of W. pad, stride and dilation are ints, or one int per spatial axis.
 
-``tensor_core`` is "never", "always", which permits TensorFloat-32, or "auto", which leaves that to GPUCONV_PRECISION.
-``deterministic`` is that of :func:`gpuconv.conv`. ``auto_tune`` changes nothing: no call times anything, and what
-``gpuconv tune`` has found is used in any case. (After cupyx/cudnn.pyx of CuPy 13.6.)
+``tensor_core`` is "never", "always", which permits TensorFloat-32, or "auto", which reads GPUCONV_PRECISION.
+``deterministic`` is that of :func:`gpuconv.conv`. ``auto_tune`` has no effect: no call times anything, and results of
+``gpuconv tune`` are used in any case. (After cupyx/cudnn.pyx of CuPy 13.6.)
 """
 
 from __future__ import annotations
@@ -54,10 +54,34 @@ def convolution_forward(
     d_layout: int = CUDNN_TENSOR_NCHW,
     w_layout: int = CUDNN_TENSOR_NCHW,
 ) -> None:
-    """Writes the convolution of x with W, plus b, into y. b has one element per filter, in any shape, or is None.
+    """Write the convolution of x with W, plus b, into y.
 
-    Raises ValueError for shapes and values and TypeError for kinds and dtypes, and then y is as it was.
+    Parameters
+    ----------
+    x : array of shape (N, C, *spatial)
+        Input.
+    W : array of shape (F, C/G, *kernel)
+        Filters.
+    b : array of F elements, or None
+        Bias, in any shape.
+    y : array of shape (N, F, *output)
+        Receives the result.
+    pad, stride, dilation : int or sequence of int
+        One value for all spatial axes, or one for each.
+    groups : int, default 1
+        Number of groups.
+    auto_tune, tensor_core, d_layout, w_layout
+        See above.
 
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, or a value is not permitted; y is unchanged then.
+    TypeError
+        If an argument has another kind or dtype; y is unchanged then.
+
+    Examples
+    --------
     >>> import numpy
     >>> x, W, y = numpy.ones((2, 3, 8, 8)), numpy.ones((4, 3, 3, 3)), numpy.empty((2, 4, 8, 8))
     >>> convolution_forward(x, W, None, y, pad=(1, 1), stride=(1, 1))
@@ -91,8 +115,28 @@ def convolution_backward_filter(
     d_layout: int = CUDNN_TENSOR_NCHW,
     w_layout: int = CUDNN_TENSOR_NCHW,
 ) -> None:
-    """Writes the gradient in W into gW, from x and the gradient gy in y; for complex arrays the adjoint.
+    """Write the gradient with respect to W into gW; for complex arrays the adjoint.
 
+    Parameters
+    ----------
+    x : array of shape (N, C, *spatial)
+        Input.
+    gy : array of shape (N, F, *output)
+        Gradient with respect to y.
+    gW : array of shape (F, C/G, *kernel)
+        Receives the result.
+    pad, stride, dilation, groups
+        As in :func:`convolution_forward`.
+    deterministic, auto_tune, tensor_core, d_layout, w_layout
+        See above.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in :func:`convolution_forward`.
+
+    Examples
+    --------
     >>> import numpy
     >>> x, gy, gW = numpy.ones((2, 3, 8, 8)), numpy.ones((2, 4, 6, 6)), numpy.empty((4, 3, 3, 3))
     >>> convolution_backward_filter(x, gy, gW, pad=(0, 0), stride=(1, 1))
@@ -125,11 +169,32 @@ def convolution_backward_data(
     d_layout: int = CUDNN_TENSOR_NCHW,
     w_layout: int = CUDNN_TENSOR_NCHW,
 ) -> None:
-    """Writes the gradient in what W was convolved with into y, from x, the gradient in the result; plus b.
+    """Write the gradient with respect to the input of a convolution, plus b, into y; for complex arrays the adjoint.
 
-    That is a transposed convolution of x, (N, F, *output), to y, (N, C, *spatial); b has one element for each of the C
-    channels, in any shape, or is None. For complex arrays it is the adjoint.
+    This is a transposed convolution of x (N, F, *output) to y (N, C, *spatial).
 
+    Parameters
+    ----------
+    W : array of shape (F, C/G, *kernel)
+        Filters.
+    x : array of shape (N, F, *output)
+        Gradient with respect to the result of the convolution.
+    b : array of C elements, or None
+        Bias, in any shape.
+    y : array of shape (N, C, *spatial)
+        Receives the result.
+    pad, stride, dilation, groups
+        As in :func:`convolution_forward`.
+    deterministic, auto_tune, tensor_core, d_layout, w_layout
+        See above.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in :func:`convolution_forward`.
+
+    Examples
+    --------
     >>> import numpy
     >>> W, x, y = numpy.ones((4, 3, 3, 3)), numpy.ones((2, 4, 6, 6)), numpy.empty((2, 3, 8, 8))
     >>> convolution_backward_data(W, x, numpy.arange(3.0), y, pad=(0, 0), stride=(1, 1))
@@ -153,8 +218,15 @@ def convolution_backward_data(
 
 
 def get_max_workspace_size() -> int:
-    """The bytes that a call may take beside its result: GPUCONV_WORKSPACE_LIMIT.
+    """Return the bytes that a call may take beside its result: GPUCONV_WORKSPACE_LIMIT.
 
+    Returns
+    -------
+    int
+        Bytes.
+
+    Examples
+    --------
     >>> get_max_workspace_size()
     67108864
     """
@@ -162,16 +234,32 @@ def get_max_workspace_size() -> int:
 
 
 def set_max_workspace_size(size: int) -> None:
-    """Sets GPUCONV_WORKSPACE_LIMIT, for this process."""
+    """Set GPUCONV_WORKSPACE_LIMIT for this process.
+
+    Parameters
+    ----------
+    size : int
+        Bytes, at least 0.
+
+    Raises
+    ------
+    ValueError
+        If size is no such number.
+    """
     if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 0:
         raise ValueError(f"size must be a number of bytes, at least 0; got {size!r}")
     os.environ["GPUCONV_WORKSPACE_LIMIT"] = str(int(size))
 
 
 def install() -> None:
-    """Registers this module as cupy.cudnn, cupyx.cudnn and cupy.cuda.cudnn, for libraries that look there.
+    """Register this module as cupy.cudnn, cupyx.cudnn and cupy.cuda.cudnn, for libraries that import these.
 
-    Raises ImportError without CuPy, and RuntimeError where CuPy has the real one, which is left alone.
+    Raises
+    ------
+    ImportError
+        If CuPy is not installed.
+    RuntimeError
+        If CuPy has the real module, which is not replaced.
     """
     try:
         packages: list[Any] = [importlib.import_module(package) for package in PACKAGES]
@@ -188,7 +276,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Undoes :func:`install`; nothing where nothing was installed."""
+    """Undo :func:`install`; without effect if it was not called."""
     this = sys.modules[__name__]
     for name in PACKAGES:
         if sys.modules.get(f"{name}.cudnn") is this:
@@ -199,7 +287,7 @@ def uninstall() -> None:
 
 
 def _is_free(package: Any) -> bool:
-    """Whether a package of CuPy's has no module cudnn, or this one."""
+    """Whether a package of CuPy has no module cudnn, or this one."""
     place = f"{package.__name__}.cudnn"
     found = sys.modules.get(place) or getattr(package, "cudnn", None)
     if found is None:
@@ -208,7 +296,7 @@ def _is_free(package: Any) -> bool:
 
 
 def _channels_first(layout: int, name: str) -> Callable[[Array], Array]:
-    """What makes views of arrays in a layout, with channels on the second axis."""
+    """Return a function that gives views of arrays in a layout with channels on the second axis."""
     if layout == CUDNN_TENSOR_NCHW:
         return lambda array: array
     if layout == CUDNN_TENSOR_NHWC:

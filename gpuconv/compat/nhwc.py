@@ -1,8 +1,8 @@
-"""The channels-last convolution layer of many courses and articles, by its names and with its padding.
+"""The channels-last convolution layer of many courses and articles, under its names and with its padding.
 
-A_prev is (m, h, w, c_prev), W (kh, kw, c_prev, c_new), b (1, 1, 1, c_new). padding="same" means what it means there,
-not what it means in :func:`gpuconv.conv`: ceil(((s - 1) h - s + k) / 2) zeros on both sides and an output of
-(h - k + 2 p) // s + 1, so that odd kernels keep the size at any stride. dZ is the gradient before the activation.
+A_prev is (m, h, w, c_prev), W (kh, kw, c_prev, c_new), b (1, 1, 1, c_new). ``padding="same"`` has the meaning that it
+has in those articles, not that of :func:`gpuconv.conv`: ceil(((s - 1) h - s + k) / 2) zeros on both sides and an output
+of (h - k + 2 p) // s + 1, so that odd kernels keep the size at any stride. dZ is the gradient before the activation.
 """
 
 from __future__ import annotations
@@ -25,8 +25,35 @@ def conv_forward(
     padding: str = "same",
     stride: tuple[int, int] = (1, 1),
 ) -> Array:
-    """activation(Z) for the convolution Z of A_prev with W, plus b; activation is a callable, a name, or None.
+    """Compute the forward pass of a convolutional layer.
 
+    Parameters
+    ----------
+    A_prev : array of shape (m, h, w, c_prev)
+        Input.
+    W : array of shape (kh, kw, c_prev, c_new)
+        Filters.
+    b : array of shape (1, 1, 1, c_new)
+        Bias.
+    activation : callable, str or None
+        Applied to the convolution Z: a function of an array, or a name that :func:`gpuconv.conv` accepts.
+    padding : {"same", "valid"}, default "same"
+        See above.
+    stride : tuple of int, default (1, 1)
+        Stride of both axes.
+
+    Returns
+    -------
+    array of shape (m, h_new, w_new, c_new)
+        ``activation(Z)``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in :func:`gpuconv.conv`.
+
+    Examples
+    --------
     >>> import numpy
     >>> A, W, b = numpy.ones((1, 5, 5, 3)), numpy.ones((3, 3, 3, 16)), numpy.zeros((1, 1, 1, 16))
     >>> conv_forward(A, W, b, lambda z: numpy.maximum(z, 0)).shape
@@ -50,8 +77,31 @@ def conv_backward(
     padding: str = "same",
     stride: tuple[int, int] = (1, 1),
 ) -> tuple[Array, Array, Array]:
-    """dA_prev, dW and db, with the shapes of A_prev, W and b.
+    """Compute the backward pass of a convolutional layer.
 
+    Parameters
+    ----------
+    dZ : array of shape (m, h_new, w_new, c_new)
+        Gradient with respect to the convolution, before the activation.
+    A_prev, W, b : array
+        As in :func:`conv_forward`.
+    padding : {"same", "valid"}, default "same"
+        As in :func:`conv_forward`.
+    stride : tuple of int, default (1, 1)
+        As in :func:`conv_forward`.
+
+    Returns
+    -------
+    dA_prev, dW, db : array
+        Gradients, with the shapes of A_prev, W and b.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in :func:`gpuconv.conv_backward`.
+
+    Examples
+    --------
     >>> import numpy
     >>> A, W, b = numpy.ones((1, 5, 5, 3)), numpy.ones((3, 3, 3, 16)), numpy.zeros((1, 1, 1, 16))
     >>> [gradient.shape for gradient in conv_backward(numpy.ones((1, 5, 5, 16)), A, W, b)]
