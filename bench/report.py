@@ -1,8 +1,8 @@
 """Makes tables and pictures of the results in bench/results: python bench/report.py
 
-Of each device the newest folder counts. The README of the project gets what is between its marks: a mean for each
-suite, the wins, the losses and a picture; that of bench/ gets the rows of one suite. Nothing in them is typed by hand.
-With --check nothing is written, and the status is 1 where a page differs from its results.
+Of each device the newest folder counts. The README of the project gets what is between its marks: the means of a few
+suites and a picture; that of bench/ gets the means of all suites, the losses, and the rows of one suite. Nothing in
+them is typed by hand. With --check nothing is written, and the status is 1 where a page differs from its results.
 
     python bench/report.py --campaign FOLDER       writes FOLDER/summary.md, one page on what a campaign found
 """
@@ -16,10 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from gpuconv.benchmark import compare, plots, report, results
+from gpuconv.geometry import DIRECTIONS
 
 HERE = Path(__file__).parent
 MARKS = "<!-- made by bench/report.py -->", "<!-- end of what bench/report.py made -->"
 PICTURED = "resnet50"
+SUMMARISED = "resnet50", "vgg16", "audio1d", "unet3d", "grouped", "mobilenet"
 
 
 def runs(folder):
@@ -64,29 +66,44 @@ def about(made):
 
 
 def project_page(folders):
-    """What the README of the project says."""
+    """What the README of the project says: a few suites of each device, and where the rest is."""
     parts = []
     for folder, made in folders:
-        found = [ratio for run in made for ratio in compare.ratios(run.rows)]  # of what took turns with each other
-        wins = sum(ratio.verdict == "FAST" for ratio in found)
-        losses = sum(ratio.verdict == "SLOW" for ratio in found)
+        found = [ratio for run in made for ratio in compare.ratios(run.rows)]
+        if not found:
+            continue
+        wins, losses = (sum(ratio.verdict == verdict for ratio in found) for verdict in ("FAST", "SLOW"))
         parts += [
-            f"**{about(made)}** Ratio = the peer's time over gpuconv's, of the peer's faster memory format, geometric"
-            f" means: above 1 gpuconv is faster. Of {len(found)} rows gpuconv is faster in {wins} and slower in"
-            f" {losses}; the rest are within 2 % or cannot be told apart.",
-            report.means(found).markdown(),
-            "The share of the rate of a matrix product of NumPy or CuPy, as measured in the same run, in operations of"
-            " the direct algorithm, geometric means: near 1 the product is the limit, above 1 fewer operations are done"
-            " than the direct algorithm has.",
-            report.of_product(made).markdown(),
-            "Where gpuconv loses most: " + "; ".join(lost(ratio) for ratio in report.worst(found)) + ".",
+            f"**{about(made)}** Time of the peer divided by the time of gpuconv, both in the faster of their layouts,"
+            " as geometric means over the layers of a suite. Above 1 gpuconv is faster.",
+            summary(found).markdown(),
+            f"Of all {len(found)} rows gpuconv is faster in {wins} and slower in {losses}."
+            " [bench/](bench/README.md) has all suites, the losses and the method.",
         ]
         if picture(folder).exists():
             link = picture(folder).relative_to(HERE.parent)
-            parts.append(f"![Time of the layers of {PICTURED} in three directions, gpuconv and its peers]({link})")
+            parts.append(f"![Ratio of times for each layer of {PICTURED} in three directions]({link})")
     if not any(made[0].machine["GPU"] != "none" for _, made in folders):
-        parts.append("**There are no results of a GPU yet**: `bench/gpu_campaign.sh` makes them where one is at hand.")
+        parts.append("**No result of a GPU exists yet.** `bench/gpu_campaign.sh` measures them.")
     return "\n\n".join(parts)
+
+
+def summary(found):
+    """The mean ratio of each of the SUMMARISED suites in each direction, in the better of our layouts."""
+    best = {}
+    for ratio in found:
+        for suite in ratio.row.suites:
+            key = suite, ratio.peer.by, ratio.row.direction, ratio.row.contest
+            best[key] = max(best.get(key, 0), ratio.value)
+    table = report.Table(["suite", "dtype", "peer", *DIRECTIONS], 3)
+    dtypes = {suite: ratio.row.dtype for ratio in found for suite in ratio.row.suites}
+    for suite, peer in dict.fromkeys(key[:2] for key in best if key[0] in SUMMARISED):
+        means = [
+            compare.geometric_mean(value for key, value in best.items() if key[:3] == (suite, peer, direction))
+            for direction in DIRECTIONS
+        ]
+        table.lines.append([suite, dtypes[suite], peer, *(f"{mean:.2f}" for mean in means)])
+    return table
 
 
 def lost(ratio):
@@ -94,16 +111,26 @@ def lost(ratio):
 
 
 def bench_page(folders):
-    """What the README of bench/ says: the limits, the rows of one suite, and where the others are."""
+    """What the README of bench/ says: all suites, the limits, the rows of one suite, and where the others are."""
     parts = []
     for folder, made in folders:
+        found = [ratio for run in made for ratio in compare.ratios(run.rows)]  # of what took turns with each other
         limit = next(iter(made[0].limits.values()))
         peaks = ", ".join(f"{name} {peak / 1e9:.0f}" for name, peak in limit.peaks.items())
         rows = [row for row in all_rows(made) if PICTURED in row.suites]
+        parts += [f"### {made[0].device}", about(made)]
+        if found:
+            parts += [
+                "Time of the peer, in its faster memory format, divided by the time of gpuconv, as geometric means:",
+                report.means(found).markdown(),
+                "The largest losses: " + "; ".join(lost(ratio) for ratio in report.worst(found)) + ".",
+            ]
         parts += [
-            f"### {made[0].device}",
-            about(made),
             f"Limits measured there: a copy {limit.bandwidth / 1e9:.0f} GB/s, matrix products in GFLOP/s: {peaks}.",
+            "Rate of gpuconv, in operations of the direct algorithm, divided by the rate of a matrix product of NumPy"
+            " or CuPy in the same run, as geometric means. Above 1 fewer operations are done than the direct algorithm"
+            " has.",
+            report.of_product(made).markdown(),
         ]
         if roofline(folder).exists():
             parts.append(f"![Roofline with the layers of {PICTURED}]({roofline(folder).relative_to(HERE)})")

@@ -1,9 +1,9 @@
 """Do the tests notice when the Python of gpuconv is wrong? ``python -m tests.mutate_python``
 
 Draws places of gpuconv/ at random, of each file as many as its size asks for, and has cosmic-ray edit them, one at a
-time. All tests run once under coverage; a mutant then meets those that run its line, the record of plans and the
-fastest of each test function first, until one fails or TRIED seconds of them have passed. What is edited lies inside
-functions: a forked process has them run the edited code, with all that was imported and collected before.
+time. All tests run once under coverage; a mutant then meets those that run its line: the record of plans, and for TRIED
+seconds others, the fastest of each test function first, until one fails. What is edited lies inside functions: a forked
+process has them run the edited code, with all that was imported and collected before.
 
     python -m tests.cupy_on_cpu python -m tests.mutate_python               all, into python_mutations.json
     python -m tests.cupy_on_cpu python -m tests.mutate_python --sample 60   recorded ones, as many as 60 seconds allow
@@ -110,17 +110,18 @@ class Observed:
         """Those that run a mutant's line: likely ones, plans, then the fastest of each test function, then others."""
         reached = self.tests_of_line.get(mutant.file, {}).get(mutant.line, ())
         by_speed = sorted(reached, key=self.seconds.__getitem__)
-        plans = [name for name in by_speed if name.startswith(PLANS)]
         fastest = {}
         for name in by_speed:
             fastest.setdefault(name.partition("[")[0], name)
-        order = dict.fromkeys((*(name for name in likely if name in reached), *plans, *fastest.values(), *by_speed))
+        first = dict.fromkeys(name for name in (*likely, *by_speed) if name in likely or name.startswith(PLANS))
+        yield from (self.items[name] for name in first if name in reached)
         spent = 0.0
-        for name in order:
-            yield self.items[name]
-            spent += self.seconds[name]
+        for name in dict.fromkeys((*fastest.values(), *by_speed)):
             if spent > TRIED:
                 return
+            if name not in first:
+                yield self.items[name]
+                spent += self.seconds[name]
 
 
 def limit_memory():

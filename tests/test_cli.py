@@ -176,7 +176,7 @@ def test_the_distributions_hold_what_they_should(distributions):
     assert {"kernels/README.md", "tests/test_cli.py", "bench/train_digits.py", "LICENSE", "CHANGELOG.md"} <= inside
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"gpuconv/kernels/README.md", "gpuconv/py.typed", "gpuconv/algorithms/im2col.py"} <= names
-    assert not any(name.startswith(("tests/", "bench/", "kernels/")) for name in names)
+    assert not any(name.startswith(("tests/", "bench/", "kernels/", "gpuconv/guide/")) for name in names)
 
 
 def test_bench_runs_from_a_wheel_outside_the_checkout(distributions, tmp_path):

@@ -262,8 +262,8 @@ def test_under_compile_the_values_are_right(rng):
     torch.testing.assert_close(itself(x, w, padding=1), torch.nn.functional.conv2d(x, w, padding=1))
 
 
-def test_the_example_of_the_readme_runs():
-    page = (Path(__file__).parents[1] / "README.md").read_text()
+def test_the_example_of_the_guide_runs():
+    page = (Path(__file__).parents[1] / "gpuconv/guide/pytorch.md").read_text()
     (example,) = re.findall(r"```python\n(import torch\n.*?)```", page, re.DOTALL)
     names = {}
     exec(example, names)

@@ -1,4 +1,4 @@
-"""Two pictures of results: time against size, with peers as lines, and the roofline with every layer on it."""
+"""Two pictures of results: the speed of each layer, relative to peers if there are any, and the roofline."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gpuconv.benchmark import compare
 from gpuconv.benchmark.results import OURS, Results, Row
 from gpuconv.geometry import DIRECTIONS
 
@@ -24,7 +25,7 @@ def check_format(path: Path) -> None:
 
 def paths(path: Path) -> tuple[Path, Path]:
     """The files that ``--plot path`` writes."""
-    return path.with_stem(f"{path.stem}-time"), path.with_stem(f"{path.stem}-roofline")
+    return path.with_stem(f"{path.stem}-layers"), path.with_stem(f"{path.stem}-roofline")
 
 
 def plot(results: Results, path: Path) -> None:
@@ -34,7 +35,7 @@ def plot(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    for draw, file in zip((_times, _roofline), paths(path), strict=True):
+    for draw, file in zip((_layers, _roofline), paths(path), strict=True):
         figure = draw(results, pyplot)
         figure.savefig(file, dpi=150)
         pyplot.close(figure)
@@ -45,49 +46,60 @@ def _title(results: Results, rows: Sequence[Row]) -> str:
     return f"{results.device}, {kinds}, {results.date[:10]}, commit {(results.commit or 'of a wheel')[:7]}"
 
 
-def _times(results: Results, pyplot: Any) -> Any:
-    """A panel for each direction; the layers stand side by side, from the smallest to the largest."""
-    rows = [row for row in results.rows if row.timed]
-    layers = sorted({(row.flops, row.case, row.spec, row.dtype) for row in rows})
-    place = {layer[2:]: number for number, layer in enumerate(layers)}
-    width = max(7.0, 2 + 0.28 * len(layers))
-    directions = [direction for direction in DIRECTIONS if any(row.direction == direction for row in rows)]
-    size = (width, 3 + 2.7 * len(directions))
-    figure, panels = pyplot.subplots(len(directions), 1, figsize=size, sharex=True, squeeze=False, layout="constrained")
-    panels = panels[:, 0]
-    peers = sorted({row.by for row in rows} - {OURS})
-    lines = list(dict.fromkeys((row.by, row.layout) for row in rows))
-    for direction, axes in zip(directions, panels, strict=True):
-        for by, layout in lines:
-            members = [row for row in rows if (row.by, row.layout, row.direction) == (by, layout, direction)]
-            members.sort(key=lambda row: place[row.spec, row.dtype])
-            first = layout == "channels_first"
-            axes.plot(
-                [place[row.spec, row.dtype] for row in members],
-                [row.summary.median * 1e3 for row in members],
-                color="C0" if by == OURS else f"C{1 + peers.index(by)}",
-                marker="o" if first else "s",
-                linestyle="-" if first else "--",
-                label=f"{by}, {layout}",
-                markersize=4,
-                linewidth=1,
+def _layers(results: Results, pyplot: Any) -> Any:
+    """A panel for each direction, a line for each layer in the order of the table, and a dot for each measurement.
+
+    A dot is the peer's time over gpuconv's, or without peers gpuconv's time.
+    """
+    found = compare.ratios(results.rows)
+    dots = [(ratio.row, ratio.peer.by, ratio.value) for ratio in found]
+    if not found:
+        dots = [(row, row.by, 1e3 * row.summary.median) for row in results.rows if row.timed]
+    layers = list(dict.fromkeys((row.case, row.spec, row.dtype) for row, _, _ in dots))
+    directions = [direction for direction in DIRECTIONS if any(row.direction == direction for row, _, _ in dots)]
+    size = (3.5 + 3 * len(directions), 2 + 0.22 * len(layers))
+    figure, panels = pyplot.subplots(
+        1, len(directions), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    kinds = list(dict.fromkeys((by, row.layout) for row, by, _ in dots))
+    peers = list(dict.fromkeys(by for by, _ in kinds))
+    for direction, axes in zip(directions, panels[0], strict=True):
+        for by, layout in kinds:
+            members = [dot for dot in dots if (dot[1], dot[0].layout, dot[0].direction) == (by, layout, direction)]
+            axes.scatter(
+                [value for _, _, value in members],
+                [layers.index((row.case, row.spec, row.dtype)) for row, _, _ in members],
+                color=f"C{peers.index(by)}",
+                marker="o" if layout == "channels_first" else "x",
+                s=18,
+                label=f"{by}, gpuconv in {layout}" if found else layout,
             )
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.set_ylabel(f"{direction}, ms")
+        axes.set_xscale("log")
+        _label(axes.xaxis)
+        axes.set_title(direction, fontsize=10)
         axes.grid(alpha=0.3)
-    labels = [f"{case} ({flops / 1e9:.2g})" for flops, case, _, _ in layers]
-    panels[-1].set_xticks(range(len(layers)), labels, rotation=90, fontsize=8)
-    panels[-1].set_xlabel("layer (GFLOP of the direct algorithm)")
-    figure.suptitle(f"median milliseconds, lower is better\n{_title(results, rows)}", fontsize=11)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+        if found:
+            axes.axvline(1, color="0.3", linewidth=1)
+    panels[0][0].set_yticks(range(len(layers)), [case for case, _, _ in layers], fontsize=8)
+    panels[0][0].set_ylim(len(layers) - 0.5, -0.5)
+    label = "time of the peer / time of gpuconv: above 1 gpuconv is faster" if found else "milliseconds"
+    panels[0][len(directions) // 2].set_xlabel(label)
+    figure.suptitle(_title(results, [row for row, _, _ in dots]), fontsize=11)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
+
+
+def _label(axis: Any) -> None:
+    """Labels a logarithmic axis at 1, 1.5, 2, 3, 5 and 7 times powers of 10."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 
 def _roofline(results: Results, pyplot: Any) -> Any:
     """Every layer of gpuconv at its intensity, under the roof of its dtype; layers are named along the top."""
-    from matplotlib.ticker import LogLocator
-
     rows = [row for row in results.rows if row.timed and row.by == OURS]
     fastest: dict[tuple[str, ...], Row] = {}
     for row in rows:  # of both layouts and all algorithms the best
@@ -114,10 +126,8 @@ def _roofline(results: Results, pyplot: Any) -> Any:
     axes.set_xlabel("FLOP per byte, each tensor once")
     axes.set_ylabel("GFLOP/s of the direct algorithm (higher is better)")
     axes.grid(alpha=0.3)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("")
+    _label(axes.xaxis)
+    _label(axes.yaxis)
     figure.suptitle(f"gpuconv, the faster of its layouts\n{_title(results, shown)}", fontsize=11)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure

@@ -67,7 +67,7 @@ API CUresult cuGetErrorString(CUresult error, const char** text) {
     *text = why.c_str();
     return CUDA_SUCCESS;
 }
-API CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
+API CUresult cuInit(unsigned flags) { return flags == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE; }
 API CUresult cuDriverGetVersion(int* version) { return CUresult(cudaDriverGetVersion(version)); }
 API CUresult cuDeviceGetCount(int* count) { return CUresult(cudaGetDeviceCount(count)); }
 API CUresult cuDeviceGet(CUdevice* device, int number) { *device = number; return CUDA_SUCCESS; }

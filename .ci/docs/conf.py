@@ -1,0 +1,17 @@
+"""The documentation as a site, made from the pages of the repository where they lie.
+
+    pip install -e ".[docs]" && sphinx-build -W --keep-going -c .ci/docs . SITE
+"""
+
+import gpuconv
+
+project = "gpuconv"
+release = gpuconv.__version__
+extensions = ["myst_parser", "numpydoc", "sphinx.ext.autodoc"]
+root_doc = "gpuconv/guide/index"
+include_patterns = ["gpuconv/guide/*.md", "**/README.md", "*.md"]
+exclude_patterns = ["bench/results", ".*", "**/.*"]
+myst_heading_anchors = 4
+html_theme = "furo"
+html_title = "gpuconv"
+numpydoc_show_class_members = False
