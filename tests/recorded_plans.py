@@ -38,6 +38,7 @@ from tests.emulation.launcher import EMULATED
 RECORD = Path(__file__).parent / "plans.json"
 BATCH = 4
 LIMITS = (64 << 20, 1 << 20, 20 << 10)  # bytes
+ACTIVATIONS = "", "relu", "leaky_relu", "sigmoid", "tanh"
 DEVICES = Device(75, 72), Device(80, 108), Device(90, 132), Device(120, 170)
 # Of the layers that are benchmarked each algorithm plans one in so many; to plan scatter's would take seconds.
 ONE_IN = {"im2col": 4, "winograd": 2, "fft": 16, "depthwise": 2, "scatter": 1000, "implicit_gemm": 4, "direct": 8}
@@ -95,20 +96,19 @@ def plans(backend, algorithm):
         kind, threads, (name, geometry) = named_dtype(rng.choice(dtypes)), rng.choice((1, 3)), rng.choice(pair)
         geometry = replace(geometry, batch=rng.choice((geometry.batch, geometry.batch, (2, *geometry.batch), ())))
         limit = rng.choice(LIMITS if geometry.multiply_adds() < 1 << 20 else LIMITS[:2])
-        has_activation = kind.kind != "c" and rng.random() < 0.5
         if MODULES[algorithm].why_not(Request(geometry, kind, direction, backend, False, limit)) is None:
             precision = rng.choice(("ieee", "tf32", "tf32x3"))
             call = Call(geometry, "numpy", kind, backend, algorithm, False, precision, limit, threads)
             words = name, direction, kind.name, geometry.layout, f"{len(geometry.batch)} batch axes"
-            words = *words, f"{limit >> 10} KiB", *["activation"] * has_activation
-            yield ", ".join(words), functools.partial(plan_text, call, direction, has_activation)
+            yield ", ".join((*words, f"{limit >> 10} KiB")), functools.partial(plan_text, call, direction, rng)
 
 
 def squeezed(backend, algorithm):
     """Plans of small convolutions within many limits."""
     directions = DIRECTIONS if (backend, algorithm) != (EMULATED, "scatter") else DIRECTIONS[1:]  # forward is NumPy's
-    for number, (one, direction) in enumerate(itertools.product(SQUEEZED, directions)):
-        layout, dtype = ("channels_first", "channels_last")[number % 2], ("float32", "float16", "float64")[number % 3]
+    for one, direction in itertools.product(SQUEEZED, directions):
+        rng = random.Random(f"{one.name} {direction} {algorithm}")
+        layout, dtype = rng.choice(("channels_first", "channels_last")), rng.choice(("float32", "float16", "float64"))
         call = Call(one.geometry(layout), "numpy", named_dtype(dtype), backend, algorithm, False, "ieee", 0, 3)
         yield f"{one.name}, {direction}, {layout}, {dtype}", functools.partial(squeezed_text, call, direction)
 
@@ -118,24 +118,24 @@ def squeezed_text(call, direction):
     for limit in SQUEEZES:
         request = Request(call.geometry, call.dtype, direction, call.backend, False, limit)
         reason = MODULES[call.algorithm].why_not(request)
-        texts.append(reason or plan_text(call._replace(limit=limit), direction, False))
+        texts.append(reason or plan_text(call._replace(limit=limit), direction))
     return "\n".join((f"{sum(map(len, texts))} characters", *texts))
 
 
-def plan_text(call, direction, has_activation):
-    """The plan of a call with C-contiguous arrays, all of it."""
-    first, second, _ = (layout_of(call, role) for role in ROLES[direction])
-    is_forward = direction == "forward"
-    y = first if has_activation and not is_forward else None
-    bias = layout_of(call, "b") if has_activation and is_forward else None
-    activation = "leaky_relu" if has_activation else None
+def plan_text(call, direction, rng=None):
+    """The plan of a call, all of it: with C-contiguous arrays, or where a generator draws how arrays lie."""
+    first, second, result = (layout_of(call, role, rng) for role in ROLES[direction])
+    is_forward, is_drawn = direction == "forward", rng is not None
+    activation = "".join(rng.choice(ACTIVATIONS)) if is_drawn and call.dtype.kind != "c" else ""  # no interned string
+    y = layout_of(call, ROLES[direction][0], rng) if activation and not is_forward else None
+    bias = layout_of(call, "b") if is_drawn and is_forward and rng.random() < 0.5 else None
     description = Description(
         call,
         direction,
         (False, activation if y else None),
         (not is_forward, None),
-        activation if is_forward else None,
-        (first, y, second, None, bias, None),
+        activation or None if is_forward else None,
+        (first, y, second, None, bias, result if is_drawn and rng.random() < 0.3 else None),
         first[:2],
         None,
         None,
@@ -145,17 +145,24 @@ def plan_text(call, direction, has_activation):
     return "\n".join((heading, str(plan.result), str(plan[6:]), *steps_text(plan.steps)))
 
 
-def layout_of(call, role):
+def layout_of(call, role, rng=None):
+    """Shape, strides, dtype and address, modulo 16 for kernels, of an array; a generator draws some of them."""
     geometry = call.geometry
     shape = (geometry.filters,) if role == "b" else geometry.shape_of(role)
-    return shape, contiguous_strides(shape, call.dtype), call.dtype, 0
+    strides, place = contiguous_strides(shape, call.dtype), 0
+    if rng is not None:
+        turned = rng.randrange(len(shape)) if rng.random() < 0.2 else None
+        strides = tuple(-step if axis == turned else step for axis, step in enumerate(strides))
+        place = rng.choice((0, 0, 0, 1 if call.backend.launch is None else call.dtype.itemsize % 16))
+    return shape, strides, call.dtype, place
 
 
 def steps_text(steps, indent="  "):
     """A line for each step."""
     for step in steps:
         if isinstance(step, Step):
-            yield f"{indent}{text(step.name or step.function)} {text(step.inputs)} -> {text(step.out)}"
+            inputs = ["the result" if value is step.out is not None else value for value in step.inputs]
+            yield f"{indent}{text(step.name or step.function)} {text(inputs)} -> {text(step.out)}"
             if step.name:
                 yield f"{indent}  {text(step.function)}"
         elif isinstance(step, Deferred):

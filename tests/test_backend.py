@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import gpuconv
+from gpuconv import dtypes
 from gpuconv.backend import cupy_backend
 from gpuconv.choose import MODULES
 from gpuconv.execute import Call
@@ -223,6 +224,22 @@ def test_forced_cupy_without_cupy_names_the_extra(no_cupy):
 def test_forced_cupy_without_a_device_says_what_was_found(broken_cupy):
     with gpuconv.backend("cupy"), pytest.raises(gpuconv.BackendError, match="CUDA driver version is insufficient"):
         gpuconv.conv(X, W)
+
+
+def test_bfloat16_names_the_package_that_has_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(TypeError, match=r"dtype='bfloat16' needs ml_dtypes \(pip install ml_dtypes\)"):
+        dtypes.named("bfloat16")
+    assert "bfloat16" not in [dtype.name for dtype in dtypes.available()]
+
+
+@pytest.mark.parametrize("name", dtypes.NAMES)
+def test_the_resolution_of_a_dtype(name):
+    """The least power of 2 that makes a difference when it is added to 1."""
+    dtype = dtypes.named(name)
+    one, eps = np.ones(1, dtype), dtypes.epsilon(dtype)
+    assert one + np.array([eps], dtype) != one
+    assert one + np.array([eps / 2], dtype) == one
 
 
 @pytest.mark.parametrize(

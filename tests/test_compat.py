@@ -93,11 +93,11 @@ def test_nhwc_takes_activations_as_callables_names_and_none(rng):
     [
         ({"padding": "full"}, ValueError, "padding must be 'same' or 'valid', got 'full'"),
         ({"stride": (1, 1, 1)}, ValueError, "stride must be"),
-        ({"b": np.ones(3)}, ValueError, "b must have the shape (1, 1, 1, 3), but it has (3,)"),
+        ({"b": np.ones(3)}, ValueError, "b must have the shape (1, 1, 1, 5), but it has (3,)"),
         ({"activation": "gelu"}, ValueError, "activation must be a callable"),
         ({"A_prev": np.ones((5, 5, 2))}, ValueError, "A_prev must have 4 axes"),
         ({"W": [1]}, TypeError, "W must be a numpy.ndarray"),
-        ({"W": np.ones((3, 3, 4, 3))}, ValueError, "A_prev has 2 channels but W expects 4"),
+        ({"W": np.ones((3, 3, 4, 5))}, ValueError, "A_prev has 2 channels but W expects 4"),
         ({"A_prev": np.ones((1, 5, 5, 2), int)}, TypeError, "A_prev must be one of float16"),
         ({"A_prev": np.ma.ones((1, 5, 5, 2))}, TypeError, "A_prev must be a numpy.ndarray"),
         ({"b": [[[[1, 2, 3]]]]}, TypeError, "b must be a numpy.ndarray"),
@@ -106,8 +106,8 @@ def test_nhwc_takes_activations_as_callables_names_and_none(rng):
 def test_nhwc_refuses_bad_input_in_words(change, exception, phrase):
     arguments = {
         "A_prev": np.ones((1, 5, 5, 2)),
-        "W": np.ones((3, 3, 2, 3)),
-        "b": np.ones((1, 1, 1, 3)),
+        "W": np.ones((3, 3, 2, 5)),
+        "b": np.ones((1, 1, 1, 5)),
         "activation": None,
     }
     with pytest.raises(exception) as caught:

@@ -107,10 +107,28 @@ def test_occupancy_is_that_of_cuda_s_own_calculator(architecture):
     assert found == BLOCKS[architecture]
 
 
+def test_occupancy_of_whole_and_of_odd_blocks():
+    assert repr(occupancy.blocks("sm_90a", registers=16, threads=160, shared_bytes=0)) == "12"
+    assert occupancy.occupancy("sm_90a", registers=32, threads=1024, shared_bytes=0) == 1.0
+    assert occupancy.occupancy("sm_90a", registers=32, threads=1023, shared_bytes=0) == 1.0
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_row_for_each_kernel_that_is_launched(wide, monkeypatch):
+    module = next(module for module in report.modules() if module.stem == "direct")._replace(wide=wide)
+    monkeypatch.setattr(compiler, "compiled", lambda module, architecture: (b"", LOG))
+    monkeypatch.setattr(compiler, "version", lambda: (12, 9))
+    monkeypatch.setattr(report.time, "perf_counter", iter([100.0, 102.5]).__next__)
+    (row,) = report._rows_of(module, "sm_90a", {"second": 100})
+    assert (row.kernel, row.index_bits, row.compile_seconds) == ("second", 64 if wide else 32, 2.5)
+    assert row.dynamic_shared_bytes == 100
+    assert f"{64 if wide else 32}-bit Index" in str(module)
+
+
 # ------------------------------------------------------------------------------------------------- the command
 
 
-ROW = report.Row("k", "sm_80", "float32", 32, {"WIDTH": 4}, 128, 64, 0, 0, 4096, 4096, 0, 0.5, 0.25, "12.9")
+ROW = report.Row("k", "sm_80", "float32", 32, {"WIDTH": 4}, 128, 64, 0, 0, 4096, 4096, 0, 1.0, 0.25, "12.9")
 
 
 @pytest.fixture
@@ -131,8 +149,8 @@ def test_the_command_prints_ranges_and_writes_every_row(compiled, tmp_path, caps
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "NVRTC 12.9"
     assert [line.split() for line in lines[3:]] == [
-        ["k", "sm_80", "2", "64-90", "0", "4.0", "25-50", "%", "<=", "0.2", "s"],
-        ["k", "sm_90a", "1", "64", "0", "4.0", "50", "%", "<=", "0.2", "s"],
+        ["k", "sm_80", "2", "64-90", "0", "4.0", "25-100", "%", "<=", "0.2", "s"],
+        ["k", "sm_90a", "1", "64", "0", "4.0", "100", "%", "<=", "0.2", "s"],
     ]
     written = json.loads((tmp_path / "kernels.json").read_text())
     assert [report.Row(**row) for row in written] == compiled

@@ -1,8 +1,11 @@
 """From a kernel to the GPU: its source, the compiler, the cache on disk, the launch. All but one test need no GPU."""
 
 import errno
+import math
+import operator
 import os
 import re
+import struct
 import sys
 import types
 
@@ -12,7 +15,7 @@ import pytest
 import gpuconv
 from gpuconv.algorithms import direct
 from gpuconv.backend import INSTALL_HINT, Backend
-from gpuconv.cuda import cache, compiler, kernels_folder, launch, structs
+from gpuconv.cuda import cache, compiler, cublas, kernels_folder, launch, structs
 from gpuconv.cuda.kernel import CUDA_TYPES, Kernel, Module, check_arguments, parameters, source
 from gpuconv.plan import WORKSPACE, Planner, Scope
 from tests.cases import DTYPES
@@ -434,3 +437,40 @@ def test_a_cubin_from_disk_runs_in_another_process(tmp_path):
         entries.append([(path.name, path.stat().st_mtime_ns) for path in (tmp_path / "kernels").iterdir()])
     assert len(entries[0]) == 1
     assert entries[0] == entries[1]
+
+
+@pytest.mark.parametrize(
+    "programs, sections, size",
+    [((64, 56, 3), (100, 64, 2), 232), ((64, 56, 1), (100, 64, 2), 228), ((9, 1, 4), (2, 3, 4), 14)],
+)
+def test_the_size_of_an_elf_file_is_where_its_last_headers_end(programs, sections, size):
+    header = bytearray(64)
+    struct.pack_into("<QQ", header, 0x20, programs[0], sections[0])
+    struct.pack_into("<HHHH", header, 0x36, *programs[1:], *sections[1:])
+    assert compiler.elf_size(bytes(header)) == size
+
+
+def test_values_of_structs_are_read_only():
+    assert not structs.struct("Boxes", False, (1, 2, 3), (4, 5, 6), (7, 8, 9)).flags.writeable
+
+
+@pytest.mark.parametrize("stack", [(), (4,), (2, 3), (1, 3), (2, 1, 3), (3, 2, 2)])
+def test_products_that_lie_evenly_apart_are_one_call(stack, rng):
+    """Of the axes from the first one that is named on, every matrix lies a multiple of a step behind the first."""
+    for _ in range(200):
+        steps = [tuple(int(step) for step in rng.choice([0, 1, 2, 3, 6], len(stack))) for _ in range(2)]
+        steps = [tuple(s if n > 1 else 0 for s, n in zip(step, stack, strict=True)) for step in steps]
+        axis, count, apart = cublas._together(stack, steps)
+        assert count == math.prod(stack[axis:])
+        for step, each in zip(steps, apart, strict=True):
+            places = [sum(map(operator.mul, index, step[axis:])) for index in np.ndindex(*stack[axis:])]
+            assert places == [number * each for number in range(count)]
+        if axis:  # one more axis could not be in it
+            larger = [
+                [sum(map(operator.mul, index, step[axis - 1 :])) for index in np.ndindex(*stack[axis - 1 :])]
+                for step in steps
+            ]
+            assert any(
+                places != [number * each for number in range(len(places))]
+                for places, each in zip(larger, apart, strict=True)
+            )

@@ -185,3 +185,4 @@ def test_explain_lists_the_tiles_with_their_times(arrays, monkeypatch):
     last = lines.index(next(line for line in lines if line.startswith("not im2col: ")))
     assert last - start - 1 == len(gemm_tiles._TENSOR_TILES) == 10
     assert all(re.fullmatch(pattern, line) for line in lines[start + 1 : last])
+    assert all(line.startswith("  or ") for line in lines[start + 2 : last])

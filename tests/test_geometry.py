@@ -89,6 +89,13 @@ def test_transposed_same_padding_gives_n_times_stride():
             assert transposed.padding[0][0] == forward.padding[0][0]
 
 
+def test_transposed_valid_padding_is_none():
+    valid, none = (
+        Geometry.infer_transposed((1, 1, 5, 4), (1, 1, 3, 2), stride=2, padding=padding) for padding in ("valid", 0)
+    )
+    assert valid == none
+
+
 def test_equal_convolutions_are_equal_keys():
     one = INFER((2, 3, 8, 8), (4, 3, 3, 3), padding=1, stride=[1, 1])
     other = INFER([2, 3, 8, 8], (4, 3, 3, 3), padding=((1, 1), (1, 1)), dilation=np.int32(1))

@@ -32,8 +32,8 @@ def test_the_record_tells_plans_apart():
         *("im2col", True, "ieee", 64 << 20, 1),
     )
     calls = call, call._replace(limit=1 << 14), call._replace(geometry=Geometry.infer((2, 8, 9, 9), (8, 8, 3, 3)))
-    texts = [recorded_plans.plan_text(one, "forward", False) for one in (*calls, call)]
+    texts = [recorded_plans.plan_text(one, "forward") for one in (*calls, call)]
     assert len(set(map(recorded_plans.short, texts))) == 3
     assert recorded_plans.short(texts[0]) == recorded_plans.short(texts[3])
     lying = calls[0]._replace(geometry=Geometry.infer((2, 9, 9, 8), (3, 3, 8, 8), padding=1, layout="channels_last"))
-    assert recorded_plans.plan_text(lying, "forward", False) not in texts
+    assert recorded_plans.plan_text(lying, "forward") not in texts

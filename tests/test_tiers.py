@@ -32,6 +32,12 @@ def test_in_turns_every_pair_of_values_occurs():
     assert set(counts.values()) <= {2, 3}
 
 
+def test_one_axis_takes_turns_along_another():
+    candidates = [{"case": case, "dtype": dtype} for case in range(9) for dtype in DTYPES[:3]]
+    chosen = [one["dtype"] for one in tiers.in_turns(candidates, ["dtype"])]
+    assert collections.Counter(chosen) == dict.fromkeys(DTYPES[:3], 3)
+
+
 def test_the_matrix_has_each_case_with_each_algorithm_and_direction():
     found = {(one["arrays"], one["case"].name, one["algorithm"], one["direction"]) for one in of_matrix()}
     for arrays, case, algorithm, direction in itertools.product(

@@ -17,8 +17,8 @@ def combinations(*, turns=(), where=None, **axes):
     """Parametrizes a test with the product of the axes, as far as ``where`` is true of it.
 
     Without ``--full`` the axes named in ``turns`` take turns: each combination of the others gets one combination of
-    these, whose pairs of values with other axes have occurred least often so far. Where there are enough combinations,
-    all pairs occur. An axis "arrays" has names of backends.
+    these, whose values, and pairs of them with other axes', have occurred least often so far. Where there are enough
+    combinations, all pairs occur. An axis "arrays" has names of backends.
     """
     found = (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
     chosen = [one for one in found if where is None or where(**one)]
@@ -29,21 +29,22 @@ def combinations(*, turns=(), where=None, **axes):
 
 
 def in_turns(candidates, turns):
-    """From each group of candidates that differ in ``turns`` only, that whose pairs were chosen least often so far."""
+    """From each group of candidates that differ in ``turns`` only, that whose values were chosen least often so far."""
     groups, counts = collections.defaultdict(list), collections.Counter()
     for one in candidates:
         fixed = tuple(_text(value) for axis, value in one.items() if axis not in turns)
-        groups[fixed].append((one, _pairs(one, turns)))
+        groups[fixed].append((one, _counted(one, turns)))
     for group in groups.values():
-        chosen, pairs = min(group, key=lambda pair: sum(map(counts.__getitem__, pair[1])))
-        counts.update(pairs)
+        chosen, counted = min(group, key=lambda pair: sum(map(counts.__getitem__, pair[1])))
+        counts.update(counted)
         yield chosen
 
 
-def _pairs(combination, turns):
-    """The pairs of (axis, value) that have to do with an axis in ``turns``."""
+def _counted(combination, turns):
+    """Each (axis, value) of an axis in ``turns``, and its pairs with the others."""
     values = [(axis, _text(value)) for axis, value in combination.items()]
-    return [(one, other) for one, other in itertools.combinations(values, 2) if one[0] in turns or other[0] in turns]
+    pairs = [(one, other) for one, other in itertools.combinations(values, 2) if one[0] in turns or other[0] in turns]
+    return [value for value in values if value[0] in turns] + pairs
 
 
 def _id(combination):

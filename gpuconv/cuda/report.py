@@ -56,6 +56,7 @@ _LAUNCHED: dict[ModuleType, tuple[Direction, ...]] = {
     scatter_plain: _GRADIENTS,
     implicit_gemm: DIRECTIONS,
 }
+MOST_STEPS = 1 << 12  # of a plan: more than any of these has
 _TURING = Device(75, 72)  # which multiplies half precision and float64 without tensor cores
 
 
@@ -162,7 +163,7 @@ def recording(backend: Backend, found: dict[Module, dict[str, int]]) -> Backend:
 def _launch(algorithm: ModuleType, geometry: Geometry, dtype: numpy.dtype, backend: Backend) -> None:
     limit = settings.workspace_limit()
     for direction in _LAUNCHED[algorithm]:
-        planner = Planner(backend, dtypes.accumulator(dtype), limit, Scope(WORKSPACE, 1 << 12), 1 << 12)
+        planner = Planner(backend, dtypes.accumulator(dtype), limit, Scope(WORKSPACE, MOST_STEPS), MOST_STEPS)
         first, second, result = (contiguous(role, dtype, geometry) for role in ROLES[direction])
         getattr(algorithm, direction)(Operand(first), Operand(second), Result(result), geometry, planner)
 
