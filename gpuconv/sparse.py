@@ -101,7 +101,7 @@ def _csr(w: Array, geometry: Geometry) -> tuple[Array, Array, Array]:
     lengths = numpy.empty(y_size, numpy.int64)
     lengths[rows] = counts[:, None, None]
     entries = images * int(lengths.sum())
-    index = numpy.int32 if max(entries, images * x_size) < 2**31 else numpy.int64
+    index = index_dtype(max(entries, images * x_size))
     indptr = numpy.zeros(images * y_size + 1, index)
     numpy.cumsum(numpy.tile(lengths, images), out=indptr[1:])
     data, indices = numpy.empty(entries, w.dtype), numpy.empty(entries, index)
@@ -116,6 +116,11 @@ def _csr(w: Array, geometry: Geometry) -> tuple[Array, Array, Array]:
                 data[slots + image * (entries // images)] = values
                 indices[slots + image * (entries // images)] = columns + image * x_size
     return data, indices, indptr
+
+
+def index_dtype(largest: int) -> type:
+    """The dtype of indices and of positions of entries."""
+    return numpy.int32 if largest < 2**31 else numpy.int64
 
 
 def _inputs_seen(geometry: Geometry) -> tuple[Array, Array]:

@@ -8,11 +8,13 @@ import re
 import struct
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import gpuconv
+from gpuconv import settings
 from gpuconv.algorithms import direct
 from gpuconv.backend import INSTALL_HINT, Backend
 from gpuconv.cuda import cache, compiler, cublas, kernels_folder, launch, structs
@@ -209,6 +211,27 @@ def test_an_interrupted_write_leaves_nothing(made, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         cache.cubin_path(DIRECT, "sm_90a")
     assert list((tmp_path / "kernels").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "system, variables, folder",
+    [
+        ("linux", {}, "home/.cache/gpuconv"),
+        ("linux", {"XDG_CACHE_HOME": "/caches"}, "/caches/gpuconv"),
+        ("darwin", {"XDG_CACHE_HOME": "/caches"}, "home/Library/Caches/gpuconv"),
+        ("win32", {}, "home/AppData/Local/gpuconv"),
+        ("win32", {"LOCALAPPDATA": "/local"}, "/local/gpuconv"),
+        ("linux", {"GPUCONV_CACHE_DIR": "/own", "XDG_CACHE_HOME": "/caches"}, "/own"),
+    ],
+)
+def test_the_cache_folder_is_among_the_user_s_caches(system, variables, folder, monkeypatch):
+    for name in ("GPUCONV_CACHE_DIR", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(settings.sys, "platform", system)
+    monkeypatch.setattr(settings.Path, "home", lambda: Path("home"))
+    assert settings.cache_folder() == Path(folder)
 
 
 def test_the_cache_folder_must_be_a_folder(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import gpuconv
+from gpuconv.sparse import index_dtype
 from tests.cases import CASES, draw, laid_out
 from tests.tiers import combinations
 
@@ -54,3 +55,8 @@ def test_matrix_on_a_gpu(dtype, rng):
     x, w = draw(rng, (2, 3, 6, 5), dtype, True).astype(dtype), draw(rng, (4, 3, 3, 3), dtype, True).astype(dtype)
     A = gpuconv.conv_matrix(cupy.asarray(w), x.shape, padding=1)  # noqa: N806
     np.testing.assert_array_equal((A @ cupy.asarray(x).ravel()).get(), gpuconv.conv(x, w, padding=1).ravel())
+
+
+def test_indices_are_as_wide_as_the_largest_needs():
+    assert index_dtype(2**31 - 1) is np.int32
+    assert index_dtype(2**31) is np.int64

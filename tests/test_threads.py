@@ -251,3 +251,15 @@ def test_a_forked_child_computes_and_has_its_blas_back(xw, monkeypatch):
 
     threads.spread(range(2), worker, 2)
     assert exits == [0, 0]
+
+
+@pytest.mark.parametrize("count, found", [(5, 5), (None, 1)])
+def test_cores_where_the_system_does_not_say_which_are_the_process_s(count, found, monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: count)
+    assert threads.cores() == found
+
+
+def test_cores_are_those_of_this_process(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", {0: (1, 4, 7)}.__getitem__, raising=False)
+    assert threads.cores() == 3

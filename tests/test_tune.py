@@ -14,7 +14,10 @@ from gpuconv.algorithms import winograd
 from gpuconv.backend import NUMPY
 from gpuconv.choose import MODULES
 from gpuconv.geometry import Geometry
+from gpuconv.request import Request
+from gpuconv.tune import _candidates
 from tests import reference
+from tests.emulation.launcher import EMULATED
 
 X, W = (1, 64, 28, 28), (64, 64, 3, 3)
 FOLDER = tuned._folder  # before tests have one of their own
@@ -96,6 +99,44 @@ def test_a_wrong_result_is_never_taken():
     assert found.default == "winograd"
     assert np.isnan(found.gain)
     assert explained().algorithm != "winograd"
+
+
+class SetClock:
+    """A clock that gives the calls, in the order in which they are first made, these times."""
+
+    def __init__(self, *seconds):
+        self.seconds, self.calls = seconds, []
+
+    def running(self):
+        return contextlib.nullcontext()
+
+    def first(self, call):
+        if call not in self.calls:
+            self.calls.append(call)
+        return self.seconds[self.calls.index(call)], call()
+
+    def samples(self, call, count):
+        assert count >= 1
+        return [self.seconds[self.calls.index(call)]] * count
+
+
+@pytest.mark.parametrize("other, fastest", [(0.90, "im2col"), (0.98, "winograd"), (1.5, "winograd")])
+def test_another_algorithm_is_taken_where_it_is_faster_by_more_than_the_noise(other, fastest, monkeypatch):
+    """The candidates of this layer are im2col, winograd, which is the default, and scatter."""
+    monkeypatch.setattr("gpuconv.benchmark.timing.clock_for", lambda backend: SetClock(other, 1.0, 3.0))
+    (found,) = gpuconv.tune(X, W, padding=1, directions="forward", backend="numpy", seconds=1)
+    assert found.seconds == {"im2col": other, "winograd": 1.0, "scatter": 3.0}
+    assert (found.default, found.fastest, explained().algorithm) == ("winograd", fastest, fastest)
+
+
+def test_algorithms_that_their_estimates_rule_out_are_not_tried():
+    request = Request(geometry(), FLOAT32, "forward", NUMPY)
+    estimates = {name: module.nanoseconds(request) for name, module in MODULES.items() if not module.why_not(request)}
+    assert estimates["fft"] > 4 * min(estimates.values())
+    found = _candidates(request)
+    assert found == [name for name in MODULES if estimates.get(name, np.inf) <= 4 * min(estimates.values())]
+    assert len(found) > 1
+    assert "fft" in _candidates(request._replace(backend=EMULATED))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"answers": 3}', '{"answers": {"a": 3}}', "\xff\xfe"])
