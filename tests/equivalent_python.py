@@ -1,3 +1,248 @@
-"""Mutants of the Python that change nothing that a caller could see, each with the reason: for mutate_python.py."""
+"""Mutants of the Python that change nothing that a caller could see, each with the reason: for mutate_python.py.
 
-EQUIVALENT = {}
+A mutant is known by its file, its function, and its lines before and after.
+"""
+
+EQUIVALENT = {
+    (
+        "gpuconv/activations.py",
+        "apply_derivative",
+        "y = y.astype(dy.dtype, copy=False)",
+        "y = y.astype(dy.dtype, copy=True)",
+    ): "a copy changes no number, only the time",
+    (
+        "gpuconv/algorithms/blocks.py",
+        "largest_fitting",
+        "return _evened(extent, bisect_right(range(1, extent + 1), limit, key=cost))",
+        "return _evened(extent, bisect_right(range(1, extent + 2), limit, key=cost))",
+    ): "a size beyond the extent is evened out to the extent",
+    (
+        "gpuconv/algorithms/depthwise.py",
+        "_parts",
+        "m = next((m for m in range(MOST, FEWEST - 1, -1) if row % m == 0), min(MOST, row))",
+        "m = next((m for m in range(MOST, FEWEST - 1, -1) if row % m <= 0), min(MOST, row))",
+    ): "a remainder is never negative",
+    (
+        "gpuconv/algorithms/depthwise.py",
+        "weight_grad.some_channels",
+        "planner.copy(dw.view[..., groups, 0, 0], total.transpose(*range(1, total.ndim), 0))",
+        "planner.copy(dw.view[..., groups, 0, -1], total.transpose(*range(1, total.ndim), 0))",
+    ): "a group has one filter, so that this axis has one element",
+    (
+        "gpuconv/algorithms/fft.py",
+        "forward",
+        "segments, is_whole = self._segments, self.tile.taps == self.geometry.kernel",
+        "segments, is_whole = self._segments, self.tile.taps >= self.geometry.kernel",
+    ): "a tile never has more taps than the kernel along any axis, so that it has at least as many only if it has all",
+    (
+        "gpuconv/algorithms/fft.py",
+        "_spread_taps",
+        "axes = zip(segment, self.geometry.dilation, strict=True)",
+        "axes = zip(segment, self.geometry.dilation, strict=False)",
+    ): "both are of the same length at every call",
+    (
+        "gpuconv/algorithms/gemm_tiles.py",
+        "stages",
+        "return ASYNCHRONOUS_STAGES if device.capability >= 80 and most >= 4 else STAGES",
+        "return ASYNCHRONOUS_STAGES if device.capability >= 80 and most >= 3 else STAGES",
+    ): "a vector has 2, 4, 8 or 16 bytes, never 3",
+    (
+        "gpuconv/algorithms/lines.py",
+        "weight_grad",
+        "planner.copy(dw.view[:, :, 0], totals[0].reshape(*geometry.kernel, geometry.channels, -1))",
+        "planner.copy(dw.view[:, :, -1], totals[0].reshape(*geometry.kernel, geometry.channels, -1))",
+    ): "lines are for one group, so that this axis has one element",
+    (
+        "gpuconv/algorithms/lines.py",
+        "_rows",
+        "return 0",
+        "return -1",
+    ): "callers ask whether the number of lines is more than 0",
+    (
+        "gpuconv/algorithms/residues.py",
+        "_order",
+        "Arrangement((2 * rank, *of_weights, 2 * rank + 2, *kernel, 2 * rank + 1), rank + 1, rank + 1),",
+        "Arrangement((2 * rank, *of_weights, 2 * rank + 2, *kernel, 2 * rank | 1), rank + 1, rank + 1),",
+    ): "twice the rank is even, so that adding 1 and setting the last bit are the same",
+    (
+        "gpuconv/algorithms/scatter.py",
+        "_in_fours",
+        "and all(step % 16 == 0 for step, size in zip(sums.strides[:-1], sums.shape[:-1], strict=True) if size > 1)",
+        "and all(step % 16 == 0 for step, size in zip(sums.strides[:-1], sums.shape[:-1], strict=False) if size > 1)",
+    ): "both are of the same length at every call",
+    (
+        "gpuconv/algorithms/windows.py",
+        "read_tap",
+        "if any(axis != slice(0, size) for axis, size in zip(outputs, into.shape[batch:-2], strict=True)):",
+        "if any(axis != slice(0, size) for axis, size in zip(outputs, into.shape[batch:-2], strict=False)):",
+    ): "both are of the same length at every call",
+    (
+        "gpuconv/algorithms/windows.py",
+        "_patch",
+        "ends = zip(inside[batch:], region, strict=True)",
+        "ends = zip(inside[batch:], region, strict=False)",
+    ): "both are of the same length at every call",
+    (
+        "gpuconv/algorithms/windows.py",
+        "sliding",
+        "taps = (d * step for d, step in zip(geometry.dilation, spatial, strict=True))",
+        "taps = (d * step for d, step in zip(geometry.dilation, spatial, strict=False))",
+    ): "both are of the same length at every call",
+    (
+        "gpuconv/algorithms/winograd_tiles.py",
+        "_as_taps",
+        "steps = tuple(-1 if step < 0 else 1 for step in w.strides[:rank])",
+        "steps = tuple(-1 if step < -1 else 1 for step in w.strides[:rank])",
+    ): "a stride is a multiple of the item's size, which is more than one byte",
+    (
+        "gpuconv/algorithms/winograd_tiles.py",
+        "weight_grad.some_filters",
+        "self._weight_grad(self._dy(dy.of_channels(filters)), images, dw.view[..., 0, :, filters], planner)",
+        "self._weight_grad(self._dy(dy.of_channels(filters)), images, dw.view[..., -1, :, filters], planner)",
+    ): "there is one group, so that this axis has one element",
+    (
+        "gpuconv/backend.py",
+        "kind_of",
+        "if set(map(type, arrays.values())) == {numpy.ndarray}:",
+        "if set(map(type, arrays.values())) is {numpy.ndarray}:",
+    ): "the longer way behind it gives the same kind",
+    (
+        "gpuconv/backend.py",
+        "_numpy_memory",
+        "return array if array.flags.c_contiguous or not array.size else numpy.asarray(_Span(array))",
+        "return array if array.flags.c_contiguous and not array.size else numpy.asarray(_Span(array))",
+    ): "a contiguous array is seen as its bytes by the longer way, too",
+    (
+        "gpuconv/cuda/arguments.py",
+        "__init__",
+        "split = next(a for a in range(axes + 1) if all(merged(v.shape[a:axes], v.strides[a:axes]) for v in views))",
+        "split = next(a for a in range(axes + 2) if all(merged(v.shape[a:axes], v.strides[a:axes]) for v in views))",
+    ): "the search ends at the last axis at the latest",
+    (
+        "gpuconv/cuda/cache.py",
+        "cubin_path",
+        'key = hashlib.sha256("\\0".join(parts).encode()).hexdigest()[:32]',
+        'key = hashlib.sha256("\\0".join(parts).encode()).hexdigest()[: 31]',
+    ): "a digest of another length names another file as well",
+    (
+        "gpuconv/cuda/cache.py",
+        "_digest",
+        "return hashlib.sha256(content).hexdigest()[:32]",
+        "return hashlib.sha256(content).hexdigest()[: 33]",
+    ): "a digest of another length is compared with one of the same length",
+    (
+        "gpuconv/cuda/launch.py",
+        "__init__",
+        "self.function, self._granted = function, 0",
+        "self.function, self._granted = function, -1",
+    ): "the first launch asks for 0 bytes of shared memory, which every function has",
+    (
+        "gpuconv/cuda/report.py",
+        "is_meant_for",
+        'return architecture != "sm_75" or not (constants.get("TENSOR_PRODUCTS") or constants.get("STAGES", 0) > STAGES)',
+        'return architecture != "sm_75" or not (constants.get("TENSOR_PRODUCTS") or constants.get("STAGES", 1) > STAGES)',
+    ): "a module without the constant has no stages, and 1 is not more than STAGES either",
+    (
+        "gpuconv/cuda/report.py",
+        "_gemm_plans",
+        'if name in ("float16", "float32") and precision == "ieee" and device == MODEL:',
+        'if name in ("float16", "float32") and precision == "ieee" and device is MODEL:',
+    ): "the devices are these very objects",
+    (
+        "gpuconv/cuda/report.py",
+        "_laid_out",
+        'if layout == "channels_first":',
+        'if layout is "channels_first":',
+    ): "the layouts are those of the type, which the interpreter keeps once",
+    (
+        "gpuconv/execute.py",
+        "steps",
+        "if isinstance(step, Step) or (isinstance(step, Loop) and step.workers > 1):",
+        "if isinstance(step, Step) or (isinstance(step, Loop) and step.workers > 0):",
+    ): "a loop of one worker does its parts in the same order as one of several does",
+    (
+        "gpuconv/execute.py",
+        "planned",
+        "self.memories += [None] * (scope.memory + 1 - len(self.memories))",
+        "self.memories += [None] * (scope.memory + 2 - len(self.memories))",
+    ): "the list of memories gets one more place, which nothing uses",
+    (
+        "gpuconv/explanation.py",
+        "explain",
+        'note = im2col.exceeds(request) if choice.algorithm == "im2col" else None',
+        'note = im2col.exceeds(request) if choice.algorithm is "im2col" else None',
+    ): "the names of algorithms are the keys of MODULES, which the interpreter keeps once",
+    (
+        "gpuconv/geometry.py",
+        "_named_padding",
+        "for n, k, s, d in zip(extent, kernel, stride, dilation, strict=True):",
+        "for n, k, s, d in zip(extent, kernel, stride, dilation, strict=False):",
+    ): "both are of the same length at every call",
+    (
+        "gpuconv/geometry.py",
+        "_infer_transposed",
+        "for axis, (n, k, s, d) in enumerate(zip(extent, kernel, stride, dilation, strict=True)):",
+        "for axis, (n, k, s, d) in enumerate(zip(extent, kernel, stride, dilation, strict=False)):",
+    ): "both are of the same length at every call",
+    (
+        "gpuconv/geometry.py",
+        "_same_padding",
+        'low = total // 2 if name == "same" else -(-total // 2)',
+        'low = total // 2 if name <= "same" else -(-total // 2)',
+    ): "of the two names this one is the first in the alphabet",
+    (
+        "gpuconv/linear_operator.py",
+        "rmatvec",
+        "return self.rmatmat(y.reshape(-1, 1)).reshape(-1)",
+        "return self.rmatmat(y.reshape(-1, 1)).reshape(- 2)",
+    ): "NumPy and CuPy take any negative extent for the one that is unknown",
+    ("gpuconv/torch.py", "_check", "continue", "break"): "only the bias, which is the last tensor, may be None",
+    (
+        "gpuconv/tune.py",
+        "_tuned",
+        "counts[name] = max(1, min(MOST_SAMPLES, int(seconds / TURNS / max(once, 1e-9))))",
+        "counts[name] = max(1, min(MOST_SAMPLES, int(seconds / TURNS / max(once, -0.999999999))))",
+    ): "a call takes some time",
+    (
+        "gpuconv/tuned.py",
+        "_digest",
+        "return hashlib.sha256(json.dumps(build(backend), sort_keys=True).encode()).hexdigest()[:16]",
+        "return hashlib.sha256(json.dumps(build(backend), sort_keys=True).encode()).hexdigest()[: 15]",
+    ): "a digest of another length names another file as well",
+    (
+        "gpuconv/tuned.py",
+        "_digest",
+        "return hashlib.sha256(json.dumps(build(backend), sort_keys=True).encode()).hexdigest()[:16]",
+        "return hashlib.sha256(json.dumps(build(backend), sort_keys=False).encode()).hexdigest()[:16]",
+    ): "the facts are always in the same order",
+    (
+        "gpuconv/validate.py",
+        "_shares_bytes",
+        "places: Any = 0",
+        "places: Any = -1",
+    ): "only differences of the places count",
+    (
+        "gpuconv/views.py",
+        "transpose",
+        "order = axes[0] if len(axes) == 1 and not isinstance(axes[0], int) else axes",
+        "order = axes[0] if len(axes) == 1 and not isinstance(axes[ -1], int) else axes",
+    ): "there is one axis, so that the first is the last",
+    (
+        "gpuconv/views.py",
+        "first_byte",
+        "return sum((size - 1) * step for size, step in zip(shape, strides, strict=True) if step < 0 and size)",
+        "return sum((size - 1) * step for size, step in zip(shape, strides, strict=True) if step < -1 and size)",
+    ): "a stride is a multiple of the item's size, which is more than one byte",
+    (
+        "gpuconv/views.py",
+        "is_aligned",
+        "steps = (step for step, size in zip(self.strides, self.shape, strict=True) if size > 1)",
+        "steps = (step for step, size in zip(self.strides, self.shape, strict=False) if size > 1)",
+    ): "both are of the same length at every call",
+    (
+        "gpuconv/workspace.py",
+        "give_back",
+        'if backend.name == "numpy" and len(_kept) < _MOST_KEPT:',
+        'if backend.name >= "numpy" and len(_kept) < _MOST_KEPT:',
+    ): "the names of the other backends come before it in the alphabet",
+}

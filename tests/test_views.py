@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpuconv.algorithms.blocks import as_matrix
-from gpuconv.views import View, first_byte
+from gpuconv.views import View, first_byte, is_contiguous
 
 
 def _random_index(data, view):
@@ -63,6 +63,38 @@ def _factorings(size):
             found.append((first, size // first))
             found += [(first, second, -1) for second in range(2, size) if (size // first) % second == 0]
     return found
+
+
+def test_shapes_and_axes_are_given_one_by_one_or_as_a_tuple():
+    array = np.zeros((2, 3, 4))
+    view = View(0, 0, array.shape, array.strides, array.dtype)
+    for axes in ((2, 0, 1), (1, 0, 2)):
+        for found in (view.transpose(axes), view.transpose(*axes)):
+            assert (found.shape, found.strides) == (array.transpose(axes).shape, array.transpose(axes).strides)
+    for shape in ((6, 4), (24,), (2, 12), (1, 2, 3, 4, 1)):
+        for found in (view.reshape(shape), view.reshape(*shape)):
+            assert found.shape == shape
+    flat = View(0, 0, (4,), (8,), np.dtype("f8"))
+    assert (flat.transpose(0).shape, flat.reshape(4).shape) == ((4,), (4,))
+    one = View(0, 0, (1, 1), (99, -7), np.dtype("f8"))
+    assert one.reshape(1, 1, 1).shape == (1, 1, 1)
+    assert one.reshape(()).shape == ()
+
+
+@pytest.mark.parametrize(
+    "shape, steps, is_one_piece",
+    [
+        ((2, 3), (3, 1), True),
+        ((2, 3), (4, 1), False),
+        ((2, 3), (1, 2), False),
+        ((2, 1), (1, 99), True),
+        ((0, 3), (99, -5), True),
+        ((1, 1), (-1, 9), True),
+        ((), (), True),
+    ],
+)
+def test_what_is_contiguous(shape, steps, is_one_piece):
+    assert is_contiguous(shape, tuple(8 * step for step in steps), 8) == is_one_piece
 
 
 def test_where_memory_begins():
