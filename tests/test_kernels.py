@@ -8,6 +8,7 @@ import pytest
 import gpuconv
 from gpuconv import workspace
 from gpuconv.algorithms import direct, scatter, scatter_plain
+from gpuconv.backend import NUMPY
 from gpuconv.choose import MODULES
 from gpuconv.cuda import arguments
 from gpuconv.geometry import Geometry
@@ -547,3 +548,15 @@ def test_more_than_2_to_the_31_elements(direction):
         dy[0, 0, -5:] = 1
         dw = gpuconv.conv_weight_grad(dy, x, w.shape, algorithm="direct")
         assert (dw == 5).all()
+
+
+def test_the_plain_kernels_are_for_gradients_on_a_gpu():
+    geometry = Geometry.infer((1, 2, 5, 5), (3, 2, 3, 3))
+    for backend, direction, allowed in (
+        (NUMPY, "data_grad", False),
+        (launcher.EMULATED, "forward", False),
+        (launcher.EMULATED, "data_grad", True),
+        (launcher.EMULATED, "weight_grad", True),
+    ):
+        reason = scatter_plain.why_not(Request(geometry, np.dtype("f4"), direction, backend, deterministic=False))
+        assert reason == (None if allowed else "it is a CUDA kernel for the gradients")

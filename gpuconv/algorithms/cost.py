@@ -25,12 +25,12 @@ def product(depth: int, width: int, is_complex: bool = False) -> float:
 
 def copied(run: float) -> float:
     """An element copied in another order, so many of which lie side by side."""
-    return COPY * (1 + 8 / max(1, run))
+    return COPY * (1 + 8 / run)
 
 
 def transform(run: int, is_whole: bool) -> float:
     """An element that a small matrix makes, so many of which lie side by side, whole lines of them or parts."""
-    return TRANSFORM * (1 + (64 if is_whole else 96) / max(1, run))
+    return TRANSFORM * (1 + (64 if is_whole else 96) / run)
 
 
 def exchanged(elements: int) -> float:
@@ -40,4 +40,4 @@ def exchanged(elements: int) -> float:
 
 def added(run: int) -> float:
     """An element added to others, so many of which lie side by side."""
-    return ADD * (1 + 64 / max(1, run))
+    return ADD * (1 + 64 / run)
