@@ -1,4 +1,4 @@
-"""The activations that a convolution can end in, and their derivatives written in terms of their results."""
+"""The activations that a convolution may end with, and their derivatives in terms of their results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEAKY_SLOPE = 0.01
 
 
 def apply(z: Array, name: Activation, xp: Any) -> None:
-    """Replaces z by activation(z), in place. NaN stays NaN."""
+    """Replace z by activation(z), in place. NaN stays NaN."""
     if name == "relu":
         xp.maximum(z, 0, out=z)
     elif name == "leaky_relu":
@@ -32,7 +32,7 @@ def apply(z: Array, name: Activation, xp: Any) -> None:
 
 
 def apply_derivative(dy: Array, y: Array, name: Activation, xp: Any) -> None:
-    """Replaces dy by dy * activation'(z), in place, where y = activation(z)."""
+    """Replace dy by dy * activation'(z), in place, where y = activation(z)."""
     y = y.astype(dy.dtype, copy=False)
     if name == "relu":
         xp.copyto(dy, 0, where=y <= 0)

@@ -1,13 +1,13 @@
-"""What a caller may write for a shape, a stride or a padding, brought into one form each.
+"""Conversion of shapes, strides and paddings, as callers write them, to one form each.
 
-Equal settings become equal tuples, so that a Geometry made of them can be looked up.
+Equal settings become equal tuples, so that a Geometry made of them can be a key.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 Layout: TypeAlias = Literal["channels_first", "channels_last"]
 Shape: TypeAlias = tuple[int, ...]
@@ -27,7 +27,7 @@ _PLAIN = frozenset((int, bool, str))
 
 
 def are_plain(values: Iterable[object]) -> bool:
-    """Whether they are of Python's own types, so that equal ones of the same types mean the same."""
+    """Whether all values are of Python's own types, so that equal values mean the same."""
     for value in values:
         if type(value) is tuple:
             for item in value:
@@ -38,12 +38,12 @@ def are_plain(values: Iterable[object]) -> bool:
     return True
 
 
-def shape_of(value: object, name: str) -> Shape:
-    """A shape given by a caller, as a tuple of Python ints."""
+def shape_of(value: Any, name: str) -> Shape:
+    """Return a caller's shape as a tuple of Python ints."""
     if getattr(value, "ndim", 1) != 1:
-        raise TypeError(f"{name} must be a shape, not an array; that of this one is {value.shape}")  # type: ignore[attr-defined]
+        raise TypeError(f"{name} must be a shape, not an array; that of this one is {value.shape}")
     try:
-        shape = tuple(integer(extent, name) for extent in value)  # type: ignore[attr-defined]
+        shape = tuple(integer(extent, name) for extent in value)
     except TypeError:
         raise TypeError(f"{name} must be a shape, a sequence of ints, not {value!r}") from None
     if any(extent < 0 for extent in shape):
@@ -52,7 +52,7 @@ def shape_of(value: object, name: str) -> Shape:
 
 
 def integer(value: object, name: str) -> int:
-    """An int or anything that NumPy counts as one; bool is not."""
+    """Return an int, or what NumPy accepts as one; bool is refused."""
     try:
         if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
             raise TypeError
@@ -71,7 +71,7 @@ def _is_sequence(value: object) -> bool:
 
 
 def per_axis(value: object, rank: int, name: str, minimum: int) -> Shape:
-    """An int, or one int per axis, as one int per axis."""
+    """Return an int, or one int per axis, as one int per axis."""
     if _is_sequence(value):
         items: Shape = tuple(integer(item, name) for item in value)  # type: ignore[attr-defined]
         if len(items) != rank:
@@ -86,7 +86,7 @@ def per_axis(value: object, rank: int, name: str, minimum: int) -> Shape:
 
 
 def _padding(value: object, rank: int) -> Pairs | str:
-    """padding as (low, high) of every axis, or the name of a rule."""
+    """Return the padding as (low, high) for every axis, or the name of a rule."""
     if isinstance(value, str):
         if value not in PADDING_NAMES:
             raise ValueError(
@@ -124,7 +124,7 @@ def geometry_settings(
     layout: object,
     flip: object,
 ) -> tuple[Shape, Pairs | str, Shape, int, Layout, bool]:
-    """The settings in one form each, so that equal convolutions are equal keys."""
+    """Return the settings in one form each, so that equal convolutions are equal keys."""
     rank = len(w_shape) - 2
     if rank > MOST_AXES:
         raise ValueError(f"{w_name} must have at most {MOST_AXES} spatial axes, got shape {w_shape}")

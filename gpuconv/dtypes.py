@@ -1,7 +1,7 @@
-"""Which dtypes a call takes, which one its result has, and in which one it adds up.
+"""Supported dtypes, the dtype of a result, and the dtype of sums.
 
-bfloat16 comes from ml_dtypes and is foreign to NumPy: its kind is 'V', ``finfo`` and ``einsum`` refuse it and
-``result_type`` has no rule for it. It is recognised by name, so that ml_dtypes need not be installed.
+bfloat16 comes from ml_dtypes. NumPy does not know it: its kind is 'V', ``finfo`` and ``einsum`` refuse it, and
+``result_type`` has no rule for it. It is recognised by its name, so that ml_dtypes need not be installed.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _HALVES = ("float16", "bfloat16")
 
 @lru_cache(maxsize=256)
 def supported(dtype: Any) -> bool:
-    """Whether a call takes arrays of this dtype (in any byte order)."""
+    """Whether arrays of this dtype are accepted, in any byte order."""
     return str(dtype.name) in NAMES
 
 
 def named(name: Any, argument: str = "dtype") -> numpy.dtype:
-    """The dtype that a caller means; ValueError or TypeError where it is not one of ours."""
+    """Return the dtype that a caller names; TypeError if it is not supported."""
     if isinstance(name, str) and name == "bfloat16":
         try:
             import ml_dtypes
@@ -41,7 +41,7 @@ def named(name: Any, argument: str = "dtype") -> numpy.dtype:
 
 
 def available() -> list[numpy.dtype]:
-    """All dtypes, bfloat16 only where ml_dtypes is installed."""
+    """Return all supported dtypes; bfloat16 is among them only if ml_dtypes is installed."""
     found = []
     for name in NAMES:
         try:
@@ -52,13 +52,13 @@ def available() -> list[numpy.dtype]:
 
 
 def native(dtype: numpy.dtype) -> numpy.dtype:
-    """The dtype in the machine's byte order."""
+    """Return the dtype in the byte order of the machine."""
     return dtype if dtype.name == "bfloat16" else dtype.newbyteorder("=")
 
 
 @lru_cache(maxsize=256)
 def promoted(*dtypes: numpy.dtype) -> numpy.dtype:
-    """The dtype of a result: NumPy's ``result_type``, with bfloat16 counted as a float32 beside anything else."""
+    """Return the dtype of a result: NumPy's ``result_type``, where bfloat16 counts as float32 next to others."""
     kinds = {native(dtype) for dtype in dtypes}
     if len(kinds) == 1:
         return kinds.pop()
@@ -67,7 +67,7 @@ def promoted(*dtypes: numpy.dtype) -> numpy.dtype:
 
 @lru_cache(maxsize=64)
 def accumulator(dtype: numpy.dtype) -> numpy.dtype:
-    """The dtype that sums are formed in: at least float32."""
+    """Return the dtype in which sums are accumulated: float32 at least."""
     return numpy.dtype(numpy.float32) if dtype.name in _HALVES else dtype
 
 
@@ -76,5 +76,5 @@ def is_complex(dtype: Any) -> bool:
 
 
 def epsilon(dtype: numpy.dtype) -> float:
-    """The distance from 1 to the next number, of the real part for complex dtypes."""
+    """Return the distance from 1 to the next number, for complex dtypes that of the real part."""
     return 2.0**-7 if dtype.name == "bfloat16" else float(numpy.finfo(dtype).eps)

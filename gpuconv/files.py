@@ -1,4 +1,4 @@
-"""Files that a reader finds whole."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def write(path: Path, content: bytes) -> Path:
-    """Writes a file beside its place and renames it, so that a reader finds the old one or the new one."""
+    """Write a file under a temporary name and rename it, so that readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, beside = tempfile.mkstemp(dir=path.parent, suffix=".part")
     try:

@@ -1,11 +1,11 @@
-"""Geometry: one convolution, known from shapes alone.
+"""Geometry: the integers that describe a convolution.
 
-The alphabet of the whole library: N batch, C in-channels, F out-channels (filters), D H W input extent, T R S
-kernel extent, M P Q output extent, G groups; x input, w weight, b bias, y output, dy dx dw db gradients. Three
-directions: forward, data_grad, weight_grad.
+Letters of the whole library: N batch, C input channels, F output channels (filters), D H W input extents, T R S kernel
+extents, M P Q output extents, G groups; x input, w weight, b bias, y output, dy dx dw db gradients. The directions are
+forward, data_grad and weight_grad.
 
-A Geometry holds integers and tuples, so it prints, compares and serves as a cache key. Nothing here touches an
-array, and every complaint about a shape, a stride or a padding comes from here, before any work is done.
+A Geometry consists of ints and tuples, so it prints, compares and serves as a key. Nothing here accesses arrays. Every
+error about a shape, a stride or a padding is raised here, before anything is computed.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ TRANSPOSED_PADDING_NAMES = ("valid", "same", "same_lower")
 
 
 class Residue(NamedTuple):
-    """The inputs i = start + step * u of every axis, and the kernel taps that reach them.
+    """One phase of the stride: the inputs ``start + step * u`` of every axis, and the taps that reach them.
 
-    ``inputs`` and ``taps`` are slices, one per spatial axis. ``geometry`` is the stride-1 convolution, over dy with
-    these taps in reverse order and C and F exchanged, which yields dx[inputs]; None where no tap reaches.
+    ``inputs`` and ``taps`` are slices, one per spatial axis. ``geometry`` is the convolution of dy with stride 1, with
+    these taps in reverse order and C and F exchanged, that gives ``dx[inputs]``; None if no tap reaches these inputs.
     """
 
     inputs: tuple[slice, ...]
@@ -41,9 +41,9 @@ class Residue(NamedTuple):
 
 @dataclass(frozen=True)
 class Geometry:
-    """One convolution. Build it with :meth:`infer` or :meth:`infer_transposed`.
+    """One convolution, made by :meth:`infer` or :meth:`infer_transposed`.
 
-    For a transposed convolution this is the convolution that it transposes: its x is what comes out.
+    A transposed convolution is described by the convolution that it transposes: its result has the shape of x.
     """
 
     batch: Shape  # leading axes of x and y, none included
@@ -73,12 +73,12 @@ class Geometry:
         x_name: str = "x",
         w_name: str = "w",
     ) -> Geometry:
-        """The convolution of x with w; ``x_name`` and ``w_name`` are what errors call them.
+        """Return the geometry of the convolution of x with w, called ``x_name`` and ``w_name`` in error messages.
+
+        Raises ValueError for shapes and values, TypeError for kinds.
 
         >>> Geometry.infer((8, 3, 32, 32), (16, 3, 3, 3), stride=2, padding=1).y_shape
         (8, 16, 16, 16)
-
-        Raises ValueError for shapes and values, TypeError for kinds.
         """
         given = (x_shape, w_shape, stride, padding, dilation, groups, layout, flip, x_name, w_name)
         return (_of_arguments if are_plain(given) else _of_arguments.__wrapped__)(*given)
@@ -97,7 +97,7 @@ class Geometry:
         flip: object = False,
         output_padding: object = 0,
     ) -> Geometry:
-        """The convolution whose transpose takes x: its y_shape is x_shape, its x_shape the shape of the result.
+        """Return the convolution whose transpose accepts x: its y_shape is x_shape, its x_shape is that of the result.
 
         >>> Geometry.infer_transposed((8, 16, 16, 16), (16, 3, 3, 3), stride=2, padding=1, output_padding=1).x_shape
         (8, 3, 32, 32)
@@ -115,17 +115,17 @@ class Geometry:
 
     @property
     def rank(self) -> int:
-        """How many spatial axes."""
+        """The number of spatial axes."""
         return len(self.kernel)
 
     @cached_property
     def window(self) -> Shape:
-        """The extent of input that one output sees: dilation * (kernel - 1) + 1."""
+        """The extent of the input window of one output: dilation * (kernel - 1) + 1."""
         return tuple(d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True))
 
     @cached_property
     def output(self) -> Shape:
-        """M P Q."""
+        """The output extents."""
         return tuple(
             (n + low + high - window) // s + 1
             for n, (low, high), window, s in zip(self.input, self.padding, self.window, self.stride, strict=True)
@@ -133,7 +133,7 @@ class Geometry:
 
     @cached_property
     def is_pointwise(self) -> bool:
-        """Whether every output is made of the one input at its place."""
+        """Whether every output depends only on the input at the same position."""
         return {*self.kernel, *self.stride} == {1} and not any(map(any, self.padding))
 
     @property
@@ -175,19 +175,19 @@ class Geometry:
         return (*self.batch, channels, *extent)
 
     def multiply_adds(self) -> int:
-        """Products of one element of w with one of x; the same number in every direction."""
+        """The number of products of an element of w with one of x, which is the same in every direction."""
         return math.prod(self.batch) * math.prod(self.output) * self.filters * self.group_channels * self.taps
 
     def flops(self, *, is_complex: bool = False) -> int:
-        """Real operations of the direct algorithm: 2 per product and sum, 8 for complex numbers."""
+        """The real operations of the direct algorithm: 2 for each multiply-add, 8 for complex numbers."""
         return self.multiply_adds() * (8 if is_complex else 2)
 
     def bytes(self, itemsize: int) -> int:
-        """Bytes of x, w and y, each counted once."""
+        """The bytes of x, w and y, each counted once."""
         return itemsize * (math.prod(self.x_shape) + math.prod(self.w_shape) + math.prod(self.y_shape))
 
     def reduction_length(self, direction: Direction) -> int:
-        """The most products that one element of the result adds up."""
+        """The largest number of products in one element of the result."""
         if direction == "forward":
             return self.group_channels * self.taps
         if direction == "weight_grad":
@@ -199,19 +199,19 @@ class Geometry:
 
     @cached_property
     def largest_index(self) -> int:
-        """A bound on the elements of x, w and y, and on every position that a tap or the padding leads to."""
+        """An upper bound on the elements of x, w and y, and on every position that a tap or the padding reaches."""
         elements = (math.prod(shape) for shape in (self.x_shape, self.w_shape, self.y_shape))
         axes = zip(self.input, self.padding, self.kernel, self.dilation, self.stride, strict=True)
         return max(*elements, *(n + abs(low) + abs(high) + k * d + s for n, (low, high), k, d, s in axes))
 
     @cached_property
     def residues(self) -> tuple[Residue, ...]:
-        """data_grad as forward convolutions of dy, one for each residue of the input index modulo the stride.
+        """data_grad as forward convolutions of dy, one for each phase of the stride (polyphase decomposition).
 
-        Input i is reached by tap t from output o when i = o * stride + t * dilation - low. For the inputs of one
-        residue these taps are equally spaced, and so are the outputs that they come from: a convolution of stride 1
-        over dy. The residues share no input, and no product is formed that a scatter would not form. (This is
-        sub-pixel convolution, Shi et al. 2016, arXiv:1609.07009, for any stride and dilation.)
+        Tap t brings output o to input i if i = o * stride + t * dilation - low. For the inputs of one phase these taps
+        are equally spaced, and so are the outputs: this is a convolution of dy with stride 1. The phases share no
+        input, and no product is computed that scattering would not compute. (Sub-pixel convolution, Shi et al. 2016,
+        arXiv:1609.07009, for any stride and dilation.)
         """
         parts = []
         for axes in product(*(self.axis_residues(axis) for axis in range(self.rank))):
@@ -234,14 +234,14 @@ class Geometry:
 
     @property
     def inverse(self) -> Geometry:
-        """For a stride of 1, the forward convolution of dy that gives dx: with w rotated, C and F exchanged.
+        """For stride 1, the forward convolution of dy that gives dx: w rotated by 180 degrees, C and F exchanged.
 
-        This one itself where x is empty, and nothing is computed.
+        If x is empty, this is the convolution itself, since nothing is computed.
         """
         return next((residue.geometry for residue in self.residues if residue.geometry is not None), self)
 
     def axis_residues(self, axis: int) -> list[AxisResidue]:
-        """The residues of one axis, also those that no tap reaches."""
+        """The phases of one axis, including those that no tap reaches."""
         n, k, s, d = self.input[axis], self.kernel[axis], self.stride[axis], self.dilation[axis]
         low, outputs = self.padding[axis][0], self.output[axis]
         common = math.gcd(s, d)
@@ -262,7 +262,7 @@ class Geometry:
 
 
 class AxisResidue(NamedTuple):
-    """The same of one axis, with the convolution's numbers for it."""
+    """One phase of one axis, with the parameters of its convolution."""
 
     inputs: slice
     taps: slice
@@ -272,7 +272,7 @@ class AxisResidue(NamedTuple):
 
 
 def _split(x_shape: Shape, w_shape: Shape, layout: Layout, x_name: str, w_name: str) -> tuple[Shape, int, Shape, Shape]:
-    """Batch axes, channels and extent of x, and the extent of the kernel."""
+    """Return the batch axes, channels and extents of x, and the extents of the kernel."""
     rank = len(w_shape) - 2
     if len(x_shape) <= rank:
         raise ValueError(
@@ -286,7 +286,7 @@ def _split(x_shape: Shape, w_shape: Shape, layout: Layout, x_name: str, w_name: 
 
 
 def _layout_hint(x_shape: Shape, w_shape: Shape, layout: Layout, groups: int) -> str:
-    """A word where the shapes fit the other layout."""
+    """Return a hint for the error message if the shapes fit the other layout."""
     last = layout == "channels_first"
     channels = x_shape[-1] if last else x_shape[-len(w_shape) + 1]
     expected = groups * (w_shape[-2] if last else w_shape[1])
@@ -381,7 +381,7 @@ def _named_padding(name: str, extent: Shape, kernel: Shape, stride: Shape, dilat
 
 
 def _same_padding(name: str, n: int, s: int, reach: int) -> tuple[int, int]:
-    """What makes the output ceil(n / s) long; never negative, the odd one at the high end for "same"."""
+    """Return the (low, high) padding that gives an output of ceil(n / s); never negative."""
     total = max((-(-n // s) - 1) * s + reach + 1 - n, 0)
     low = total // 2 if name == "same" else -(-total // 2)
     return low, total - low
@@ -450,7 +450,7 @@ def _infer_transposed(
 
 
 def _renew_locks() -> None:
-    """In a forked child: before Python 3.12 cached properties have a lock, which a thread of the parent may hold."""
+    """Replace locks in a forked child: before Python 3.12 cached properties have one, which another thread may hold."""
     for value in vars(Geometry).values():
         if hasattr(value, "lock"):
             value.lock = RLock()

@@ -1,4 +1,4 @@
-"""What an algorithm is asked for: one direction of a convolution, and the conditions under which to compute it."""
+"""A request to an algorithm: one direction of a convolution, and the conditions under which it is computed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PLAN_SHARE = 64
 
 
 class Request(NamedTuple):
-    """A direction of a convolution, and its conditions. Algorithms refuse it (``why_not``) and estimate its time."""
+    """A direction of a convolution and its conditions. Algorithms refuse it (``why_not``) and estimate its time."""
 
     geometry: Geometry
     dtype: numpy.dtype  # of the result
@@ -25,18 +25,18 @@ class Request(NamedTuple):
     limit: int = settings.DEFAULT_WORKSPACE_LIMIT  # bytes: GPUCONV_WORKSPACE_LIMIT
 
     def as_forward(self) -> Request:
-        """The forward convolution of dy that gives dx, for a stride of 1; other directions as they are."""
+        """Return the forward convolution of dy that gives dx, for stride 1; other directions are unchanged."""
         if self.direction != "data_grad":
             return self
         return self._replace(geometry=self.geometry.inverse, direction="forward")
 
     @property
     def is_complex(self) -> bool:
-        """Whether the numbers are complex."""
+        """Whether the dtype is complex."""
         return dtypes.is_complex(self.dtype)
 
     def lacks(self, elements: int, purpose: str) -> str | None:
-        """A reason if so many elements exceed the budget, else None."""
+        """Return a reason if this many elements exceed the budget, else None."""
         if elements <= self.budget:
             return None
         needed = elements * dtypes.accumulator(self.dtype).itemsize
@@ -46,7 +46,7 @@ class Request(NamedTuple):
 
     @property
     def budget(self) -> int:
-        """Elements of the dtype of the sums that an algorithm may take."""
+        """The number of elements, in the dtype of sums, that an algorithm may use as workspace."""
         return workspace_of(self.limit, self.backend) // dtypes.accumulator(self.dtype).itemsize
 
 
@@ -55,5 +55,5 @@ def _bytes(number: int) -> str:
 
 
 def workspace_of(limit: int, backend: Backend) -> int:
-    """Bytes that an algorithm may take under a limit: on NumPy less than all, since plans take some."""
+    """Return the bytes of workspace that a limit permits; on NumPy less than the limit, since plans use some."""
     return limit if backend.launch is not None else limit - limit // PLAN_SHARE

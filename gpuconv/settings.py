@@ -1,7 +1,7 @@
-"""The environment variables that a call reads, and the arguments that overrule them.
+"""The environment variables that calls read, and the arguments that take precedence over them.
 
-All are read when a function is called, so that a change takes effect at once. What cannot be read is a ValueError
-that names the variable, the value and what it may be.
+All of them are read at each call, so that a change takes effect at once. A value that cannot be read is a ValueError
+that names the variable, the value and the permitted values.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "m
 
 
 def _read(variable: str) -> str | None:
-    """The variable without case and surrounding space; None where it is unset or empty."""
+    """Return the variable in lower case without surrounding spaces; None if it is unset or empty."""
     if _KEYS[variable] not in _ENVIRONMENT:
         return None
     return os.environ[variable].strip().lower() or None
@@ -62,12 +62,12 @@ def _boolean(variable: str) -> bool | None:
 
 
 def backend() -> str:
-    """GPUCONV_BACKEND."""
+    """Return GPUCONV_BACKEND."""
     return _choice("GPUCONV_BACKEND", BACKENDS) or DEFAULTS["GPUCONV_BACKEND"]
 
 
 def deterministic(argument: bool | None) -> bool:
-    """The argument, else GPUCONV_DETERMINISTIC."""
+    """Return the argument if it is given, else GPUCONV_DETERMINISTIC."""
     if argument is None:
         value = _boolean("GPUCONV_DETERMINISTIC")
         return True if value is None else value
@@ -77,7 +77,7 @@ def deterministic(argument: bool | None) -> bool:
 
 
 def precision(argument: str | None) -> str:
-    """The argument, else GPUCONV_PRECISION, else "tf32" where CUPY_TF32 is set, else "ieee"."""
+    """Return the argument, else GPUCONV_PRECISION, else "tf32" if CUPY_TF32 is set, else "ieee"."""
     if argument is None:
         named = _choice("GPUCONV_PRECISION", PRECISIONS)
         return named or ("tf32" if _boolean("CUPY_TF32") else DEFAULTS["GPUCONV_PRECISION"])
@@ -87,7 +87,7 @@ def precision(argument: str | None) -> str:
 
 
 def workspace_limit() -> int:
-    """GPUCONV_WORKSPACE_LIMIT in bytes."""
+    """Return GPUCONV_WORKSPACE_LIMIT in bytes."""
     value = _read("GPUCONV_WORKSPACE_LIMIT") or DEFAULTS["GPUCONV_WORKSPACE_LIMIT"].lower()
     limit = _byte_count(value)
     if limit is None:
@@ -107,7 +107,7 @@ def _byte_count(value: str) -> int | None:
 
 
 def num_threads() -> int | None:
-    """GPUCONV_NUM_THREADS, None where it is unset."""
+    """Return GPUCONV_NUM_THREADS, or None if it is unset."""
     value = _read("GPUCONV_NUM_THREADS")
     if value is None:
         return None
@@ -119,7 +119,7 @@ def num_threads() -> int | None:
 
 
 def cache_folder() -> Path:
-    """GPUCONV_CACHE_DIR, else gpuconv's folder among the user's caches."""
+    """Return GPUCONV_CACHE_DIR, else the folder of gpuconv in the user's cache folder."""
     named = _folder("GPUCONV_CACHE_DIR")
     if named is not None:
         return named
@@ -133,7 +133,7 @@ def cache_folder() -> Path:
 
 
 def dump_folder() -> Path | None:
-    """GPUCONV_DUMP: where kernels' final sources are written, None where it is unset."""
+    """Return GPUCONV_DUMP, the folder for the final sources of kernels, or None if it is unset."""
     return _folder("GPUCONV_DUMP")
 
 

@@ -118,7 +118,7 @@ def _csr(w: Array, geometry: Geometry) -> tuple[Array, Array, Array]:
     return data, indices, indptr
 
 
-def index_dtype(largest: int) -> type:
+def index_dtype(largest: int) -> Any:
     """The dtype of indices and of positions of entries."""
     return numpy.int32 if largest < 2**31 else numpy.int64
 

@@ -1,12 +1,12 @@
-"""The threads of the NumPy backend: tasks on every core that this process may use.
+"""Threads of the NumPy backend.
 
-NumPy computes on one core, but for matrix products, which BLAS spreads over threads of its own. What lies between the
-products, copies and transforms, takes as long as they do. So the tasks of an algorithm go to several Python threads
-(NumPy lets go of the interpreter's lock while it computes), and BLAS keeps to one thread meanwhile: two kinds of
-threads at once would wait for each other.
+NumPy computes on one core, except matrix products, for which BLAS has threads of its own. Copies and transforms between
+the products take as long as the products. Algorithms therefore distribute their tasks to Python threads (NumPy releases
+the interpreter's lock while it computes), and BLAS is limited to one thread during the call, since two kinds of threads
+would wait for each other.
 
-The setting of BLAS counts for the whole process. It is changed when the first call needs it and restored when the
-last one has ended, through threadpoolctl; where that is missing BLAS keeps its threads, and Python takes one.
+The number of threads of BLAS is a setting of the process. threadpoolctl changes it when the first call starts and
+restores it when the last one ends. Without threadpoolctl BLAS keeps its threads, and Python uses one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FEW = 1 << 18  # multiplications and additions that BLAS would not share
 
 
 class _Blas:
-    """The BLAS libraries of this process, and how many threads those who are computing let them have."""
+    """The BLAS libraries of this process, and the number of threads to which running calls limit them."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -36,7 +36,7 @@ class _Blas:
         self._libraries: list[Any] | None = None  # None: not looked for yet
 
     def libraries(self) -> list[Any]:
-        """Those that are loaded, by threadpoolctl; none without it."""
+        """The loaded libraries, found by threadpoolctl; empty without it."""
         if self._libraries is None:
             try:
                 from threadpoolctl import ThreadpoolController
@@ -48,7 +48,7 @@ class _Blas:
 
     @contextlib.contextmanager
     def held(self, limit: int) -> Iterator[None]:
-        """A context in which no library takes more threads than this."""
+        """Return a context in which no library uses more threads than this."""
         with self.lock:
             if not self.limits:
                 self.before = [library.num_threads for library in self.libraries()]
@@ -62,7 +62,7 @@ class _Blas:
                 self.set()
 
     def set(self) -> None:
-        """Gives every library the threads that all let it have, where that has changed."""
+        """Set every library to the smallest limit, if it has changed."""
         limit = min(self.limits, default=None)
         if limit == self.limit:
             return
@@ -75,7 +75,7 @@ class _Blas:
 
 
 class _Helpers:
-    """The threads beside those that call: for all calls of the process together."""
+    """The helper threads of all calls of this process."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -83,7 +83,7 @@ class _Helpers:
         self.busy = 0
 
     def take(self, wanted: int, most: int) -> int:
-        """How many of the wanted ones are idle; they are the caller's until it gives them back."""
+        """Reserve idle helpers, at most as many as wanted, and return how many; the caller returns them later."""
         with self.lock:
             taken = max(0, min(wanted, most - 1 - self.busy))
             self.busy += taken
@@ -98,7 +98,7 @@ _blas, _helpers = _Blas(), _Helpers()
 
 
 def _begin_anew() -> None:
-    """In a forked child: it has none of the threads, nobody who computes, and BLAS as it was at that moment."""
+    """Reset the state in a forked child, which has no helper threads and no running calls."""
     global _blas, _helpers
     parent, _blas, _helpers = _blas, _Blas(), _Helpers()
     if parent.limits:
@@ -111,29 +111,29 @@ if hasattr(os, "register_at_fork"):
 
 
 def most(limit: int | None) -> int:
-    """How many threads a call may take: its limit, or where there is none the cores that this process may use.
+    """Return the number of threads that a call may use: its limit, or the cores that this process may use.
 
-    1 where nothing can hold BLAS to one thread.
+    It is 1 if nothing can limit BLAS to one thread.
     """
     return (limit or cores()) if _blas.libraries() else 1
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def held_blas() -> contextlib.AbstractContextManager[None]:
-    """A context for a call that is not small, in which BLAS takes no threads of its own.
+    """Return a context for a call that is not small, in which BLAS uses one thread.
 
-    They would go on waiting for more work long after theirs, and keep Python's threads from the cores. Where nothing
-    can hold BLAS, its threads are all there are.
+    BLAS threads spin for some time after their work and would keep Python's threads from the cores. If nothing can
+    limit BLAS, its threads are the only ones.
     """
     return _blas.held(1)
 
 
 class _Tasks(Iterator[T]):
-    """Tasks that several workers take, each of them once."""
+    """An iterator of tasks that several workers share; each task is taken once."""
 
     def __init__(self, tasks: Iterable[T]) -> None:
         self._tasks = iter(tasks)
@@ -144,17 +144,17 @@ class _Tasks(Iterator[T]):
             return next(self._tasks)
 
     def close(self) -> None:
-        """Leaves no task for anyone."""
+        """Drop the remaining tasks."""
         with self._lock:
             self._tasks = iter(())
 
 
 def spread(tasks: Iterable[T], worker: Callable[[Iterator[T]], None], workers: int) -> None:
-    """Has tasks done by so many workers at most, each in a thread of its own, the caller's among them.
+    """Run tasks on at most this many workers, each in a thread; the calling thread is one of them.
 
-    ``worker(tasks)`` does the tasks that it takes from an iterator; who takes which is left to chance, so no result may
-    depend on it. Coarse tasks only: to start a helper takes 20 to 100 microseconds. Helpers that other calls of this
-    process have at work are theirs, so there may be fewer, or none. An error ends the work of all, and is raised here.
+    ``worker(tasks)`` runs the tasks that it takes from an iterator. Which worker takes which task is not determined, so
+    no result may depend on it. Tasks should be coarse: a helper takes 20 to 100 microseconds to start. Helpers that
+    other calls use are not available, so there may be fewer workers. An error stops all workers and is raised here.
     """
     wanted = min(workers, len(tasks)) if isinstance(tasks, Sized) else workers
     helpers = _helpers.take(wanted - 1, workers) if wanted > 1 else 0
@@ -182,7 +182,7 @@ def spread(tasks: Iterable[T], worker: Callable[[Iterator[T]], None], workers: i
 
 
 def _started(work: Callable[[], None]) -> Future[None] | None:
-    """Work in a thread of its own, with a copy of this one's context (numpy.errstate is there), or None."""
+    """Start a function in a helper thread with a copy of this context (and numpy.errstate); None if none can start."""
     try:
         return _helpers.pool.submit(contextvars.copy_context().run, work)
     except RuntimeError:  # no more threads can be had, or the interpreter is about to end

@@ -1,4 +1,4 @@
-"""Every check of what a caller hands in, but for shapes (gpuconv/geometry.py) and settings (gpuconv/settings.py)."""
+"""Checks of arrays and options from callers. Shapes are checked in geometry.py, settings in settings.py."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ NEEDS = ("dx", "dw", "db")
 
 
 def given(**arrays: Array | None) -> dict[str, Array]:
-    """Those optional arrays that were given."""
+    """Return the optional arrays that are not None."""
     return {name: array for name, array in arrays.items() if array is not None}
 
 
 def checked(**arrays: Array) -> tuple[Kind, numpy.dtype]:
-    """The kind of these arrays and the dtype of the result, or an error that names the array that does not fit."""
+    """Return the kind of the arrays and the dtype of the result; the error names the array that does not fit."""
     kind = kind_of(**arrays)
     for name, array in arrays.items():
         if not dtypes.supported(array.dtype):
@@ -36,7 +36,7 @@ def check_shape(name: str, array: Array, shape: Shape) -> None:
 
 
 def check_gradient(dy: Array, shape: Shape, **shapes: Sequence[int]) -> None:
-    """ValueError unless dy has this shape, which follows from the others, of arguments by name."""
+    """Raise ValueError unless dy has this shape, which the other arguments imply."""
     if dy.shape != shape:
         given = " and ".join(f"{name} {tuple(of)}" for name, of in shapes.items())
         raise ValueError(f"dy must have the shape {shape} that {given} give, but it has {dy.shape}")
@@ -69,7 +69,7 @@ def check_backward(
     needs: str | Sequence[str],
     **shapes: Sequence[int],
 ) -> tuple[str, ...]:
-    """What is needed, once dy, y and the activation have been found to fit."""
+    """Check dy, y and the activation, and return the names of the gradients to compute."""
     check_gradient(dy, shape, **shapes)
     check_activation(activation, dtype)
     if y is not None:
@@ -96,7 +96,7 @@ def _needed(needs: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def check_out(out: Array | None, kind: Kind, dtype: numpy.dtype, shape: Shape, **inputs: Array) -> None:
-    """TypeError or ValueError unless out can take a result of this dtype and shape."""
+    """Raise TypeError or ValueError unless out can hold a result of this dtype and shape."""
     if out is None:
         return
     kind_of(**inputs, out=out)
@@ -113,7 +113,7 @@ def check_out(out: Array | None, kind: Kind, dtype: numpy.dtype, shape: Shape, *
 
 
 def _overlaps_itself(array: Array) -> bool:
-    """Whether two elements share memory: possible only where an axis steps into what the faster ones cover."""
+    """Whether two elements share memory. This needs an axis whose stride is within the span of the faster axes."""
     covered = array.itemsize
     for step, size in sorted((abs(step), size) for step, size in zip(array.strides, array.shape, strict=True)):
         if size > 1:
@@ -124,7 +124,7 @@ def _overlaps_itself(array: Array) -> bool:
 
 
 def _shares_bytes(array: Array) -> bool:
-    """The same by looking at the place of every element."""
+    """Whether two elements share memory, by comparing the addresses of all elements."""
     places: Any = 0
     for axis, (step, size) in enumerate(zip(array.strides, array.shape, strict=True)):
         places = places + (numpy.arange(size) * step).reshape(-1, *(1,) * (array.ndim - axis - 1))
@@ -132,7 +132,7 @@ def _shares_bytes(array: Array) -> bool:
 
 
 class _Addresses:
-    """The addresses of an array of CuPy for NumPy, which must not read what lies there."""
+    """The address range of a CuPy array in the form of NumPy's array interface, which does not read the memory."""
 
     def __init__(self, array: Array) -> None:
         self.__array_interface__ = {

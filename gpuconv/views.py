@@ -1,4 +1,4 @@
-"""Views: parts of arrays, described without the arrays. A plan is made of them before there is anything to compute."""
+"""Views: parts of arrays, described by shape and strides without data. Plans are made of views."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _ALL = (slice(None),) * 64
 
 
 class View:
-    """A part of one of a plan's memories: what an array is, but for the address of its memory.
+    """A part of one of the memories of a plan: an array without the address of its memory.
 
-    It can be indexed, transposed and reshaped as an array, which never makes a copy.
+    It can be indexed, transposed and reshaped like an array. None of these operations copies.
     """
 
     __slots__ = ("base", "dtype", "memory", "offset", "shape", "strides")
@@ -46,7 +46,7 @@ class View:
 
     @property
     def steps(self) -> Shape:
-        """Strides in elements."""
+        """The strides in elements."""
         return tuple(step // self.itemsize for step in self.strides)
 
     @property
@@ -56,20 +56,20 @@ class View:
 
     @property
     def is_aligned(self) -> bool:
-        """Whether every element lies at a multiple of its dtype's alignment."""
+        """Whether every element is aligned for its dtype."""
         steps = (step for step, size in zip(self.strides, self.shape, strict=True) if size > 1)
         return not any(place % self.dtype.alignment for place in (self.address, *steps))
 
     def strided(self, shape: Shape, strides: Shape) -> View:
-        """The view that begins where this one does, with another shape and other strides."""
+        """Return the view that begins at the same element, with another shape and other strides."""
         return View(self.memory, self.offset, shape, strides, self.dtype, self.base)
 
     def shaped(self, shape: Shape) -> View:
-        """The beginning of a flat contiguous view in this shape."""
+        """Return the beginning of a flat contiguous view in this shape."""
         return self.strided(shape, contiguous_strides(shape, self.dtype))
 
     def flat(self) -> View | None:
-        """All elements in the order in which they lie in memory, where they lie side by side."""
+        """Return all elements in memory order as a flat view if they are contiguous, else None."""
         order = sorted(range(self.ndim), key=lambda axis: -self.strides[axis])
         run = merged([self.shape[axis] for axis in order], [self.strides[axis] for axis in order])
         is_dense = run is not None and (run[0] == 1 or run[1] == self.itemsize)
@@ -85,7 +85,7 @@ class View:
         return self.transpose(order)
 
     def __getitem__(self, index: Any) -> View:
-        """The part that slices, ints, None and an Ellipsis select, as NumPy has it."""
+        """Return the part that slices, ints, None and an Ellipsis select, as in NumPy."""
         parts = index if type(index) is tuple else (index,)
         if Ellipsis in parts:
             place = parts.index(Ellipsis)
@@ -111,7 +111,7 @@ class View:
         return View(self.memory, offset, tuple(shape), tuple(strides), self.dtype, self.base)
 
     def reshape(self, *shape: Any) -> View:
-        """This view in another shape; ValueError where that would take a copy."""
+        """Return the view in another shape; ValueError if that needs a copy."""
         wanted = list(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
         if -1 in wanted:
             wanted[wanted.index(-1)] = self.size // -math.prod(wanted)
@@ -131,7 +131,7 @@ class View:
 
 
 def _runs(shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
-    """The extents and strides of as few axes as can stand for these."""
+    """Return the extents and strides of the fewest axes that are equivalent to these."""
     runs: list[tuple[int, int]] = []
     for size, step in zip(shape, strides, strict=True):
         if runs and runs[-1][1] == size * step and size > 1:
@@ -142,7 +142,7 @@ def _runs(shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]
 
 
 def merged(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | None:
-    """The extent and stride of one axis that stands for these, or None."""
+    """Return the extent and stride of one axis that is equivalent to these axes, or None."""
     runs = _runs(shape, strides) or [(1, 0)]
     return runs[0] if len(runs) == 1 else None
 
@@ -153,7 +153,7 @@ def is_contiguous(shape: Sequence[int], strides: Sequence[int], itemsize: int) -
 
 
 def contiguous_strides(shape: Sequence[int], dtype: numpy.dtype) -> Shape:
-    """The strides of a C-contiguous array, in bytes."""
+    """Return the strides, in bytes, of a C-contiguous array."""
     strides, step = [], dtype.itemsize
     for size in reversed(shape):
         strides.append(step)
@@ -162,5 +162,5 @@ def contiguous_strides(shape: Sequence[int], dtype: numpy.dtype) -> Shape:
 
 
 def first_byte(shape: Shape, strides: Shape) -> int:
-    """Where the memory of an array begins, in bytes from its first element: before it where strides are negative."""
+    """Return the offset in bytes from the first element of an array to its lowest address."""
     return sum((size - 1) * step for size, step in zip(shape, strides, strict=True) if step < 0 and size)

@@ -1,4 +1,4 @@
-"""Workspace: the memory that a call takes beside its result, which on NumPy is used again by the next call."""
+"""Workspace: the memory that a call uses beside its result. On NumPy it is kept for the next call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _in_graphs: list[Any] = []  # memory of CuPy that CUDA graphs use whenever they 
 
 
 def take(backend: Backend, size: int, limit: int) -> Any:
-    """A memory of at least ``size`` bytes. On NumPy the last kept one, if it has these and at most ``limit``."""
+    """Return a buffer of at least ``size`` bytes; on NumPy the kept one if it has at most ``limit`` bytes."""
     if backend.name != "numpy":
         return backend.memory(backend.xp.empty(size, numpy.uint8))
     try:
@@ -31,17 +31,17 @@ def take(backend: Backend, size: int, limit: int) -> Any:
 
 
 def give_back(backend: Backend, memory: Any) -> None:
-    """Keeps it for the next call."""
+    """Keep the buffer for the next call."""
     if backend.name == "numpy" and len(_kept) < _MOST_KEPT:
         _kept.append(memory)
 
 
 def keep_for_graphs(memories: list[Any]) -> None:
-    """Keeps what a call takes that a CUDA graph has recorded: the pool would give it to others."""
+    """Keep the memory of a call that a CUDA graph has recorded; the pool would reuse it otherwise."""
     _in_graphs.extend(memory for memory in memories if memory is not None)
 
 
 def clear() -> None:
-    """Releases all buffers that are kept."""
+    """Release all kept buffers."""
     _kept.clear()
     _in_graphs.clear()
