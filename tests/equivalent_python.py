@@ -18,6 +18,12 @@ EQUIVALENT = {
     ): "a size beyond the extent is evened out to the extent",
     (
         "gpuconv/algorithms/depthwise.py",
+        "outputs",
+        "part = view[..., self.start : self.start + self.tiles * self.m, :, 0]",
+        "part = view[..., self.start : self.start ^ self.tiles * self.m, :, 0]",
+    ): "a part begins at 0 or at a multiple of 16, and what it has beside that is less than 16",
+    (
+        "gpuconv/algorithms/depthwise.py",
         "_parts",
         "m = next((m for m in range(MOST, FEWEST - 1, -1) if row % m == 0), min(MOST, row))",
         "m = next((m for m in range(MOST, FEWEST - 1, -1) if row % m <= 0), min(MOST, row))",
@@ -41,6 +47,12 @@ EQUIVALENT = {
         "axes = zip(segment, self.geometry.dilation, strict=False)",
     ): "both are of the same length at every call",
     (
+        "gpuconv/algorithms/gemm_table.py",
+        "key",
+        "return _tuples((device, work, matrices, (products.element.name, *products[1:])))",
+        "return _tuples((device, work, matrices, (products.element.name, *products[ 2:])))",
+    ): "the sums and depth that are left tell the products of a dtype apart, too",
+    (
         "gpuconv/algorithms/gemm_tiles.py",
         "stages",
         "return ASYNCHRONOUS_STAGES if device.capability >= 80 and most >= 4 else STAGES",
@@ -52,6 +64,12 @@ EQUIVALENT = {
         "planner.copy(dw.view[:, :, 0], totals[0].reshape(*geometry.kernel, geometry.channels, -1))",
         "planner.copy(dw.view[:, :, -1], totals[0].reshape(*geometry.kernel, geometry.channels, -1))",
     ): "lines are for one group, so that this axis has one element",
+    (
+        "gpuconv/algorithms/lines.py",
+        "forward.some_lines",
+        "factors = (windows.swapaxes(-1, -2), weights) if by_rows else (weights, windows)",
+        "factors = (windows.swapaxes(-1, 2), weights) if by_rows else (weights, windows)",
+    ): "the windows have four axes, so that 2 and -2 are one axis",
     (
         "gpuconv/algorithms/lines.py",
         "_rows",
@@ -88,6 +106,24 @@ EQUIVALENT = {
         "taps = (d * step for d, step in zip(geometry.dilation, spatial, strict=True))",
         "taps = (d * step for d, step in zip(geometry.dilation, spatial, strict=False))",
     ): "both are of the same length at every call",
+    (
+        "gpuconv/algorithms/winograd_plan.py",
+        "axes",
+        "found = [Axis(1, 1, 1, slice(0, 1), 0, 1)] * (2 - geometry.rank)",
+        "found = [Axis(1, 1, 1, slice( -1, 1), 0, 1)] * (2 - geometry.rank)",
+    ): "the axis has one element, so that the last is the first",
+    (
+        "gpuconv/algorithms/winograd_tiles.py",
+        "_weight_grad",
+        "planner.loop(range(len(parts)), through, 1 if self.sizes.shared else self.sizes.workers)",
+        "planner.loop(range(len(parts)), through, 2 if self.sizes.shared else self.sizes.workers)",
+    ): "where threads share a block there is one part",
+    (
+        "gpuconv/algorithms/winograd_tiles.py",
+        "_weight_grad",
+        "(space,) = planner.workspace(0 if lines is not None else len(parts) * dw.size)",
+        "(space,) = planner.workspace( -1 if lines is not None else len(parts) * dw.size)",
+    ): "it takes no bytes, and nothing uses it",
     (
         "gpuconv/algorithms/winograd_tiles.py",
         "_as_taps",
@@ -130,6 +166,18 @@ EQUIVALENT = {
         "return hashlib.sha256(content).hexdigest()[:32]",
         "return hashlib.sha256(content).hexdigest()[: 33]",
     ): "a digest of another length is compared with one of the same length",
+    (
+        "gpuconv/cuda/cublas.py",
+        "_matrix",
+        "if down in (0, 1) and (down or rows == 1) and (columns == 1 or along >= rows):",
+        "if down in (0, 1) and (down or rows == 1) and (columns == 0 or along >= rows):",
+    ): "one column is read as it lies, by the lines before",
+    (
+        "gpuconv/cuda/kernel.py",
+        "_is_of_type",
+        "return bool(dtype == structs.index_dtype(module.wide))",
+        "return bool(dtype is structs.index_dtype(module.wide))",
+    ): "NumPy keeps its own dtypes once",
     (
         "gpuconv/cuda/launch.py",
         "__init__",

@@ -55,8 +55,8 @@ def with_tests(arguments, work):
     session = Session(work)
     options = "--hypothesis-profile=mutants", "-s", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:terminal"
     status = pytest.main([*options, *arguments], plugins=[session])
-    if not session.items:
-        raise RuntimeError(f"pytest ended with status {int(status)} before it ran a test")
+    if not session.items or status == pytest.ExitCode.INTERNAL_ERROR:
+        raise RuntimeError(f"pytest ended with status {int(status)} before the work was done: see above")
 
 
 def name_of(item):

@@ -54,6 +54,7 @@ GROUPS = (
 # Convolutions that several threads share, planned within workspaces of 16 KiB to 16 MiB.
 SQUEEZED = (
     case("few channels", (4, 3, 96, 100), (32, 3, 5, 5), stride=2, padding=2),
+    case("few channels, an edge unseen", (4, 3, 96, 96), (32, 3, 3, 3), stride=2),
     case("long lines", (1, 3, 240, 150), (24, 3, 7, 7), stride=2, padding=3),
     case("1x1 of few channels", (8, 8, 64, 64), (64, 8, 1, 1)),
     case("3x3 shared", (2, 32, 28, 28), (32, 32, 3, 3), padding=1),
@@ -125,10 +126,13 @@ def squeezed_text(call, direction):
 def plan_text(call, direction, rng=None):
     """The plan of a call, all of it: with C-contiguous arrays, or where a generator draws how arrays lie."""
     first, second, result = (layout_of(call, role, rng) for role in ROLES[direction])
-    is_forward, is_drawn = direction == "forward", rng is not None
+    is_drawn, is_transposed = rng is not None, rng is not None and direction == "data_grad" and rng.random() < 0.5
+    is_forward = direction == "forward" or is_transposed
     activation = "".join(rng.choice(ACTIVATIONS)) if is_drawn and call.dtype.kind != "c" else ""  # no interned string
     y = layout_of(call, ROLES[direction][0], rng) if activation and not is_forward else None
-    bias = layout_of(call, "b") if is_drawn and is_forward and rng.random() < 0.5 else None
+    channels = call.geometry.channels if is_transposed else call.geometry.filters
+    has_bias = is_drawn and is_forward and rng.random() < 0.5
+    bias = ((channels,), (call.dtype.itemsize,), call.dtype, 0) if has_bias else None
     description = Description(
         call,
         direction,
@@ -147,8 +151,7 @@ def plan_text(call, direction, rng=None):
 
 def layout_of(call, role, rng=None):
     """Shape, strides, dtype and address, modulo 16 for kernels, of an array; a generator draws some of them."""
-    geometry = call.geometry
-    shape = (geometry.filters,) if role == "b" else geometry.shape_of(role)
+    shape = call.geometry.shape_of(role)
     strides, place = contiguous_strides(shape, call.dtype), 0
     if rng is not None:
         turned = rng.randrange(len(shape)) if rng.random() < 0.2 else None

@@ -1,9 +1,12 @@
 """Bad input: which exception, and words of its message. Nothing is computed and out stays as it was."""
 
+import operator
+
 import numpy as np
 import pytest
 
 import gpuconv
+from gpuconv.validate import _overlaps_itself
 
 X, W, B = np.ones((2, 3, 9, 8)), np.ones((4, 3, 3, 3)), np.ones(4)
 Y = np.ones((2, 4, 7, 6))
@@ -131,6 +134,38 @@ def test_bad_input_is_refused_in_words(name):
         call()
     assert caught.type is exception
     assert phrase in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "x, layout, hint",
+    [
+        ((2, 9, 8, 5), "channels_first", ""),
+        ((2, 9, 8, 2), "channels_first", ""),
+        ((2, 9, 8, 3), "channels_first", "channels_last"),
+    ],
+)
+def test_the_other_layout_is_named_where_the_shapes_fit_it(x, layout, hint):
+    with pytest.raises(ValueError, match="x has 9 channels but w expects 3") as caught:
+        C(np.ones(x), np.ones((3, 3, 3, 4)), layout=layout)
+    assert str(caught.value).partition("they fit layout=")[2] == (repr(hint) if hint else "")
+
+
+@pytest.mark.parametrize("function", [gpuconv.conv, gpuconv.conv_transpose])
+def test_a_bool_is_no_int_even_where_the_int_is_known(function):
+    x, w = np.ones((1, 1, 4)), np.ones((1, 1, 2))
+    function(x, w, stride=1)
+    with pytest.raises(TypeError, match="stride must be made of ints, got True"):
+        function(x, w, stride=True)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 1, 3)])
+def test_arrays_whose_elements_share_memory_are_recognised(shape, rng):
+    memory = np.zeros(64)
+    for _ in range(100):
+        strides = tuple(8 * int(step) for step in rng.integers(0, 7, len(shape)))
+        array = np.lib.stride_tricks.as_strided(memory, shape, strides)
+        places = [sum(map(operator.mul, index, strides)) for index in np.ndindex(shape)]
+        assert _overlaps_itself(array) == (len(set(places)) < len(places))
 
 
 @pytest.mark.parametrize("padding, is_bare", [((1, 2), True), (((1, 2), (3, 4)), False), ((1, 2, 3), False)])

@@ -170,6 +170,12 @@ def test_auto_takes_it_where_half_a_tile_is_filled(arrays):
             assert tuple(choose(request, "auto").algorithm for request in requests) == expected, (x, w)
 
 
+def test_a_tile_is_filled_by_the_positions_of_the_result():
+    """Of x in data_grad, of which a stride leaves many, and of y in forward, of which it leaves few."""
+    geometry = Geometry.infer((1, 16, 6, 6), (16, 16, 3, 3), stride=4, padding=1)
+    assert [implicit_gemm.fills_a_tile(geometry, direction) for direction in DIRECTIONS] == [False, True, True]
+
+
 @EMULATED
 def test_explain_lists_the_tiles_with_their_times(arrays, monkeypatch):
     monkeypatch.setattr("gpuconv.explanation.backend_named", lambda _: arrays.backend)
