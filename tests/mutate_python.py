@@ -51,8 +51,8 @@ def collected(work):
     for module in pkgutil.walk_packages(gpuconv.__path__, "gpuconv."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
-    doctests = "--doctest-modules", "--doctest-ignore-import-errors", "--doctest-glob=README.md"
-    with_tests(doctests, work)
+    globs = (f"--doctest-glob={pages}" for pages in ("README.md", "gpuconv/guide/*.md"))
+    with_tests(("--doctest-modules", "--doctest-ignore-import-errors", *globs), work)
 
 
 class Observed:
@@ -108,7 +108,9 @@ class Observed:
 
     def tests(self, mutant, likely):
         """Those that run a mutant's line: likely ones, plans, then the fastest of each test function, then others."""
-        reached = self.tests_of_line.get(mutant.file, {}).get(mutant.line, ())
+        lines = self.tests_of_line.get(mutant.file, {})
+        begun = max((line for line in lines if line <= mutant.line), default=0)  # of a statement of several lines
+        reached = lines.get(begun, ())
         by_speed = sorted(reached, key=self.seconds.__getitem__)
         fastest = {}
         for name in by_speed:
@@ -244,7 +246,7 @@ def sample(options):
         def done(mutant, kind, by, seconds):
             counts[kind] += 1
             if kind != "caught":
-                changed.append(mutant)
+                changed.append((mutant, kind))
 
         in_children(
             functools.partial(verdict, session, lambda m, _: [killer[m.identity]], live), in_time(), options.jobs, done
@@ -256,8 +258,8 @@ def sample(options):
         f"seed {options.seed}: {counts['caught']} mutants caught again;"
         f" of {counts['gone']} the code or the test has changed"
     )
-    for mutant in changed:
-        print(f"survived, but was caught before: {mutant.file}:{mutant.line} {mutant.before}  ->  {mutant.after}")
+    for mutant, kind in changed:
+        print(f"{kind}, but was caught before: {mutant.file}:{mutant.line} {mutant.before}  ->  {mutant.after}")
     if counts["gone"] > counts["found"] / 4:
         print("the record is of other code: run python -m tests.mutate_python, and commit what it writes")
         return 1

@@ -111,6 +111,8 @@ def in_children(verdict, todo, jobs, done):
         if not running:
             return
         child, status = os.wait()
+        if child not in running:  # which was not started here
+            continue
         mutant, answer, start = running.pop(child)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)  # what tests have started and left

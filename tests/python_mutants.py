@@ -38,7 +38,8 @@ class Mutant(NamedTuple):
 def files():
     """The files that are mutated, by their paths from the root of the repository."""
     package = sorted((ROOT / "gpuconv").rglob("*.py"))
-    return [str(path.relative_to(ROOT)) for path in package if not set(path.parts) & set(LEFT_OUT)]
+    found = (path.relative_to(ROOT) for path in package)
+    return [str(path) for path in found if not set(path.parts) & set(LEFT_OUT)]
 
 
 def drawn(number, seed, among=None):
@@ -80,9 +81,9 @@ def _places(text, seed):
         indentation = len(line) - len(line.lstrip())
         place = line.strip(), start - indentation, last - first, end - indentation
         equal[place] += 1
-        drawn = _hash(seed, *place, equal[place])
-        chosen[drawn] = found[int(drawn, 16) % len(found)]
-    return [chosen[drawn] for drawn in sorted(chosen)]
+        rank = _hash(seed, *place, equal[place])
+        chosen[rank] = found[int(rank, 16) % len(found)]
+    return [chosen[rank] for rank in sorted(chosen)]
 
 
 def _hash(*parts):
@@ -133,8 +134,8 @@ def _code(function):
     """What a function does, without its docstring and those of the functions in it."""
     for node in ast.walk(function):
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body[:1] = []
-    return ast.dump(function)
+            node.body[0] = ast.Pass()
+    return ast.unparse(function)
 
 
 def _difference(before, after):

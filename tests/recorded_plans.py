@@ -7,6 +7,7 @@ is computed for it. The program writes the record; with words it prints what the
     python -m tests.recorded_plans winograd "resnet50 3x3 256 @14"
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -21,8 +22,8 @@ from unittest import mock
 import numpy as np
 
 import gpuconv
-from gpuconv import choose
-from gpuconv.algorithms import im2col, implicit_gemm
+from gpuconv import choose, threads
+from gpuconv.algorithms import fft, im2col, implicit_gemm
 from gpuconv.backend import NUMPY
 from gpuconv.benchmark import layers
 from gpuconv.choose import MODULES
@@ -75,7 +76,8 @@ SQUEEZES = tuple(1 << bits for bits in range(14, 25))  # bytes
 def geometries(layout, one_in=1):
     """Names and geometries: those of the tests, and of the layers that are benchmarked one in so many."""
     yield from ((one.name, one.geometry(layout)) for one in (*CASES, *SQUEEZED))
-    yield from ((layer.name, layer.geometry(BATCH, layout)) for layer in layers.selected(["all"], [])[::one_in])
+    chosen = [one for one in layers.selected(["all"], []) if int(digest_of(one.name.encode()), 16) % one_in == 0]
+    yield from ((layer.name, layer.geometry(BATCH, layout)) for layer in chosen)
 
 
 def calls_of(where, what):
@@ -89,7 +91,7 @@ def calls_of(where, what):
 
 def plans(backend, algorithm):
     """Plans of an algorithm. What else a call has is drawn by its name, so that other calls do not matter."""
-    one_in = ONE_IN[algorithm]
+    one_in = ONE_IN.get(algorithm, 4)
     both = zip(geometries("channels_first", one_in), geometries("channels_last", one_in), strict=True)
     dtypes = [name for name in DTYPES if algorithm != "winograd" or not name.startswith("complex")]
     for pair, direction in itertools.product(both, DIRECTIONS):
@@ -106,7 +108,8 @@ def plans(backend, algorithm):
 
 def squeezed(backend, algorithm):
     """Plans of small convolutions within many limits."""
-    directions = DIRECTIONS if (backend, algorithm) != (EMULATED, "scatter") else DIRECTIONS[1:]  # forward is NumPy's
+    # forward of scatter has no kernel: its plan is that of NumPy.
+    directions = DIRECTIONS if (backend, algorithm) != (EMULATED, "scatter") else DIRECTIONS[1:]
     for one, direction in itertools.product(SQUEEZED, directions):
         rng = random.Random(f"{one.name} {direction} {algorithm}")
         layout, dtype = rng.choice(("channels_first", "channels_last")), rng.choice(("float32", "float16", "float64"))
@@ -124,11 +127,15 @@ def squeezed_text(call, direction):
 
 
 def plan_text(call, direction, rng=None):
-    """The plan of a call, all of it: with C-contiguous arrays, or where a generator draws how arrays lie."""
+    """The plan of a call: with C-contiguous arrays, or where a generator draws how arrays lie.
+
+    Of a loop that is planned while it runs the first two parts are in it.
+    """
     first, second, result = (layout_of(call, role, rng) for role in ROLES[direction])
     is_drawn, is_transposed = rng is not None, rng is not None and direction == "data_grad" and rng.random() < 0.5
     is_forward = direction == "forward" or is_transposed
-    activation = "".join(rng.choice(ACTIVATIONS)) if is_drawn and call.dtype.kind != "c" else ""  # no interned string
+    # Joined, so that a name is another object than an equal one in the sources, as a caller's may be.
+    activation = "".join(rng.choice(ACTIVATIONS)) if is_drawn and call.dtype.kind != "c" else ""
     y = layout_of(call, ROLES[direction][0], rng) if activation and not is_forward else None
     channels = call.geometry.channels if is_transposed else call.geometry.filters
     has_bias = is_drawn and is_forward and rng.random() < 0.5
@@ -164,7 +171,7 @@ def steps_text(steps, indent="  "):
     """A line for each step."""
     for step in steps:
         if isinstance(step, Step):
-            inputs = ["the result" if value is step.out is not None else value for value in step.inputs]
+            inputs = ["the result" if step.out is not None and value is step.out else value for value in step.inputs]
             yield f"{indent}{text(step.name or step.function)} {text(inputs)} -> {text(step.out)}"
             if step.name:
                 yield f"{indent}  {text(step.function)}"
@@ -185,7 +192,7 @@ def steps_text(steps, indent="  "):
 def text(value):
     """An input or a function of a step."""
     if isinstance(value, functools.partial):
-        return f"{text(value.func)}({text(value.args)})"
+        return f"{text(value.func)}({text(value.args)}; {text(sorted(value.keywords.items()))})"
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         return ", ".join(map(text, value))
     if isinstance(value, (np.ndarray, np.generic)):
@@ -245,20 +252,32 @@ def short(whole):
     return f"{whole.partition(chr(10))[0]}; {digest_of(whole.encode())}"
 
 
+@contextlib.contextmanager
+def as_on_any_machine():
+    """What is installed, or was tuned, decides nothing: with SciPy, and with something that holds BLAS to a thread."""
+    with (
+        mock.patch.object(choose.tuned, "recalled", return_value=None),
+        mock.patch.object(fft, "_has_scipy", return_value=True),
+        mock.patch.object(threads, "most", lambda limit: limit or 1),
+    ):
+        gpuconv.clear_cache()
+        yield
+    gpuconv.clear_cache()
+
+
 def found(where, what):
     """The lines of the record for a group, by the names of its calls."""
-    with mock.patch.object(choose.tuned, "recalled", return_value=None):  # what this machine has tuned
-        lines = {f"{where} {what}: {name}": short(made()) for name, made in calls_of(where, what)}
-    gpuconv.clear_cache()
-    return lines
+    with as_on_any_machine():
+        return {f"{where} {what}: {name}": short(made()) for name, made in calls_of(where, what)}
 
 
 def main(words):
     if words:
-        for where, what in GROUPS:
-            for name, made in calls_of(where, what):
-                if all(word in f"{where} {what}: {name}" for word in words):
-                    print(f"{where} {what}: {name}", made(), sep="\n", end="\n\n")
+        with as_on_any_machine():
+            for where, what in GROUPS:
+                for name, made in calls_of(where, what):
+                    if all(word in f"{where} {what}: {name}" for word in words):
+                        print(f"{where} {what}: {name}", made(), sep="\n", end="\n\n")
         return
     record = {}
     for group in GROUPS:
