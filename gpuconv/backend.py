@@ -199,6 +199,8 @@ def array_module() -> Any:
 
     Raises
     ------
+    ValueError
+        If GPUCONV_BACKEND decides and has another value.
     BackendError
         If ``"cupy"`` is in force and cannot be used, or if the driver reports a device that CuPy cannot use.
 

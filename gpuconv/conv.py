@@ -62,8 +62,8 @@ def conv(
         Input, with any number of batch axes, including none. With ``layout="channels_last"`` its shape is
         ``(..., *spatial, C)``. Arrays may have any strides and are never modified.
     w : array of shape ``(F, C/G, *kernel)``
-        Filters. ``w.ndim - 2`` is the number of spatial axes: any number on NumPy, 1 to 3 on a GPU. With
-        ``layout="channels_last"`` its shape is ``(*kernel, C/G, F)``.
+        Filters. ``w.ndim - 2`` is the number of spatial axes, at most 28. With ``layout="channels_last"`` its shape is
+        ``(*kernel, C/G, F)``.
     b : array of shape ``(F,)``, optional
         Bias.
     stride, dilation : int or sequence of int, default 1
@@ -76,7 +76,8 @@ def conv(
     groups : int, default 1
         Number G of independent convolutions of C/G channels and F/G filters each.
     layout : {"channels_first", "channels_last"}, default "channels_first"
-        Order of the axes. It does not prescribe the order in memory: `y` is returned with the memory order of `x`.
+        Order of the axes. It does not prescribe the order in memory: a channels_first `x` whose channels are innermost
+        in memory gives such a `y`; all other results are C-contiguous.
     flip : bool, default False
         False computes a cross-correlation, which deep learning calls convolution; True computes a convolution.
     activation : {None, "relu", "leaky_relu", "sigmoid", "tanh"}, default None
@@ -106,6 +107,8 @@ def conv(
         If an argument is not an array of NumPy or CuPy, or has another dtype.
     BackendError
         If a backend was requested that cannot be used.
+    CompileError
+        If a CUDA kernel does not compile.
 
     See Also
     --------
@@ -175,7 +178,7 @@ def conv_data_grad(
     Returns
     -------
     array of shape `x_shape`
-        dx, with the memory order of `dy`.
+        dx, with its channels innermost in memory if those of a channels_first `dy` are, else C-contiguous.
 
     Raises
     ------
@@ -382,8 +385,8 @@ def conv_transpose(
         Padding of the convolution that is transposed: it shortens the output. Of the names ``"valid"``, ``"same"`` and
         ``"same_lower"`` are permitted; with the last two the output extent is ``input * stride``.
     output_padding : int or sequence of int, default 0
-        Elements that are appended at the high end of each axis, less than ``max(stride, dilation)``. Where no tap
-        reaches, the sum is the bias.
+        Elements that are appended at the high end of each axis, at least 0 and less than ``max(stride, dilation)``; 0
+        with ``"same"`` and ``"same_lower"``. Where no tap reaches, the sum is the bias.
     activation, algorithm, precision, deterministic, out
         As in :func:`conv`.
 

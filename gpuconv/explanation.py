@@ -106,7 +106,7 @@ def explain(
         Dtype of all arrays.
     direction : {"forward", "data_grad", "weight_grad"}, default "forward"
         Direction of the convolution.
-    backend : {None, "numpy", "cupy"}, default None
+    backend : {None, "auto", "numpy", "cupy"}, default None
         Where to compute. None selects the backend in force.
     algorithm, precision, deterministic
         As in :func:`gpuconv.conv`.
@@ -120,6 +120,8 @@ def explain(
     ------
     ValueError
         If shapes do not fit, a value is not permitted, or the named algorithm does not apply.
+    TypeError
+        If dtype or another argument is of the wrong kind.
     BackendError
         If the backend cannot be used.
 

@@ -38,7 +38,7 @@ class Tuned(NamedTuple):
     default : str
         The algorithm that ``"auto"`` takes without tuning.
     fastest : str
-        The fastest algorithm with correct results; `default` if there is none.
+        The fastest algorithm with correct results; `default` if none is faster than that by more than 3 %.
     seconds : dict of str to float
         Median time of each algorithm that was timed.
     wrong : tuple of str
@@ -87,10 +87,11 @@ def tune(
         Dtype of all arrays.
     directions : str or sequence of str, default all three
         Of ``"forward"``, ``"data_grad"`` and ``"weight_grad"``.
-    backend : {None, "numpy", "cupy"}, default None
+    backend : {None, "auto", "numpy", "cupy"}, default None
         Where to compute. None selects the backend in force.
     seconds : float, default 0.3
-        Approximate time, in seconds, that each algorithm is timed in each direction.
+        Time, in seconds, for which each algorithm is timed in each direction: less for fast ones, which are called at
+        most 100 times, and more for one whose five calls take longer.
 
     Returns
     -------
@@ -101,6 +102,8 @@ def tune(
     ------
     ValueError
         If shapes do not fit, or a value is not permitted.
+    TypeError
+        If dtype or another argument is of the wrong kind.
     BackendError
         If the backend cannot be used.
 
@@ -109,8 +112,8 @@ def tune(
     Only algorithms with a fixed order of additions are tried, on NumPy those whose estimated time is at most four times
     the smallest estimate. Each result is first compared with a float64 reference; one that exceeds its error bound is
     not taken. The algorithms are timed in turns. An answer applies to exactly these shapes, this dtype and layout, on
-    this machine with this build of NumPy or CuPy. It is stored in the folder of GPUCONV_CACHE_DIR. An ordinary call
-    never times anything.
+    this machine with this version of gpuconv and build of NumPy or CuPy. It is stored in the folder of
+    GPUCONV_CACHE_DIR. An ordinary call never times anything.
 
     Examples
     --------

@@ -9,7 +9,7 @@ from tests.cases import named_dtype
 
 
 def epsilon(dtype):
-    dtype = named_dtype(dtype) if isinstance(dtype, str) else dtype
+    dtype = named_dtype(dtype)
     return 2.0**-7 if dtype.name == "bfloat16" else float(np.finfo(dtype).eps)
 
 
@@ -19,17 +19,20 @@ def direct_bound(exact, magnitude, terms, dtype):
     ``magnitude`` is the same sum over the absolute values, sum |x| |w|. A random walk of K roundings is sqrt(K) long;
     2 of them is what blocked sums stay within, and a complex product has four real ones.
     """
-    dtype = named_dtype(dtype) if isinstance(dtype, str) else dtype
-    accumulator = np.dtype(np.float32) if dtype.itemsize == 2 else dtype
-    factor = 8 if dtype.kind == "c" else 2
-    return epsilon(dtype) * np.abs(exact) + factor * math.sqrt(terms) * epsilon(accumulator) * magnitude
+    factor = 8 if named_dtype(dtype).kind == "c" else 2
+    return epsilon(dtype) * np.abs(exact) + factor * math.sqrt(terms) * epsilon(_accumulator(dtype)) * magnitude
 
 
 def bound_of(algorithm, exact, magnitude, terms, dtype):
     """The bound of an algorithm by name: for those that multiply transforms, relative to the largest of all results."""
     if algorithm not in TRANSFORMS:
         return direct_bound(exact, magnitude, terms, dtype)
-    return direct_bound(exact, 8 * magnitude.max(), 1, dtype)
+    return epsilon(dtype) * np.abs(exact) + 16 * epsilon(_accumulator(dtype)) * magnitude.max()
+
+
+def _accumulator(dtype):
+    dtype = named_dtype(dtype)
+    return np.dtype(np.float32) if dtype.itemsize == 2 else dtype
 
 
 def assert_within(result, exact, bound):

@@ -1,6 +1,6 @@
 """The documentation as a site, made from the pages of the repository where they lie.
 
-    pip install -e ".[docs]" && sphinx-build -W --keep-going -c .ci/docs . SITE
+pip install -e ".[docs]" && sphinx-build -W --keep-going -c .ci/docs . SITE
 """
 
 import gpuconv
@@ -9,8 +9,11 @@ project = "gpuconv"
 release = gpuconv.__version__
 extensions = ["myst_parser", "numpydoc", "sphinx.ext.autodoc"]
 root_doc = "gpuconv/guide/index"
-include_patterns = ["gpuconv/guide/*.md", "**/README.md", "*.md"]
-exclude_patterns = ["bench/results", ".*", "**/.*"]
+include_patterns = [
+    "*.md",
+    "gpuconv/guide/*.md",
+    *(f"{folder}/README.md" for folder in ("gpuconv/compat", "kernels", "bench", "tests")),
+]
 myst_heading_anchors = 4
 html_theme = "furo"
 html_title = "gpuconv"
