@@ -3,7 +3,8 @@
 Draws places of gpuconv/ at random, of each file as many as its size asks for, and has cosmic-ray edit them, one at a
 time. All tests run once under coverage; a mutant then meets those that run its line: the record of plans, and for TRIED
 seconds others, the fastest of each test function first, until one fails. What is edited lies inside functions: a forked
-process has them run the edited code, with all that was imported and collected before.
+process has them run the edited code, with all that was imported and collected before. The record also says of each
+caught mutant whether its test catches it alone, without the tests that came before it in that process.
 
     python -m tests.cupy_on_cpu python -m tests.mutate_python               all, into python_mutations.json
     python -m tests.cupy_on_cpu python -m tests.mutate_python --sample 60   recorded ones, as many as 60 seconds allow
@@ -143,6 +144,13 @@ def verdict(session, tests, live, mutant, likely):
     return ("survived", "") if failure is None else ("caught", failure[0])
 
 
+def run_again(session, live, killers, mutants, jobs, done):
+    """Runs mutants with the one test that caught each, by identity in ``killers``: other tests came before it then."""
+    in_children(
+        functools.partial(verdict, session, lambda mutant, likely: [killers[mutant.identity]], live), mutants, jobs, done
+    )
+
+
 def recorded():
     """The verdicts of python_mutations.json by identity."""
     if not RESULTS.exists():
@@ -203,6 +211,13 @@ def full(options):
 
             in_children(functools.partial(verdict, session, observed.tests, live), todo, options.jobs, done)
 
+        def known(mutant, kind, by, seconds):
+            verdicts[mutant.identity]["alone"] = kind == "caught"
+
+        killers = {name: observed.items.get(entry["by"]) for name, entry in verdicts.items() if "alone" not in entry}
+        again = [mutants[name] for name, item in killers.items() if item]
+        run_again(session, live, killers, again, options.jobs, known)
+
     collected(work)
     write()
     return conclusion(verdicts.values())
@@ -222,8 +237,8 @@ def conclusion(entries):
 
 
 def sample(options):
-    """Runs recorded mutants again, each with the test that caught it."""
-    entries = [entry for entry in recorded().values() if entry["verdict"] == "caught" and "::" in entry["by"]]
+    """Runs recorded mutants again that one test catches without others before it."""
+    entries = [entry for entry in recorded().values() if entry.get("alone")]
     drawn = random.Random(options.seed).sample(entries, len(entries))
     counts, changed = collections.Counter(), []
 
@@ -231,7 +246,7 @@ def sample(options):
         items = {name_of(item): item for item in session.items if not why_not(item)}
         live = python_mutants.Live()
         start = time.monotonic()
-        killer = {}
+        killers = {}
 
         def in_time():
             for entry in drawn:
@@ -240,7 +255,7 @@ def sample(options):
                 mutant = python_mutants.found(entry) if entry["by"] in items else None
                 counts["found" if mutant else "gone"] += 1
                 if mutant:
-                    killer[mutant.identity] = items[entry["by"]]
+                    killers[mutant.identity] = items[entry["by"]]
                     yield mutant
 
         def done(mutant, kind, by, seconds):
@@ -248,10 +263,8 @@ def sample(options):
             if kind != "caught":
                 changed.append((mutant, kind))
 
-        in_children(
-            functools.partial(verdict, session, lambda m, _: [killer[m.identity]], live), in_time(), options.jobs, done
-        )
-        session.check_baseline(list(dict.fromkeys(killer.values())))
+        run_again(session, live, killers, in_time(), options.jobs, done)
+        session.check_baseline(list(dict.fromkeys(killers.values())))
 
     collected(work)
     print(

@@ -60,9 +60,8 @@ def with_tests(arguments, work):
 
 
 def name_of(item):
-    """The name of a test without the folders of its file."""
-    file, _, test = item.nodeid.partition("::")
-    return f"{file.rpartition('/')[2]}::{test}"
+    """The name of a test: its node id from the folder of the tests on, or, of an example of the documentation, whole."""
+    return item.nodeid.removeprefix("tests/")
 
 
 def in_child(function):
