@@ -4,7 +4,7 @@ import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-from gpuconv.backend import cupy_backend
+from gpuconv.backends import cupy_backend
 from gpuconv.cuda import cache, compiler
 
 

@@ -12,7 +12,8 @@ import ahead
 
 from gpuconv import dtypes, execute
 from gpuconv.arguments import LAYOUTS
-from gpuconv.backend import BackendError, cupy_backend
+from gpuconv.arrays import BackendError
+from gpuconv.backends import cupy_backend
 from gpuconv.benchmark import layers, run
 from gpuconv.cuda import report
 from gpuconv.geometry import DIRECTIONS

@@ -10,7 +10,8 @@ import scipy
 import scipy.signal
 
 import gpuconv
-from gpuconv.backend import NUMPY, build
+from gpuconv.arrays import NUMPY
+from gpuconv.config import build
 
 SIGNALS = (
     ((1 << 16,), (4000,)),

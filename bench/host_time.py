@@ -11,7 +11,8 @@ import numpy as np
 
 import gpuconv
 from gpuconv import execute
-from gpuconv.backend import NUMPY, Backend, build
+from gpuconv.arrays import NUMPY, Backend
+from gpuconv.config import build
 
 SMALL = ((1, 8, 16, 16), (8, 8, 3, 3))
 LAYER = ((8, 64, 14, 14), (64, 64, 3, 3))  # which implicit_gemm takes: one launch, or two for weight_grad

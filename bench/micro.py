@@ -15,7 +15,8 @@ import numpy
 
 import gpuconv
 from gpuconv.algorithms import scatter_plain
-from gpuconv.backend import BackendError, backend_named
+from gpuconv.arrays import BackendError
+from gpuconv.backends import backend_named
 from gpuconv.benchmark import command, layers, limits, results, run, timing
 from gpuconv.choose import MODULES
 from gpuconv.cuda.kernel import Kernel, Module

@@ -8,7 +8,8 @@ import sys
 
 from gpuconv import dtypes, settings
 from gpuconv.algorithms import direct, implicit_gemm, scatter, scatter_plain
-from gpuconv.backend import BackendError, backend_named
+from gpuconv.arrays import BackendError
+from gpuconv.backends import backend_named
 from gpuconv.benchmark.check import GEOMETRIES
 from gpuconv.benchmark.problem import Problem
 from gpuconv.choose import MODULES

@@ -19,7 +19,8 @@ import numpy
 
 from gpuconv import dtypes, execute, files, settings
 from gpuconv.algorithms import gemm_table, gemm_tiles, implicit_gemm
-from gpuconv.backend import BackendError, backend_named
+from gpuconv.arrays import BackendError
+from gpuconv.backends import backend_named
 from gpuconv.benchmark import command, layers, results, run, timing
 from gpuconv.benchmark.problem import Problem
 from gpuconv.geometry import DIRECTIONS
@@ -79,7 +80,7 @@ def measured(case, dtype, place, clock, seconds):
                 "model_us": plan.choice.microseconds,
                 "us": float(numpy.median(samples)) * 1e6,
                 "gflop": case.geometry(case.batches[1]).flops(is_complex=problem.dtype.kind == "c") / 1e9,
-                "key": gemm_table.key(plan.problem),
+                "key": plan.problem.key,
             }
 
 

@@ -1,9 +1,9 @@
 """gpuconv: convolution forward and backward for plain NumPy and CuPy arrays."""
 
-__version__ = "0.1.0"
-
-from gpuconv.backend import BackendError, array_module, backend, get_backend, set_backend, show_config
+from gpuconv.arrays import BackendError
+from gpuconv.backends import array_module, backend, get_backend, set_backend
 from gpuconv.choose import ALGORITHMS
+from gpuconv.config import show_config
 from gpuconv.conv import (
     Gradients,
     clear_cache,
@@ -19,6 +19,7 @@ from gpuconv.explanation import Explanation, explain
 from gpuconv.linear_operator import linear_operator
 from gpuconv.sparse import conv_matrix
 from gpuconv.tune import Tuned, tune
+from gpuconv.version import __version__ as __version__
 
 __all__ = [
     "ALGORITHMS",

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy
 
-from gpuconv.backend import Array
+from gpuconv.arrays import Array
 
 Activation: TypeAlias = Literal["relu", "leaky_relu", "sigmoid", "tanh"]
 

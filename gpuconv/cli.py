@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import gpuconv
 from gpuconv import dtypes, settings
 from gpuconv.arguments import LAYOUTS, PADDING_NAMES
-from gpuconv.backend import BackendError
+from gpuconv.arrays import BackendError
 from gpuconv.benchmark import command
 from gpuconv.choose import ALGORITHMS
 from gpuconv.cuda.occupancy import ARCHITECTURES

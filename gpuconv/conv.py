@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from gpuconv import execute, workspace
 from gpuconv.activations import Activation
-from gpuconv.backend import Array
+from gpuconv.arrays import Array
 from gpuconv.execute import Call, Source
 from gpuconv.geometry import Geometry
 from gpuconv.validate import (

@@ -22,17 +22,8 @@ from gpuconv.activations import Activation
 from gpuconv.algorithms import bias_grad
 from gpuconv.algorithms.blocks import group_parts
 from gpuconv.arguments import Shape
-from gpuconv.backend import (
-    Array,
-    Backend,
-    Kind,
-    address,
-    addressable,
-    backend_for,
-    device_of,
-    module_of,
-    moved,
-)
+from gpuconv.arrays import Array, Backend, Kind, address, addressable, device_of, module_of, moved
+from gpuconv.backends import backend_for
 from gpuconv.choose import MODULES, TRANSFORMS, check_name, choose, consent
 from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import ARRAYS, ROLES, Operand, Result, Role, canonical, has_channels_last_memory

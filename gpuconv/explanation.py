@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from gpuconv import dtypes, settings
 from gpuconv.algorithms import im2col
-from gpuconv.backend import backend_named
+from gpuconv.backends import backend_named
 from gpuconv.choose import MODULES, check_name, choose, consent, refused
 from gpuconv.execute import Call, contiguous_plan
 from gpuconv.geometry import DIRECTIONS, Direction, Geometry

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy
 
 from gpuconv.arguments import Shape
-from gpuconv.backend import Array
+from gpuconv.arrays import Array
 from gpuconv.conv import conv, conv_data_grad
 from gpuconv.geometry import Geometry
 from gpuconv.validate import checked

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import numpy
 
 from gpuconv.arguments import Shape
-from gpuconv.backend import Backend
+from gpuconv.arrays import Backend
 from gpuconv.cuda.kernel import Kernel
 from gpuconv.geometry import Geometry
 from gpuconv.views import View, contiguous_strides

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy
 
 from gpuconv import dtypes, settings
-from gpuconv.backend import Backend
+from gpuconv.arrays import Backend
 from gpuconv.geometry import Direction, Geometry
 
 # On NumPy this fraction of the limit is for the plan of a call (gpuconv/plan.py).

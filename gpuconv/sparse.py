@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 
 from gpuconv import dtypes
-from gpuconv.backend import Array, kind_of, moved
+from gpuconv.arrays import Array, kind_of, moved
 from gpuconv.geometry import Geometry
 from gpuconv.operands import canonical
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy
 
 from gpuconv import dtypes
-from gpuconv.backend import INSTALL_HINT, Array, Kind
+from gpuconv.arrays import INSTALL_HINT, Array, Kind
 from gpuconv.execute import Call, Source
 from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import ROLES, Role, has_channels_last_memory

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy
 
 from gpuconv import choose, dtypes, execute, settings, tuned
-from gpuconv.backend import Backend, backend_named
-from gpuconv.backend import backend as within
+from gpuconv.arrays import Backend
+from gpuconv.backends import backend as within
+from gpuconv.backends import backend_named
 from gpuconv.geometry import DIRECTIONS, Direction, Geometry
 from gpuconv.request import Request
 

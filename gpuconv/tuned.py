@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy
 
 from gpuconv import files, settings
-from gpuconv.backend import Backend, build
+from gpuconv.arrays import Backend
+from gpuconv.config import build
 from gpuconv.cuda.device import Device
 from gpuconv.geometry import Direction, Geometry
 

@@ -10,7 +10,7 @@ import numpy
 from gpuconv import activations, dtypes
 from gpuconv.activations import Activation
 from gpuconv.arguments import Shape
-from gpuconv.backend import Array, Kind, kind_of
+from gpuconv.arrays import Array, Kind, kind_of
 
 NEEDS = ("dx", "dw", "db")
 

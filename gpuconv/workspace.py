@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy
 
-from gpuconv.backend import Backend
+from gpuconv.arrays import Backend
 
 _MOST_KEPT = 8  # buffers, of calls that were at work at the same time
 

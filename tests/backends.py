@@ -10,7 +10,8 @@ import pytest
 
 import gpuconv
 from gpuconv import execute
-from gpuconv.backend import NUMPY, cupy_backend
+from gpuconv.arrays import NUMPY
+from gpuconv.backends import cupy_backend
 from gpuconv.cuda import arguments
 from tests.emulation import launcher, loader
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpuconv.backend import NUMPY
+from gpuconv.arrays import NUMPY
 from gpuconv.choose import ALGORITHMS, MODULES, TRANSFORMS
 from gpuconv.cuda import kernels_folder
 from gpuconv.geometry import Geometry

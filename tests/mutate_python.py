@@ -147,7 +147,10 @@ def verdict(session, tests, live, mutant, likely):
 def run_again(session, live, killers, mutants, jobs, done):
     """Runs mutants with the one test that caught each, by identity in ``killers``: other tests came before it then."""
     in_children(
-        functools.partial(verdict, session, lambda mutant, likely: [killers[mutant.identity]], live), mutants, jobs, done
+        functools.partial(verdict, session, lambda mutant, likely: [killers[mutant.identity]], live),
+        mutants,
+        jobs,
+        done,
     )
 
 

@@ -60,7 +60,7 @@ def with_tests(arguments, work):
 
 
 def name_of(item):
-    """The name of a test: its node id from the folder of the tests on, or, of an example of the documentation, whole."""
+    """The name of a test: its node id, from the folder of the tests on."""
     return item.nodeid.removeprefix("tests/")
 
 

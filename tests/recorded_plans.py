@@ -24,7 +24,7 @@ import numpy as np
 import gpuconv
 from gpuconv import choose, threads
 from gpuconv.algorithms import fft, im2col, implicit_gemm
-from gpuconv.backend import NUMPY
+from gpuconv.arrays import NUMPY
 from gpuconv.benchmark import layers
 from gpuconv.choose import MODULES
 from gpuconv.cuda.device import Device

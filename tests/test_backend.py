@@ -10,15 +10,13 @@ import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv import dtypes
-from gpuconv.backend import cupy_backend
+from gpuconv import backends, dtypes
+from gpuconv.backends import cupy_backend
 from gpuconv.choose import MODULES
 from gpuconv.execute import Call
 from gpuconv.geometry import Geometry
 from tests import reference, tiers
 from tests.backends import HAS_GPU
-
-backend_module = sys.modules["gpuconv.backend"]  # gpuconv.backend is the function
 
 X, W = np.ones((1, 2, 5, 5)), np.ones((3, 2, 3, 3))
 PLAIN = (1, 1), ((0, 0), (0, 0)), (1, 1)  # stride, padding, dilation
@@ -267,29 +265,29 @@ def test_the_driver_is_asked_for_its_devices(system, library, answers, count, mo
             count._obj.value = 2
             return answers[1]
 
-    monkeypatch.setattr(backend_module.sys, "platform", system)
-    monkeypatch.setattr(backend_module.ctypes, "CDLL", Driver)
-    assert backend_module.driver_devices() == count
+    monkeypatch.setattr(backends.sys, "platform", system)
+    monkeypatch.setattr(backends.ctypes, "CDLL", Driver)
+    assert backends.driver_devices() == count
 
 
 def test_array_module_is_numpy_without_a_gpu(no_cupy, monkeypatch):
-    monkeypatch.setattr(backend_module, "driver_devices", lambda: 0)
+    monkeypatch.setattr(backends, "driver_devices", lambda: 0)
     assert gpuconv.array_module() is np
 
 
 def test_array_module_is_numpy_where_neither_driver_nor_cupy_see_a_gpu(broken_cupy, monkeypatch):
-    monkeypatch.setattr(backend_module, "driver_devices", lambda: 0)
+    monkeypatch.setattr(backends, "driver_devices", lambda: 0)
     assert gpuconv.array_module() is np
 
 
 def test_a_device_that_cupy_cannot_use_is_not_passed_over_in_silence(broken_cupy, monkeypatch):
-    monkeypatch.setattr(backend_module, "driver_devices", lambda: 1)
+    monkeypatch.setattr(backends, "driver_devices", lambda: 1)
     with pytest.raises(gpuconv.BackendError, match="set GPUCONV_BACKEND=numpy"):
         gpuconv.array_module()
 
 
 def test_a_device_without_cupy_is_worth_a_warning(no_cupy, monkeypatch):
-    monkeypatch.setattr(backend_module, "driver_devices", lambda: 1)
+    monkeypatch.setattr(backends, "driver_devices", lambda: 1)
     with pytest.warns(RuntimeWarning, match="CuPy is not installed"):
         assert gpuconv.array_module() is np
 

@@ -18,7 +18,8 @@ import pytest
 
 from gpuconv import dtypes
 from gpuconv.algorithms import depthwise
-from gpuconv.backend import NUMPY, cupy_backend
+from gpuconv.arrays import NUMPY
+from gpuconv.backends import cupy_backend
 from gpuconv.benchmark import compare, layers, limits, plots, reference, report, results, run, timing
 from gpuconv.benchmark.command import FILES
 from gpuconv.benchmark.peers.worker import Worker

@@ -11,7 +11,7 @@ import gpuconv
 from gpuconv import choose, dtypes
 from gpuconv import geometry as geometry_module
 from gpuconv.algorithms import slices
-from gpuconv.backend import NUMPY
+from gpuconv.arrays import NUMPY
 from gpuconv.benchmark import layers
 from gpuconv.benchmark.compare import geometric_mean
 from gpuconv.geometry import DIRECTIONS

@@ -16,7 +16,7 @@ import pytest
 import gpuconv
 from gpuconv import settings
 from gpuconv.algorithms import direct
-from gpuconv.backend import INSTALL_HINT, Backend
+from gpuconv.arrays import INSTALL_HINT, Backend
 from gpuconv.cuda import cache, compiler, cublas, kernels_folder, launch, structs
 from gpuconv.cuda.kernel import CUDA_TYPES, Kernel, Module, check_arguments, parameters, source
 from gpuconv.plan import WORKSPACE, Planner, Scope

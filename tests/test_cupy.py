@@ -11,7 +11,8 @@ import pytest
 
 import gpuconv
 from gpuconv import workspace
-from gpuconv.backend import BackendError, cupy_backend
+from gpuconv.arrays import BackendError
+from gpuconv.backends import cupy_backend
 from gpuconv.choose import MODULES
 from gpuconv.cuda import cublas, device
 from gpuconv.geometry import Geometry

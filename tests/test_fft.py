@@ -7,7 +7,7 @@ import pytest
 
 import gpuconv
 from gpuconv.algorithms import fft, im2col
-from gpuconv.backend import NUMPY
+from gpuconv.arrays import NUMPY
 from gpuconv.geometry import DIRECTIONS, Geometry
 from gpuconv.request import Request
 from tests import reference

@@ -115,8 +115,8 @@ def test_measurements_go_before_the_model(monkeypatch):
     half = named_dtype("float16")
     best, *others = implicit_gemm.plans(geometry, half, "forward", MODEL)
     slower = others[-1]
-    entry = gemm_table.entry(gemm_table.key(best.problem), slower.choice.tile, 1, 7.25, "bench/results/a-GPU")
-    monkeypatch.setattr(gemm_table, "measured", lambda: {gemm_table.key(best.problem): entry})
+    entry = gemm_table.entry(best.problem.key, slower.choice.tile, 1, 7.25, "bench/results/a-GPU")
+    monkeypatch.setattr(gemm_table, "measured", lambda: {best.problem.key: entry})
     first, second, *_ = implicit_gemm.plans(geometry, half, "forward", MODEL)
     assert first.choice == (slower.choice.tile, 1, 7.25, "bench/results/a-GPU")
     assert str(first.choice).endswith(" a warp: 7.25 us by bench/results/a-GPU")
@@ -134,15 +134,15 @@ def test_the_table_tells_products_apart():
     arguments = [(named_dtype("float32"), precision) for precision in precisions]
     arguments += [(named_dtype(dtype), "ieee") for dtype in ("float16", "bfloat16", "float64")]
     best = (implicit_gemm.plans(geometry, dtype, "forward", MODEL, how)[0] for dtype, how in arguments)
-    assert len({gemm_table.key(plan.problem) for plan in best}) == 6
+    assert len({plan.problem.key for plan in best}) == 6
 
 
 def test_the_table_of_measurements_is_written_and_read(tmp_path, monkeypatch):
     (plan, *_) = implicit_gemm.plans(Geometry.infer((1, 8, 9), (8, 8, 3)), named_dtype("float32"), "weight_grad", MODEL)
-    entry = gemm_table.entry(gemm_table.key(plan.problem), plan.choice.tile, 2, 3.14159, "bench/results/a-GPU")
+    entry = gemm_table.entry(plan.problem.key, plan.choice.tile, 2, 3.14159, "bench/results/a-GPU")
     monkeypatch.setattr(gemm_table, "FILE", tmp_path / "table.json")
     gemm_table.write([entry])
-    found = gemm_table.measured()[gemm_table.key(plan.problem)]
+    found = gemm_table.measured()[plan.problem.key]
     assert (found["tile"], found["slices"], found["microseconds"]) == (list(plan.choice.tile), 2, 3.14)
     gemm_table.measured.cache_clear()
 

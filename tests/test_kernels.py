@@ -8,7 +8,7 @@ import pytest
 import gpuconv
 from gpuconv import workspace
 from gpuconv.algorithms import direct, scatter, scatter_plain
-from gpuconv.backend import NUMPY
+from gpuconv.arrays import NUMPY
 from gpuconv.choose import MODULES
 from gpuconv.cuda import arguments
 from gpuconv.geometry import Geometry

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import gpuconv
 from gpuconv import threads
 from gpuconv.algorithms import im2col, winograd_plan
-from gpuconv.backend import NUMPY
+from gpuconv.arrays import NUMPY
 from gpuconv.choose import MODULES, choose
 from gpuconv.geometry import Geometry
 from gpuconv.request import Request

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 import gpuconv
 import gpuconv.execute
 from gpuconv import threads, workspace
-from gpuconv.backend import NUMPY
+from gpuconv.arrays import NUMPY
 from gpuconv.choose import MODULES
 from gpuconv.geometry import DIRECTIONS, Geometry
 from gpuconv.operands import Operand

@@ -11,7 +11,7 @@ import pytest
 import gpuconv
 from gpuconv import cli, tuned
 from gpuconv.algorithms import winograd
-from gpuconv.backend import NUMPY
+from gpuconv.arrays import NUMPY
 from gpuconv.choose import MODULES
 from gpuconv.geometry import Geometry
 from gpuconv.request import Request

@@ -33,7 +33,7 @@ from gpuconv.algorithms import containment, cost
 from gpuconv.algorithms.blocks import Blocks, Places, largest, largest_fitting, pieces
 from gpuconv.algorithms.finite import is_finite, note
 from gpuconv.arguments import Shape
-from gpuconv.backend import Array
+from gpuconv.arrays import Array
 from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import MOST_TEMPORARIES, Index, Operand, Result
 from gpuconv.plan import Planner

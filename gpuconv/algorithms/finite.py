@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 
 from gpuconv import dtypes
-from gpuconv.backend import Array
+from gpuconv.arrays import Array
 from gpuconv.operands import in_place
 from gpuconv.plan import Body, Planner
 from gpuconv.views import View

@@ -9,18 +9,9 @@ import json
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from gpuconv.algorithms.gemm_tiles import Problem
+from typing import Any
 
 FILE = Path(__file__).with_suffix(".json")
-
-
-def key(problem: Problem) -> Any:
-    """What an entry is found by: all of a problem but how much workspace it may take."""
-    work, matrices, products, device, *_ = problem
-    return _tuples((device, work, matrices, (products.element.name, *products[1:])))
 
 
 def entry(key: Any, tile: Iterable[int], slices: int, microseconds: float, source: str) -> dict[str, Any]:
@@ -41,7 +32,7 @@ def entry(key: Any, tile: Iterable[int], slices: int, microseconds: float, sourc
 @cache
 def measured() -> dict[Any, dict[str, Any]]:
     """The entries of the file."""
-    return {_tuples([e[part] for part in ("device", "work", "matrices", "products")]): e for e in read()}
+    return {tuples([e[part] for part in ("device", "work", "matrices", "products")]): e for e in read()}
 
 
 def read() -> list[dict[str, Any]]:
@@ -56,5 +47,5 @@ def write(entries: Iterable[dict[str, Any]]) -> None:
     measured.cache_clear()
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+def tuples(value: Any) -> Any:
+    return tuple(map(tuples, value)) if isinstance(value, (list, tuple)) else value

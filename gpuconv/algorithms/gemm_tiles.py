@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 
@@ -112,6 +112,12 @@ class Problem(NamedTuple):
     most_slices: int  # that the depth may be cut into
     least_slices: int = 1
 
+    @property
+    def key(self) -> Any:
+        """What a measurement is found by: all but how many slices the workspace has room for."""
+        products = (self.products.element.name, *self.products[1:])
+        return gemm_table.tuples((self.device, self.work, self.matrices, products))
+
 
 class Choice(NamedTuple):
     """A tile, in how many slices the depth is cut, and the microseconds that it takes, by the model or measured."""
@@ -135,7 +141,7 @@ def chosen(problem: Problem) -> Choice:
 def ranked(problem: Problem) -> list[Choice]:
     """Every tile with the best number of slices for it: the measured one if there is one, then by the model."""
     found = []
-    measured = gemm_table.measured().get(gemm_table.key(problem))
+    measured = gemm_table.measured().get(problem.key)
     if measured is not None:
         slices = min(measured["slices"], problem.most_slices)
         found.append(Choice(Tile(*measured["tile"]), slices, measured["microseconds"], measured["source"]))

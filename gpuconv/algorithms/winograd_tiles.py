@@ -15,7 +15,7 @@ from gpuconv.algorithms.blocks import as_matrix, pieces
 from gpuconv.algorithms.finite import is_finite_block, note
 from gpuconv.algorithms.winograd_plan import APART, SLICES, WEIGHTS, Unit
 from gpuconv.arguments import Shape
-from gpuconv.backend import Array
+from gpuconv.arrays import Array
 from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import Index, Operand, Result, in_place
 from gpuconv.plan import Planner

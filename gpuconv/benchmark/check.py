@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy
 
 from gpuconv import dtypes, settings
-from gpuconv.backend import NUMPY, Backend, BackendError, cupy_backend, driver_devices
+from gpuconv.arrays import NUMPY, Backend, BackendError
+from gpuconv.backends import cupy_backend, driver_devices
 from gpuconv.benchmark.problem import Problem
 from gpuconv.choose import MODULES, TRANSFORMS
 from gpuconv.geometry import DIRECTIONS, Direction, Geometry

@@ -20,7 +20,8 @@ from typing import Any
 import gpuconv
 from gpuconv import dtypes, settings, tuned
 from gpuconv.arguments import LAYOUTS
-from gpuconv.backend import Backend, backend_named
+from gpuconv.arrays import Backend
+from gpuconv.backends import backend_named
 from gpuconv.benchmark import compare, layers, limits, peers, report, results, run
 from gpuconv.choose import MODULES
 from gpuconv.geometry import DIRECTIONS

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy
 
 from gpuconv import dtypes
-from gpuconv.backend import Array, Backend
+from gpuconv.arrays import Array, Backend
 from gpuconv.benchmark.timing import Clock
 from gpuconv.cuda import cublas
 

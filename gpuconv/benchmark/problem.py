@@ -9,7 +9,7 @@ import numpy
 
 import gpuconv
 from gpuconv.arguments import Layout
-from gpuconv.backend import Array
+from gpuconv.arrays import Array
 from gpuconv.benchmark import reference
 from gpuconv.benchmark.layers import Case
 from gpuconv.geometry import Direction, Geometry

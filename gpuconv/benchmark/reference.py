@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from gpuconv.backend import Array
+from gpuconv.arrays import Array
 from gpuconv.dtypes import accumulator, epsilon, is_complex
 from gpuconv.geometry import Direction, Geometry
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import gpuconv
-from gpuconv.backend import config
 from gpuconv.benchmark.limits import Limits
 from gpuconv.benchmark.timing import Summary
+from gpuconv.config import config
 from gpuconv.geometry import Direction
 
 SCHEMA = 2

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import gpuconv
 from gpuconv import dtypes, settings, workspace
 from gpuconv.arguments import LAYOUTS, Layout
-from gpuconv.backend import Array, Backend
+from gpuconv.arrays import Array, Backend
 from gpuconv.benchmark import peers, timing
 from gpuconv.benchmark.layers import Case
 from gpuconv.benchmark.peers.worker import Worker

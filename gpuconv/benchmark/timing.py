@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from gpuconv.backend import Backend
+from gpuconv.arrays import Backend
 
 Call = Callable[[], Any]
 

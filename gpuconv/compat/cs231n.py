@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import gpuconv
-from gpuconv.backend import Array
+from gpuconv.arrays import Array
 from gpuconv.compat import named
 
 Cache: TypeAlias = tuple[Array, Array, Array, Mapping[str, Any]]

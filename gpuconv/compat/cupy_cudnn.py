@@ -26,7 +26,7 @@ from typing import Any
 
 import gpuconv
 from gpuconv import settings
-from gpuconv.backend import INSTALL_HINT, Array, kind_of
+from gpuconv.arrays import INSTALL_HINT, Array, kind_of
 from gpuconv.compat import named
 from gpuconv.execute import Call, Source
 from gpuconv.geometry import Geometry

@@ -13,7 +13,7 @@ from typing import Any
 import gpuconv
 from gpuconv.activations import NAMES
 from gpuconv.arguments import per_axis
-from gpuconv.backend import Array, kind_of
+from gpuconv.arrays import Array, kind_of
 from gpuconv.compat import named
 
 

@@ -12,7 +12,7 @@ import numpy
 from gpuconv.activations import NAMES, Activation
 from gpuconv.algorithms.blocks import Places, largest, pieces
 from gpuconv.arguments import Shape
-from gpuconv.backend import Backend
+from gpuconv.arrays import Backend
 from gpuconv.cuda import structs
 from gpuconv.cuda.kernel import Module
 from gpuconv.geometry import Geometry

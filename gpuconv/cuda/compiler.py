@@ -9,7 +9,7 @@ import struct
 from functools import lru_cache
 from typing import Any
 
-from gpuconv.backend import INSTALL_HINT, BackendError
+from gpuconv.arrays import INSTALL_HINT, BackendError
 from gpuconv.cuda.kernel import Module, source
 
 OPTIONS = ("--std=c++17", "--ptxas-options=-v")  # the second puts registers and spills into the log

@@ -24,7 +24,7 @@ from gpuconv import dtypes, settings
 from gpuconv.algorithms import direct, implicit_gemm, scatter, scatter_plain
 from gpuconv.algorithms.gemm_tiles import STAGES
 from gpuconv.arguments import Layout, Shape
-from gpuconv.backend import Backend
+from gpuconv.arrays import Backend
 from gpuconv.cuda import compiler, occupancy
 from gpuconv.cuda.device import MODEL, Device
 from gpuconv.cuda.kernel import Kernel, Module

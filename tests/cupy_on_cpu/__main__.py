@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from gpuconv import settings
-from gpuconv.backend import driver_devices
+from gpuconv.backends import driver_devices
 from tests.cupy_on_cpu import build, loaded
 
 ROOT = Path(__file__).parents[2]

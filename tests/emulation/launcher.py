@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpuconv.backend import Backend
+from gpuconv.arrays import Backend
 from gpuconv.cuda.kernel import parameters
 from gpuconv.cuda.launch import check
 from tests.emulation import loader

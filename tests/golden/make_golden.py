@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 import gpuconv
-from gpuconv.backend import BackendError, cupy_backend
+from gpuconv.arrays import BackendError
+from gpuconv.backends import cupy_backend
 from gpuconv.benchmark.results import commit
 from gpuconv.cuda import compiler, kernels_folder, report
 from tests.golden import vectors

@@ -12,7 +12,7 @@ import importlib.util
 from collections.abc import Sequence
 from types import ModuleType
 
-from gpuconv.backend import Backend
+from gpuconv.arrays import Backend
 
 # name: what it needs, and where it computes
 PEERS = {

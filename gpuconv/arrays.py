@@ -1,0 +1,143 @@
+"""Arrays of NumPy and CuPy, and what the library needs of the module that they belong to.
+
+CuPy is imported only where a caller hands in its arrays or requests it by name, so ``import gpuconv`` costs nothing
+on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy
+
+from gpuconv.cuda import device
+from gpuconv.dtypes import native
+from gpuconv.views import first_byte
+
+Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray
+Kind: TypeAlias = Literal["numpy", "cupy"]
+
+INSTALL_HINT = "pip install 'gpuconv[cuda12]', or 'gpuconv[cuda13]' for a CUDA 13 driver"
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot be used on this machine."""
+
+
+class _Span:
+    """All bytes from the first to the last that an array of NumPy reaches, as another one that keeps it alive."""
+
+    def __init__(self, array: numpy.ndarray) -> None:
+        place, is_read_only = array.__array_interface__["data"]
+        size = array.itemsize + sum((n - 1) * abs(step) for n, step in zip(array.shape, array.strides, strict=True))
+        place += first_byte(array.shape, array.strides)
+        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (size,), "data": (place, is_read_only)}
+        self.array = array
+
+
+def _numpy_memory(array: numpy.ndarray) -> Any:
+    """What numpy.ndarray makes parts of an array from."""
+    return array if array.flags.c_contiguous or not array.size else numpy.asarray(_Span(array))
+
+
+class Backend(NamedTuple):
+    """An array module, what prepares the launch of a CUDA kernel on its arrays, and on which device.
+
+    ``launch(kernel, grid, block, arguments, shared_memory)`` checks the arguments, which may be views, and gives a
+    function of arrays in their place; it is None where there are no kernels. ``memory(array)`` is what
+    ``array(shape, dtype, memory, offset, strides)`` makes parts of an array from, at an offset in bytes from the lowest
+    one. ``matmul(left, right, out, planner)`` plans products of matrices where the module's own is not taken.
+    """
+
+    name: str
+    xp: Any
+    launch: Callable[..., Callable[..., None]] | None
+    device: Callable[[], device.Device] = lambda: device.MODEL
+    memory: Callable[[Array], Any] = _numpy_memory
+    array: Callable[..., Array] = numpy.ndarray
+    matmul: Callable[..., None] | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of its arrays."""
+        return "cupy" if self.name == "cupy" else "numpy"
+
+    def is_captured(self) -> bool:
+        """Whether a CUDA graph records what the current stream is given, instead of computing it now."""
+        return self.name == "cupy" and self.xp.cuda.get_current_stream().is_capturing()
+
+
+NUMPY = Backend("numpy", numpy, None)
+
+
+def kind_of(**arrays: Array) -> Kind:
+    """Whether these arguments are NumPy's or CuPy's arrays; TypeError or ValueError, by name, where they do not fit."""
+    if set(map(type, arrays.values())) == {numpy.ndarray}:
+        return "numpy"
+    kinds = {name: _kind(name, array) for name, array in arrays.items()}
+    (first, kind), *others = kinds.items()
+    for name, other in others:
+        if other != kind:
+            raise TypeError(
+                f"arrays of a call must be of one kind, but {first} is a {kind}.ndarray and {name} a {other}.ndarray"
+            )
+    if kind == "cupy":
+        devices = [array.device.id for array in arrays.values()]
+        for name, device in zip(kinds, devices, strict=True):
+            if device != devices[0]:
+                raise ValueError(
+                    f"arrays of a call must be on one device, but {first} is on {devices[0]} and {name} on {device}"
+                )
+    return kind
+
+
+def _kind(name: str, array: Array) -> Kind:
+    if type(array) in (numpy.ndarray, numpy.memmap):
+        return "numpy"
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(array, getattr(cupy, "ndarray", ())):
+        return "cupy"
+    found = f"{type(array).__module__}.{type(array).__qualname__}".removeprefix("builtins.")
+    raise TypeError(
+        f"{name} must be a numpy.ndarray or a cupy.ndarray, not {found}; numpy.asarray({name}) may make one of it"
+    )
+
+
+def module_of(kind: Kind) -> Any:
+    """numpy or cupy, for a kind that arrays of this process have."""
+    return numpy if kind == "numpy" else sys.modules["cupy"]
+
+
+def moved(array: Array, kind: str) -> Array:
+    """The array as NumPy's or CuPy's, itself where it is one already."""
+    if isinstance(array, numpy.ndarray):
+        if kind == "numpy":
+            return array
+        import cupy
+
+        return cupy.asarray(array.astype(array.dtype.newbyteorder("="), copy=False))
+    return array if kind == "cupy" else array.get()
+
+
+def address(array: Array) -> int:
+    """Where an array's first element lies in its memory."""
+    return int(array.__array_interface__["data"][0] if isinstance(array, numpy.ndarray) else array.data.ptr)
+
+
+def addressable(array: Array) -> Array:
+    """The array, or a copy where kernels cannot read and write it: in the machine's byte order, and aligned.
+
+    Complex numbers, too, are moved as a whole; NumPy calls them aligned where their parts are.
+    """
+    is_aligned = address(array) % array.itemsize == 0
+    if is_aligned and array.dtype.isnative and not any(s % array.itemsize for s in array.strides):
+        return array
+    return array.astype(native(array.dtype))
+
+
+def device_of(array: Array) -> contextlib.AbstractContextManager[Any]:
+    """A context in which the array's device is the current one."""
+    return contextlib.nullcontext() if isinstance(array, numpy.ndarray) else array.device  # type: ignore[no-any-return]
