@@ -5,7 +5,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 from gpuconv.backends import cupy_backend
-from gpuconv.cuda import cache, compiler
+from gpuconv.gpu import cache, compiler
 
 
 @contextlib.contextmanager

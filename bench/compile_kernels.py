@@ -15,8 +15,8 @@ from gpuconv.arguments import LAYOUTS
 from gpuconv.arrays import BackendError
 from gpuconv.backends import cupy_backend
 from gpuconv.benchmark import layers, run
-from gpuconv.cuda import report
 from gpuconv.geometry import DIRECTIONS
+from gpuconv.gpu import report
 
 
 def modules(cases, names):

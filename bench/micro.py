@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy
 
 import gpuconv
-from gpuconv.algorithms import scatter_plain
 from gpuconv.arrays import BackendError
 from gpuconv.backends import backend_named
 from gpuconv.benchmark import command, layers, limits, results, run, timing
-from gpuconv.choose import MODULES
-from gpuconv.cuda.kernel import Kernel, Module
+from gpuconv.gpu import scatter_plain
+from gpuconv.gpu.kernel import Kernel, Module
+from gpuconv.select import MODULES
 
 THREADS, COLUMNS = 256, 32
 ADDITIONS = 2**26

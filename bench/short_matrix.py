@@ -7,14 +7,14 @@ against the float64 reference. Needs a GPU.
 import sys
 
 from gpuconv import dtypes, settings
-from gpuconv.algorithms import direct, implicit_gemm, scatter, scatter_plain
 from gpuconv.arrays import BackendError
 from gpuconv.backends import backend_named
 from gpuconv.benchmark.check import GEOMETRIES
 from gpuconv.benchmark.problem import Problem
-from gpuconv.choose import MODULES
 from gpuconv.geometry import DIRECTIONS
+from gpuconv.gpu import direct, implicit_gemm, scatter, scatter_plain
 from gpuconv.request import Request
+from gpuconv.select import MODULES
 
 KERNELS = {"implicit_gemm": implicit_gemm, "direct": direct, "scatter": scatter, "scatter_plain": scatter_plain}
 DTYPES = ("float16", "float32", "complex64")

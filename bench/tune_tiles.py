@@ -2,7 +2,7 @@
 
 Each result is verified before it is timed; what was measured is written after every layer and dtype, and a later run
 of the same commit goes on from there. With --table FILE ..., such files' fastest tiles become
-gpuconv/algorithms/gemm_table.json, which goes before the model; that needs no GPU.
+gpuconv/gpu/gemm_table.json, which goes before the model; that needs no GPU.
 """
 
 import argparse
@@ -18,12 +18,12 @@ import ahead
 import numpy
 
 from gpuconv import dtypes, execute, files, settings
-from gpuconv.algorithms import gemm_table, gemm_tiles, implicit_gemm
 from gpuconv.arrays import BackendError
 from gpuconv.backends import backend_named
 from gpuconv.benchmark import command, layers, results, run, timing
 from gpuconv.benchmark.problem import Problem
 from gpuconv.geometry import DIRECTIONS
+from gpuconv.gpu import gemm_table, gemm_tiles, implicit_gemm
 from gpuconv.request import Request
 
 SUITES = ("resnet50",)

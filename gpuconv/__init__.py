@@ -1,10 +1,6 @@
 """gpuconv: convolution forward and backward for plain NumPy and CuPy arrays."""
 
-from gpuconv.arrays import BackendError
-from gpuconv.backends import array_module, backend, get_backend, set_backend
-from gpuconv.choose import ALGORITHMS
-from gpuconv.config import show_config
-from gpuconv.conv import (
+from gpuconv.api import (
     Gradients,
     clear_cache,
     conv,
@@ -14,11 +10,14 @@ from gpuconv.conv import (
     conv_transpose_backward,
     conv_weight_grad,
 )
-from gpuconv.cuda.compiler import CompileError
+from gpuconv.arrays import BackendError
+from gpuconv.backends import array_module, backend, get_backend, set_backend
+from gpuconv.config import show_config
 from gpuconv.explanation import Explanation, explain
-from gpuconv.linear_operator import linear_operator
-from gpuconv.sparse import conv_matrix
-from gpuconv.tune import Tuned, tune
+from gpuconv.gpu.compiler import CompileError
+from gpuconv.operators import conv_matrix, linear_operator
+from gpuconv.select import ALGORITHMS
+from gpuconv.tuning import Tuned, tune
 from gpuconv.version import __version__ as __version__
 
 __all__ = [

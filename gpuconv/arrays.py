@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy
 
-from gpuconv.cuda import device
 from gpuconv.dtypes import native
+from gpuconv.gpu import device
 from gpuconv.views import first_byte
 
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray

@@ -23,7 +23,7 @@ import numpy
 from gpuconv import settings
 from gpuconv.arguments import Shape
 from gpuconv.arrays import INSTALL_HINT, NUMPY, Array, Backend, BackendError, Kind, module_of
-from gpuconv.cuda import cublas, device, launch
+from gpuconv.gpu import cublas, device, launch
 from gpuconv.views import first_byte
 
 # Before, launches read a garbage pointer for None (13), and views of over 2 GiB have offsets of 32 bits (14.0).

@@ -14,9 +14,9 @@ from gpuconv import dtypes, settings
 from gpuconv.arguments import LAYOUTS, PADDING_NAMES
 from gpuconv.arrays import BackendError
 from gpuconv.benchmark import command
-from gpuconv.choose import ALGORITHMS
-from gpuconv.cuda.occupancy import ARCHITECTURES
 from gpuconv.geometry import DIRECTIONS
+from gpuconv.gpu.occupancy import ARCHITECTURES
+from gpuconv.select import ALGORITHMS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -164,7 +164,7 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _kernels(options: argparse.Namespace) -> int:
-    from gpuconv.cuda import compiler, report
+    from gpuconv.gpu import compiler, report
 
     command.check_writable(options.json)
     architectures = report.known(options.arch)

@@ -19,16 +19,16 @@ import numpy
 
 from gpuconv import dtypes, settings, threads, workspace
 from gpuconv.activations import Activation
-from gpuconv.algorithms import bias_grad
-from gpuconv.algorithms.blocks import group_parts
 from gpuconv.arguments import Shape
 from gpuconv.arrays import Array, Backend, Kind, address, addressable, device_of, module_of, moved
 from gpuconv.backends import backend_for
-from gpuconv.choose import MODULES, TRANSFORMS, check_name, choose, consent
+from gpuconv.blocking import group_parts
+from gpuconv.cpu import bias_grad
 from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import ARRAYS, ROLES, Operand, Result, Role, canonical, has_channels_last_memory
 from gpuconv.plan import BIAS, RESULT, WORKSPACE, Choice, Deferred, Loop, NewArray, Plan, Planner, Scope, Step, Steps
 from gpuconv.request import Request, workspace_of
+from gpuconv.select import MODULES, TRANSFORMS, check_name, choose, consent
 from gpuconv.views import View, contiguous_strides, first_byte
 
 # Host memory of plans: a step takes less than STEP_BYTES. A plan has at most MOST_STEPS steps; all plans that are kept

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from gpuconv import dtypes, settings
-from gpuconv.algorithms import im2col
 from gpuconv.backends import backend_named
-from gpuconv.choose import MODULES, check_name, choose, consent, refused
+from gpuconv.cpu import im2col
 from gpuconv.execute import Call, contiguous_plan
 from gpuconv.geometry import DIRECTIONS, Direction, Geometry
 from gpuconv.plan import Plan
 from gpuconv.request import Request
+from gpuconv.select import MODULES, check_name, choose, consent, refused
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ import numpy
 
 from gpuconv.arguments import Shape
 from gpuconv.arrays import Backend
-from gpuconv.cuda.kernel import Kernel
 from gpuconv.geometry import Geometry
+from gpuconv.gpu.kernel import Kernel
 from gpuconv.views import View, contiguous_strides
 
 T = TypeVar("T")

@@ -19,8 +19,8 @@ import numpy
 from gpuconv import files, settings
 from gpuconv.arrays import Backend
 from gpuconv.config import build
-from gpuconv.cuda.device import Device
 from gpuconv.geometry import Direction, Geometry
+from gpuconv.gpu.device import Device
 
 
 def recalled(backend: Backend, geometry: Geometry, dtype: numpy.dtype, direction: Direction) -> str | None:

@@ -1,6 +1,6 @@
 // What all kernels share: numbers, the reading of operands and the finishing of results, and the axes.
 //
-// The loader puts these in front of this file (gpuconv/cuda/kernel.py):
+// The loader puts these in front of this file (gpuconv/gpu/kernel.py):
 //   First, Second  element types of the two operands: x and w (forward), dy and w (data_grad), dy and x (weight_grad)
 //   Result, Sum    element type of the result, and the type that sums are formed in
 //   Index          int, or long long where a tensor needs it

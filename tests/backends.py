@@ -12,7 +12,7 @@ import gpuconv
 from gpuconv import execute
 from gpuconv.arrays import NUMPY
 from gpuconv.backends import cupy_backend
-from gpuconv.cuda import arguments
+from gpuconv.gpu import params
 from tests.emulation import launcher, loader
 
 
@@ -126,7 +126,7 @@ class CupyArrays(NumpyArrays):
 @contextlib.contextmanager
 def _wide(wide):
     """64-bit offsets, for calls that were made before too."""
-    with mock.patch.object(arguments, "is_wide", return_value=True) if wide else contextlib.nullcontext():
+    with mock.patch.object(params, "is_wide", return_value=True) if wide else contextlib.nullcontext():
         execute.clear()
         yield
         execute.clear()

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import numpy as np
 
 from gpuconv.arrays import NUMPY
-from gpuconv.choose import ALGORITHMS, MODULES, TRANSFORMS
-from gpuconv.cuda import kernels_folder
 from gpuconv.geometry import Geometry
+from gpuconv.gpu import kernels_folder
 from gpuconv.request import Request
+from gpuconv.select import ALGORITHMS, MODULES, TRANSFORMS
 from tests.emulation.launcher import EMULATED
 
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")

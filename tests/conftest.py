@@ -1,9 +1,12 @@
 """Fixtures, options, the seeds, and what the report says of the backends."""
 
 import collections
+import functools
 import os
 import sys
+import tempfile
 import zlib
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -72,14 +75,6 @@ def _working_device(request):
         pytest.exit(f"the device computes nothing any more after {request.node.nodeid}: {error}")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _tuned_elsewhere(tmp_path_factory):
-    """What the machine's owner has had tuned decides no test, and tests leave it as it is."""
-    folder = tmp_path_factory.mktemp("tuned")
-    with mock.patch.object(tuned, "_folder", lambda backend: folder / backend.name):
-        yield
-
-
 @pytest.fixture
 def rng():
     return np.random.default_rng(2024)
@@ -104,11 +99,22 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    _tune_elsewhere(config)
     tiers.full = config.getoption("full")
     parts.configure(config)
     launcher.options.mode = config.getoption("--kernels")
     if launcher.options.mode == "debug":
         launcher.options.seconds = 86400.0  # of someone who thinks at a breakpoint
+
+
+def _tune_elsewhere(config):
+    """Answers of ``tune`` on this machine decide no test, and tests and examples leave them as they are."""
+    folder = tempfile.TemporaryDirectory(prefix="gpuconv-tuned-")
+    config.add_cleanup(folder.cleanup)
+    elsewhere = functools.wraps(tuned._folder)(lambda backend: Path(folder.name, backend.name))
+    patch = mock.patch.object(tuned, "_folder", elsewhere)
+    patch.start()
+    config.add_cleanup(patch.stop)
 
 
 @pytest.hookimpl(trylast=True)

@@ -4,7 +4,7 @@ import hashlib
 import re
 from typing import NamedTuple
 
-from gpuconv.cuda import kernels_folder
+from gpuconv.gpu import kernels_folder
 from tests.emulation import loader
 
 # The files, and the kernels by which their mutants are tried: what common.cuh has is all used by direct and scatter.
@@ -103,7 +103,7 @@ class Mutant(NamedTuple):
     before: str  # the line, without indentation
     after: str
     text: str  # of the whole file
-    identity: str  # a hash of the edited file: where that has changed it is another mutant
+    identity: str  # a hash of the edited file without comments: where that has changed it is another mutant
 
 
 def read(file):
@@ -111,8 +111,12 @@ def read(file):
 
 
 def hashes():
-    """Of the sources, by file."""
-    return {file: hashlib.sha256(read(file).encode()).hexdigest() for file in FILES}
+    """Of the sources, by file, without comments."""
+    return {file: hashlib.sha256(_code(read(file)).encode()).hexdigest() for file in FILES}
+
+
+def _code(text):
+    return re.sub(r"[ \t]*//.*", "", text)
 
 
 def mutants():
@@ -123,7 +127,7 @@ def mutants():
         for number, (line, kernel) in enumerate(zip(lines, _kernels_by_line(lines), strict=True)):
             for rule, after in _edits(line):
                 text = "".join((*lines[:number], after, *lines[number + 1 :]))
-                identity = hashlib.sha256(f"{file}\0{text}".encode()).hexdigest()[:16]
+                identity = hashlib.sha256(f"{file}\0{_code(text)}".encode()).hexdigest()[:16]
                 mutant = Mutant(file, number + 1, kernel or file, rule, line.strip(), after.strip(), text, identity)
                 found.setdefault(identity, mutant)  # two rules may do the same
     return list(found.values())

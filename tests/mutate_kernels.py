@@ -27,7 +27,7 @@ from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one process for each core
 
-from gpuconv.cuda import report
+from gpuconv.gpu import report
 from tests import mutation_runs
 from tests.backends import backend_of
 from tests.emulation import launcher, loader

@@ -290,7 +290,9 @@ def main():
         "--jobs", type=positive, default=len(os.sched_getaffinity(0)), metavar="N", help="default: all cores"
     )
     options = parser.parse_args()
-    sys.exit((sample if options.sample else full)(options))
+    with tempfile.TemporaryDirectory(prefix="gpuconv-home-") as home:
+        os.environ["HOME"] = home  # a mutant may take another folder than that of GPUCONV_CACHE_DIR
+        sys.exit((sample if options.sample else full)(options))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ import argparse
 import collections
 from unittest import mock
 
-from gpuconv.algorithms import scatter_plain
-from gpuconv.choose import MODULES
-from gpuconv.cuda import kernels_folder
+from gpuconv.gpu import kernels_folder, scatter_plain
+from gpuconv.select import MODULES
 from tests.backends import arrays_of
 from tests.cases import DIRECTIONS, DTYPES, LAYOUTS
 from tests.emulation import launcher, loader

@@ -22,16 +22,17 @@ from unittest import mock
 import numpy as np
 
 import gpuconv
-from gpuconv import choose, threads
-from gpuconv.algorithms import fft, im2col, implicit_gemm
+from gpuconv import select, threads
 from gpuconv.arrays import NUMPY
 from gpuconv.benchmark import layers
-from gpuconv.choose import MODULES
-from gpuconv.cuda.device import Device
+from gpuconv.cpu import fft, im2col
 from gpuconv.execute import Call, Description, plan_for
+from gpuconv.gpu import implicit_gemm
+from gpuconv.gpu.device import Device
 from gpuconv.operands import ROLES
 from gpuconv.plan import Choice, Deferred, Loop, Step
 from gpuconv.request import Request
+from gpuconv.select import MODULES
 from gpuconv.views import contiguous_strides
 from tests.cases import CASES, DIRECTIONS, DTYPES, KERNELS, NUMPY_ALGORITHMS, case, named_dtype
 from tests.emulation.launcher import EMULATED
@@ -216,12 +217,12 @@ def choices(backend):
 
 
 def choice_text(requests):
-    chosen = [choose.choose(request, "auto") for request in requests]
+    chosen = [select.choose(request, "auto") for request in requests]
     lines = [", ".join(choice.algorithm for choice in chosen)]
     for request, choice in zip(requests, chosen, strict=True):
-        lines += [choice.reason, *map(": ".join, choose.refused(request, choice.algorithm))]
+        lines += [choice.reason, *map(": ".join, select.refused(request, choice.algorithm))]
         if request.backend is NUMPY:
-            lines += [f"{name} {MODULES[name].nanoseconds(request):.6g} ns" for name in choose.able(request)]
+            lines += [f"{name} {MODULES[name].nanoseconds(request):.6g} ns" for name in select.able(request)]
         lines.append(str(im2col.exceeds(request)))
     return "\n".join(lines)
 
@@ -256,7 +257,7 @@ def short(whole):
 def as_on_any_machine():
     """What is installed, or was tuned, decides nothing: with SciPy, and with something that holds BLAS to a thread."""
     with (
-        mock.patch.object(choose.tuned, "recalled", return_value=None),
+        mock.patch.object(select.tuned, "recalled", return_value=None),
         mock.patch.object(fft, "_has_scipy", return_value=True),
         mock.patch.object(threads, "most", lambda limit: limit or 1),
     ):

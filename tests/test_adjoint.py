@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv.choose import TRANSFORMS
+from gpuconv.select import TRANSFORMS
 from tests import tiers
 from tests.backends import BACKENDS
 from tests.cases import CASES, draw, is_taken, laid_out, named_dtype

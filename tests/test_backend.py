@@ -12,9 +12,9 @@ import pytest
 import gpuconv
 from gpuconv import backends, dtypes
 from gpuconv.backends import cupy_backend
-from gpuconv.choose import MODULES
 from gpuconv.execute import Call
 from gpuconv.geometry import Geometry
+from gpuconv.select import MODULES
 from tests import reference, tiers
 from tests.backends import HAS_GPU
 

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 from gpuconv import dtypes
-from gpuconv.algorithms import depthwise
 from gpuconv.arrays import NUMPY
 from gpuconv.backends import cupy_backend
 from gpuconv.benchmark import compare, layers, limits, plots, reference, report, results, run, timing
@@ -25,6 +24,7 @@ from gpuconv.benchmark.command import FILES
 from gpuconv.benchmark.peers.worker import Worker
 from gpuconv.benchmark.problem import Problem
 from gpuconv.cli import main
+from gpuconv.cpu import depthwise
 from gpuconv.geometry import DIRECTIONS, Geometry
 
 SUITES = (

@@ -4,9 +4,8 @@ import zlib
 
 import pytest
 
-from gpuconv.algorithms import scatter_plain
-from gpuconv.choose import MODULES
-from gpuconv.cuda import kernels_folder
+from gpuconv.gpu import kernels_folder, scatter_plain
+from gpuconv.select import MODULES
 from tests import gradient_roads, tiers
 from tests.cases import CASES, DIRECTIONS, DTYPES, KERNELS, LAYOUTS, is_taken
 from tests.test_matrix import assert_right

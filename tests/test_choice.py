@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv import choose, dtypes
+from gpuconv import dtypes, select
 from gpuconv import geometry as geometry_module
-from gpuconv.algorithms import slices
 from gpuconv.arrays import NUMPY
 from gpuconv.benchmark import layers
 from gpuconv.benchmark.compare import geometric_mean
+from gpuconv.cpu import slices
 from gpuconv.geometry import DIRECTIONS
 from gpuconv.request import Request
 
@@ -25,7 +25,7 @@ def losses(rows):
     for row in rows:
         case = layers.parsed(row["spec"])
         geometry = case.geometry(case.batches[0], row["layout"])
-        taken = choose.untuned(Request(geometry, dtypes.named(row["dtype"]), row["direction"], NUMPY)).algorithm
+        taken = select.untuned(Request(geometry, dtypes.named(row["dtype"]), row["direction"], NUMPY)).algorithm
         if taken in row["seconds"]:
             yield row["seconds"][taken] / min(row["seconds"].values()), row
 
@@ -42,7 +42,7 @@ def test_estimates_lose_little_against_a_sweep(direction, sweep):
 
 @pytest.mark.parametrize("name", ["im2col", "fft", "scatter"])
 def test_for_a_named_algorithm_only_its_own_reasons_are_asked(name, monkeypatch):
-    for other, module in choose.MODULES.items():
+    for other, module in select.MODULES.items():
         if other != name:
             monkeypatch.setattr(module, "why_not", mock.Mock(side_effect=AssertionError(other)))
         monkeypatch.setattr(module, "nanoseconds", mock.Mock(side_effect=AssertionError(other)), raising=False)

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv.algorithms import scatter
 from gpuconv.benchmark import check, limits
 from gpuconv.cli import main
-from gpuconv.cuda import kernels_folder
 from gpuconv.geometry import DIRECTIONS
+from gpuconv.gpu import kernels_folder, scatter
 from tests.cases import NUMPY_ALGORITHMS
 
 ROOT = Path(__file__).parent.parent
@@ -175,7 +174,7 @@ def test_the_distributions_hold_what_they_should(distributions):
         inside = {name.partition("/")[2] for name in archive.getnames()}
     assert {"kernels/README.md", "tests/test_cli.py", "bench/train_digits.py", "LICENSE", "CHANGELOG.md"} <= inside
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"gpuconv/kernels/README.md", "gpuconv/py.typed", "gpuconv/algorithms/im2col.py"} <= names
+    assert {"gpuconv/kernels/README.md", "gpuconv/py.typed", "gpuconv/cpu/im2col.py"} <= names
     assert not any(name.startswith(("tests/", "bench/", "kernels/", "gpuconv/guide/")) for name in names)
 
 
@@ -188,7 +187,7 @@ def test_bench_runs_from_a_wheel_outside_the_checkout(distributions, tmp_path):
     def run(*command):
         return subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
 
-    where = run(sys.executable, "-c", "import gpuconv, gpuconv.cuda as c; print(gpuconv.__file__, c.kernels_folder())")
+    where = run(sys.executable, "-c", "import gpuconv, gpuconv.gpu as c; print(gpuconv.__file__, c.kernels_folder())")
     assert where.split() == [str(site / "gpuconv" / "__init__.py"), str(site / "gpuconv" / "kernels")]
     script = str(site / "bin" / "gpuconv")
     assert "weight_grad" in run(sys.executable, script, *QUICK, "--json", "b.json")

@@ -8,7 +8,7 @@ import pytest
 
 import gpuconv
 from gpuconv.cli import main
-from gpuconv.cuda import compiler, occupancy, report
+from gpuconv.gpu import compiler, occupancy, report
 from tests import tiers
 from tests.test_cuda import NVRTC
 
@@ -56,7 +56,7 @@ def test_every_kernel_of_every_dtype_is_recorded():
 
 
 def test_the_list_of_convolutions_reaches_every_kernel_and_tile():
-    from gpuconv.algorithms import scatter
+    from gpuconv.gpu import scatter
     from tests.profile import KERNELS
 
     kernels = {kernel for kernels in report.modules().values() for kernel in kernels}

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 
 import gpuconv
-from gpuconv.choose import MODULES
+from gpuconv.select import MODULES
 from tests import test_matrix
 from tests.cases import CASES, DIRECTIONS, why_not
 
@@ -18,7 +18,7 @@ PAGE = Path(__file__).parents[1] / "CONTRIBUTING.md"
 @pytest.fixture(scope="module", autouse=True)
 def _registered():
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    module = types.ModuleType("gpuconv.algorithms.pointwise")
+    module = types.ModuleType("gpuconv.cpu.pointwise")
     exec(code, module.__dict__)
     with mock.patch.dict(MODULES, pointwise=module):
         yield

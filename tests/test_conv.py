@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv.choose import TRANSFORMS
+from gpuconv.select import TRANSFORMS
 from tests import reference
 from tests.backends import BACKENDS
 from tests.cases import ANY_CHANNELS, EXACT_ALGORITHMS, draw, is_on, laid_out, named_dtype

@@ -15,10 +15,9 @@ import pytest
 
 import gpuconv
 from gpuconv import settings
-from gpuconv.algorithms import direct
 from gpuconv.arrays import INSTALL_HINT, Backend
-from gpuconv.cuda import cache, compiler, cublas, kernels_folder, launch, structs
-from gpuconv.cuda.kernel import CUDA_TYPES, Kernel, Module, check_arguments, parameters, source
+from gpuconv.gpu import cache, compiler, cublas, direct, kernels_folder, launch, structs
+from gpuconv.gpu.kernel import CUDA_TYPES, Kernel, Module, check_arguments, parameters, source
 from gpuconv.plan import WORKSPACE, Planner, Scope
 from tests.cases import DTYPES
 

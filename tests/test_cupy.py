@@ -13,10 +13,10 @@ import gpuconv
 from gpuconv import workspace
 from gpuconv.arrays import BackendError
 from gpuconv.backends import cupy_backend
-from gpuconv.choose import MODULES
-from gpuconv.cuda import cublas, device
 from gpuconv.geometry import Geometry
+from gpuconv.gpu import cublas, device
 from gpuconv.request import Request
+from gpuconv.select import MODULES
 from tests.cases import DIRECTIONS, laid_out
 
 pytestmark = pytest.mark.gpu

@@ -5,7 +5,7 @@ import concurrent.futures
 import numpy as np
 import pytest
 
-from gpuconv.cuda import kernels_folder
+from gpuconv.gpu import kernels_folder
 from tests.emulation import launcher, loader
 from tests.emulation.loader import library_of
 from tests.emulation.planted import COPY, kernel, launch, library

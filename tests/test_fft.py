@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv.algorithms import fft, im2col
 from gpuconv.arrays import NUMPY
+from gpuconv.cpu import fft, im2col
 from gpuconv.geometry import DIRECTIONS, Geometry
 from gpuconv.request import Request
 from tests import reference

@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 
 import gpuconv
-from gpuconv.algorithms import im2col
+from gpuconv.cpu import im2col
 from tests import calls, fuzz
 
 pytestmark = pytest.mark.called_once("it plants faults that only some calls have")

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 
 import gpuconv
-from gpuconv.algorithms import gemm_table, gemm_tiles, implicit_gemm
-from gpuconv.algorithms.matrices import BY_TAP, Lines, matrices_of
-from gpuconv.choose import choose
-from gpuconv.cuda.device import MODEL, Device
 from gpuconv.geometry import Geometry
+from gpuconv.gpu import gemm_table, gemm_tiles, implicit_gemm
+from gpuconv.gpu.device import MODEL, Device
+from gpuconv.gpu.gemm_layout import BY_TAP, Lines, matrices_of
 from gpuconv.operands import contiguous
 from gpuconv.request import Request
+from gpuconv.select import choose
 from gpuconv.views import View
 from tests.backends import on
 from tests.cases import DIRECTIONS, named_dtype

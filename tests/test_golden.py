@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpuconv.cuda import compiler, report
+from gpuconv.gpu import compiler, report
 from tests.emulation import launcher, loader
 from tests.golden import make_golden, vectors
 from tests.golden.vectors import VECTORS

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import gpuconv
 from gpuconv import execute
-from gpuconv.algorithms import col2im, lines, residues
+from gpuconv.cpu import col2im, lines, residues
 from gpuconv.geometry import Geometry
 from tests import reference, tiers
 from tests.cases import channels_first, draw, laid_out, named_dtype

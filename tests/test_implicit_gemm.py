@@ -11,12 +11,11 @@ import pytest
 
 import gpuconv
 from gpuconv import dtypes, execute
-from gpuconv.algorithms import gemm_tiles, implicit_gemm
-from gpuconv.algorithms.gemm_tiles import Choice
-from gpuconv.cuda import arguments, kernels_folder
-from gpuconv.cuda.device import MODEL, Device
 from gpuconv.execute import Call
 from gpuconv.geometry import Geometry
+from gpuconv.gpu import gemm_tiles, implicit_gemm, kernels_folder, params
+from gpuconv.gpu.device import MODEL, Device
+from gpuconv.gpu.gemm_tiles import Choice
 from gpuconv.operands import Operand
 from gpuconv.views import View
 from tests import reference
@@ -316,7 +315,7 @@ def test_partial_sums_are_counted_with_32_bits(monkeypatch):
     call = Call.of(geometry, "numpy", named_dtype("float16"), "implicit_gemm", None, None)
     call = call._replace(backend=launcher.EMULATED)
     plan = execute.contiguous_plan(call, "weight_grad")
-    assert 0 < plan.space // 4 <= arguments.NARROW
+    assert 0 < plan.space // 4 <= params.NARROW
 
 
 def test_a_warp_meets_before_it_multiplies():

@@ -7,12 +7,11 @@ import pytest
 
 import gpuconv
 from gpuconv import workspace
-from gpuconv.algorithms import direct, scatter, scatter_plain
 from gpuconv.arrays import NUMPY
-from gpuconv.choose import MODULES
-from gpuconv.cuda import arguments
 from gpuconv.geometry import Geometry
+from gpuconv.gpu import direct, params, scatter, scatter_plain
 from gpuconv.request import Request
+from gpuconv.select import MODULES
 from gpuconv.views import View
 from tests import reference, tiers
 from tests.backends import BACKENDS, arrays_of, on
@@ -412,7 +411,7 @@ def strided(shape, steps):
 )
 def test_geometry_knows_when_32_bits_are_too_few(x_shape, w_shape, settings, wide):
     geometry = Geometry.infer(x_shape, w_shape, **settings)
-    assert (geometry.largest_index >= arguments.NARROW) == wide
+    assert (geometry.largest_index >= params.NARROW) == wide
 
 
 @pytest.mark.parametrize(
@@ -429,7 +428,7 @@ def test_strides_may_need_64_bits(steps, padding, wide):
     geometry = Geometry.infer((2, 1, 3, 8), (1, 1, 1, 1), padding=padding)
     x = strided((2, 3, 8, 1, 1), steps)
     y = strided((2, 3 + 2 * padding, 8 + 2 * padding, 1, 1), (10**5, 300, 1, 1, 1))
-    assert arguments.is_wide(geometry, y, x, strided((1, 1, 1, 1, 1), (1, 1, 1, 1, 1))) == wide
+    assert params.is_wide(geometry, y, x, strided((1, 1, 1, 1, 1), (1, 1, 1, 1, 1))) == wide
 
 
 # ------------------------------------------------------------------------------------------------- memory

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv.choose import TRANSFORMS
 from gpuconv.geometry import Geometry
+from gpuconv.select import TRANSFORMS
 from tests import reference, tiers
 from tests.backends import BACKENDS, CupyArrays, NumpyArrays
 from tests.cases import (

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 import gpuconv
 from gpuconv import threads
-from gpuconv.algorithms import im2col, winograd_plan
 from gpuconv.arrays import NUMPY
-from gpuconv.choose import MODULES, choose
+from gpuconv.cpu import im2col, winograd_plan
 from gpuconv.geometry import Geometry
 from gpuconv.request import Request
+from gpuconv.select import MODULES, choose
 from tests import tiers
 from tests.cases import DIRECTIONS, NUMPY_ALGORITHMS, named_dtype
 from tests.tiers import combinations

@@ -12,10 +12,9 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from gpuconv.algorithms import scatter_plain
-from gpuconv.choose import MODULES
-from gpuconv.cuda import kernels_folder
-from gpuconv.cuda.kernel import files_of
+from gpuconv.gpu import kernels_folder, scatter_plain
+from gpuconv.gpu.kernel import files_of
+from gpuconv.select import MODULES
 from tests import planted_bugs, tiers
 from tests.backends import arrays_of
 from tests.emulation import launcher

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from gpuconv.cuda import kernels_folder
+from gpuconv.gpu import kernels_folder
 from tests import profile
 from tests.emulation.planted import kernel, launch
 

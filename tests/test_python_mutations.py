@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("cosmic_ray", reason='pip install -e ".[mutation]" has the tool that edits the sources')
 pytest.importorskip("coverage")
 
-from gpuconv.algorithms.fft import _count
+from gpuconv.cpu.fft import _count
 from gpuconv.dtypes import supported
 from gpuconv.geometry import Geometry
 from tests import mutate_python, python_mutants
@@ -17,7 +17,7 @@ from tests.equivalent_python import EQUIVALENT
 from tests.mutation_runs import answered, in_child
 
 SHAPES = (1, 1, 8, 8), (1, 1, 3, 3)
-FEW = [f"gpuconv/{name}.py" for name in ("algorithms/fft", "choose", "dtypes")]
+FEW = [f"gpuconv/{name}.py" for name in ("cpu/fft", "select", "dtypes")]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_a_mutant_of_the_record_is_found_again(drawn):
 @pytest.mark.parametrize(
     "file, before, after, function, right, wrong",
     [
-        ("algorithms/fft.py", "return -(-extent // size)", "return extent // size", lambda: _count(7, 2), 4, 3),
+        ("cpu/fft.py", "return -(-extent // size)", "return extent // size", lambda: _count(7, 2), 4, 3),
         (
             "dtypes.py",
             "return str(dtype.name) in NAMES",

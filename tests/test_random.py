@@ -6,8 +6,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import gpuconv
-from gpuconv.choose import TRANSFORMS
 from gpuconv.geometry import Geometry
+from gpuconv.select import TRANSFORMS
 from tests import reference, tiers
 from tests.backends import NO_EMULATION, arrays_of
 from tests.cases import DTYPES, LAYOUTS, NUMPY_ALGORITHMS, channels_first, draw, laid_out, named_dtype

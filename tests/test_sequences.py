@@ -15,10 +15,10 @@ import gpuconv
 import gpuconv.execute
 from gpuconv import threads, workspace
 from gpuconv.arrays import NUMPY
-from gpuconv.choose import MODULES
 from gpuconv.geometry import DIRECTIONS, Geometry
 from gpuconv.operands import Operand
 from gpuconv.request import Request
+from gpuconv.select import MODULES
 from tests import tiers
 from tests.backends import NO_EMULATION
 from tests.calls import ACTIVATIONS, FUNCTIONS, LYINGS, Call, Settings, Together

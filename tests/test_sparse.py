@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv.sparse import index_dtype
+from gpuconv.operators import index_dtype
 from tests.cases import CASES, draw, laid_out
 from tests.tiers import combinations
 

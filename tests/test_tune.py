@@ -10,17 +10,17 @@ import pytest
 
 import gpuconv
 from gpuconv import cli, tuned
-from gpuconv.algorithms import winograd
 from gpuconv.arrays import NUMPY
-from gpuconv.choose import MODULES
+from gpuconv.cpu import winograd
 from gpuconv.geometry import Geometry
 from gpuconv.request import Request
-from gpuconv.tune import _candidates
+from gpuconv.select import MODULES
+from gpuconv.tuning import _candidates
 from tests import reference
 from tests.emulation.launcher import EMULATED
 
 X, W = (1, 64, 28, 28), (64, 64, 3, 3)
-FOLDER = tuned._folder  # before tests have one of their own
+FOLDER = tuned._folder.__wrapped__  # the library's, which conftest.py replaces
 FLOAT32 = np.dtype(np.float32)
 
 

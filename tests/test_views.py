@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpuconv.algorithms.blocks import as_matrix
+from gpuconv.blocking import as_matrix
 from gpuconv.views import View, first_byte, is_contiguous
 
 

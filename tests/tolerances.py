@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from gpuconv.choose import TRANSFORMS
+from gpuconv.select import TRANSFORMS
 from tests.cases import named_dtype
 
 

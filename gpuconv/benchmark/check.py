@@ -11,9 +11,9 @@ from gpuconv import dtypes, settings
 from gpuconv.arrays import NUMPY, Backend, BackendError
 from gpuconv.backends import cupy_backend, driver_devices
 from gpuconv.benchmark.problem import Problem
-from gpuconv.choose import MODULES, TRANSFORMS
 from gpuconv.geometry import DIRECTIONS, Direction, Geometry
 from gpuconv.request import Request
+from gpuconv.select import MODULES, TRANSFORMS
 
 GEOMETRIES = tuple(
     Geometry.infer(x, w, **settings)

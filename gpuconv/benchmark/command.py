@@ -23,9 +23,9 @@ from gpuconv.arguments import LAYOUTS
 from gpuconv.arrays import Backend
 from gpuconv.backends import backend_named
 from gpuconv.benchmark import compare, layers, limits, peers, report, results, run
-from gpuconv.choose import MODULES
 from gpuconv.geometry import DIRECTIONS
-from gpuconv.tune import Tuned, tuned_geometry
+from gpuconv.select import MODULES
+from gpuconv.tuning import Tuned, tuned_geometry
 
 SAVE_SECONDS = 10  # how often the JSON file is brought up to date
 DEFAULT_SUITE = "quick"

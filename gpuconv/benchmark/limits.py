@@ -14,7 +14,7 @@ import numpy
 from gpuconv import dtypes
 from gpuconv.arrays import Array, Backend
 from gpuconv.benchmark.timing import Clock
-from gpuconv.cuda import cublas
+from gpuconv.gpu import cublas
 
 COPY_BYTES = {"numpy": 2**28, "cupy": 2**31}
 EXTENT = {"numpy": 2048, "cupy": 8192}  # of the square matrices

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
-import gpuconv
+from gpuconv import api
 from gpuconv.arguments import Layout
 from gpuconv.arrays import Array
 from gpuconv.benchmark import reference
@@ -77,15 +77,15 @@ class Problem:
         options = {**self.settings, "layout": layout, "algorithm": algorithm, "precision": self.precision}
         if self.transposed:
             if direction == "forward":
-                return lambda: gpuconv.conv_transpose(x, w, **options)
+                return lambda: api.conv_transpose(x, w, **options)
             which = {"data_grad": 0, "weight_grad": 1}[direction]
             needs = ("dx", "dw")[which]
-            return lambda: gpuconv.conv_transpose_backward(dy, x, w, needs=needs, **options)[which]
+            return lambda: api.conv_transpose_backward(dy, x, w, needs=needs, **options)[which]
         if direction == "forward":
-            return lambda: gpuconv.conv(x, w, **options)
+            return lambda: api.conv(x, w, **options)
         if direction == "data_grad":
-            return lambda: gpuconv.conv_data_grad(dy, w, x.shape, **options)
-        return lambda: gpuconv.conv_weight_grad(dy, x, w.shape, **options)
+            return lambda: api.conv_data_grad(dy, w, x.shape, **options)
+        return lambda: api.conv_weight_grad(dy, x, w.shape, **options)
 
     def inner(self, direction: Direction) -> tuple[Direction, Array, Array]:
         """The direction of ``geometry`` that gives this one's result, and what it reads.

@@ -19,9 +19,9 @@ from gpuconv.benchmark.peers.worker import Worker
 from gpuconv.benchmark.problem import Problem
 from gpuconv.benchmark.results import OURS, Row
 from gpuconv.benchmark.timing import GpuClock
-from gpuconv.choose import TRANSFORMS, choose, consent
 from gpuconv.geometry import DIRECTIONS, Direction
 from gpuconv.request import Request
+from gpuconv.select import TRANSFORMS, choose, consent
 
 Job: TypeAlias = tuple[Case, int, str]  # a layer, its batch size and dtype
 

@@ -8,7 +8,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
-from gpuconv.cuda.compiler import elf_size
+from gpuconv.gpu.compiler import elf_size
 from tests.cupy_on_cpu import loaded
 from tests.emulation import loader
 

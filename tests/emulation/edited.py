@@ -4,7 +4,7 @@ import contextlib
 import re
 from unittest import mock
 
-from gpuconv.cuda import kernel, kernels_folder
+from gpuconv.gpu import kernel, kernels_folder
 from tests.emulation import loader
 
 

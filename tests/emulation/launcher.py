@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from gpuconv.arrays import Backend
-from gpuconv.cuda.kernel import parameters
-from gpuconv.cuda.launch import check
+from gpuconv.gpu.kernel import parameters
+from gpuconv.gpu.launch import check
 from tests.emulation import loader
 
 ORDERS = ("natural", "reverse", "random")
@@ -101,7 +101,7 @@ class LaunchOptions(ctypes.Structure):
 
 
 def prepared(kernel, grid, block, arguments, shared_memory=0):
-    """What a backend has in the place of gpuconv.cuda.launch.prepared."""
+    """What a backend has in the place of gpuconv.gpu.launch.prepared."""
     check(kernel, grid, arguments)
     return functools.partial(_launch, kernel, grid, block, shared_memory)
 

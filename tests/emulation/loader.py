@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from gpuconv import settings
-from gpuconv.cuda.kernel import source
+from gpuconv.gpu.kernel import source
 
 FOLDER = Path(__file__).parent
 

@@ -16,7 +16,7 @@ import gpuconv
 from gpuconv.arrays import BackendError
 from gpuconv.backends import cupy_backend
 from gpuconv.benchmark.results import commit
-from gpuconv.cuda import compiler, kernels_folder, report
+from gpuconv.gpu import compiler, kernels_folder, report
 from tests.golden import vectors
 
 

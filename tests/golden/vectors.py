@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpuconv.cuda import kernels_folder
+from gpuconv.gpu import kernels_folder
 
 FOLDER = Path(__file__).parent
 

@@ -25,7 +25,7 @@ constexpr size_t ALIGNMENT = 256;             // of what cudaMalloc gives
 constexpr size_t TOTAL = size_t(8) << 30;     // bytes of the device
 constexpr int VERSION = 12090;
 constexpr int DEVICES = 2;
-constexpr int MULTIPROCESSORS = 132;          // gpuconv.cuda.device.MODEL
+constexpr int MULTIPROCESSORS = 132;          // gpuconv.gpu.device.MODEL
 
 std::recursive_mutex& lock() {
     static std::recursive_mutex mutex;

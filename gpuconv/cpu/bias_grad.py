@@ -1,0 +1,40 @@
+"""db: the sum of dy over all but the channels."""
+
+from __future__ import annotations
+
+import math
+
+import numpy
+
+from gpuconv import dtypes
+from gpuconv.blocking import Blocks, Space, fitting_box
+from gpuconv.operands import Index, Operand
+from gpuconv.plan import Planner
+from gpuconv.views import View
+
+
+def bias_grad(dy: Operand, db: View, planner: Planner) -> None:
+    """Adds up a block at a time where dy is read through an activation."""
+    positions, (groups, channels) = dy.view.shape[:-2], dy.view.shape[-2:]
+    axes = tuple(range(len(positions)))
+    # Long sums of like terms drift in float32; float64 costs little here.
+    sums = dtypes.promoted(planner.dtype, numpy.dtype(numpy.float64))
+    total, term = (
+        space.shaped((groups, channels)) for space in planner.workspace(*(groups * channels,) * 2, dtype=sums)
+    )
+    if dy.activation is None:
+        planner.call(planner.xp.sum, dy.view, axes, sums, out=total)
+    else:
+        planner.copy(total, 0)
+        read = Space(temporaries=dy.temporaries)
+        box, sizes = fitting_box(positions, planner.budget, lambda box: [(groups * channels * math.prod(box), read)])
+
+        def some_positions(index: Index, planner: Planner) -> None:
+            (space,) = planner.workspace(*sizes)
+            block = space.shaped(dy.view[index].shape)
+            dy.read(index, block, planner)
+            planner.call(planner.xp.sum, block, axes, sums, out=term)
+            planner.call(planner.xp.add, total, term, out=total)
+
+        planner.loop(Blocks(positions, box), some_positions)
+    planner.copy(db, total.reshape(groups * channels))

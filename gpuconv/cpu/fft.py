@@ -1,0 +1,466 @@
+"""fft: large kernels by products of spectra, in time that hardly depends on their extent.
+
+A correlation of x with w is, frequency by frequency, the product of their spectra, the second one conjugated:
+
+    forward      y[o]  = sum over t of x[o + t * dilation - low] w[t]      Y = X conj(FFT(conj(w)))
+    data_grad    the same of dy, with w rotated by 180 degrees
+    weight_grad  dw[t] = sum over o of x[o + t * dilation - low] dy[o]     the same of x, with dy in the place of w
+
+It is a circular correlation of tiles: L inputs give those L - window + 1 outputs whose windows do not reach round the
+end (overlap and save, Stockham 1966). L has small primes only. Tiles are chosen by an estimate of time among those that
+fit the workspace. If no tile fits for the whole kernel, the kernel is cut into segments: in forward and data_grad the
+products of spectra are summed over segments, as over channels; in weight_grad each segment is computed by itself. NaN
+and Inf would spread over a tile: what holds some is computed again by im2col.
+
+NumPy arrays are transformed by scipy.fft where SciPy is installed, since it is faster, else by numpy.fft.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy
+
+from gpuconv import dtypes
+from gpuconv.arguments import Shape
+from gpuconv.arrays import Array
+from gpuconv.blocking import Blocks, Places, largest, largest_fitting, pieces
+from gpuconv.cpu import containment, cost_model
+from gpuconv.cpu.finite import is_finite, note
+from gpuconv.geometry import Direction, Geometry
+from gpuconv.operands import MOST_TEMPORARIES, Index, Operand, Result
+from gpuconv.plan import Planner
+from gpuconv.request import Request
+from gpuconv.views import View
+
+SHARES = 4  # of the workspace, where several parts are computed at the same time
+
+
+def why_not(request: Request) -> str | None:
+    """A reason for strides, of whose outputs most would be computed in vain, and for tiles beyond the workspace."""
+    if set(request.geometry.stride) != {1}:
+        return f"it is for stride 1, not {request.geometry.stride}"
+    problem = _Problem.of(request)
+    if _cut(problem, request.budget) is not None:
+        return None
+    return request.lacks(min(map(problem.elements, problem.segmented())), "the smallest tiles")
+
+
+def nanoseconds(request: Request) -> float:
+    """An estimate: the transforms of x, w and y, and the products of spectra."""
+    problem = _Problem.of(request)
+    cut = _cut(problem, request.budget)
+    assert cut is not None
+    return problem.nanoseconds(cut.tile, request.budget // cut.shares)
+
+
+def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
+    """Y = X conj(FFT(conj(w)))."""
+    containment.forward(_forward, x, w, y, geometry, planner)
+
+
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
+    """The forward convolution of dy with w rotated, C and F exchanged."""
+    containment.data_grad(_forward, dy, w, dx, geometry, planner)
+
+
+def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
+    """DW = X conj(FFT(conj(dy)))."""
+    containment.weight_grad(_weight_grad, dy, x, dw, geometry, planner)
+
+
+def _forward(x: Operand, w: Operand, y: Result, geometry: Geometry, flags: View, planner: Planner) -> None:
+    tiling = _Tiling.of(geometry, "forward", x.temporaries, planner)
+
+    def some_filters(part: tuple[slice, slice], planner: Planner) -> None:
+        groups, filters = part
+        weights = w.of_groups(groups, "w").of_channels(filters)
+        tiling.forward(x.of_groups(groups, "x"), weights, y.of_groups(groups, "y").of_channels(filters), flags, planner)
+
+    planner.loop(tiling.parts(), some_filters, tiling.workers)
+
+
+def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
+    tiling = _Tiling.of(geometry, "weight_grad", max(x.temporaries, dy.temporaries), planner)
+
+    def some_filters(part: tuple[slice, slice], planner: Planner) -> None:
+        groups, filters = part
+        gradients, result = dy.of_groups(groups, "y").of_channels(filters), dw.of_groups(groups, "w")
+        tiling.weight_grad(gradients, x.of_groups(groups, "x"), result.of_channels(filters).view, planner)
+
+    planner.loop(tiling.parts(), some_filters, tiling.workers)
+
+
+class _Tile(NamedTuple):
+    """How many inputs and taps, along each axis, are transformed at once."""
+
+    extent: Shape  # L
+    taps: Shape  # of a segment of the kernel: all of them where there is room
+
+
+class _Cut(NamedTuple):
+    """How a correlation is cut up, and into how many parts the workspace is divided for several threads."""
+
+    tile: _Tile
+    shares: int
+
+
+class _Problem(NamedTuple):
+    """What decides the tiles of a correlation."""
+
+    geometry: Geometry
+    direction: Direction  # data_grad is a forward convolution
+    is_complex: bool
+    temporaries: int  # of reading x or dy
+    copies: int  # that a transform takes beside what it transforms
+
+    @classmethod
+    def of(cls, request: Request) -> _Problem:
+        """That of a request, for operands that need all temporaries that there are."""
+        forward = request.as_forward()
+        copies = _copies(request.backend.xp)
+        return cls(forward.geometry, forward.direction, request.is_complex, MOST_TEMPORARIES, copies)
+
+    def elements(self, tile: _Tile, filters: int = 1) -> int:
+        """Elements of all arrays that are alive at once, for one group and so many of its filters.
+
+        What reading and transforming take comes on top of the spaces that hold spectra. What transforms take outside of
+        arrays, a few lines for each thread, is not counted.
+        """
+        channels, read = self.geometry.group_channels, max(self.copies, self.temporaries)
+        if self.direction == "weight_grad":  # all sums, dy and x
+            arrays = channels * filters + filters + 1 + read * filters
+        elif tile.taps == self.geometry.kernel:  # all weights; sums and x
+            arrays = channels * filters + filters + 1 + max(self.copies * filters, self.temporaries)
+        else:  # sums, weights and x
+            arrays = 2 * filters + 1 + max(self.copies * filters, self.temporaries)
+        size = math.prod(tile.extent) if self.is_complex else math.prod(tile.extent[:-1]) * (tile.extent[-1] + 2)
+        return size * arrays
+
+    def nanoseconds(self, tile: _Tile, share: int) -> float:
+        """An estimate for this tile; ``share`` is how many elements a part may take."""
+        geometry, size = self.geometry, math.prod(tile.extent)
+        tiles = math.prod((*geometry.batch, *map(_count, geometry.output, _steps(tile, geometry))))
+        segments = math.prod(map(_count, geometry.kernel, tile.taps))
+        passes = _count(geometry.group_filters, max(1, share // self.elements(tile)))  # over x
+        weights = geometry.channels * geometry.group_filters
+        spectra = tiles * (passes * segments * geometry.channels + geometry.filters)
+        spectra += weights * (1 if segments == 1 else tiles * segments)
+        transforms = spectra * math.log2(2 * size) * cost_model.FOURIER
+        products = tiles * segments * weights / 2 * cost_model.MULTIPLY
+        called = tiles * passes * segments * (80 + 10 * geometry.group_channels) * cost_model.STEP
+        return (transforms + products) * size * (1 + self.is_complex) + called
+
+    def whole(self) -> Iterator[_Tile]:
+        """Tiles for the whole kernel: along each axis of all the outputs, a half of them, a quarter and so on."""
+        axes = map(_lengths, self.geometry.output, self.geometry.window)
+        return (_Tile(extent, self.geometry.kernel) for extent in product(*axes))
+
+    def segmented(self) -> Iterator[_Tile]:
+        """Tiles for segments of the kernel, with as many outputs as a segment is wide."""
+        axes = map(_segments, self.geometry.output, self.geometry.kernel, self.geometry.dilation)
+        return (_Tile(*zip(*axes_of, strict=True)) for axes_of in product(*axes))
+
+
+@lru_cache(maxsize=1024)
+def _cut(problem: _Problem, budget: int) -> _Cut | None:
+    """The fastest tiles that fit the budget, or None.
+
+    The number of shares does not depend on the number of threads, so the tiles do not either. The kernel is cut only if
+    no tile fits for the whole kernel.
+    """
+    shares = max(1, min(SHARES, problem.geometry.groups * problem.geometry.group_filters))
+
+    def cost(cut: _Cut) -> tuple[float, list[int]]:
+        """Its time with two threads; of those that take as long, long last axes lie best in memory."""
+        nanoseconds = problem.nanoseconds(cut.tile, budget // cut.shares) / min(cut.shares, 2)
+        return nanoseconds, [-n for n in cut.tile.extent[::-1]]
+
+    for tiles in (problem.whole, problem.segmented):
+        cuts = (_Cut(tile, number) for number in range(shares, 0, -1) for tile in tiles())
+        fitting = [cut for cut in cuts if problem.elements(cut.tile) <= budget // cut.shares]
+        if fitting:
+            return min(fitting, key=cost)
+    return None
+
+
+def _steps(tile: _Tile, geometry: Geometry) -> Shape:
+    """Outputs of a tile."""
+    axes = zip(tile.extent, tile.taps, geometry.dilation, strict=True)
+    return tuple(length - d * (k - 1) for length, k, d in axes)
+
+
+def _count(extent: int, size: int) -> int:
+    return -(-extent // size)
+
+
+def _lengths(outputs: int, window: int) -> tuple[int, ...]:
+    """Lengths of tiles along an axis; the last ones compute an eighth of what they transform."""
+    lengths = []
+    for halvings in range(outputs.bit_length()):
+        step = -(-outputs // 2**halvings)
+        lengths.append(smooth(step + window - 1))
+        if 8 * step < window:
+            break
+    return tuple(dict.fromkeys(lengths))
+
+
+def _segments(outputs: int, kernel: int, dilation: int) -> tuple[tuple[int, int], ...]:
+    """Lengths of tiles along an axis and the taps of their segments: all taps, a half of them and so on down to 16."""
+    found = []
+    for halvings in range(kernel.bit_length()):
+        taps = -(-kernel // 2**halvings)
+        window = dilation * (taps - 1) + 1
+        found.append((smooth(min(outputs, window) + window - 1), taps))
+        if taps <= 16:
+            break
+    return tuple(found)
+
+
+class _Space(NamedTuple):
+    """Memory for a spectrum, and for what it is the transform of."""
+
+    block: View  # (*channels, *L)
+    spectrum: View  # (*channels, *L), the last extent being L // 2 + 1 for real numbers
+
+
+@dataclass(frozen=True)
+class _Tiling:
+    """A convolution cut into tiles of inputs, and into groups and filters that memory has room for."""
+
+    geometry: Geometry
+    dtype: numpy.dtype
+    xp: Any
+    tile: _Tile
+    groups: int
+    filters: int
+    workers: int
+    transforms: tuple[Callable[..., Any], Callable[..., Any]]  # forth and back
+
+    @classmethod
+    def of(cls, geometry: Geometry, direction: Direction, temporaries: int, planner: Planner) -> _Tiling:
+        xp, is_complex = planner.xp, dtypes.is_complex(planner.dtype)
+        problem = _Problem(geometry, direction, is_complex, temporaries, _copies(xp))
+        cut = _cut(problem, planner.budget)
+        assert cut is not None
+        tile, workers = cut.tile, min(planner.threads, cut.shares)
+        share = planner.budget // workers
+        filters = largest_fitting(geometry.group_filters, share, lambda filters: problem.elements(tile, filters))
+        groups = largest(geometry.groups, share, problem.elements(tile, filters))
+        if groups == geometry.groups and workers > 1:  # something for each of them
+            groups = _count(geometry.groups, workers)
+        if geometry.groups == 1 and filters == geometry.group_filters:
+            filters = _count(geometry.group_filters, workers)
+        transforms = _transforms(xp, is_complex, tile.extent, max(1, planner.threads // workers))
+        return cls(geometry, planner.dtype, xp, tile, groups, filters, workers, transforms)
+
+    def parts(self) -> list[tuple[slice, slice]]:
+        """Groups, and filters of each of them, that are computed at a time."""
+        filters = list(pieces(self.geometry.group_filters, self.filters))
+        return [(groups, some) for groups in pieces(self.geometry.groups, self.groups) for some in filters]
+
+    def _over_tiles(self, body: Callable[[Shape, Index, Planner], None], planner: Planner) -> None:
+        """The steps of a body for the outputs of every tile of every image."""
+        images, blocks = Places(self.geometry.batch), Blocks(self.geometry.output, _steps(self.tile, self.geometry))
+
+        def some_outputs(number: int, planner: Planner) -> None:
+            image, block = divmod(number, len(blocks))
+            body(images[image], blocks[block], planner)
+
+        planner.loop(range(len(images) * len(blocks)), some_outputs)
+
+    @property
+    def _segments(self) -> Blocks:
+        """The taps, so many at a time."""
+        return Blocks(self.geometry.kernel, self.tile.taps)
+
+    def forward(self, x: Operand, w: Operand, y: Result, flags: View, planner: Planner) -> None:
+        """Computes y, and makes the flags of images 0 that NaN or Inf is in."""
+        groups, channels, filters = w.view.shape[-3:]
+        segments, is_whole = self._segments, self.tile.taps == self.geometry.kernel
+        spaces = self._spaces((groups, filters), channels if is_whole else 1, planner)
+
+        def transform_weights(channel: int, planner: Planner) -> None:
+            self._read_w(w, channel, segments[0], spaces[channel], planner)
+
+        if is_whole:  # the weights are the same for all tiles
+            planner.loop(range(channels), transform_weights)
+
+        def some_outputs(image: Shape, outputs: Index, planner: Planner) -> None:
+            (total,), (inputs,) = (self._spaces(of, 1, planner) for of in ((groups, filters), (groups,)))
+
+            def add(number: int, planner: Planner) -> None:
+                segment, channel = divmod(number, channels)
+                weights = spaces[channel if is_whole else 0]
+                if not is_whole:
+                    self._read_w(w, channel, segments[segment], weights, planner)
+                self._read_x(x, channel, (image, outputs, segments[segment]), inputs, planner)
+                self._add(total.spectrum, inputs, weights, number == 0, planner)
+
+            planner.loop(range(len(segments) * channels), add)
+            inside = tuple(slice(0, axis.stop - axis.start) for axis in outputs)
+            block = self._invert(total, inside, planner)
+            note(flags[image], block, is_finite, planner)
+            block = block.transpose(*range(2, block.ndim), 0, 1)
+            y.store(block, y.view[(*image, *outputs)], planner)
+
+        self._over_tiles(some_outputs, planner)
+
+    def weight_grad(self, dy: Operand, x: Operand, dw: View, planner: Planner) -> None:
+        """Computes dw, a segment of the kernel at a time."""
+        groups, channels, filters = dw.shape[-3:]
+
+        def some_taps(segment: Index, planner: Planner) -> None:
+            sums = self._spaces((groups, filters), channels, planner)
+
+            def some_outputs(image: Shape, outputs: Index, planner: Planner) -> None:
+                (gradients,), (inputs,) = (self._spaces(of, 1, planner) for of in ((groups, filters), (groups,)))
+                inside = tuple(slice(0, axis.stop - axis.start) for axis in outputs)
+                self._transform(dy, (*image, *outputs), inside, gradients, True, planner)
+                is_first = not any((*image, *(axis.start for axis in outputs)))
+
+                def add(channel: int, planner: Planner) -> None:
+                    self._read_x(x, channel, (image, outputs, segment), inputs, planner)
+                    self._add(sums[channel].spectrum, inputs, gradients, is_first, planner)
+
+                planner.loop(range(channels), add)
+
+            self._over_tiles(some_outputs, planner)
+
+            def store(channel: int, planner: Planner) -> None:
+                block = self._invert(sums[channel], self._spread_taps(segment), planner)
+                planner.copy(dw[(*segment, slice(None), channel)], block.transpose(*range(2, block.ndim), 0, 1))
+
+            planner.loop(range(channels), store)
+
+        planner.loop(self._segments, some_taps)
+
+    # The steps.
+
+    def _spaces(self, channels: Shape, number: int, planner: Planner) -> list[_Space]:
+        """Workspace for so many spectra of these channels."""
+        extent = self.tile.extent
+        half = extent if dtypes.is_complex(self.dtype) else (*extent[:-1], extent[-1] // 2 + 1)
+        spectra, spaces = numpy.result_type(self.dtype, numpy.complex64), []
+        for flat in planner.workspace(*(math.prod((*channels, *half)),) * number, dtype=spectra):
+            block = View(flat.memory, flat.offset, (1,), (self.dtype.itemsize,), self.dtype)
+            spaces.append(_Space(block.shaped((*channels, *extent)), flat.shaped((*channels, *half))))
+        return spaces
+
+    def _read_x(
+        self, x: Operand, channel: int, at: tuple[Shape, Index, Index], space: _Space, planner: Planner
+    ) -> None:
+        """The spectrum (G, *L) of the inputs of a channel that some taps of the kernel meet for a tile's outputs."""
+        into, seen, g, (image, outputs, segment) = [], [], self.geometry, at
+        axes = zip(outputs, self.tile.extent, segment, g.dilation, g.padding, g.input, strict=True)
+        for output, size, taps, d, (low, _), n in axes:
+            first = output.start + taps.start * d - low
+            begin, end = max(0, first), min(n, first + size)
+            seen.append(slice(begin, max(begin, end)))
+            into.append(slice(begin - first, max(begin, end) - first))
+        self._transform(x, (*image, *seen, slice(None), channel), tuple(into), space, False, planner)
+
+    def _read_w(self, w: Operand, channel: int, segment: Index, space: _Space, planner: Planner) -> None:
+        """The conjugate spectrum (G, F, *L) of a segment of the weights of a channel, as dilation spreads them."""
+        index = (*segment, slice(None), channel, slice(None))
+        self._transform(w, index, self._spread_taps(segment), space, True, planner)
+
+    def _spread_taps(self, segment: Index) -> Index:
+        """Where the taps of a segment are in a tile."""
+        axes = zip(segment, self.geometry.dilation, strict=True)
+        return tuple(slice(0, d * (taps.stop - taps.start - 1) + 1, d) for taps, d in axes)
+
+    def _transform(
+        self, operand: Operand, index: Index, into: Index, space: _Space, conjugate: bool, planner: Planner
+    ) -> None:
+        """The spectrum of a piece of an operand with zeros around it, in the memory of its block."""
+        block, rank = space.block, self.geometry.rank
+        channels = range(block.ndim - rank)
+        planner.copy(block, 0)
+        target = block[(..., *into)]
+        if target.size:
+            operand.read(index, target.transpose(*range(len(channels), block.ndim), *channels), planner)
+        if conjugate and dtypes.is_complex(self.dtype):
+            planner.call(self.xp.conjugate, block, out=block)
+        planner.call(_transform, space.spectrum, block, self.transforms[0], conjugate, self.xp)
+
+    def _add(self, total: View, inputs: _Space, weights: _Space, is_first: bool, planner: Planner) -> None:
+        """Adds the product of two spectra, or puts it there."""
+        factors = inputs.spectrum[:, None], weights.spectrum
+        if is_first:
+            planner.call(self.xp.multiply, *factors, out=total)
+        else:
+            planner.call(_add_product, total, *factors)
+
+    def _invert(self, space: _Space, inside: Index, planner: Planner) -> View:
+        """A part of what a spectrum is the transform of, in the memory of that."""
+        block = space.block.shaped(space.block[(..., *inside)].shape)
+        planner.call(_invert, block, space.spectrum, self.transforms[1], inside)
+        return block
+
+
+def _transform(spectrum: Array, block: Array, transform: Any, conjugate: bool, xp: Any) -> None:
+    """spectrum = transform(block), conjugated or not; they may share memory."""
+    found = transform(block)
+    if conjugate:
+        xp.conjugate(found, out=spectrum)
+    else:
+        spectrum[...] = found
+
+
+def _add_product(total: Array, inputs: Array, weights: Array) -> None:
+    """total += inputs * weights."""
+    total += inputs * weights
+
+
+def _invert(block: Array, spectrum: Array, transform: Any, inside: Index) -> None:
+    """block = a part of transform(spectrum); they may share memory."""
+    block[...] = transform(spectrum)[(..., *inside)]
+
+
+def _transforms(xp: Any, is_complex: bool, extent: Shape, workers: int) -> tuple[Any, Any]:
+    """The transforms of tiles forth and back; those of SciPy with so many threads, which parts leave idle."""
+    module, options = xp.fft, dict[str, Any](axes=tuple(range(-len(extent), 0)))
+    if xp is numpy and _has_scipy():
+        import scipy.fft
+
+        module, options = scipy.fft, {**options, "workers": workers}
+    if is_complex:
+        return partial(module.fftn, **options), partial(module.ifftn, **options)
+    return partial(module.rfftn, **options), partial(module.irfftn, s=extent, **options)
+
+
+@lru_cache(maxsize=1)
+def _has_scipy() -> bool:
+    """Whether SciPy is installed; it is not imported before something is transformed."""
+    return bool(sys.modules["scipy"] if "scipy" in sys.modules else importlib.util.find_spec("scipy"))
+
+
+def _copies(xp: Any) -> int:
+    """Arrays that a transform takes beside what it transforms, its result among them: measured, and rounded up.
+
+    NumPy transforms float32 in double precision; what CuPy takes is a guess from above.
+    """
+    return 2 if xp is numpy and _has_scipy() else 6
+
+
+@lru_cache(maxsize=4096)
+def smooth(size: int) -> int:
+    """The smallest number of no primes but 2, 3 and 5 that is not below this one, which is at least 1."""
+    best = 1 << (size - 1).bit_length()
+    fives = 1
+    while fives < best:
+        threes = fives
+        while threes < best:
+            twos = threes << (-(-size // threes) - 1).bit_length()
+            best = min(best, twos)
+            threes *= 3
+        fives *= 5
+    return best

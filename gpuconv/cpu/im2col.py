@@ -1,0 +1,289 @@
+"""im2col: the windows of x laid out as a matrix, and one matrix product for all filters.
+
+Works in blocks of outputs, so that the unfolded windows never exist as a whole, and accepts every convolution.
+Each direction is a product with unfolded windows ``cols``, K = C / G * T * R * S long:
+
+    forward      y  = cols(x) w         over blocks of outputs
+    data_grad    dx = cols(dy) w        with w turned round; for each residue of the stride with some of the taps
+                 cols(dx) = dy w'       where windows do not overlap
+    weight_grad  dw = cols(x)' dy       summed over blocks of outputs
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+
+from gpuconv.arguments import Shape
+from gpuconv.blocking import Blocks, Room, Space, fitting_box, largest, largest_part, pieces
+from gpuconv.cpu import col2im, cost_model, lines, residues, slices
+from gpuconv.cpu.finite import if_finite
+from gpuconv.cpu.unfold import BLOCK_BYTES, SHORT_PRODUCT, Unfolding, order_of, smallest
+from gpuconv.cpu.windows import reaches_beyond, sliding
+from gpuconv.geometry import Direction, Geometry, Residue
+from gpuconv.operands import Index, Operand, Result, in_place
+from gpuconv.plan import Planner, Team, is_small
+from gpuconv.request import Request
+
+# Of weight_grad's outputs or channels where threads share it, and how many make one of them worth while.
+SLICES, SHORT_SLICE, FEW_CHANNELS = 8, 512, 128
+LONGEST = 1 << 16  # sum of a product of weight_grad: more terms that are alike would drift
+
+
+def why_not(request: Request) -> str | None:
+    """None: im2col accepts everything."""
+    return None
+
+
+def exceeds(request: Request) -> str | None:
+    """A note where the smallest piece may take more than the limit allows."""
+    part = largest_part(request)
+    pieces = [smallest(part, request.direction)]
+    if request.direction == "data_grad":
+        pieces.append(slices.least(part, "data_grad"))  # which takes over where w is not finite
+    return request.lacks(max(pieces), "its smallest piece")
+
+
+def nanoseconds(request: Request) -> float:
+    """An estimate: products, and windows copied out of x, or of dy, and for data_grad weights."""
+    geometry, direction, is_complex = request.geometry, request.direction, request.is_complex
+    if direction == "data_grad" and col2im.suits(geometry):
+        return col2im.nanoseconds(geometry, is_complex)
+    width = geometry.group_channels if direction == "data_grad" else geometry.group_filters
+    product = cost_model.product(geometry.reduction_length(direction), width, is_complex)
+    run = geometry.group_channels if geometry.layout == "channels_last" and geometry.groups > 1 else math.inf
+    weights = math.prod(geometry.w_shape) if direction == "data_grad" and not geometry.is_pointwise else 0
+    copied = _unfolded(geometry, direction) * cost_model.copied(run) + 2 * cost_model.COPY * weights
+    return geometry.multiply_adds() * product + copied
+
+
+def _unfolded(geometry: Geometry, direction: Direction) -> int:
+    """Elements of the windows that are unfolded, of x or of dy."""
+    if geometry.is_pointwise:
+        return 0
+    if direction != "data_grad":
+        windows = geometry.reduction_length("weight_grad") * geometry.channels * geometry.taps
+        return lines.elements(geometry) if lines.suits(geometry) else windows
+    if _lie_apart(geometry):
+        return math.prod(geometry.y_shape)
+    shared = None if _has_many_residues(geometry) else residues.plan(geometry)
+    seen = geometry if shared is None else shared.gathered
+    return seen.reduction_length("weight_grad") * geometry.filters * seen.taps
+
+
+def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
+    """y[o] = sum over taps t and channels c of x[o * stride + t * dilation - low, c] w[t, c]."""
+    if lines.pays(x, y, geometry, planner):
+        lines.forward(x, w, y, geometry, planner)
+        return
+    order = order_of(x.view, y.view, geometry, math.prod(geometry.output) >= SHORT_PRODUCT)
+    team = planner.team(geometry, smallest(geometry, "forward"))
+    per_filter = geometry.channels * geometry.taps if order.weights.copies(w, planner) else 0
+    filters_at_once = largest(geometry.group_filters, planner.budget // 2, per_filter)
+    limit = min((planner.budget - per_filter * filters_at_once) // team.shares, BLOCK_BYTES // planner.dtype.itemsize)
+    sums_need = Space(not in_place(y.view, planner.dtype) or order.images.matrix(y.view) is None, y.temporaries)
+    unfolding, outputs = Unfolding(x, geometry, order, planner), geometry.reduction_length("weight_grad")
+    blocks, spaces = unfolding.blocks(
+        limit, team.share(outputs), lambda outputs: [(outputs * geometry.groups * filters_at_once, sums_need)]
+    )
+
+    def some_filters(filters: slice, planner: Planner) -> None:
+        (weight_space,) = planner.workspace(per_filter * filters_at_once)
+        weights = order.load_weights(w.part(w.view[..., filters]), weight_space, planner)
+
+        def some_outputs(index: Index, planner: Planner) -> None:
+            patch_space, cols_space, sums_space = planner.workspace(*spaces)
+            cols = unfolding.cols(index, patch_space, cols_space, planner)
+            target = y.view[(*index, slice(None), filters)]
+            block, sums = order.images.place(target, sums_space, planner)
+            planner.matmul(*((cols, weights) if order.by_rows else (weights, cols)), sums)
+            y.store(block, target, planner, filters)
+
+        planner.loop(blocks, some_outputs, team.workers)
+
+    planner.loop(list(pieces(geometry.group_filters, filters_at_once)), some_filters)
+
+
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
+    """dx[i] = sum over the taps t and outputs o with o * stride + t * dilation - low = i of dy[o] w[t]'."""
+    if geometry.is_pointwise:
+        _data_grad_by_residues(dy, w, dx, geometry, planner)
+    elif _lie_apart(geometry):
+        _data_grad_apart(dy, w, dx, geometry, planner)
+    elif col2im.pays(dy, dx, geometry, planner):
+        col2im.data_grad(dy, w, dx, geometry, planner)
+    elif _has_many_residues(geometry):
+        slices.data_grad(dy, w, dx, geometry, planner)
+    else:
+        # By residues, NaN and Inf in w would meet zeros beyond dy, and NaN spread where none belongs.
+        by_residues = _data_grad_by_residues if residues.plan(geometry) is None else residues.data_grad
+        by_taps = partial(slices.data_grad, dy, w, dx, geometry)
+        if_finite(w.view, partial(by_residues, dy, w, dx, geometry), by_taps, planner)
+
+
+def _lie_apart(geometry: Geometry) -> bool:
+    """Whether windows lie inside x and do not overlap."""
+    axes = zip(geometry.stride, geometry.window, geometry.output, strict=True)
+    return not reaches_beyond(geometry) and all(s >= k or m == 1 for s, k, m in axes)
+
+
+def _has_many_residues(geometry: Geometry) -> bool:
+    """Whether taking taps one at a time is fewer steps than taking residues of the stride."""
+    return math.prod(min(s, n) for s, n in zip(geometry.stride, geometry.input, strict=True)) > 4 * geometry.taps
+
+
+def _data_grad_by_residues(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
+    backwards = (slice(None, None, -1),) * geometry.rank
+
+    def part(residue: Residue, planner: Planner) -> None:
+        inputs = dx.part((*(slice(None) for _ in geometry.batch), *residue.inputs))
+        if residue.geometry is None:
+            inputs.fill(planner)
+        else:
+            taps = w.part(w.view[residue.taps][backwards].swapaxes(-1, -2))
+            forward(dy, taps, inputs, residue.geometry, planner)
+
+    planner.loop(geometry.residues, part)
+
+
+def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
+    """Windows that do not overlap, as in patch embeddings and their transposes: each is a product of its own."""
+    order = order_of(dy.view, dy.view, geometry, stack=False)
+    team = planner.team(geometry, smallest(geometry, "data_grad"))
+    per_channel = geometry.filters * geometry.taps if order.weights.copies(w, planner) else 0
+    channels_at_once = largest(geometry.group_channels, planner.budget // 2, per_channel)
+    gradients = Space(order.images.copies(dy, planner), dy.temporaries)
+
+    def room(box: Shape) -> Room:
+        outputs = math.prod(box)
+        cols = outputs * geometry.groups * channels_at_once * geometry.taps
+        return ((outputs * geometry.filters, gradients), (cols, Space(True, dx.temporaries)))
+
+    extents = (*geometry.batch, *geometry.output)
+    limit = min((planner.budget - per_channel * channels_at_once) // team.shares, BLOCK_BYTES // planner.dtype.itemsize)
+    box, spaces = fitting_box(extents, limit, room, team.share(math.prod(extents)))
+    leaves_gaps = not _covers(geometry)
+    cropped = (slice(-low, None) for low, _ in geometry.padding)
+    inputs = dx.view[(*(slice(None) for _ in geometry.batch), *cropped)]
+    windows = sliding(inputs, geometry, geometry.output)
+
+    def some_channels(channels: slice, planner: Planner) -> None:
+        (weight_space,) = planner.workspace(per_channel * channels_at_once)
+        weights = order.load_weights(w.part(w.view[..., channels, :]), weight_space, planner).swapaxes(-1, -2)
+
+        def some_outputs(index: Index, planner: Planner) -> None:
+            dy_space, cols_space = planner.workspace(*spaces)
+            if leaves_gaps:
+                dx.of_channels(channels).part(_inputs_of(index, geometry)).fill(planner)
+            sums = order.images.load(dy, index, dy_space, planner)
+            target = windows[(*index, ..., channels)]
+            block, cols = order.windows.empty(target.shape, cols_space)
+            planner.matmul(*((sums, weights) if order.by_rows else (weights, sums)), cols)
+            dx.store(block, target, planner, channels)
+
+        planner.loop(Blocks(extents, box), some_outputs, team.workers)
+
+    planner.loop(list(pieces(geometry.group_channels, channels_at_once)), some_channels)
+
+
+def _inputs_of(index: Index, geometry: Geometry) -> Index:
+    """The inputs from a block of outputs to the next one, where windows do not overlap."""
+    batch, inputs = len(geometry.batch), []
+    axes = zip(index[batch:], geometry.input, geometry.output, geometry.stride, geometry.padding, strict=True)
+    for outputs, n, m, s, (low, _) in axes:
+        start = outputs.start * s - low if outputs.start else 0
+        inputs.append(slice(start, outputs.stop * s - low if outputs.stop < m else n))
+    return (*index[:batch], *inputs)
+
+
+def _covers(geometry: Geometry) -> bool:
+    """Whether windows that do not overlap leave nothing of x out."""
+    axes = zip(geometry.input, geometry.output, geometry.kernel, geometry.stride, strict=True)
+    whole = all(n == (m - 1) * s + k and (s == k or m == 1) for n, m, k, s in axes)
+    return whole and not any(map(any, geometry.padding))
+
+
+def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
+    """dw[t, c] = sum over outputs o of x[o * stride + t * dilation - low, c] dy[o]."""
+    if lines.pays(x, dy, geometry, planner, math.prod(geometry.w_shape)):
+        lines.weight_grad(dy, x, dw, geometry, planner)
+        return
+    team = planner.team(geometry, smallest(geometry, "weight_grad"))
+    if not _has_short_slices(geometry, planner):
+        _weight_grad(dy, x, dw, geometry, planner, team)
+        return
+
+    # Each task has some channels: their sums are whole, and no matrix product gets shorter than it is.
+    def some_channels(channels: slice, planner: Planner) -> None:
+        part = replace(geometry, channels=geometry.groups * (channels.stop - channels.start))
+        result = dw.part((..., channels, slice(None)))
+        _weight_grad(dy, x.of_channels(channels), result, part, planner.share(planner.limit // team.shares), Team())
+
+    size = max(FEW_CHANNELS, -(-geometry.group_channels // SLICES))
+    planner.loop(list(pieces(geometry.group_channels, size)), some_channels, team.workers)
+
+
+def _has_short_slices(geometry: Geometry, planner: Planner) -> bool:
+    """Whether slices of the outputs would be short, or their sums large, and slices of the channels would not."""
+    weights = math.prod(geometry.w_shape)
+    if is_small(geometry):
+        return False
+    is_short = _slices(geometry) == 1 or _slices(geometry) * weights > planner.budget // 4
+    return is_short and geometry.group_channels >= 2 * FEW_CHANNELS
+
+
+def _slices(geometry: Geometry) -> int:
+    """How many slices of the outputs have sums of their own, however many threads there are."""
+    slices = 1 if is_small(geometry) else SLICES
+    while slices > 1 and geometry.reduction_length("weight_grad") < slices * SHORT_SLICE:
+        slices //= 2
+    return slices
+
+
+def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner, team: Team) -> None:
+    """The outputs in slices, which are added up in order, however many threads there are."""
+    add, order = planner.xp.add, order_of(x.view, dy.view, geometry, stack=False)
+    gradients = Space(order.images.copies(dy, planner), dy.temporaries)
+    per_filter, copies = geometry.channels * geometry.taps, _slices(geometry) + team.shares
+    filters_at_once = largest(geometry.group_filters, planner.budget // 2, copies * per_filter)
+    weights = per_filter * filters_at_once
+    # Each block adds a whole dw to the sum: it should be worth that.
+    limit = (planner.budget - copies * weights) // team.shares
+    limit = min(limit, max(BLOCK_BYTES // planner.dtype.itemsize, 4 * weights))
+    most = min(LONGEST, -(-geometry.reduction_length("weight_grad") // _slices(geometry)))
+    unfolding = Unfolding(x, geometry, order, planner)
+    blocks, spaces = unfolding.blocks(
+        limit, most, lambda outputs: [(outputs * geometry.groups * filters_at_once, gradients)]
+    )
+    slices = min(_slices(geometry), len(blocks))
+
+    def some_filters(filters: slice, planner: Planner) -> None:
+        first, *others = planner.workspace(*(weights,) * slices)
+        target = dw.view[..., filters]
+        block, total = order.weights.place(target, first, planner)
+        totals = [total, *(space.shaped(total.shape) for space in others)]
+
+        def some_outputs(number: int, planner: Planner) -> None:
+            begin, end = (len(blocks) * end // slices for end in (number, number + 1))
+
+            def products(at: int, planner: Planner) -> None:
+                term_space, patch_space, cols_space, dy_space = planner.workspace(weights, *spaces)
+                index = blocks[at]
+                cols = unfolding.cols(index, patch_space, cols_space, planner)
+                sums = order.images.load(dy, (*index, slice(None), filters), dy_space, planner)
+                factors = (cols.swapaxes(-1, -2), sums) if order.by_rows else (sums, cols.swapaxes(-1, -2))
+                term = totals[number] if at == begin else term_space.shaped(total.shape)
+                planner.matmul(*factors, term)
+                if at > begin:
+                    planner.call(add, totals[number], term, out=totals[number])
+
+            planner.loop(range(begin, end), products)
+
+        planner.loop(range(slices), some_outputs, team.workers)
+        for term in totals[1:]:
+            planner.call(add, total, term, out=total)
+        if block is not target:
+            planner.copy(target, block)
+
+    planner.loop(list(pieces(geometry.group_filters, filters_at_once)), some_filters)

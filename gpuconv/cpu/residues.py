@@ -1,0 +1,259 @@
+"""data_grad of a stride: what all its residues see of dy, unfolded once for all of them.
+
+The inputs i = u * stride + residue are reached by other taps for each residue, but from outputs around the same u. So
+the outputs around u that any residue sees are one row of a matrix; each residue multiplies its part of every row by
+its own taps (Geometry.residues), and what it gets are the inputs that lie a stride apart:
+
+    dx[u * stride + residue] = cols(dy)[u, outputs of the residue] w[taps of the residue]
+
+Under a kernel of 3 and a stride of 2, four outputs are read for each u in two dimensions, where residues on their own
+would read nine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import product
+from typing import NamedTuple
+
+from gpuconv.arguments import Shape
+from gpuconv.blocking import (
+    Arrangement,
+    Places,
+    Room,
+    Space,
+    copy_weights,
+    largest,
+    lies_by_filters,
+    pieces,
+)
+from gpuconv.cpu.unfold import BLOCK_BYTES, SHORT_PRODUCT, Unfolding, order_of, smallest
+from gpuconv.geometry import AxisResidue, Geometry
+from gpuconv.operands import Index, Operand, Result
+from gpuconv.plan import Planner
+from gpuconv.views import View
+
+
+class Stretch(NamedTuple):
+    """Outputs that lie side by side: the first in a row of the matrix, the first of a residue's own, and how many."""
+
+    row: int
+    own: int
+    length: int
+
+
+class Side(NamedTuple):
+    """Residues of an axis that lie side by side and see the same outputs around u."""
+
+    inputs: slice  # of the first of them
+    taps: tuple[slice, ...]  # of each
+    seen: slice
+
+
+class Part(NamedTuple):
+    """Residues that see the same outputs: one product. Where what they see lies in a row of the matrix."""
+
+    sides: tuple[Side, ...]
+    stretches: tuple[Stretch, ...]
+
+    @property
+    def widths(self) -> Shape:
+        """How many residues on each axis."""
+        return tuple(len(side.taps) for side in self.sides)
+
+
+class Plan(NamedTuple):
+    """The residues that any tap reaches, and a forward convolution of dy that sees what all of them see."""
+
+    gathered: Geometry
+    parts: tuple[Part, ...]
+
+    @property
+    def widest(self) -> int:
+        """The most residues of a part."""
+        return max(math.prod(part.widths) for part in self.parts)
+
+
+@lru_cache(maxsize=1024)
+def plan(geometry: Geometry) -> Plan | None:
+    """How residues share what they see; None where there is one, or where they see outputs that lie between others'."""
+    reached = [[of for of in geometry.axis_residues(axis) if of.reaching] for axis in range(geometry.rank)]
+    axes = [_sides(residues) for residues in reached]
+    if not all(axes) or math.prod(map(len, reached)) == 1:
+        return None
+    kernel = tuple(max(side.seen.stop for side in sides) for sides in axes)
+    padding = []
+    extents = zip(kernel, geometry.input, geometry.stride, geometry.output, strict=True)
+    for residues, (extent, n, s, m) in zip(reached, extents, strict=True):
+        low, span = max(of.padding[0] for of in residues), (extent - 1) * residues[0].dilation
+        padding.append((low, -(-n // s) + span - low - m))
+    gathered = replace(
+        geometry,
+        channels=geometry.filters,
+        filters=geometry.channels,
+        input=geometry.output,
+        kernel=kernel,
+        stride=(1,) * geometry.rank,
+        padding=tuple(padding),
+        dilation=tuple(residues[0].dilation for residues in reached),
+    )
+    return Plan(gathered, tuple(Part(sides, tuple(_stretches(sides, kernel))) for sides in product(*axes)))
+
+
+def _sides(residues: Sequence[AxisResidue]) -> list[Side]:
+    """The residues of an axis, those together that see the same; none where some see outputs between others'."""
+    alike: list[list[Side]] = []
+    most = max((of.padding[0] for of in residues), default=0)
+    for residue in residues:
+        # Tap t of a residue meets output u + t * dilation - low.
+        first, between = divmod(most - residue.padding[0], residue.dilation)
+        if between:
+            return []
+        side = Side(residue.inputs, (residue.taps,), slice(first, first + residue.reaching))
+        if alike and _are_alike(alike[-1], side):
+            alike[-1].append(side)
+        else:
+            alike.append([side])
+    return [sides[0]._replace(taps=tuple(side.taps[0] for side in sides)) for sides in alike]
+
+
+def _are_alike(before: Sequence[Side], side: Side) -> bool:
+    """Whether a residue comes next to others, has as many inputs, and sees the same."""
+    first = before[0]
+    is_next = side.inputs.start == first.inputs.start + len(before)
+    lengths = {len(range(of.inputs.start, of.inputs.stop, of.inputs.step)) for of in (first, side)}
+    return is_next and len(lengths) == 1 and side.seen == first.seen
+
+
+def _stretches(sides: tuple[Side, ...], kernel: Shape) -> Iterator[Stretch]:
+    """What residues see of all that is unfolded, as stretches of outputs."""
+    extents, axis = [side.seen.stop - side.seen.start for side in sides], len(kernel) - 1
+    while axis and extents[axis] == kernel[axis]:
+        axis -= 1
+    length = math.prod(extents[axis:])
+    for number, lead in enumerate(Places(tuple(extents[:axis]))):
+        row = 0
+        for extent, side, step in zip(kernel, sides, (*lead, *(0,) * (len(kernel) - axis)), strict=True):
+            row = row * extent + side.seen.start + step
+        yield Stretch(row, number * length, length)
+
+
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
+    """dx[u * stride + residue] = cols(dy)[u] w, for the residues of a block of u one after the other."""
+    shared = plan(geometry)
+    assert shared is not None
+    gathered, team = shared.gathered, planner.team(geometry, smallest(geometry, "data_grad"))
+    for residue in geometry.residues:
+        if residue.geometry is None:
+            dx.part((*(slice(None) for _ in geometry.batch), *residue.inputs)).fill(planner)
+    stack = math.prod(gathered.output) >= SHORT_PRODUCT
+    order = order_of(dy.view, dx.view, gathered, stack, taps_first=True)
+    weights_of_channel = geometry.filters * geometry.taps  # of every group
+    channels_at_once = largest(geometry.group_channels, planner.budget // 2, weights_of_channel)
+    shared_size = weights_of_channel * channels_at_once
+    limit = min((planner.budget - shared_size) // team.shares, BLOCK_BYTES // planner.dtype.itemsize)
+    has_terms = any(len(part.stretches) > 1 for part in shared.parts)
+
+    def sums_and_terms(outputs: int) -> Room:
+        size = outputs * geometry.groups * channels_at_once * shared.widest
+        return (size, Space(True, dx.temporaries)), (size, Space(has_terms))
+
+    unfolding = Unfolding(dy, gathered, order, planner)
+    most = team.share(math.prod((*gathered.batch, *gathered.output)))
+    blocks, spaces = unfolding.blocks(limit, most, sums_and_terms)
+    own_order = _order(len(geometry.batch), geometry.rank, order.by_rows, stack)
+
+    def some_channels(channels: slice, planner: Planner) -> None:
+        (weight_space,) = planner.workspace(shared_size)
+        weights = _weights(w, channels, shared, own_order, weight_space, planner)
+
+        def some_inputs(index: Index, planner: Planner) -> None:
+            patch_space, cols_space, sums_space, term_space = planner.workspace(*spaces)
+            cols = unfolding.cols(index, patch_space, cols_space, planner)
+            for part, own in zip(shared.parts, weights, strict=True):
+                target = _inputs(dx.view[..., channels], part, index, geometry)
+                extents = tuple(axis.stop - axis.start for axis in index)
+                block, sums = own_order.images.empty((*extents, *part.widths, *target.shape[-2:]), sums_space)
+                _multiply(cols, own, part, order.by_rows, sums, term_space, planner)
+                dx.finish(block, planner, channels)
+                planner.copy(target, block[tuple(slice(0, size) for size in target.shape[: len(extents)])])
+
+        planner.loop(blocks, some_inputs, team.workers)
+
+    planner.loop(list(pieces(geometry.group_channels, channels_at_once)), some_channels)
+
+
+class _Order(NamedTuple):
+    """How the inputs (*batch, *u, *residues, G, C/G) of a part and its taps (*kernel, *residues, G, F/G, C/G) lie."""
+
+    by_rows: bool
+    images: Arrangement
+    weights: Arrangement
+
+
+def _order(batch: int, rank: int, by_rows: bool, stack: bool) -> _Order:
+    positions = tuple(range(batch + rank))
+    residues, of_weights = tuple(range(batch + rank, batch + 2 * rank)), tuple(range(rank, 2 * rank))
+    group, kernel = batch + 2 * rank, tuple(range(rank))
+    if by_rows:
+        return _Order(
+            True,
+            Arrangement((group, *positions, *residues, group + 1), batch + rank, rank + 1),
+            Arrangement((2 * rank, *kernel, 2 * rank + 1, *of_weights, 2 * rank + 2), rank + 1, rank + 1),
+        )
+    stacked = positions[:batch] if stack else ()
+    columns = positions[len(stacked) :]
+    return _Order(
+        False,
+        Arrangement((*stacked, group, *residues, group + 1, *columns), rank + 1, len(columns)),
+        Arrangement((2 * rank, *of_weights, 2 * rank + 2, *kernel, 2 * rank + 1), rank + 1, rank + 1),
+    )
+
+
+def _weights(w: Operand, channels: slice, shared: Plan, order: _Order, space: View, planner: Planner) -> list[View]:
+    """The taps of each part, turned round, as matrices; what lies side by side stays so."""
+    turn = order.by_rows == (not lies_by_filters(w.view))
+    lying = order.weights.turned if turn else order.weights
+    weights, start = [], 0
+    for part in shared.parts:
+        kernel = tuple(side.seen.stop - side.seen.start for side in part.sides)
+        everything, backwards = (slice(None),) * len(kernel), (slice(None, None, -1),) * len(kernel)
+        groups, extent, filters = w.view[..., channels, :].shape[-3:]
+        block, matrix = lying.empty((*kernel, *part.widths, groups, filters, extent), space[start:])
+        weights.append(matrix.swapaxes(-1, -2) if turn else matrix)
+        start += block.size
+        for place in Places(part.widths):
+            taps = (side.taps[number] for side, number in zip(part.sides, place, strict=True))
+            turned = w.view[(*taps, slice(None), channels)][backwards].swapaxes(-1, -2)
+            copy_weights(w.part(turned), block[(*everything, *place)], planner)
+    return weights
+
+
+def _inputs(images: View, part: Part, index: Index, geometry: Geometry) -> View:
+    """The inputs (*batch, *u, *residues, G, C/G) of a part in a block of u, of those that it has."""
+    batch, rank = len(geometry.batch), geometry.rank
+    ranges = (
+        range(side.inputs.start, side.inputs.stop, side.inputs.step)[positions]
+        for side, positions in zip(part.sides, index[batch:], strict=True)
+    )
+    first = images[(*index[:batch], *(slice(found.start, found.stop, found.step) for found in ranges))]
+    return first.strided(
+        (*first.shape[:-2], *part.widths, *first.shape[-2:]),
+        (*first.strides[:-2], *images.strides[batch : batch + rank], *first.strides[-2:]),
+    )
+
+
+def _multiply(cols: View, weights: View, part: Part, by_rows: bool, sums: View, space: View, planner: Planner) -> None:
+    """sums = the part of cols that a residue sees, times its taps."""
+    channels = (weights.shape[-2] if by_rows else weights.shape[-1]) // sum(one.length for one in part.stretches)
+    for number, (row, own, length) in enumerate(part.stretches):
+        seen = slice(row * channels, (row + length) * channels)
+        taps = slice(own * channels, (own + length) * channels)
+        factors = (cols[..., seen], weights[..., taps, :]) if by_rows else (weights[..., taps], cols[..., seen, :])
+        term = sums if number == 0 else space.shaped(sums.shape)
+        planner.matmul(*factors, term)
+        if number:
+            planner.call(planner.xp.add, sums, term, out=sums)

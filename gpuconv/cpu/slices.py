@@ -1,0 +1,352 @@
+"""Tap by tap, by strided slices: the scatter-add on an array module, and what im2col falls back on.
+
+One tap of the kernel at a time: all outputs meet the inputs that this tap shows them, which lie a stride apart, so
+that a tap is one product and one addition to a strided slice. Nothing is unfolded. The sums of a block are formed in
+the workspace, tap after tap in a fixed order, and stored once.
+
+    forward      y[o]          += x[o * stride + t * dilation - low] w[t]
+    data_grad    dx[o * stride + t * dilation - low] += dy[o] w[t]'
+    weight_grad  dw[t]         += x[o * stride + t * dilation - low]' dy[o]
+
+With one filter per channel there is nothing for a matrix product to do, and this is the faster way on NumPy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+from gpuconv.arguments import Shape
+from gpuconv.blocking import (
+    Arrangement,
+    Blocks,
+    Places,
+    Room,
+    Space,
+    as_matrix,
+    channels_innermost,
+    copy_weights,
+    fitting_box,
+    largest,
+    largest_part,
+    lies_by_filters,
+    pieces,
+)
+from gpuconv.cpu import cost_model
+from gpuconv.cpu.windows import all_inputs, meeting
+from gpuconv.geometry import Direction, Geometry
+from gpuconv.operands import MOST_TEMPORARIES, Index, Operand, Result, in_place
+from gpuconv.plan import Planner, Team
+from gpuconv.request import Request
+from gpuconv.views import View
+
+# A tap passes over the whole block: smaller ones stay in the cache, larger ones make longer inner loops.
+BLOCK_BYTES = 4 << 20
+# Up to this many taps are added up one after the other.
+ONE_RUN = 64
+COUNTED_TAPS = 256  # of an axis, for the estimate
+
+
+def why_not(request: Request) -> str | None:
+    """A reason where one output (or input), with the weights of one filter of every group, does not fit the limit."""
+    return request.lacks(least(largest_part(request), request.direction), "the sums and weights of one position")
+
+
+def least(geometry: Geometry, direction: Direction) -> int:
+    """Elements of workspace for one filter (or channel) of every group and one output (or input)."""
+    channels, filters, sums = geometry.channels, geometry.filters, 3 + MOST_TEMPORARIES
+    read = 1 + MOST_TEMPORARIES
+    if direction == "forward":
+        return channels * geometry.taps + read * channels + sums * geometry.groups
+    if direction == "weight_grad":
+        return 2 * channels * geometry.taps + (1 + read) * channels + sums * geometry.groups
+    axes = zip(geometry.output, geometry.window, geometry.stride, strict=True)
+    reaching = math.prod(min(m, (window - 1) // s + 1) for m, window, s in axes)
+    return filters * geometry.taps + (read * reaching + 1) * filters + sums * geometry.groups
+
+
+def nanoseconds(request: Request) -> float:
+    """An estimate: products of the outputs that a tap shows some input, and their additions, tap by tap."""
+    geometry, direction, is_complex = request.geometry, request.direction, request.is_complex
+    met = math.prod(geometry.batch) * math.prod(_outputs_met(geometry))
+    if geometry.group_channels == geometry.group_filters == 1:
+        slowness = 4 if direction == "weight_grad" else 2 if geometry.layout == "channels_first" else 1
+        called = 4 * geometry.taps * math.prod(geometry.batch) * cost_model.STEP
+        return met * geometry.channels * cost_model.ADD * slowness + called
+    product = 1.1 * cost_model.product(geometry.group_channels, geometry.group_filters, is_complex)  # one tap is short
+    moved = geometry.filters if direction == "forward" else geometry.channels
+    copied = geometry.channels + (geometry.filters if geometry.layout == "channels_first" else 0)
+    # Where channels are innermost, those of a group lie side by side, and products and x are moved in such short runs.
+    is_cut = geometry.layout == "channels_last" and geometry.groups > 1
+    run = min(geometry.group_channels, geometry.group_filters) if is_cut else math.inf
+    added = moved * (cost_model.added(moved) + 2 * cost_model.copied(run) * is_cut) + copied * cost_model.copied(run)
+    # Taps that lie side by side are taken apart, and gradients of weights added to weights.
+    moves_weights = direction == "weight_grad" or (geometry.layout == "channels_first" and geometry.taps > 1)
+    around = 5 * cost_model.COPY * math.prod(geometry.w_shape) * moves_weights + 4 * geometry.taps * cost_model.STEP
+    return met * (geometry.channels * geometry.group_filters * product + added) + around
+
+
+def _outputs_met(geometry: Geometry) -> Iterator[float]:
+    """For each axis, the number of (tap, output) pairs that meet an input; estimated where there are many taps."""
+    axes = zip(
+        geometry.input, geometry.output, geometry.kernel, geometry.stride, geometry.dilation, geometry.padding,
+        strict=True,
+    )  # fmt: skip
+    for n, m, k, s, d, (low, _) in axes:
+        taps = range(0, k, -(-k // COUNTED_TAPS))
+        shifts = (t * d - low for t in taps)
+        met = sum(max(0, min(m - 1, (n - 1 - shift) // s) - max(0, -(shift // s)) + 1) for shift in shifts)
+        yield met * k / len(taps)
+
+
+def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
+    """Adds to y what each tap of w makes of x."""
+    order = _order_of(x.view, geometry.group_channels)
+    summed = not in_place(y.view, planner.dtype)
+    batch, everything = len(geometry.batch), (slice(None),) * len(geometry.batch)
+    team = planner.team(geometry, least(geometry, "forward"))
+    per_filter = geometry.channels * geometry.taps  # weights, of a filter of every group
+    filters_at_once = largest(geometry.group_filters, planner.budget // 2, per_filter)
+
+    def room(box: Shape) -> Room:
+        outputs = math.prod(box)
+        terms = outputs * geometry.groups * filters_at_once
+        return (
+            (outputs * geometry.channels, Space(True, x.temporaries)),
+            (terms, Space()),
+            (terms, Space(geometry.taps > ONE_RUN)),
+            (terms, Space(summed, y.temporaries)),
+        )
+
+    blocks, spaces = _blocks((*geometry.batch, *geometry.output), room, per_filter * filters_at_once, team, planner)
+
+    def some_filters(filters: slice, planner: Planner) -> None:
+        (weight_space,) = planner.workspace(per_filter * filters_at_once)
+        weights = _loaded_weights(w, (..., filters), weight_space, planner)
+
+        def some_outputs(index: Index, planner: Planner) -> None:
+            slice_space, term_space, part_space, sums_space = planner.workspace(*spaces)
+            target = y.view[(*index, slice(None), filters)]
+
+            def add(tap: Shape, part: View, planner: Planner) -> None:
+                outputs, seen = meeting(tap, index[batch:], all_inputs(geometry), geometry)
+                images = _loaded(x, (*index[:batch], *seen), slice_space, planner, order)
+                if images.size:
+                    sums = part[(*everything, *outputs)]
+                    product = _product(images, weights[tap], order, slice_space, term_space, planner)
+                    planner.call(planner.xp.add, sums, product, out=sums)
+
+            total = sums_space.shaped(target.shape) if summed else target
+            _add_up(add, total, part_space, geometry, planner)
+            y.store(total, target, planner, filters)
+
+        planner.loop(blocks, some_outputs, team.workers)
+
+    planner.loop(list(pieces(geometry.group_filters, filters_at_once)), some_filters)
+
+
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
+    """Adds each tap's share of dy to the inputs that the tap read."""
+    order = _order_of(dy.view, geometry.group_filters)
+    summed = not in_place(dx.view, planner.dtype)
+    w = w.part(w.view.swapaxes(-1, -2))
+    team = planner.team(geometry, least(geometry, "data_grad"))
+    batch, everything = len(geometry.batch), (slice(None),) * len(geometry.batch)
+    per_channel = geometry.filters * geometry.taps  # weights, of a channel of every group
+    channels_at_once = largest(geometry.group_channels, planner.budget // 2, per_channel)
+
+    def room(box: Shape) -> Room:
+        axes = list(zip(box[batch:], geometry.stride, geometry.window, geometry.output, strict=True))
+        images, terms = math.prod(box[:batch]), math.prod(box) * geometry.groups * channels_at_once
+        reaching = images * math.prod(min(m, (size + window - 2) // s + 1) for size, s, window, m in axes)
+        of_tap = images * math.prod(min(m, (size - 1) // s + 1) for size, s, _, m in axes)
+        return (
+            (reaching * geometry.filters, Space(not dy.is_plain(planner.dtype), dy.temporaries)),
+            (of_tap * geometry.filters, Space()),
+            (of_tap * geometry.groups * channels_at_once, Space()),
+            (terms, Space(geometry.taps > ONE_RUN)),
+            (terms, Space(summed, dx.temporaries)),
+        )
+
+    blocks, spaces = _blocks((*geometry.batch, *geometry.input), room, per_channel * channels_at_once, team, planner)
+
+    def some_channels(channels: slice, planner: Planner) -> None:
+        (weight_space,) = planner.workspace(per_channel * channels_at_once)
+        weights = _loaded_weights(w, (..., channels), weight_space, planner)
+
+        def some_inputs(index: Index, planner: Planner) -> None:
+            dy_space, slice_space, term_space, part_space, sums_space = planner.workspace(*spaces)
+            target = dx.view[(*index, slice(None), channels)]
+            outputs = _outputs_reaching(index, geometry)
+            block = _loaded(dy, (*outputs, slice(None), slice(None)), dy_space, planner)
+
+            def add(tap: Shape, part: View, planner: Planner) -> None:
+                source, into = meeting(tap, outputs[batch:], index[batch:], geometry)
+                share, sums = block[(*everything, *source)], part[(*everything, *into)]
+                if share.size:
+                    product = _product(share, weights[tap], order, slice_space, term_space, planner)
+                    planner.call(planner.xp.add, sums, product, out=sums)
+
+            total = sums_space.shaped(target.shape) if summed else target
+            _add_up(add, total, part_space, geometry, planner)
+            dx.store(total, target, planner, channels)
+
+        planner.loop(blocks, some_inputs, team.workers)
+
+    planner.loop(list(pieces(geometry.group_channels, channels_at_once)), some_channels)
+
+
+def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
+    """Adds to each tap of dw the products of dy with what the tap read."""
+    order = _by_groups(len(geometry.batch) + geometry.rank)
+    team = planner.team(geometry, least(geometry, "weight_grad"))
+    batch, everything = len(geometry.batch), (slice(None),) * len(geometry.batch)
+    summed = not in_place(dw.view, planner.dtype) or as_matrix(dw.view[(0,) * geometry.rank], 1, 1) is None
+    per_filter = geometry.channels * geometry.taps  # weights, of a filter of every group
+    each = (1 + summed) * per_filter + team.shares * geometry.channels
+    filters_at_once = largest(geometry.group_filters, planner.budget // 2, each)
+    term, sums = geometry.channels * filters_at_once, summed * per_filter * filters_at_once
+
+    def room(box: Shape) -> Room:
+        outputs = math.prod(box)
+        return (
+            (outputs * geometry.channels, Space(True, x.temporaries)),
+            (outputs * geometry.groups * filters_at_once, Space()),
+            (outputs * geometry.groups * filters_at_once, Space(True, dy.temporaries)),
+        )
+
+    extents = (*geometry.batch, *geometry.output)
+    limit = min((planner.budget - sums) // team.shares - term, BLOCK_BYTES // planner.dtype.itemsize)
+    box, (*own, dy_size) = fitting_box(extents, limit, room)
+
+    def some_filters(filters: slice, planner: Planner) -> None:
+        dy_space, sums_space = planner.workspace(dy_size, sums)
+        target = dw.view[..., filters]
+        total = _lying_like(target, sums_space) if summed else target
+        planner.copy(total, 0)
+
+        def some_outputs(index: Index, planner: Planner) -> None:
+            gradients = _loaded(dy, (*index, slice(None), filters), dy_space, planner)
+
+            def add(tap: Shape, planner: Planner) -> None:
+                slice_space, gradient_space, term_space = planner.workspace(*own, term)
+                outputs, seen = meeting(tap, index[batch:], all_inputs(geometry), geometry)
+                images = _loaded(x, (*index[:batch], *seen), slice_space, planner, order)
+                if images.size:
+                    rows = _as_rows(images, order, slice_space, planner).swapaxes(-1, -2)
+                    share = _as_rows(gradients[(*everything, *outputs)], order, gradient_space, planner)
+                    products = _lying_like(total[tap], term_space)
+                    planner.matmul(rows, share, products)
+                    planner.call(planner.xp.add, total[tap], products, out=total[tap])
+
+            planner.loop(Places(geometry.kernel), add, team.workers)
+
+        planner.loop(Blocks(extents, box), some_outputs)
+        if summed:
+            planner.copy(target, total)
+
+    planner.loop(list(pieces(geometry.group_filters, filters_at_once)), some_filters)
+
+
+def _blocks(
+    extents: Shape, room: Callable[[Shape], Room], shared: int, team: Team, planner: Planner
+) -> tuple[Blocks, Shape]:
+    """Blocks for which all threads have room beside what they share, and the elements of each workspace."""
+    limit = min((planner.budget - shared) // team.shares, BLOCK_BYTES // planner.dtype.itemsize)
+    box, spaces = fitting_box(extents, limit, room, team.share(math.prod(extents)))
+    return Blocks(extents, box), spaces
+
+
+def _add_up(
+    add: Callable[[Shape, View, Planner], None], total: View, space: View, geometry: Geometry, planner: Planner
+) -> None:
+    """total = the sum of what all taps add, in runs about as many as they are long where there are many taps.
+
+    Adding up K terms in runs keeps the rounding of like terms, which drifts one way, to the order of sqrt(K).
+    """
+    taps = Places(geometry.kernel)
+    planner.copy(total, 0)
+    if len(taps) <= ONE_RUN:
+        planner.loop(taps, lambda tap, planner: add(tap, total, planner))
+        return
+    part = space.shaped(total.shape)
+
+    def some_taps(run: slice, planner: Planner) -> None:
+        planner.copy(part, 0)
+        planner.loop(range(run.start, run.stop), lambda number, planner: add(taps[number], part, planner))
+        planner.call(planner.xp.add, total, part, out=total)
+
+    planner.loop(list(pieces(len(taps), math.isqrt(len(taps)))), some_taps)
+
+
+def _product(
+    images: View, weight: View, order: Arrangement, slice_space: View, term_space: View, planner: Planner
+) -> View:
+    """images (*box, G, I) times weight (G, I, J): the box's (*box, G, J), in the workspace."""
+    term, matrix = order.empty((*images.shape[:-1], weight.shape[-1]), term_space)
+    if weight.shape[-2] == 1:
+        planner.call(planner.xp.multiply, images, weight[:, 0], out=term)
+    else:
+        rows = _as_rows(images, order, slice_space, planner)
+        planner.matmul(rows, weight, matrix)
+    return term
+
+
+def _as_rows(images: View, order: Arrangement, space: View, planner: Planner) -> View:
+    """images (*box, G, I) as matrices (G, positions, I), copied where they do not lie so."""
+    rows = order.matrix(images)
+    if rows is None:
+        block, rows = order.empty(images.shape, space)
+        planner.copy(block, images)
+    return rows
+
+
+def _loaded_weights(w: Operand, index: Index, space: View, planner: Planner) -> View:
+    """Some of the weights (*kernel, G, I, J), where they lie if each tap is a matrix there, else in the workspace."""
+    piece = w.view[index]
+    if w.is_plain(planner.dtype) and as_matrix(piece[(0,) * (piece.ndim - 3)], 1, 1) is not None:
+        return piece
+    block = _lying_like(piece, space)
+    copy_weights(w.part(piece), block, planner)
+    return block
+
+
+def _lying_like(weights: View, space: View) -> View:
+    """Workspace in the shape of weights, tap after tap, with the channels and filters of a tap as they lie."""
+    *taps, channels, filters = weights.shape
+    if lies_by_filters(weights):
+        return space.shaped((*taps, filters, channels)).swapaxes(-1, -2)
+    return space.shaped(weights.shape)
+
+
+def _loaded(operand: Operand, index: Index, space: View, planner: Planner, order: Arrangement | None = None) -> View:
+    """A piece of an operand in the dtype of the sums: where it lies if that will do, else in this order of axes."""
+    piece = operand.view[index]
+    if operand.is_plain(planner.dtype) or not piece.size:
+        return piece
+    block = space.shaped(piece.shape) if order is None else order.empty(piece.shape, space)[0]
+    operand.read(index, block, planner)
+    return block
+
+
+def _order_of(images: View, channels: int) -> Arrangement:
+    """How blocks of these images lie: matrices (G, positions, I) for products, their own order for multiplications."""
+    positions = images.ndim - 2
+    if channels == 1 and channels_innermost(images):
+        return Arrangement(tuple(range(images.ndim)), positions, 2)
+    return _by_groups(positions)
+
+
+def _by_groups(positions: int) -> Arrangement:
+    return Arrangement((positions, *range(positions), positions + 1), positions, 1)
+
+
+def _outputs_reaching(index: Index, geometry: Geometry) -> Index:
+    """The outputs whose windows meet a block of inputs; batch axes as they are."""
+    batch = len(geometry.batch)
+    outputs = []
+    axes = zip(index[batch:], geometry.stride, geometry.window, geometry.padding, geometry.output, strict=True)
+    for inputs, s, window, (low, _), m in axes:
+        first = max(0, -(-(inputs.start + low - window + 1) // s))
+        outputs.append(slice(first, max(first, min(m, (inputs.stop - 1 + low) // s + 1))))
+    return (*index[:batch], *outputs)

@@ -1,0 +1,142 @@
+"""The windows of x unfolded into a matrix, a block of outputs at a time.
+
+A block lies in memory the way x does: with a row of ``cols`` per output where the channels of x are innermost, with
+a column per output where space is. So neither memory order is ever transposed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from gpuconv.arguments import Shape
+from gpuconv.blocking import (
+    Arrangement,
+    Blocks,
+    Places,
+    Room,
+    Space,
+    channels_innermost,
+    copy_weights,
+    fitting_box,
+    lies_by_filters,
+)
+from gpuconv.cpu.windows import reaches_beyond, read_tap, region_elements, sliding, windows_of
+from gpuconv.geometry import Direction, Geometry
+from gpuconv.operands import Index, Operand
+from gpuconv.plan import Planner
+from gpuconv.views import View
+
+# Larger blocks make longer products, smaller ones stay in the cache.
+BLOCK_BYTES = 8 << 20
+# Below this many outputs per image, the images of a block share one product, and the result is copied into place.
+SHORT_PRODUCT = 256
+
+
+class Order(NamedTuple):
+    """How x's windows (*batch, *output, *kernel, G, C/G), y and w lie as matrices, G of them in a stack."""
+
+    by_rows: bool  # a row of cols per output, else a column
+    windows: Arrangement
+    images: Arrangement
+    weights: Arrangement
+
+    def load_weights(self, w: Operand, flat: View, planner: Planner) -> View:
+        """w as matrices: where it lies, else copied by all threads, what lies side by side staying so."""
+        if not self.weights.copies(w, planner):
+            return self.weights.load(w, (...,), flat, planner)
+        turn = self.by_rows == lies_by_filters(w.view)
+        block, matrix = (self.weights.turned if turn else self.weights).empty(w.view.shape, flat)
+        copy_weights(w, block, planner)
+        return matrix.swapaxes(-1, -2) if turn else matrix
+
+
+def _order(batch: int, rank: int, by_rows: bool, stack: bool, taps_first: bool) -> Order:
+    positions = tuple(range(batch + rank))
+    kernel = tuple(range(batch + rank, batch + 2 * rank))
+    taps = tuple(range(rank))
+    if by_rows:
+        return Order(
+            True,
+            Arrangement((kernel[-1] + 1, *positions, *kernel, kernel[-1] + 2), batch + rank, rank + 1),
+            Arrangement((batch + rank, *positions, batch + rank + 1), batch + rank, 1),
+            Arrangement((rank, *taps, rank + 1, rank + 2), rank + 1, 1),
+        )
+    stacked = positions[:batch] if stack else ()
+    columns, channel = positions[len(stacked) :], kernel[-1] + 2
+    of_cols = (*kernel, channel) if taps_first else (channel, *kernel)
+    return Order(
+        False,
+        Arrangement((*stacked, kernel[-1] + 1, *of_cols, *columns), rank + 1, len(columns)),
+        Arrangement((*stacked, batch + rank, batch + rank + 1, *columns), 1, len(columns)),
+        Arrangement((rank, rank + 2, rank + 1, *taps), 1, rank + 1),
+    )
+
+
+def order_of(x: View, y: View, geometry: Geometry, stack: bool, taps_first: bool = False) -> Order:
+    """By rows where the channels of x are innermost; with one channel in a group, where the filters of y are.
+
+    By rows cols have all channels of a tap side by side; by columns all taps of a channel, as w has, or as told.
+    """
+    by_rows = channels_innermost(y if geometry.group_channels == 1 < geometry.group_filters else x)
+    return _order(len(geometry.batch), geometry.rank, by_rows, stack, taps_first)
+
+
+def smallest(geometry: Geometry, direction: Direction) -> int:
+    """Elements of workspace for one output, and one filter of every group, by one thread: at most 20 K.
+
+    K is how many products the sums of all groups have, C * T * R * S, or F * T * R * S for data_grad. Weights take K,
+    windows K and 4 K more where they are read with an activation, weight_grad's sums of slices 8 K and their terms K
+    for each of 4 threads: 18 K, and what the sums of one output take.
+    """
+    return 20 * (geometry.filters if direction == "data_grad" else geometry.channels) * geometry.taps
+
+
+class Unfolding:
+    """The windows of x as matrices cols, a block of outputs at a time."""
+
+    def __init__(self, x: Operand, geometry: Geometry, order: Order, planner: Planner) -> None:
+        self.x, self.geometry, self.order = x, geometry, order
+        self._needs_patch = not x.is_plain(planner.dtype) or reaches_beyond(geometry)
+        lying = None if self._needs_patch else order.windows.matrix(sliding(x.view, geometry, geometry.output))
+        self._needs_cols = lying is None
+        self._is_by_tap = False  # cols are read tap by tap, without a patch
+
+    def blocks(self, limit: int, most: float, rest: Callable[[int], Room]) -> tuple[Blocks, Shape]:
+        """Blocks that fit the limit, and the elements of workspace for patch, cols and the rest of so many outputs."""
+        geometry, extents = self.geometry, (*self.geometry.batch, *self.geometry.output)
+
+        def room(box: Shape) -> Room:
+            outputs = math.prod(box)
+            patch = outputs * geometry.channels if self._is_by_tap else region_elements(geometry, box)
+            needs_patch = Space(not self._is_by_tap, self.x.temporaries) if self._needs_patch else Space(False)
+            cols = outputs * geometry.channels * geometry.taps
+            return ((patch, needs_patch), (cols, Space(self._needs_cols)), *rest(outputs))
+
+        box, spaces = fitting_box(extents, limit, room, most)
+        if self._needs_patch and spaces[0] > spaces[1]:  # far more lies between the taps than under them
+            self._is_by_tap = True
+            box, spaces = fitting_box(extents, limit, room, most)
+        return Blocks(extents, box), spaces
+
+    def cols(self, index: Index, patch_space: View, cols_space: View, planner: Planner) -> View:
+        """The windows of a block of outputs as matrices."""
+        x, geometry, order = self.x, self.geometry, self.order
+        if self._is_by_tap:
+            sizes = (axis.stop - axis.start for axis in index)
+            shape = (*sizes, *geometry.kernel, geometry.groups, geometry.group_channels)
+            block, cols = order.windows.empty(shape, cols_space)
+
+            def read(tap: Shape, planner: Planner) -> None:
+                read_tap(x, tap, index, geometry, block[(..., *tap, slice(None), slice(None))], planner)
+
+            planner.loop(Places(geometry.kernel), read)
+            return cols
+        windows = windows_of(x, index, geometry, order.images, patch_space, planner)
+        lying = order.windows.matrix(windows)
+        if lying is not None:
+            return lying
+        block, cols = order.windows.empty(windows.shape, cols_space)
+        planner.copy(block, windows)
+        return cols

@@ -1,0 +1,106 @@
+"""The windows of x that a block of outputs sees, with zeros where they reach beyond x."""
+
+from __future__ import annotations
+
+import math
+
+from gpuconv.arguments import Shape
+from gpuconv.blocking import Arrangement
+from gpuconv.geometry import Geometry
+from gpuconv.operands import Index, Operand
+from gpuconv.plan import Planner
+from gpuconv.views import View
+
+
+def reaches_beyond(geometry: Geometry) -> bool:
+    """Whether a window reaches beyond x, at either end of some axis."""
+    axes = zip(geometry.input, geometry.padding, geometry.output, geometry.stride, geometry.window, strict=True)
+    return any(low > 0 or (m - 1) * s + window - low > n for n, (low, _), m, s, window in axes)
+
+
+def region_elements(geometry: Geometry, box: Shape) -> int:
+    """Elements of x, padding included, from the first to the last that a block of outputs sees."""
+    batch = len(geometry.batch)
+    axes = zip(box[batch:], geometry.stride, geometry.window, strict=True)
+    return math.prod(box[:batch]) * geometry.channels * math.prod((size - 1) * s + window for size, s, window in axes)
+
+
+def windows_of(
+    x: Operand, index: Index, geometry: Geometry, order: Arrangement, patch_space: View, planner: Planner
+) -> View:
+    """The windows (*batch, *outputs, *kernel, G, C/G) of a block of outputs, in the dtype of the sums.
+
+    A view of x where it can be, else of a patch in the workspace, whose axes lie in memory as ``order`` says.
+    """
+    batch = len(geometry.batch)
+    region, inside = [], []
+    axes = zip(index[batch:], geometry.stride, geometry.window, geometry.padding, geometry.input, strict=True)
+    for outputs, s, window, (low, _), n in axes:
+        start, stop = outputs.start * s - low, (outputs.stop - 1) * s + window - low
+        region.append((start, stop))
+        inside.append(slice(min(max(start, 0), n), max(min(stop, n), 0)))
+    seen = (*index[:batch], *inside)
+    is_inside = all((axis.start, axis.stop) == ends for axis, ends in zip(inside, region, strict=True))
+    in_place = is_inside and x.is_plain(planner.dtype)
+    source = x.view[seen] if in_place else _patch(x, seen, region, order, patch_space, planner)
+    return sliding(source, geometry, tuple(axis.stop - axis.start for axis in index[batch:]))
+
+
+def _patch(
+    x: Operand, inside: Index, region: list[tuple[int, int]], order: Arrangement, space: View, planner: Planner
+) -> View:
+    piece = x.view[inside]
+    batch = len(inside) - len(region)
+    shape = (*piece.shape[:batch], *(stop - start for start, stop in region), *piece.shape[-2:])
+    patch, _ = order.empty(shape, space)
+    if piece.shape != shape:
+        planner.copy(patch, 0)
+    if piece.size:
+        ends = zip(inside[batch:], region, strict=True)
+        middle = (slice(axis.start - start, axis.stop - start) for axis, (start, _) in ends)
+        x.read(inside, patch[(*(slice(None),) * batch, *middle)], planner)
+    return patch
+
+
+def read_tap(x: Operand, tap: Shape, index: Index, geometry: Geometry, into: View, planner: Planner) -> None:
+    """Puts what one tap shows a block of outputs into an array (*batch, *outputs, G, C/G).
+
+    Unlike windows_of it reads nothing between the taps, which under dilation may be far more than they are.
+    """
+    batch = len(geometry.batch)
+    outputs, seen = meeting(tap, index[batch:], all_inputs(geometry), geometry)
+    if any(axis != slice(0, size) for axis, size in zip(outputs, into.shape[batch:-2], strict=True)):
+        planner.copy(into, 0)
+    if all(axis.start < axis.stop for axis in outputs):
+        x.read((*index[:batch], *seen), into[(*(slice(None),) * batch, *outputs)], planner)
+
+
+def meeting(tap: Shape, outputs: Index, inputs: Index, geometry: Geometry) -> tuple[Index, Index]:
+    """Which outputs of a block a tap shows inputs of another block, and those inputs: slices of either block."""
+    meeting, seen = [], []
+    axes = zip(tap, outputs, inputs, geometry.stride, geometry.dilation, geometry.padding, strict=True)
+    for t, block, region, s, d, (low, _) in axes:
+        shift = t * d - low  # input = output * s + shift
+        first = max(block.start, -((shift - region.start) // s))
+        count = max(0, min(block.stop - 1, (region.stop - 1 - shift) // s) - first + 1)
+        start = first * s + shift - region.start
+        meeting.append(slice(first - block.start, first - block.start + count) if count else slice(0, 0))
+        seen.append(slice(start, start + (count - 1) * s + 1, s) if count else slice(0, 0))
+    return tuple(meeting), tuple(seen)
+
+
+def all_inputs(geometry: Geometry) -> Index:
+    """The spatial axes of x as a block."""
+    return tuple(slice(0, n) for n in geometry.input)
+
+
+def sliding(source: View, geometry: Geometry, outputs: Shape) -> View:
+    """The overlapping windows of a region of x, as a view of it."""
+    batch, rank = len(geometry.batch), geometry.rank
+    spatial = source.strides[batch : batch + rank]
+    steps = (s * step for s, step in zip(geometry.stride, spatial, strict=True))
+    taps = (d * step for d, step in zip(geometry.dilation, spatial, strict=True))
+    return source.strided(
+        (*source.shape[:batch], *outputs, *geometry.kernel, *source.shape[-2:]),
+        (*source.strides[:batch], *steps, *taps, *source.strides[-2:]),
+    )

@@ -1,0 +1,181 @@
+"""How winograd cuts a convolution up: axes into tiles, rows of tiles into units, units into blocks.
+
+A unit is some rows of tiles of one image, which are brought into tiles at once. A block is some units, which share the
+products at each point.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+from gpuconv.arguments import Shape
+from gpuconv.blocking import Places, pieces
+from gpuconv.geometry import Direction, Geometry
+from gpuconv.operands import MOST_TEMPORARIES
+
+# Outputs along an axis from which tiles of 4 waste little.
+WIDE = 12
+# Tiles of a block: fewer make short products, more do not stay in the cache. The further numbers are for where the
+# first leaves too few blocks for each thread to have some of its own, or takes more memory than there is.
+TILES = 128, 96, 64, 32
+BLOCKS = 8
+UNIT_BYTES = 1 << 20  # of a unit, half transformed
+APART = 16  # elements between channels that are copied, lest they lie a multiple of a page apart
+WEIGHTS = 1 << 13  # weights of a tap that are transformed at a time
+TERM = 1 << 16  # elements of weight_grad's products that are added at a time
+FILTERS = 32  # done at a time: with fewer, x would be transformed too often
+SLICES = 8  # of weight_grad's sum at the most; they are added up in order, however many threads there are
+
+
+class Axis(NamedTuple):
+    """A spatial axis in tiles of m outputs; a 1-D convolution has rows too: one."""
+
+    m: int
+    r: int  # taps
+    tiles: int
+    inputs: slice  # those of x that no negative padding crops
+    low: int  # zeros before them
+    output: int
+
+    @property
+    def a(self) -> int:
+        """Points, and inputs that a tile sees."""
+        return self.m + self.r - 1
+
+
+@lru_cache(maxsize=1024)
+def axes(geometry: Geometry) -> tuple[Axis, Axis]:
+    """Rows and columns."""
+    found = [Axis(1, 1, 1, slice(0, 1), 0, 1)] * (2 - geometry.rank)
+    of_geometry = zip(geometry.input, geometry.kernel, geometry.padding, geometry.output, strict=True)
+    for n, k, (low, high), output in of_geometry:
+        m = 1 if k == 1 else 4 if output >= WIDE else 2
+        inputs = slice(max(0, -low), n - max(0, -high))
+        found.append(Axis(m, k, -(-output // m), inputs, max(0, low), output))
+    return found[0], found[1]
+
+
+class Unit(NamedTuple):
+    """Some rows of tiles of one image, and where these tiles stand in the block."""
+
+    image: Shape  # its index on the batch axes
+    rows: slice
+    tiles: slice
+
+
+class Sizes(NamedTuple):
+    """How the work is cut up."""
+
+    filters: int  # done at a time
+    unit: int  # rows of tiles
+    block: int  # units
+    shared: bool  # whether all threads work on one block, step by step
+    workers: int
+
+
+class _Room(NamedTuple):
+    """Elements of workspace that one group takes."""
+
+    geometry: Geometry
+    direction: Direction
+    temporaries: int  # of lines that are read or finished
+
+    def lines(self, unit: int, filters: int) -> int:
+        """Of U or Z, and of lines copied twice."""
+        rows, columns = axes(self.geometry)
+        width, channels = columns.tiles * columns.m + columns.r - 1, max(self.geometry.group_channels, filters)
+        copied = (2 + self.temporaries) * (unit * rows.m + rows.r - 1)
+        return (unit * rows.a + copied) * width * channels + APART * channels
+
+    def weights(self, filters: int) -> int:
+        """Of weights half transformed."""
+        rows, columns = axes(self.geometry)
+        return rows.r * columns.a * min(WEIGHTS, self.geometry.group_channels * filters)
+
+    def term(self, filters: int) -> int:
+        """Of products of weight_grad before they are added."""
+        weights = self.geometry.group_channels * filters
+        return 0 if self.direction == "forward" else weights * points_at_once(self.points, weights)
+
+    def tiles(self, unit: int, block: int, filters: int) -> int:
+        columns, channels = axes(self.geometry)[1], self.geometry.group_channels
+        return block * unit * columns.tiles * self.points * (channels + filters)
+
+    @property
+    def points(self) -> int:
+        rows, columns = axes(self.geometry)
+        return rows.a * columns.a
+
+    def together(self, filters: int, unit: int = 1, block: int = 1, workers: int = 1) -> int:
+        """Where threads share a block."""
+        own = self.lines(unit, filters) + self.weights(filters) + self.term(filters)
+        weights = self.geometry.group_channels * filters * (self.points + self.geometry.taps)
+        return weights + self.tiles(unit, block, filters) + workers * own
+
+    def alone(self, filters: int, unit: int, block: int, workers: int) -> int:
+        """Where each thread has a block of its own."""
+        weights = self.geometry.group_channels * filters
+        own = self.lines(unit, filters) + self.weights(filters) + self.tiles(unit, block, filters)
+        if self.direction == "forward":
+            return weights * (self.points + self.geometry.taps) + workers * own
+        own += weights * self.points + self.term(filters)
+        return SLICES * self.geometry.taps * weights + workers * own
+
+
+def least(geometry: Geometry, direction: Direction) -> int:
+    """Elements of workspace for one row of tiles and as few filters as are worth transforming x for."""
+    return _Room(geometry, direction, MOST_TEMPORARIES).together(min(FILTERS, geometry.group_filters))
+
+
+@lru_cache(maxsize=1024)
+def sizes(
+    geometry: Geometry, direction: Direction, budget: int, threads: int, itemsize: int, temporaries: int
+) -> Sizes:
+    (rows, columns), room = axes(geometry), _Room(geometry, direction, temporaries)
+    filters = _most(geometry.group_filters, budget, room.together)
+    workers = _most(threads, budget, lambda workers: room.together(filters, workers=workers))
+    line = rows.a * (columns.tiles * columns.m + columns.r - 1) * max(geometry.group_channels, filters)
+    unit = min(
+        _most(rows.tiles, UNIT_BYTES // itemsize, lambda unit: unit * line),
+        _most(rows.tiles, budget, lambda unit: room.together(filters, unit, 1, workers)),
+    )
+    units = math.prod(geometry.batch) * -(-rows.tiles // unit)
+    for tiles_of_block in TILES:
+        block = max(1, min(units, -(-tiles_of_block // (unit * columns.tiles))))
+        if -(-units // block) >= BLOCKS and room.alone(filters, unit, block, threads) <= budget:
+            return Sizes(filters, unit, block, False, threads)
+    unit = -(-unit // 2)  # where threads share a block, what each of them takes for itself shortens it
+    units = math.prod(geometry.batch) * -(-rows.tiles // unit)
+    block = _most(units, budget, lambda block: room.together(filters, unit, block, workers))
+    # Products of longer blocks are worth more than threads, each of which takes room of its own.
+    if workers > 1 and 2 * block < _most(units, budget, lambda block: room.together(filters, unit, block)):
+        return sizes(geometry, direction, budget, workers // 2, itemsize, temporaries)
+    return Sizes(filters, unit, block, True, workers)
+
+
+def points_at_once(points: int, term: int) -> int:
+    return max(1, min(points, TERM // term)) if term else points
+
+
+def _most(extent: int, limit: int, cost: Callable[[int], int]) -> int:
+    """The largest number up to an extent whose cost is within the limit; at least 1."""
+    return max(1, bisect_right(range(1, extent + 1), limit, key=cost))
+
+
+def blocks(geometry: Geometry, unit: int, block: int) -> tuple[tuple[Unit, ...], ...]:
+    """All units, in blocks."""
+    rows, columns = axes(geometry)
+    places = [(image, part) for image in Places(geometry.batch) for part in pieces(rows.tiles, unit)]
+    blocks = []
+    for part in pieces(len(places), block):
+        units, start = [], 0
+        for image, lines in places[part]:
+            stop = start + (lines.stop - lines.start) * columns.tiles
+            units.append(Unit(image, lines, slice(start, stop)))
+            start = stop
+        blocks.append(tuple(units))
+    return tuple(blocks)

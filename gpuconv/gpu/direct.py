@@ -1,0 +1,131 @@
+"""direct: every sum by one thread of a CUDA kernel (kernels/direct.cu), gathered in a fixed order.
+
+The plain twin of the faster kernels: it accepts every convolution of one to three axes, in every direction, takes
+arrays of any strides and mixed dtypes as they are, and gives the same bits at every call.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+from gpuconv.blocking import channels_innermost, largest, pieces
+from gpuconv.geometry import Geometry
+from gpuconv.gpu import params, structs
+from gpuconv.gpu.kernel import Kernel
+from gpuconv.gpu.launch import blocks
+from gpuconv.operands import Operand, Result
+from gpuconv.plan import Planner
+from gpuconv.request import Request
+from gpuconv.views import View
+
+THREADS = 128
+# weight_grad: as many threads as keep a large GPU busy, unless slices of the outputs would be too short or too many:
+# one thread adds all slices of a weight.
+MOST_THREADS = 1 << 18
+SHORTEST_SLICE = 64
+MOST_SLICES = 1024
+
+
+def why_not(request: Request) -> str | None:
+    """A reason on NumPy, and for more than three spatial axes."""
+    if reason := params.why_not_here(request.geometry, request.backend):
+        return reason
+    if request.direction != "weight_grad":
+        return None
+    sums = 4 * request.geometry.channels * request.geometry.taps  # those of a slice, and of all, in half of the limit
+    return request.lacks(sums, "the sums of a filter of every group")
+
+
+def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
+    """y[o] = sum over taps t and channels c of x[o * stride + t * dilation - low, c] w[t, c]."""
+    _gather("forward", x, w, y, geometry, planner)
+
+
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
+    """dx[i] = sum over the taps t and outputs o with o * stride + t * dilation - low = i of dy[o] w[t]'."""
+    _gather("data_grad", dy, w, dx, geometry, planner)
+
+
+def _gather(direction: str, first: Operand, w: Operand, result: Result, geometry: Geometry, planner: Planner) -> None:
+    """One thread for each element of the result."""
+    pieces = params.Images([first], [result.view], geometry, planner)
+
+    def some_images(number: int, planner: Planner) -> None:
+        (images,), (target,) = pieces.read(number, planner)
+        y_x_w = (target, images.view, w.view) if direction == "forward" else (images.view, target, w.view)
+        wide = params.is_wide(geometry, *y_x_w)
+        options = params.options(images, w, channels_innermost(target), bias=result.bias, activation=result.activation)
+        dtypes = images.view.dtype, w.view.dtype, target.dtype, planner.dtype
+        module = params.module("direct", *dtypes, wide, THREADS=THREADS)
+        planner.launch(
+            Kernel(module, f"direct_{direction}"),
+            blocks(target.size, THREADS),
+            THREADS,
+            (
+                *(images.view, images.y, w.view, result.bias, target),
+                *params.described(geometry, *y_x_w, wide),
+                options.struct(wide),
+            ),
+        )
+
+    planner.loop(range(len(pieces)), some_images)
+
+
+def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
+    """dw[t, c] = sum over outputs o of x[o * stride + t * dilation - low, c] dy[o], slice by slice of the outputs."""
+
+    def some_filters(part: slice, planner: Planner) -> None:
+        weights = dw.view[..., part]
+        slices = _slices(geometry, weights.size, planner.budget)
+        partial_space, total = planner.workspace(slices * weights.size, weights.size)
+        planner.copy(total, 0)
+        images = params.Images([dy.of_channels(part), x], [], geometry, planner)
+        sums = partial_space.shaped((slices, weights.size)), total, weights
+        planner.loop(range(len(images)), partial(_add_slices, images, *sums, geometry))
+        *kernel, groups, channels, filters = weights.shape
+        rank = len(kernel)
+        by_groups = total.reshape(groups, *kernel, channels, filters)
+        planner.copy(weights, by_groups.transpose(*range(1, rank + 1), 0, rank + 1, rank + 2))
+
+    filters = dw.view.shape[-1]
+    at_once = largest(filters, planner.budget // 4, dw.view.size // filters)
+    planner.loop(list(pieces(filters, at_once)), some_filters)
+
+
+def _add_slices(
+    pieces: params.Images, sums: View, total: View, weights: View, geometry: Geometry, number: int, planner: Planner
+) -> None:
+    """One thread for each weight and slice of the outputs, then one for each weight."""
+    (gradients, images), _ = pieces.read(number, planner)
+    y_x_w = gradients.view, images.view, weights
+    wide = params.is_wide(geometry, *y_x_w)
+    index = structs.index_dtype(wide).type
+    slices = sums.shape[0]
+    length = blocks(gradients.view.shape[0] * math.prod(geometry.output), slices)
+    options = params.options(gradients, images, channels_innermost=False)
+    dtypes = gradients.view.dtype, images.view.dtype, sums.dtype, planner.dtype
+    module = params.module("direct", *dtypes, wide, THREADS=THREADS)
+    planner.launch(
+        Kernel(module, "direct_weight_grad"),
+        blocks(sums.size, THREADS),
+        THREADS,
+        (
+            *(gradients.view, gradients.y, images.view, images.y, sums),
+            *params.described(geometry, *y_x_w, wide)[:-1],
+            *(index(slices), index(length), options.struct(wide)),
+        ),
+    )
+    planner.launch(
+        Kernel(module, "direct_weight_grad_sum"),
+        blocks(total.size, THREADS),
+        THREADS,
+        (sums, total, index(slices), index(total.size)),
+    )
+
+
+def _slices(geometry: Geometry, weights: int, budget: int) -> int:
+    """How many slices of the outputs have sums of their own: a matter of the shapes, and of the workspace."""
+    outputs = math.prod((*geometry.batch, *geometry.output))
+    room = min(budget // 2, params.NARROW) // weights - 1
+    return max(1, min(MOST_SLICES, outputs // SHORTEST_SLICE, MOST_THREADS // weights, room))

@@ -1,0 +1,306 @@
+"""implicit_gemm: tiles of a matrix product, gathered as they are needed (kernels/implicit_gemm.cu).
+
+Nothing is laid out in memory but the sums of weight_grad's slices of the outputs, which a second kernel adds up in
+their order. So all directions give the same bits at every call, and forward and data_grad those of an image alone.
+Half precision, float64, and float32 where TF32 is permitted, are multiplied on tensor cores.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import numpy
+
+from gpuconv import dtypes
+from gpuconv.blocking import largest, pieces
+from gpuconv.geometry import DIRECTIONS, Direction, Geometry
+from gpuconv.gpu import gemm_tiles, params, structs
+from gpuconv.gpu.device import Device
+from gpuconv.gpu.gemm_layout import matrices_of
+from gpuconv.gpu.gemm_tiles import Choice, Problem, Products, Tile, Work
+from gpuconv.gpu.kernel import Kernel, Module
+from gpuconv.gpu.launch import blocks
+from gpuconv.operands import ROLES, Operand, Result, contiguous
+from gpuconv.plan import Planner
+from gpuconv.request import Request
+from gpuconv.views import View, contiguous_strides
+
+SMALLEST = 32  # rows and columns of the smallest tile
+FEWEST_TURNS = 4  # of a slice: as many tiles as it is worth to begin for
+
+
+def why_not(request: Request) -> str | None:
+    """A reason on NumPy, and for more than three spatial axes."""
+    geometry = request.geometry
+    if reason := params.why_not_here(geometry, request.backend):
+        return reason
+    if request.direction != "weight_grad":
+        return None
+    return request.lacks(2 * geometry.channels * geometry.taps, "the sums of a filter of every group")
+
+
+def fills_a_tile(geometry: Geometry, direction: Direction) -> bool:
+    """Whether half of the smallest tile or more would be used by the rows of one image, or else all of its columns.
+
+    The number of images has no say, so that one alone is computed as it is in a batch.
+    """
+    rows, columns = geometry.group_channels, geometry.group_filters
+    if direction == "weight_grad":
+        rows *= geometry.taps
+    else:
+        extents = geometry.output if direction == "forward" else geometry.input
+        rows, columns = math.prod(extents), columns if direction == "forward" else rows
+    return columns >= SMALLEST or 2 * min(rows, SMALLEST) * columns >= SMALLEST**2
+
+
+def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
+    """y = x w, a row for each output and a step for each tap and channel."""
+    _gather("forward", x, w, y, geometry, planner)
+
+
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
+    """dx = dy w', residue by residue of the stride: a row for each input, a step for each tap that reaches it."""
+    _gather("data_grad", dy, w, dx, geometry, planner)
+
+
+def _gather(
+    direction: Direction, first: Operand, w: Operand, result: Result, geometry: Geometry, planner: Planner
+) -> None:
+    """One block for each tile of the result."""
+    pieces_of_images = params.Images([first], [result.view], geometry, planner)
+
+    def some_images(number: int, planner: Planner) -> None:
+        (images,), (target,) = pieces_of_images.read(number, planner)
+        y_x_w = (target, images.view, w.view) if direction == "forward" else (images.view, target, w.view)
+        wide = params.is_wide(geometry, *y_x_w)
+        arrays = Arrays(direction, geometry, images, w, target, planner.dtype)
+        plan = planned(arrays, planner.precision, planner.backend.device(), wide)
+        row_tiles = (structs.index_dtype(wide).type(plan.row_tiles),) if direction == "data_grad" else ()
+        options = params.options(images, w, False, bias=result.bias, activation=result.activation)
+        planner.launch(
+            Kernel(plan.module, f"implicit_gemm_{direction}"),
+            plan.blocks,
+            plan.choice.tile.threads,
+            (
+                *(images.view, images.y, w.view, result.bias, target),
+                *params.described(geometry, *y_x_w, wide),
+                *row_tiles,
+                options.struct(wide),
+            ),
+            plan.shared_bytes,
+        )
+
+    planner.loop(range(len(pieces_of_images)), some_images)
+
+
+def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
+    """dw = x' dy, slice by slice of the outputs: a row for each tap and channel, a step for each output."""
+
+    def some_filters(part: slice, planner: Planner) -> None:
+        weights = dw.view[..., part]
+        (total,) = planner.workspace(weights.size)
+        images = params.Images([dy.of_channels(part), x], [], geometry, planner)
+        planner.loop(range(len(images)), partial(_add_slices, images, total, weights, geometry))
+
+    filters = dw.view.shape[-1]
+    at_once = largest(filters, planner.budget // 2, dw.view.size // filters)
+    planner.loop(list(pieces(filters, at_once)), some_filters)
+
+
+def _add_slices(
+    pieces: params.Images, total: View, weights: View, geometry: Geometry, number: int, planner: Planner
+) -> None:
+    """Two launches: the sums of the slices, and what they add up to, with the total of the images before."""
+    (gradients, images), _ = pieces.read(number, planner)
+    y_x_w = gradients.view, images.view, weights
+    wide = params.is_wide(geometry, *y_x_w)
+    arrays = Arrays("weight_grad", geometry, gradients, images, weights, planner.dtype)
+    room = min(planner.budget, params.NARROW) // weights.size - 1  # beside the totals
+    plan = planned(arrays, planner.precision, planner.backend.device(), wide, room)
+    convolution, dy_at, x_at, dw_at = params.described(geometry, *y_x_w, wide)
+    index = structs.index_dtype(wide).type
+    slices, length, threads = index(plan.choice.slices), index(plan.length), plan.choice.tile.threads
+    options = params.options(gradients, images, False).struct(wide)
+    (partial,) = planner.workspace(plan.choice.slices * weights.size)
+    planner.launch(
+        Kernel(plan.module, "implicit_gemm_weight_grad"),
+        plan.blocks,
+        threads,
+        (
+            *(gradients.view, gradients.y, images.view, images.y, partial),
+            *(convolution, dy_at, x_at, slices, length, options),
+        ),
+        plan.shared_bytes,
+    )
+    planner.launch(
+        Kernel(plan.module, "implicit_gemm_weight_grad_sum"),
+        blocks(weights.size, threads),
+        threads,
+        (partial, total, weights, convolution, dw_at, slices, index(number > 0)),
+    )
+
+
+def plans(
+    geometry: Geometry,
+    dtype: numpy.dtype,
+    direction: Direction,
+    device: Device,
+    precision: str = "ieee",
+    limit: int = 64 << 20,
+    wide: bool = False,
+) -> list[Plan]:
+    """What could be launched for contiguous arrays, a plan for each tile: first the one that is taken."""
+    first, second, result = (contiguous(role, dtype, geometry) for role in ROLES[direction])
+    sums = dtypes.accumulator(dtype)
+    room = limit // (sums.itemsize * math.prod(result.shape)) - 1
+    arrays = Arrays(direction, geometry, Operand(first), Operand(second), result, sums)
+    problem = _problem(arrays, precision, device, room)
+    return [_made(arrays, problem, choice, wide) for choice in gemm_tiles.ranked(problem)]
+
+
+# ------------------------------------------------------------------------------------------------- plans
+
+
+class Arrays(NamedTuple):
+    """A direction of a convolution, and how its arrays lie in memory."""
+
+    direction: Direction
+    geometry: Geometry
+    first: Operand
+    second: Operand
+    result: View
+    sums: numpy.dtype
+
+
+class Plan(NamedTuple):
+    """What the shapes decide, and how arrays lie in memory."""
+
+    problem: Problem
+    choice: Choice
+    module: Module
+    blocks: int
+    shared_bytes: int
+    row_tiles: int
+    length: int  # of a slice of weight_grad
+
+    @property
+    def kernels(self) -> dict[str, int]:
+        """The kernels that are launched, and their dynamic shared memory."""
+        direction = DIRECTIONS[dict(self.module.constants)["DIRECTION"]]
+        found = {f"implicit_gemm_{direction}": self.shared_bytes}
+        if direction == "weight_grad":
+            found["implicit_gemm_weight_grad_sum"] = 0
+        return found
+
+
+def planned(arrays: Arrays, precision: str, device: Device, wide: bool, room: int = 0) -> Plan:
+    """The plan that is taken; ``room`` is for the sums of so many slices."""
+    problem = _problem(arrays, precision, device, room)
+    return _made(arrays, problem, gemm_tiles.chosen(problem), wide)
+
+
+def _made(arrays: Arrays, problem: Problem, choice: Choice, wide: bool) -> Plan:
+    work, _, products, *_ = problem
+    row_tiles, length = blocks(work.rows, choice.tile.rows), 0
+    if arrays.direction == "weight_grad":
+        length = blocks(work.depth, choice.slices * products.depth) * products.depth
+        choice = choice._replace(slices=blocks(work.depth, length))
+    tiles = row_tiles * blocks(work.columns, choice.tile.columns)
+    return Plan(
+        problem,
+        choice,
+        _module(arrays, problem, choice.tile, wide),
+        tiles * work.groups * work.residues * choice.slices,
+        gemm_tiles.shared_bytes(problem, choice.tile),
+        row_tiles,
+        length,
+    )
+
+
+def _problem(arrays: Arrays, precision: str, device: Device, room: int) -> Problem:
+    direction, geometry, first, second, result, sums = arrays
+    if direction == "weight_grad":
+        left, right, result = second, first, View(0, 0, result.shape, contiguous_strides(result.shape, sums), sums)
+    else:
+        left, right = first, second
+    work = _work(direction, geometry, first.view.shape[0], result)
+    longest = work.depth if direction == "weight_grad" else geometry.reduction_length(direction)
+    products = _products(left, right, longest, sums, precision, device)
+    matrices = matrices_of(direction, geometry, first.view, second.view, result)
+    if not left.is_plain(products.element):
+        matrices = matrices._replace(left=matrices.left._replace(vector=0))
+    if not right.is_plain(products.element):
+        matrices = matrices._replace(right=matrices.right._replace(vector=0))
+    if direction != "weight_grad":
+        return Problem(work, matrices, products, device, most_slices=1)
+    most = max(1, min(room, work.depth // (FEWEST_TURNS * products.depth)))
+    enough = blocks(work.depth, gemm_tiles.TENSOR_TERMS)  # that no sum on tensor cores needs a total
+    if products.terms != gemm_tiles.TENSOR_TERMS or enough > most:
+        return Problem(work, matrices, products, device, most)
+    return Problem(work, matrices, products._replace(terms=0), device, most, enough)
+
+
+def _work(direction: Direction, geometry: Geometry, images: int, result: View) -> Work:
+    if direction == "weight_grad":
+        *kernel, groups, channels, filters = result.shape
+        return Work(math.prod(kernel) * channels, filters, groups, images * math.prod(geometry.output))
+    groups, columns = result.shape[-2:]
+    if direction == "forward":
+        return Work(images * math.prod(geometry.output), columns, groups, geometry.reduction_length(direction))
+    longest = math.prod(blocks(n, s) for n, s in zip(geometry.input, geometry.stride, strict=True))
+    residues = math.prod(map(min, geometry.input, geometry.stride))
+    # Each tap belongs to one residue.
+    return Work(images * longest, columns, groups, blocks(geometry.taps * geometry.group_filters, residues), residues)
+
+
+def _products(
+    first: Operand, second: Operand, depth: int, sums: numpy.dtype, precision: str, device: Device
+) -> Products:
+    """Tensor cores where they lose nothing, or nothing but what the precision permits."""
+    tensor_products, element = 0, sums
+    if device.capability >= 80:
+        halves = first.view.dtype == second.view.dtype != dtypes.accumulator(first.view.dtype)
+        # The derivative of ReLU is 0 or 1; a product with another one would have to be rounded to half precision.
+        exact = {first.activation, second.activation} <= {None, "relu"}
+        if halves and exact:
+            tensor_products, element = 1, first.view.dtype
+        elif sums == numpy.float32 and precision == "tf32":
+            tensor_products = 1
+        elif sums == numpy.float32 and precision == "tf32x3" and gemm_tiles.is_split_faster(device):
+            tensor_products = 3
+        elif sums == numpy.float64:
+            tensor_products = 1
+    if tensor_products and element.itemsize < 8:
+        most = gemm_tiles.SPLIT_TERMS if tensor_products == 3 else gemm_tiles.TENSOR_TERMS
+        return Products(element, tensor_products, most * (depth > most))
+    return Products(element, tensor_products, gemm_tiles.PLAIN_TERMS)
+
+
+def _module(arrays: Arrays, problem: Problem, tile: Tile, wide: bool) -> Module:
+    _, matrices, products, *_ = problem
+    constants = {
+        "DIRECTION": DIRECTIONS.index(arrays.direction),
+        "TILE_ROWS": tile.rows,
+        "TILE_COLUMNS": tile.columns,
+        "WARP_ROWS": tile.warp_rows,
+        "WARP_COLUMNS": tile.warp_columns,
+        "DEPTH": products.depth,
+        "STAGES": gemm_tiles.stages(problem),
+        "TERMS": products.terms,
+        "TENSOR_PRODUCTS": products.tensor_products,
+        "LEFT_ALONG_DEPTH": int(matrices.left.along_depth),
+        "LEFT_VECTOR": matrices.left.vector,
+        "RIGHT_ALONG_DEPTH": int(matrices.right.along_depth),
+        "RIGHT_VECTOR": matrices.right.vector,
+        "RESULT_ALONG_ROWS": int(matrices.result_along_rows),
+        "RESULT_VECTOR": matrices.result_vector,
+        "AXES": matrices.axes,
+        "TAPS_INNERMOST": int(matrices.taps_innermost),
+        "THREADS": tile.threads,
+    }
+    first, second, result, sums = arrays.first.view, arrays.second.view, arrays.result, arrays.sums
+    return params.module(
+        "implicit_gemm", first.dtype, second.dtype, result.dtype, sums, wide, products.element, **constants
+    )

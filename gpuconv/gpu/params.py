@@ -1,0 +1,165 @@
+"""What kernels are given: operands as images with one batch axis, and the structs that describe them.
+
+Kernels take any strides, so layouts, flips, zero and negative strides need no copy.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy
+
+from gpuconv.activations import NAMES, Activation
+from gpuconv.arguments import Shape
+from gpuconv.arrays import Backend
+from gpuconv.blocking import Places, largest, pieces
+from gpuconv.geometry import Geometry
+from gpuconv.gpu import structs
+from gpuconv.gpu.kernel import Module
+from gpuconv.operands import Operand
+from gpuconv.plan import Planner
+from gpuconv.views import View, merged
+
+# Kernels count with 32 bits up to here; a block's own positions come on top.
+NARROW = 2**31 - 2**16
+
+
+def why_not(geometry: Geometry) -> str | None:
+    """The reason why no kernel can do a convolution."""
+    if geometry.rank > structs.AXES:
+        return f"kernels take 1 to {structs.AXES} spatial axes, and this has {geometry.rank}"
+    return None
+
+
+def why_not_here(geometry: Geometry, backend: Backend) -> str | None:
+    """The reason why an algorithm that is nothing but kernels cannot do it on a backend."""
+    if backend.launch is None:
+        return "it is a CUDA kernel, and NumPy's arrays are computed on the CPU"
+    return why_not(geometry)
+
+
+class Images:
+    """Operands and results as views (N, *spatial, G, channels), in pieces of as many images as can be done at a time.
+
+    All at once, as a rule. Batch axes that lie in memory in no one order are taken one index at a time. Kernels
+    multiply by an activation's derivative as they read; where y lies in memory another way, or has another dtype, the
+    product is formed before, in at most half of the workspace.
+    """
+
+    def __init__(self, operands: list[Operand], results: list[View], geometry: Geometry, planner: Planner) -> None:
+        axes = len(geometry.batch)
+        self._operands, self._results, self._axes = operands, results, axes
+        views = [*results, *(view for operand in operands for view in (operand.view, operand.y) if view is not None)]
+        split = next(a for a in range(axes + 1) if all(merged(v.shape[a:axes], v.strides[a:axes]) for v in views))
+        self._batches = Places(geometry.batch[:split])
+        flat = [self._flat(operand, self._batches[0]) for operand in operands]
+        self._formed = [o.y is not None and (o.y.strides, o.y.dtype) != (o.view.strides, o.view.dtype) for o in flat]
+        each = [math.prod(o.view.shape[1:]) * formed for o, formed in zip(flat, self._formed, strict=True)]
+        cost = sum(size * (1 + o.temporaries) for size, o in zip(each, flat, strict=True))
+        images = flat[0].view.shape[0]
+        self._pieces = list(pieces(images, largest(images, planner.budget // 2, cost)))
+
+    def __len__(self) -> int:
+        return len(self._batches) * len(self._pieces)
+
+    def read(self, number: int, planner: Planner) -> tuple[list[Operand], list[View]]:
+        """The operands and results of a piece."""
+        batch, piece = divmod(number, len(self._pieces))
+        index, some = self._batches[batch], self._pieces[piece]
+        read = [self._flat(operand, index).of_images(some) for operand in self._operands]
+        for place, operand in enumerate(read):
+            if self._formed[place]:
+                (space,) = planner.workspace(operand.view.size)
+                block = space.shaped(operand.view.shape)
+                operand.read((...,), block, planner)
+                read[place] = Operand(block)
+        return read, [self._flat_view(view, index)[some] for view in self._results]
+
+    def _flat(self, operand: Operand, index: Shape) -> Operand:
+        return operand.seen(lambda view: self._flat_view(view, index))
+
+    def _flat_view(self, view: View, index: Shape) -> View:
+        """The images of an index of the batch axes that are not merged."""
+        return view[index].reshape(-1, *view.shape[self._axes :])
+
+
+def options(
+    first: Operand,
+    second: Operand,
+    channels_innermost: bool,
+    *,
+    bias: View | None = None,
+    activation: Activation | None = None,
+    fours: bool = False,
+) -> structs.Options:
+    """How a kernel reads its operands, which elements the threads of a warp meet, and what becomes of the sums."""
+    reading = (first.conjugate, number(first.activation), second.conjugate, number(second.activation))
+    return structs.Options(*reading, channels_innermost, bias is not None, number(activation), fours)
+
+
+def number(activation: Activation | None) -> int:
+    """The number by which kernels know an activation."""
+    return 0 if activation is None else 1 + NAMES.index(activation)
+
+
+def is_wide(geometry: Geometry, y: View, x: View, w: View) -> bool:
+    """Whether an index or an offset may not fit into 32 bits, for views with these strides."""
+    # Windows that begin in the padding reach further than x itself.
+    padded = (n + abs(low) + abs(high) for n, (low, high) in zip(geometry.input, geometry.padding, strict=True))
+    reaches = _reach(y.shape, y), _reach((x.shape[0], *padded, *x.shape[-2:]), x), _reach(w.shape, w)
+    return max(*reaches, geometry.largest_index) >= NARROW
+
+
+def _reach(shape: Shape, view: View) -> int:
+    return sum(n * abs(step) for n, step in zip(shape, view.steps, strict=True))
+
+
+def module(
+    stem: str,
+    first: numpy.dtype,
+    second: numpy.dtype,
+    result: numpy.dtype,
+    sums: numpy.dtype,
+    wide: bool,
+    element: numpy.dtype | None = None,
+    **constants: int,
+) -> Module:
+    """The module for arrays of these dtypes; ``element`` is that of tiles, where a kernel has them."""
+    dtypes = {"First": first, "Second": second, "Result": result, "Sum": sums, "Element": element}
+    types = tuple((alias, dtype.name) for alias, dtype in dtypes.items() if dtype is not None)
+    return Module(stem, types, wide, tuple(constants.items()))
+
+
+def described(geometry: Geometry, y: View, x: View, w: View, wide: bool) -> tuple[numpy.ndarray, ...]:
+    """Convolution and the strides of y, x and w, as every kernel takes them; extents are those of the views.
+
+    y is a view (N, *output, G, F/G), x (N, *input, G, C/G), w (*kernel, G, C/G, F/G).
+    """
+    return (
+        _convolution(geometry, y.shape[0], w.shape[-3:], wide),
+        _image_strides(y.steps, wide),
+        _image_strides(x.steps, wide),
+        _weight_strides(w.steps, wide),
+    )
+
+
+def _convolution(geometry: Geometry, images: int, channels: Shape, wide: bool) -> numpy.ndarray:
+    low = tuple(low for low, _ in geometry.padding)
+    ones = (geometry.input, geometry.output, geometry.kernel, geometry.stride, geometry.dilation)
+    axes = (*(lift(extents, 1) for extents in ones), lift(low, 0))
+    return structs.struct("Convolution", wide, images, *channels, *axes)
+
+
+def _image_strides(steps: Shape, wide: bool) -> numpy.ndarray:
+    batch, *axes, group, channel = steps
+    return structs.struct("Images", wide, batch, lift(tuple(axes), 0), group, channel)
+
+
+def _weight_strides(steps: Shape, wide: bool) -> numpy.ndarray:
+    *axes, group, channel, filters = steps
+    return structs.struct("Weights", wide, lift(tuple(axes), 0), group, channel, filters)
+
+
+def lift(values: Shape, fill: int) -> Shape:
+    """Values of one to three axes as those of three."""
+    return (fill,) * (structs.AXES - len(values)) + values

@@ -1,0 +1,289 @@
+"""scatter: each output gradient adds its products to the inputs and weights that it came from.
+
+On a GPU by CUDA kernels (kernels/scatter.cu) with atomic additions, after a block has added up what it can in
+registers and in shared memory. Blocks come in any order, and so do the additions. Sums are formed in float32 at
+least: float16 and bfloat16 results are rounded once, from a workspace.
+
+On NumPy, and in the forward direction, tap by tap with strided slices (gpuconv/cpu/slices.py), in a fixed order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy
+
+from gpuconv import dtypes
+from gpuconv.arguments import Shape
+from gpuconv.blocking import Blocks, Space, channels_innermost, fitting_box, largest, pieces
+from gpuconv.cpu import slices
+from gpuconv.geometry import Geometry
+from gpuconv.gpu import params, structs
+from gpuconv.gpu.kernel import Kernel
+from gpuconv.gpu.launch import blocks
+from gpuconv.operands import Operand, Result, in_place
+from gpuconv.plan import Planner
+from gpuconv.request import Request
+from gpuconv.views import View
+
+THREADS = 128
+SHARED_MEMORY = 48 << 10  # bytes that a block may have without asking for more
+PAD = 4  # of the rows of a tile, as in scatter.cu
+# weight_grad: blocks enough to keep a large GPU busy, unless their slices would have fewer outputs than these chunks.
+MOST_BLOCKS = 1024
+FEWEST_CHUNKS = 8
+
+
+class Tile(NamedTuple):
+    """The constants of scatter.cu."""
+
+    WIDTH: int  # channels (data_grad) or filters (weight_grad) of a tile
+    ROW: int  # numbers from one position of data_grad's region to the next, so that few of them share a bank
+    TILE_OUTPUTS: int
+    CHUNK: int  # filters that data_grad loads at a time
+    TILE_ROWS: int  # taps times channels
+    DEPTH: int  # outputs that weight_grad loads at a time
+    THREADS: int = THREADS
+
+
+ONE, FEW, MANY = Tile(1, 1, 256, 8, 16, 64), Tile(4, 4, 256, 8, 64, 32), Tile(32, 36, 64, 16, 64, 16)
+
+
+def tile_for(channels: int, itemsize: int) -> Tile:
+    """The tile for this many channels of a group; the widest one has no room for numbers of 16 bytes."""
+    if channels == 1:
+        return ONE
+    return FEW if channels <= 8 or itemsize > 8 else MANY
+
+
+def why_not(request: Request) -> str | None:
+    """A reason on a GPU, where scattered additions have no fixed order and kernels take one to three axes."""
+    geometry = request.geometry
+    if request.backend.launch is None:
+        return slices.why_not(request)
+    if request.deterministic:
+        return "it adds in no fixed order on a GPU, and deterministic=True was asked for"
+    if reason := params.why_not(geometry):
+        return reason
+    if request.direction == "forward":
+        return slices.why_not(request)
+    if request.dtype == dtypes.accumulator(request.dtype):
+        return None  # sums are formed in the result's own memory
+    if request.direction == "data_grad":
+        image = 2 * geometry.groups * math.prod(geometry.input)  # with a temporary for an activation
+        return request.lacks(image, "the sums of an image and a channel of every group")
+    return request.lacks(geometry.channels * geometry.taps, "the sums of a filter of every group")
+
+
+def nanoseconds(request: Request) -> float:
+    """An estimate, on NumPy."""
+    return slices.nanoseconds(request)
+
+
+def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
+    """Adds to y what each tap of w makes of x."""
+    slices.forward(x, w, y, geometry, planner)
+
+
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
+    """Adds each product of dy to the input that it came from."""
+    if planner.backend.launch is None:
+        slices.data_grad(dy, w, dx, geometry, planner)
+    else:
+        add_to_images(_launch_data_grad, dy, w, dx, geometry, planner)
+
+
+def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
+    """Adds each product of dy to the weight that it came from."""
+    if planner.backend.launch is None:
+        slices.weight_grad(dy, x, dw, geometry, planner)
+    else:
+        add_to_weights(_launch_weight_grad, dy, x, dw, geometry, planner)
+
+
+def add_to_images(
+    launch: Callable[..., None], dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner
+) -> None:
+    """Launches on sums that start as zeros: dx itself, or a workspace for some images and channels at a time."""
+    pieces_of_images = params.Images([dy], [dx.view], geometry, planner)
+
+    def some_images(number: int, planner: Planner) -> None:
+        (gradients,), (target,) = pieces_of_images.read(number, planner)
+        if in_place(target, planner.dtype):
+            planner.copy(target, 0)
+            launch(gradients, w, target, geometry, planner)
+            _finish(dx, target, planner)
+            return
+        images, *extent, groups, channels = target.shape
+        each = math.prod(extent) * groups * (1 + dx.temporaries)
+        at_once = largest(channels, planner.budget // 2, each)
+        size = largest(images, planner.budget // 2, each * at_once)
+        (space,) = planner.workspace(size * math.prod(extent) * groups * at_once)
+
+        def some_channels(task: tuple[slice, slice], planner: Planner) -> None:
+            some, part = task
+            place = target[some][..., part]
+            sums = _like(place, space)
+            planner.copy(sums, 0)
+            launch(gradients.of_images(some), w.part(w.view[..., part, :]), sums, geometry, planner)
+            dx.store(sums, place, planner, part)
+
+        planner.loop(list(product(pieces(images, size), pieces(channels, at_once))), some_channels)
+
+    planner.loop(range(len(pieces_of_images)), some_images)
+
+
+def _finish(result: Result, target: View, planner: Planner) -> None:
+    """Bias and activation, where a whole array's temporaries may not fit the workspace."""
+    channels, each = math.prod(target.shape[-2:]), Space(False, result.temporaries)
+    box, _ = fitting_box(target.shape[:-2], planner.budget, lambda box: [(channels * math.prod(box), each)])
+    planner.loop(Blocks(target.shape[:-2], box), lambda index, planner: result.finish(target[index], planner))
+
+
+def _like(view: View, space: View) -> View:
+    """Workspace in the shape of the view, channels innermost where the view's are."""
+    if channels_innermost(view):
+        return space.shaped(view.shape)
+    images, *extent, groups, channels = view.shape
+    first = space.shaped((images, groups, channels, *extent))
+    return first.transpose(0, *range(3, first.ndim), 1, 2)
+
+
+def add_to_weights(
+    launch: Callable[..., None], dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner
+) -> None:
+    """Launches on sums that start as zeros: dw itself, or a workspace for some filters at a time."""
+    filters = dw.view.shape[-1]
+    per_filter = dw.view.size // filters
+    summed = not in_place(dw.view, planner.dtype)
+    at_once = largest(filters, planner.budget // 2, per_filter) if summed else filters
+
+    def some_filters(part: slice, planner: Planner) -> None:
+        (space,) = planner.workspace(per_filter * at_once * summed)
+        place = dw.view[..., part]
+        sums = space.shaped(place.shape) if summed else place
+        planner.copy(sums, 0)
+        pieces_of_images = params.Images([dy.of_channels(part), x], [], geometry, planner)
+
+        def some_images(number: int, planner: Planner) -> None:
+            (gradients, images), _ = pieces_of_images.read(number, planner)
+            launch(gradients, images, sums, geometry, planner)
+
+        planner.loop(range(len(pieces_of_images)), some_images)
+        if summed:
+            planner.copy(place, sums)
+
+    planner.loop(list(pieces(filters, at_once)), some_filters)
+
+
+def _launch_data_grad(dy: Operand, w: Operand, sums: View, geometry: Geometry, planner: Planner) -> None:
+    y_x_w = dy.view, sums, w.view
+    wide = params.is_wide(geometry, *y_x_w)
+    images, *_, groups, channels = sums.shape
+    tile = tile_for(channels, planner.dtype.itemsize)
+    box = _boxes(geometry, tile, planner.dtype.itemsize, wide)
+    tiles = blocks(channels, tile.WIDTH)
+    for extents, sizes in ((geometry.output, box.outputs), (geometry.kernel, box.taps)):
+        tiles *= math.prod(map(blocks, params.lift(extents, 1), sizes))
+    options = params.options(dy, w, channels_innermost(dy.view), fours=_in_fours(sums, channels))
+    module = params.module("scatter", dy.view.dtype, w.view.dtype, sums.dtype, planner.dtype, wide, **tile._asdict())
+    planner.launch(
+        Kernel(module, "scatter_data_grad"),
+        images * groups * tiles,
+        THREADS,
+        (
+            *(dy.view, dy.y, w.view, sums),
+            *params.described(geometry, *y_x_w, wide),
+            structs.struct("Boxes", wide, *box),
+            options.struct(wide),
+        ),
+        math.prod(box.region) * tile.ROW * planner.dtype.itemsize,
+    )
+
+
+def _launch_weight_grad(dy: Operand, x: Operand, sums: View, geometry: Geometry, planner: Planner) -> None:
+    y_x_w = dy.view, x.view, sums
+    wide = params.is_wide(geometry, *y_x_w)
+    *kernel, groups, channels, filters = sums.shape
+    tile = tile_for(filters, planner.dtype.itemsize)
+    tiles = groups * blocks(math.prod(kernel) * channels, tile.TILE_ROWS) * blocks(filters, tile.WIDTH)
+    outputs = x.view.shape[0] * math.prod(geometry.output)
+    wanted = min(blocks(MOST_BLOCKS, tiles), blocks(outputs, FEWEST_CHUNKS * tile.DEPTH))
+    length = blocks(outputs, wanted * tile.DEPTH) * tile.DEPTH
+    slices = blocks(outputs, length)
+    index = structs.index_dtype(wide).type
+    options = params.options(dy, x, channels_innermost(x.view), fours=_in_fours(sums, filters))
+    module = params.module("scatter", dy.view.dtype, x.view.dtype, sums.dtype, planner.dtype, wide, **tile._asdict())
+    planner.launch(
+        Kernel(module, "scatter_weight_grad"),
+        tiles * slices,
+        THREADS,
+        (
+            *(dy.view, dy.y, x.view, x.y, sums),
+            *params.described(geometry, *y_x_w, wide),
+            *(index(slices), index(length), options.struct(wide)),
+        ),
+    )
+
+
+def _in_fours(sums: View, channels: int) -> bool:
+    """Whether four channels lie side by side at a multiple of 16 bytes, everywhere; only float32 is added in fours."""
+    return bool(
+        sums.dtype == numpy.float32
+        and channels % 4 == 0
+        and sums.strides[-1] == 4
+        and sums.address == 0
+        and all(step % 16 == 0 for step, size in zip(sums.strides[:-1], sums.shape[:-1], strict=True) if size > 1)
+    )
+
+
+class Boxes(NamedTuple):
+    """The box of outputs and the box of taps of a block, and the region of x that they reach."""
+
+    outputs: Shape
+    taps: Shape
+    region: Shape
+
+
+@lru_cache(maxsize=1024)
+def _boxes(geometry: Geometry, tile: Tile, itemsize: int, wide: bool) -> Boxes:
+    """The box with most outputs whose region fits into shared memory, and of these the one with the smallest region.
+
+    Where not even one output's region fits, as under a far dilation, a block takes fewer taps.
+    """
+    index = structs.index_dtype(wide).itemsize
+    tiles = tile.CHUNK * (tile.TILE_OUTPUTS + 2 * PAD + tile.WIDTH) * itemsize + tile.TILE_OUTPUTS * (index + 4) + 64
+    positions = (SHARED_MEMORY - tiles) // (tile.ROW * itemsize)
+    output, taps = (list(params.lift(extents, 1)) for extents in (geometry.output, geometry.kernel))
+    stride, dilation = (params.lift(steps, 1) for steps in (geometry.stride, geometry.dilation))
+
+    def region(outputs: Any) -> Shape:
+        axes = zip(outputs, stride, taps, dilation, strict=True)
+        return tuple((m - 1) * s + (k - 1) * d + 1 for m, s, k, d in axes)
+
+    while math.prod(region((1, 1, 1))) > positions:
+        axis = max(range(structs.AXES), key=lambda axis: (taps[axis] - 1) * dilation[axis])
+        taps[axis] = -(-taps[axis] // 2)
+    candidates = (
+        (m, p, q)
+        for m, p in product(_sizes(output[0], tile.TILE_OUTPUTS), _sizes(output[1], tile.TILE_OUTPUTS))
+        for q in _sizes(output[2], tile.TILE_OUTPUTS // (m * p))
+    )
+    fitting = (box for box in candidates if math.prod(region(box)) <= positions)
+    outputs = max(fitting, key=lambda box: (_use(box, output), -math.prod(region(box))))
+    return Boxes(outputs, tuple(taps), region(outputs))
+
+
+def _sizes(extent: int, most: int) -> list[int]:
+    """The sizes worth trying: the smallest of those that cut the extent into as many pieces."""
+    sizes = {blocks(extent, blocks(extent, size)) for size in range(1, min(extent, most) + 1)}
+    return [size for size in sorted(sizes) if size <= most]
+
+
+def _use(box: Shape, output: Any) -> float:
+    """How many outputs a block does on average: those at the end of an axis may do fewer."""
+    return float(math.prod(n / blocks(n, m) for n, m in zip(output, box, strict=True)))

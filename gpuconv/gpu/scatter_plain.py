@@ -1,0 +1,70 @@
+"""The scatter-add with one atomic addition for every product: the plain twin of scatter, to read and to compare with.
+
+It is no algorithm that a caller may name. Tests and the benchmark put it among the others.
+"""
+
+from __future__ import annotations
+
+from gpuconv.blocking import channels_innermost
+from gpuconv.geometry import Geometry
+from gpuconv.gpu import params, scatter
+from gpuconv.gpu.kernel import Kernel
+from gpuconv.gpu.launch import blocks
+from gpuconv.gpu.scatter import THREADS
+from gpuconv.operands import Operand, Result
+from gpuconv.plan import Planner
+from gpuconv.request import Request
+from gpuconv.views import View
+
+
+def why_not(request: Request) -> str | None:
+    """A reason on NumPy, for the forward direction, and wherever scatter has one."""
+    if request.backend.launch is None or request.direction == "forward":
+        return "it is a CUDA kernel for the gradients"
+    return scatter.why_not(request)
+
+
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
+    """Adds each product of dy to the input that it came from, one by one."""
+    scatter.add_to_images(_launch_data_grad, dy, w, dx, geometry, planner)
+
+
+def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
+    """Adds each product of dy to the weight that it came from, one by one."""
+    scatter.add_to_weights(_launch_weight_grad, dy, x, dw, geometry, planner)
+
+
+def _launch_data_grad(dy: Operand, w: Operand, sums: View, geometry: Geometry, planner: Planner) -> None:
+    _launch("scatter_data_grad_plain", dy, w, (w.view,), sums, (dy.view, sums, w.view), geometry, planner)
+
+
+def _launch_weight_grad(dy: Operand, x: Operand, sums: View, geometry: Geometry, planner: Planner) -> None:
+    _launch("scatter_weight_grad_plain", dy, x, (x.view, x.y), sums, (dy.view, x.view, sums), geometry, planner)
+
+
+def _launch(
+    name: str,
+    dy: Operand,
+    second: Operand,
+    second_arrays: tuple[View | None, ...],
+    sums: View,
+    y_x_w: tuple[View, View, View],
+    geometry: Geometry,
+    planner: Planner,
+) -> None:
+    """One thread for each element of dy."""
+    wide = params.is_wide(geometry, *y_x_w)
+    options = params.options(dy, second, channels_innermost(dy.view))
+    module = params.module(
+        "scatter", dy.view.dtype, second.view.dtype, sums.dtype, planner.dtype, wide, **scatter.ONE._asdict()
+    )
+    planner.launch(
+        Kernel(module, name),
+        blocks(dy.view.size, THREADS),
+        THREADS,
+        (
+            *(dy.view, dy.y, *second_arrays, sums),
+            *params.described(geometry, *y_x_w, wide),
+            options.struct(wide),
+        ),
+    )
