@@ -23,7 +23,7 @@ def modules(cases, names):
     """The modules that ``auto`` launches for these layers at a GPU's batch size, each once, as they are found."""
     found = {}
     backend = report.recording(cupy_backend(), found)
-    for case, batch, dtype in run.Plan(backend, dtypes=names).jobs(cases):
+    for case, batch, dtype in run.Schedule(backend, dtypes=names).jobs(cases):
         kind, precision = run.kind_and_precision(dtype)
         for layout in LAYOUTS:
             before = len(found)

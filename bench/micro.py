@@ -121,7 +121,7 @@ def algorithms(place, clock):
     """Every algorithm on a few layers, and how many times the scatter-add is faster than its plain twin."""
     MODULES["scatter_plain"] = scatter_plain
     names = ("im2col", "implicit_gemm", "direct", "scatter", "scatter_plain")
-    plan = run.Plan(place, dtypes=("float32",), algorithms=names, batches=(BATCH,), seconds=0.02)
+    plan = run.Schedule(place, dtypes=("float32",), algorithms=names, batches=(BATCH,), seconds=0.02)
     for rows in run.Bench(plan).rows(plan.jobs(layers.selected((SUITE,), ()))):
         timed = {row.algorithm: row.summary.median for row in rows if row.timed}
         for row in rows:

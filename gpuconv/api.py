@@ -20,12 +20,13 @@ from gpuconv.geometry import Geometry
 from gpuconv.validate import (
     NEEDS,
     check_activation,
-    check_backward,
     check_bias,
+    check_derivative,
     check_gradient,
     check_out,
     checked,
     given,
+    needed,
 )
 
 
@@ -341,13 +342,15 @@ def conv_backward(
     geometry = Geometry.infer(
         x.shape, w.shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip
     )
-    needed = check_backward(kind, dtype, dy, geometry.y_shape, activation, y, needs, x=x.shape, w=w.shape)
+    check_gradient(dy, geometry.y_shape, x=x.shape, w=w.shape)
+    check_derivative(activation, y, dy, dtype)
+    names = needed(needs)
     call = Call.of(geometry, kind, dtype, algorithm, precision, deterministic)
     gradient = Source(dy, y=y if activation else None, activation=activation)
     return Gradients(
-        dx=call.compute("data_grad", gradient, Source(w, conjugate=True)) if "dx" in needed else None,
-        dw=call.compute("weight_grad", gradient, Source(x, conjugate=True)) if "dw" in needed else None,
-        db=call.compute("bias_grad", gradient) if "db" in needed else None,
+        dx=call.compute("data_grad", gradient, Source(w, conjugate=True)) if "dx" in names else None,
+        dw=call.compute("weight_grad", gradient, Source(x, conjugate=True)) if "dw" in names else None,
+        db=call.compute("bias_grad", gradient) if "db" in names else None,
     )
 
 
@@ -482,13 +485,15 @@ def conv_transpose_backward(
         x.shape, w.shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip,
         output_padding=output_padding,
     )  # fmt: skip
-    needed = check_backward(kind, dtype, dy, geometry.x_shape, activation, y, needs, x=x.shape, w=w.shape)
+    check_gradient(dy, geometry.x_shape, x=x.shape, w=w.shape)
+    check_derivative(activation, y, dy, dtype)
+    names = needed(needs)
     call = Call.of(geometry, kind, dtype, algorithm, precision, deterministic)
     gradient = Source(dy, y=y if activation else None, activation=activation)
     return Gradients(
-        dx=call.compute("forward", gradient, Source(w, conjugate=True)) if "dx" in needed else None,
-        dw=call.compute("weight_grad", Source(x, conjugate=True), gradient) if "dw" in needed else None,
-        db=call.compute("bias_grad", gradient) if "db" in needed else None,
+        dx=call.compute("forward", gradient, Source(w, conjugate=True)) if "dx" in names else None,
+        dw=call.compute("weight_grad", Source(x, conjugate=True), gradient) if "dw" in names else None,
+        db=call.compute("bias_grad", gradient) if "db" in names else None,
     )
 
 

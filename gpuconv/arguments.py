@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 Layout: TypeAlias = Literal["channels_first", "channels_last"]
 Shape: TypeAlias = tuple[int, ...]
@@ -114,17 +114,20 @@ def _padding(value: object, rank: int) -> Pairs | str:
     return tuple(pairs)
 
 
-def geometry_settings(
-    w_shape: Shape,
-    w_name: str,
-    stride: object,
-    padding: object,
-    dilation: object,
-    groups: object,
-    layout: object,
-    flip: object,
-) -> tuple[Shape, Pairs | str, Shape, int, Layout, bool]:
-    """Return the settings in one form each, so that equal convolutions are equal keys."""
+class Settings(NamedTuple):
+    """The settings of a convolution in one form each, so that equal convolutions are equal keys."""
+
+    stride: Shape
+    padding: Pairs | str  # or the name of a rule
+    dilation: Shape
+    groups: int
+    layout: Layout
+    flip: bool
+
+
+def geometry_settings(w_shape: Shape, w_name: str, *written: Any) -> Settings:
+    """Return the settings that a caller has written, in the order of :class:`Settings`."""
+    stride, padding, dilation, groups, layout, flip = written
     rank = len(w_shape) - 2
     if rank > MOST_AXES:
         raise ValueError(f"{w_name} must have at most {MOST_AXES} spatial axes, got shape {w_shape}")
@@ -137,11 +140,11 @@ def geometry_settings(
     count = integer(groups, "groups")
     if count < 1:
         raise ValueError(f"groups must be at least 1, got {groups!r}")
-    return (
+    return Settings(
         per_axis(stride, rank, "stride", minimum=1),
         _padding(padding, rank),
         per_axis(dilation, rank, "dilation", minimum=1),
         count,
-        layout,  # type: ignore[return-value]
+        layout,
         bool(flip),
     )

@@ -173,7 +173,7 @@ def _kernels(options: argparse.Namespace) -> int:
     for architecture in architectures:
         found = list(report.rows(architecture))
         failures += [str(row) for row in found if isinstance(row, compiler.CompileError)]
-        rows += [row for row in found if isinstance(row, report.Row)]
+        rows += [row for row in found if isinstance(row, report.CompiledKernel)]
         for line in report.lines(row for row in rows if row.arch == architecture):
             print(line, flush=True)
     failures += [f"{row.kernel} spills on {row.arch}: {row}" for row in rows if row.spill_stores or row.spill_loads]

@@ -26,7 +26,7 @@ from gpuconv.blocking import group_parts
 from gpuconv.cpu import bias_grad
 from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import ARRAYS, ROLES, Operand, Result, Role, canonical, has_channels_last_memory
-from gpuconv.plan import BIAS, RESULT, WORKSPACE, Choice, Deferred, Loop, NewArray, Plan, Planner, Scope, Step, Steps
+from gpuconv.plan import BIAS, RESULT, WORKSPACE, Branch, Deferred, Loop, NewArray, Plan, Planner, Scope, Step, Steps
 from gpuconv.request import Request, workspace_of
 from gpuconv.select import MODULES, TRANSFORMS, check_name, choose, consent
 from gpuconv.views import View, contiguous_strides, first_byte
@@ -273,9 +273,15 @@ def _convolution(description: Description, planner: Planner) -> tuple[str, NewAr
     result = Result(view, description.view(BIAS, "b"), description.activation).with_plain_bias(planner)
     request = Request(geometry, call.dtype, direction, call.backend, call.deterministic, call.limit)
     algorithm = choose(request, call.algorithm).algorithm
+    compute = getattr(MODULES[algorithm], direction)
+
+    def some_groups(part: tuple[slice, Geometry], planner: Planner) -> None:
+        groups, geometry = part
+        operands = first.of_groups(groups, roles[0]), second.of_groups(groups, roles[1])
+        compute(*operands, result.of_groups(groups, roles[2]), geometry, planner)
+
     if first.view.size and second.view.size and view.size:
-        body = partial(_part, getattr(MODULES[algorithm], direction), first, second, result, roles)
-        planner.loop(group_parts(geometry, planner.budget), body)
+        planner.loop(group_parts(geometry, planner.budget), some_groups)
     else:
         result.fill(planner)
     return algorithm, new, first.temporaries + second.temporaries + result.temporaries
@@ -287,21 +293,6 @@ def _new_array(shape: Shape, dtype: numpy.dtype, channel: int | None) -> NewArra
         return NewArray(shape, dtype)
     before, behind, last = shape[:channel], shape[channel + 1 :], len(shape) - 1
     return NewArray((*before, *behind, shape[channel]), dtype, (*range(channel), last, *range(channel, last)))
-
-
-def _part(
-    algorithm: Any,
-    first: Operand,
-    second: Operand,
-    result: Result,
-    roles: tuple[Role, Role, Role],
-    part: tuple[slice, Geometry],
-    planner: Planner,
-) -> None:
-    """The steps of some groups: of all, or of as many as the workspace has room for at a time."""
-    groups, geometry = part
-    operands = (operand.of_groups(groups, role) for operand, role in zip((first, second), roles[:2], strict=True))
-    algorithm(*operands, result.of_groups(groups, roles[2]), geometry, planner)
 
 
 # ------------------------------------------------------------------------------------------ running plans
@@ -325,7 +316,7 @@ class _Memory:
         """The array that a view stands for."""
         return self.backend.array(view.shape, view.dtype, self.memories[view.memory], view.offset, view.strides)
 
-    def steps(self, steps: Steps) -> Iterator[Step | Loop | Choice]:
+    def steps(self, steps: Steps) -> Iterator[Step | Loop | Branch]:
         """The steps with those of parts that one thread runs, of what is chosen, and of what is planned only now.
 
         Loops of several workers are among them, and choices where the answer is no.

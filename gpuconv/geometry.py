@@ -19,7 +19,7 @@ from itertools import product
 from threading import RLock
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from gpuconv.arguments import Layout, Pairs, Shape, are_plain, geometry_settings, per_axis, shape_of
+from gpuconv.arguments import Layout, Pairs, Settings, Shape, are_plain, geometry_settings, per_axis, shape_of
 
 Direction: TypeAlias = Literal["forward", "data_grad", "weight_grad"]
 
@@ -80,7 +80,7 @@ class Geometry:
         >>> Geometry.infer((8, 3, 32, 32), (16, 3, 3, 3), stride=2, padding=1).y_shape
         (8, 16, 16, 16)
         """
-        given = (x_shape, w_shape, stride, padding, dilation, groups, layout, flip, x_name, w_name)
+        given = (x_name, w_name, x_shape, w_shape, stride, padding, dilation, groups, layout, flip)
         return (_of_arguments if are_plain(given) else _of_arguments.__wrapped__)(*given)
 
     @classmethod
@@ -102,7 +102,7 @@ class Geometry:
         >>> Geometry.infer_transposed((8, 16, 16, 16), (16, 3, 3, 3), stride=2, padding=1, output_padding=1).x_shape
         (8, 3, 32, 32)
         """
-        given = (x_shape, w_shape, stride, padding, dilation, groups, layout, flip, output_padding)
+        given = (x_shape, w_shape, output_padding, stride, padding, dilation, groups, layout, flip)
         return (_of_transposed if are_plain(given) else _of_transposed.__wrapped__)(*given)
 
     def __hash__(self) -> int:
@@ -302,39 +302,22 @@ def _check_kernel(kernel: Shape, w_shape: Shape, w_name: str) -> None:
 
 
 @lru_cache(maxsize=4096, typed=True)
-def _of_arguments(
-    x_shape: Any, w_shape: Any, stride: Any, padding: Any, dilation: Any, groups: Any, layout: Any, flip: Any,
-    x_name: str, w_name: str,
-) -> Geometry:  # fmt: skip
+def _of_arguments(x_name: str, w_name: str, x_shape: Any, w_shape: Any, *settings: Any) -> Geometry:
     shapes = shape_of(x_shape, x_name), shape_of(w_shape, w_name)
-    settings = geometry_settings(shapes[1], w_name, stride, padding, dilation, groups, layout, flip)
-    return _infer(*shapes, *settings, x_name, w_name)
+    return _infer(*shapes, geometry_settings(shapes[1], w_name, *settings), x_name, w_name)
 
 
 @lru_cache(maxsize=4096, typed=True)
-def _of_transposed(
-    x_shape: Any, w_shape: Any, stride: Any, padding: Any, dilation: Any, groups: Any, layout: Any, flip: Any,
-    output_padding: Any,
-) -> Geometry:  # fmt: skip
+def _of_transposed(x_shape: Any, w_shape: Any, output_padding: Any, *settings: Any) -> Geometry:
     shapes = shape_of(x_shape, "x"), shape_of(w_shape, "w")
-    settings = geometry_settings(shapes[1], "w", stride, padding, dilation, groups, layout, flip)
+    checked = geometry_settings(shapes[1], "w", *settings)
     extra = per_axis(output_padding, len(shapes[1]) - 2, "output_padding", minimum=0)
-    return _infer_transposed(*shapes, *settings, extra)
+    return _infer_transposed(*shapes, checked, extra)
 
 
 @lru_cache(maxsize=4096)
-def _infer(
-    x_shape: Shape,
-    w_shape: Shape,
-    stride: Shape,
-    padding: Pairs | str,
-    dilation: Shape,
-    groups: int,
-    layout: Layout,
-    flip: bool,
-    x_name: str,
-    w_name: str,
-) -> Geometry:
+def _infer(x_shape: Shape, w_shape: Shape, settings: Settings, x_name: str, w_name: str) -> Geometry:
+    stride, padding, dilation, groups, layout, flip = settings
     batch, channels, extent, kernel = _split(x_shape, w_shape, layout, x_name, w_name)
     group_channels, filters = w_shape[-2:] if layout == "channels_last" else (w_shape[1], w_shape[0])
     shapes = f"({x_name} {x_shape}, {w_name} {w_shape}, groups={groups})"
@@ -388,17 +371,8 @@ def _same_padding(name: str, n: int, s: int, reach: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=4096)
-def _infer_transposed(
-    x_shape: Shape,
-    w_shape: Shape,
-    stride: Shape,
-    padding: Pairs | str,
-    dilation: Shape,
-    groups: int,
-    layout: Layout,
-    flip: bool,
-    output_padding: Shape,
-) -> Geometry:
+def _infer_transposed(x_shape: Shape, w_shape: Shape, settings: Settings, output_padding: Shape) -> Geometry:
+    stride, padding, dilation, groups, layout, flip = settings
     batch, filters, extent, kernel = _split(x_shape, w_shape, layout, "x", "w")
     group_channels, expected = w_shape[-2:] if layout == "channels_last" else (w_shape[1], w_shape[0])
     shapes = f"(x {x_shape}, w {w_shape}, groups={groups})"

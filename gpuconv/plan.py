@@ -65,7 +65,7 @@ class Deferred(NamedTuple):
         return scope
 
 
-class Choice(NamedTuple):
+class Branch(NamedTuple):
     """Steps that are right where a question about an array is answered with yes, and others for where it is not."""
 
     question: Callable[[Any], bool]
@@ -85,14 +85,14 @@ class Loop(NamedTuple):
     size: int  # bytes of each
 
 
-Steps: TypeAlias = Sequence[Step | Loop | Choice | Deferred]
+Steps: TypeAlias = Sequence[Step | Loop | Branch | Deferred]
 
 
 class Scope:
     """Steps in the making, and the part of a memory in which they have their workspace."""
 
     def __init__(self, memory: int, room: int, start: int = 0) -> None:
-        self.steps: list[Step | Loop | Choice | Deferred] = []
+        self.steps: list[Step | Loop | Branch | Deferred] = []
         self.memory, self.top, self.most = memory, start, start
         self.count, self.room = 0, room  # of steps, those of loops included; and how many there may be
 
@@ -103,7 +103,7 @@ class Scope:
         self.most = max(self.most, self.top)
         return view
 
-    def note(self, step: Step | Loop | Choice, count: int = 1) -> None:
+    def note(self, step: Step | Loop | Branch, count: int = 1) -> None:
         """Adds a step that stands for so many."""
         self.steps.append(step)
         self.count += count
@@ -157,7 +157,7 @@ def _lines(steps: Steps, names: Sequence[str], indent: str) -> Iterator[str]:
         elif isinstance(step, Loop):
             yield f"{indent}in {step.workers} threads, {step.number} parts, the first of which is:"
             yield from _lines(next(iter(step.parts)), names, indent + "  ")
-        elif isinstance(step, Choice):
+        elif isinstance(step, Branch):
             yield f"{indent}if {step.question.__name__}({_text(step.view, names)}):"
             yield from _lines(step.yes, names, indent + "  ")
             yield f"{indent}else:"
@@ -254,7 +254,7 @@ class Planner:
         yes(replace(self, scope=scope))
         self.scope.most = max(self.scope.most, scope.most)
         later = Deferred(no, replace(self, scope=Scope(self.scope.memory, 0)))  # without the steps that it is among
-        self.scope.note(Choice(question, view, scope.steps, later), 1 + scope.count)
+        self.scope.note(Branch(question, view, scope.steps, later), 1 + scope.count)
 
     def loop(self, tasks: Collection[T], body: Callable[[T, Planner], None], workers: int = 1) -> None:
         """The steps of ``body(task, planner)`` for each task, which several workers may share.

@@ -155,16 +155,16 @@ def _called(
     """Compute the convolution forward or, transposed, as data_grad."""
     _check(x=x, w=w, b=b)
     infer = Geometry.infer if direction == "forward" else Geometry.infer_transposed
-    problem = _Problem(infer(tuple(x.shape), tuple(w.shape), **geometry), *how)
+    convolution = _Convolution(infer(tuple(x.shape), tuple(w.shape), **geometry), *how)
     if direction == "forward":
-        check_bias(b, problem.geometry.filters)
+        check_bias(b, convolution.geometry.filters)
     else:
-        check_bias(b, problem.geometry.channels)
+        check_bias(b, convolution.geometry.channels)
         w = w.conj_physical() if w.is_complex() else w  # the transpose is the adjoint with that
-    return problem.result(direction, x, w, b)
+    return convolution.result(direction, x, w, b)
 
 
-class _Problem(NamedTuple):
+class _Convolution(NamedTuple):
     """A convolution and how it is computed: what all its directions have in common."""
 
     geometry: Geometry
@@ -219,15 +219,15 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, problem: _Problem, direction: Direction, first: Tensor, second: Tensor, b: Tensor | None
+        ctx: Any, convolution: _Convolution, direction: Direction, first: Tensor, second: Tensor, b: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(first, second)
-        ctx.problem, ctx.direction, ctx.bias = problem, direction, None if b is None else b.dtype
-        return problem.computed(direction, first, second, b)
+        ctx.convolution, ctx.direction, ctx.bias = convolution, direction, None if b is None else b.dtype
+        return convolution.computed(direction, first, second, b)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (first, second), problem, needs = ctx.saved_tensors, ctx.problem, ctx.needs_input_grad[2:]
+        (first, second), convolution, needs = ctx.saved_tensors, ctx.convolution, ctx.needs_input_grad[2:]
         of_first, of_second = {
             "forward": (("data_grad", gradient, second), ("weight_grad", gradient, first)),
             "data_grad": (("forward", gradient, second), ("weight_grad", first, gradient)),
@@ -235,9 +235,9 @@ class _Differentiable(torch.autograd.Function):
         }[ctx.direction]
         return (
             *(None, None),
-            _cast(problem.result(*of_first), first.dtype) if needs[0] else None,
-            _cast(problem.result(*of_second), second.dtype) if needs[1] else None,
-            _cast(problem.bias_grad(gradient), ctx.bias) if needs[2] else None,
+            _cast(convolution.result(*of_first), first.dtype) if needs[0] else None,
+            _cast(convolution.result(*of_second), second.dtype) if needs[1] else None,
+            _cast(convolution.bias_grad(gradient), ctx.bias) if needs[2] else None,
         )
 
 

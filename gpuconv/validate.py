@@ -59,32 +59,22 @@ def check_activation(activation: object, dtype: numpy.dtype) -> None:
         raise TypeError(f"activation={activation!r} needs a real dtype, but the result is {dtype.name}")
 
 
-def check_backward(
-    kind: Kind,
-    dtype: numpy.dtype,
-    dy: Array,
-    shape: Shape,
-    activation: Activation | None,
-    y: Array | None,
-    needs: str | Sequence[str],
-    **shapes: Sequence[int],
-) -> tuple[str, ...]:
-    """Check dy, y and the activation, and return the names of the gradients to compute."""
-    check_gradient(dy, shape, **shapes)
+def check_derivative(activation: Activation | None, y: Array | None, dy: Array, dtype: numpy.dtype) -> None:
+    """Check an activation of this dtype, and y, from which its derivative is computed."""
     check_activation(activation, dtype)
     if y is not None:
         checked(dy=dy, y=y)
-        check_shape("y", y, shape)
+        check_shape("y", y, dy.shape)
         if activation is not None and dtypes.is_complex(y.dtype):
             raise TypeError(f"activation={activation!r} needs a real y, not {y.dtype}")
     elif activation is not None:
         raise ValueError(
             f"activation={activation!r} needs y, the result of the forward call, to take its derivative from"
         )
-    return _needed(needs)
 
 
-def _needed(needs: str | Sequence[str]) -> tuple[str, ...]:
+def needed(needs: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the gradients to compute."""
     try:
         names = (needs,) if isinstance(needs, str) else tuple(needs)
     except TypeError:

@@ -30,7 +30,7 @@ from gpuconv.execute import Call, Description, plan_for
 from gpuconv.gpu import implicit_gemm
 from gpuconv.gpu.device import Device
 from gpuconv.operands import ROLES
-from gpuconv.plan import Choice, Deferred, Loop, Step
+from gpuconv.plan import Branch, Deferred, Loop, Step
 from gpuconv.request import Request
 from gpuconv.select import MODULES
 from gpuconv.views import contiguous_strides
@@ -184,7 +184,7 @@ def steps_text(steps, indent="  "):
             some = step.parts if isinstance(step.parts, list) else itertools.islice(step.parts, 2)
             for part in some:
                 yield from steps_text(part, indent + "  ")
-        elif isinstance(step, Choice):
+        elif isinstance(step, Branch):
             yield f"{indent}whether {step.question.__name__} {text(step.view)}"
             yield from steps_text(step.yes, indent + "  ")
             yield from steps_text([step.no], indent + "  ")

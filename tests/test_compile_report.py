@@ -16,7 +16,9 @@ RECORDED = Path(__file__).parents[1] / "bench" / "kernels.json"
 
 
 def recorded():
-    return {report.Row(**row).variant: report.Row(**row) for row in json.loads(RECORDED.read_text())}
+    return {
+        report.CompiledKernel(**row).variant: report.CompiledKernel(**row) for row in json.loads(RECORDED.read_text())
+    }
 
 
 @NVRTC
@@ -33,7 +35,7 @@ def test_kernels_neither_spill_nor_take_more_registers_than_recorded(architectur
     rows = list(report.rows(architecture, chosen))
     assert len(rows) >= len(chosen)
     for row in rows:
-        assert isinstance(row, report.Row), str(row)
+        assert isinstance(row, report.CompiledKernel), str(row)
         assert (row.spill_stores, row.spill_loads) == (0, 0), row
         ceiling = before[row.variant]
         if row.nvrtc == ceiling.nvrtc:
@@ -128,7 +130,7 @@ def test_a_row_for_each_kernel_that_is_launched(wide, monkeypatch):
 # ------------------------------------------------------------------------------------------------- the command
 
 
-ROW = report.Row("k", "sm_80", "float32", 32, {"WIDTH": 4}, 128, 64, 0, 0, 4096, 4096, 0, 1.0, 0.25, "12.9")
+ROW = report.CompiledKernel("k", "sm_80", "float32", 32, {"WIDTH": 4}, 128, 64, 0, 0, 4096, 4096, 0, 1.0, 0.25, "12.9")
 
 
 @pytest.fixture
@@ -153,7 +155,7 @@ def test_the_command_prints_ranges_and_writes_every_row(compiled, tmp_path, caps
         ["k", "sm_90a", "1", "64", "0", "4.0", "100", "%", "<=", "0.2", "s"],
     ]
     written = json.loads((tmp_path / "kernels.json").read_text())
-    assert [report.Row(**row) for row in written] == compiled
+    assert [report.CompiledKernel(**row) for row in written] == compiled
     assert {"kernel", "arch", "registers", "spill_stores", "spill_loads", "shared_bytes", "occupancy"} <= set(
         written[0]
     )

@@ -83,7 +83,7 @@ def test_tiles_of_a_volume_overlap_little():
     """All that is transformed is at most 1.6 times what one tile of all of it would be."""
     geometry = Geometry.infer((1, 64, 256, 256), (1, 1, 32, 32, 32), padding="same")
     request = Request(geometry, np.dtype("float32"), "forward", NUMPY)
-    tile = fft._cut(fft._Problem.of(request), request.budget).tile
+    tile = fft._cut(fft._Correlation.of(request), request.budget).tile
     tiles = [-(-m // step) for m, step in zip(geometry.output, fft._steps(tile, geometry), strict=True)]
     assert tile.taps == geometry.kernel
     assert np.prod(tiles) * np.prod(tile.extent) <= 1.6 * 96 * 288 * 288

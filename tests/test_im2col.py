@@ -118,7 +118,7 @@ def test_a_stem_takes_them(layout):
 )
 def test_residues_share_the_outputs_around_them(kernel, stride, padding, seen, products):
     shapes = (1, 4, *(16,) * len(kernel)), (8, 4, *kernel)
-    plan = residues.plan(Geometry.infer(*shapes, stride=stride, padding=padding))
+    plan = residues.products_of(Geometry.infer(*shapes, stride=stride, padding=padding))
     assert plan.gathered.kernel == seen
     assert sum(len(part.stretches) for part in plan.parts) == products
 
@@ -130,4 +130,4 @@ def test_residues_share_the_outputs_around_them(kernel, stride, padding, seen, p
 def test_residues_that_share_nothing_stand_alone(kernel, stride, dilation):
     """One residue, or residues whose outputs lie between one another's."""
     shapes = (1, 4, *(32,) * len(kernel)), (8, 4, *kernel)
-    assert residues.plan(Geometry.infer(*shapes, stride=stride, dilation=dilation)) is None
+    assert residues.products_of(Geometry.infer(*shapes, stride=stride, dilation=dilation)) is None

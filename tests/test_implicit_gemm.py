@@ -15,7 +15,7 @@ from gpuconv.execute import Call
 from gpuconv.geometry import Geometry
 from gpuconv.gpu import gemm_tiles, implicit_gemm, kernels_folder, params
 from gpuconv.gpu.device import MODEL, Device
-from gpuconv.gpu.gemm_tiles import Choice
+from gpuconv.gpu.gemm_tiles import TileChoice
 from gpuconv.operands import Operand
 from gpuconv.views import View
 from tests import reference
@@ -105,7 +105,7 @@ def forced(tile, slices=1):
     """A tile by name, in the place of the one that would be chosen."""
 
     def chosen(problem):
-        return Choice(tile, min(slices, problem.most_slices), 0.0)
+        return TileChoice(tile, min(slices, problem.most_slices), 0.0)
 
     gpuconv.clear_cache()
     with mock.patch.object(gemm_tiles, "chosen", chosen):

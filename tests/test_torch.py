@@ -111,7 +111,7 @@ def test_a_step_of_training_is_pytorchs(rng):
 def test_only_what_is_needed_is_computed(rng, monkeypatch):
     x, w, b = tensors(rng, (2, 3, 5, 5), (4, 3, 3, 3), (4,), needs=False)
     computed = []
-    problem = gpuconv_torch._Problem
+    problem = gpuconv_torch._Convolution
     original = problem.computed
     monkeypatch.setattr(problem, "computed", lambda *a: computed.append(a[1]) or original(*a))
     for needs, expected in (
@@ -222,7 +222,7 @@ def test_results_can_be_changed_in_place(memory_format, rng):
 def test_memory_of_pytorchs_lies_as_x_does_and_is_no_view(channels_last):
     """What results on a GPU are written into."""
     like = np.empty((2, 4, 5, 3)).transpose(0, 3, 1, 2) if channels_last else np.empty((2, 3, 4, 5))
-    problem = gpuconv_torch._Problem(Geometry.infer((2, 3, 4, 5), (6, 3, 1, 1)), "auto", None, None)
+    problem = gpuconv_torch._Convolution(Geometry.infer((2, 3, 4, 5), (6, 3, 1, 1)), "auto", None, None)
     y = problem._empty("y", torch.float32, torch.device("cpu"), like)
     assert not y._is_view()
     assert y.shape == (2, 6, 4, 5)

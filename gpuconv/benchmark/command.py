@@ -176,7 +176,7 @@ def tune_command(options: argparse.Namespace) -> int:
     """``gpuconv tune``."""
     where = backend_named(options.backend)
     check_writable(options.json)
-    plan = run.Plan(
+    schedule = run.Schedule(
         where,
         _chosen("direction", options.direction, DIRECTIONS) or DIRECTIONS,  # type: ignore[arg-type]
         _chosen("dtype", options.dtype, dtypes.NAMES),
@@ -186,10 +186,10 @@ def tune_command(options: argparse.Namespace) -> int:
     cases = layers.selected(options.suite or (() if options.case else (DEFAULT_SUITE,)), options.case)
     found: list[dict[str, Any]] = []
     try:
-        for case, batch, dtype in plan.jobs(cases):
-            for layout in plan.layouts:
+        for case, batch, dtype in schedule.jobs(cases):
+            for layout in schedule.layouts:
                 geometry = case.geometry(batch, layout)
-                for one in tuned_geometry(geometry, dtypes.named(dtype), plan.directions, where, options.seconds):
+                for one in tuned_geometry(geometry, dtypes.named(dtype), schedule.directions, where, options.seconds):
                     print(_tuned_line(case.name, layout, one), flush=True)
                     found.append({"case": case.name, "spec": case.text(batch), "layout": layout, **one._asdict()})
     finally:
@@ -228,7 +228,7 @@ def bench(options: argparse.Namespace, place: Backend) -> int:
 
     cases = layers.selected(options.suite or (() if options.case else (DEFAULT_SUITE,)), options.case)
     peer_names = peers.checked(_chosen("peer", options.peer, list(peers.PEERS)), place)
-    plan = run.Plan(
+    schedule = run.Schedule(
         place,
         _chosen("direction", options.direction, DIRECTIONS) or DIRECTIONS,  # type: ignore[arg-type]
         _chosen("dtype", options.dtype, run.DTYPES),
@@ -250,7 +250,7 @@ def bench(options: argparse.Namespace, place: Backend) -> int:
     if options.plot:
         plots.check_format(options.plot)
     with _terminated_is_interrupted():
-        found = _run(plan, cases, options)
+        found = _run(schedule, cases, options)
     if options.json:
         results.write_json(options.json, found)
     _print_results(found)
@@ -269,29 +269,38 @@ def bench(options: argparse.Namespace, place: Backend) -> int:
     return 1 if wrong else 0
 
 
-def _run(plan: run.Plan, cases: Sequence[layers.Case], options: argparse.Namespace) -> results.Results:
+def _run(schedule: run.Schedule, cases: Sequence[layers.Case], options: argparse.Namespace) -> results.Results:
     """The results, those till then where the run was interrupted."""
-    facts = results.machine() | {f"peer {name}": peers.module(name).about() for name in plan.peers}
+    facts = results.machine() | {f"peer {name}": peers.module(name).about() for name in schedule.peers}
     command = FILES.sub("", shlex.join(["gpuconv", *sys.argv[1:]]))
     found = results.Results(facts, command=command, commit=results.commit())
-    found.cold = plan.place.kind == "cupy" if plan.cold is None else plan.cold
+    found.cold = schedule.place.kind == "cupy" if schedule.cold is None else schedule.cold
     if options.resume and options.json.exists():
-        found.rows = _earlier(options.json, found, plan)
+        found.rows = _earlier(options.json, found, schedule)
     print(f"{'commit':<10} {found.commit or 'of a wheel'}")
-    for name in ("gpuconv", "CPU", "cores", "NumPy", "CuPy", "GPU", "nvidia-smi", *(f"peer {n}" for n in plan.peers)):
+    for name in (
+        "gpuconv",
+        "CPU",
+        "cores",
+        "NumPy",
+        "CuPy",
+        "GPU",
+        "nvidia-smi",
+        *(f"peer {n}" for n in schedule.peers),
+    ):
         if name in facts:
             print(f"{name:<10} {facts[name]}")
-    jobs = plan.jobs(cases)
-    todo = _missing(jobs, found.rows, plan)
+    jobs = schedule.jobs(cases)
+    todo = _missing(jobs, found.rows, schedule)
     started = saved = time.perf_counter()
-    bench = run.Bench(plan)
+    bench = run.Bench(schedule)
     try:
         with bench.clock.running():
             names = dict.fromkeys(dtype for _, _, dtype in jobs)
-            found.limits[plan.place.name] = limit = limits.measured(plan.place, list(names), bench.clock)
+            found.limits[schedule.place.name] = limit = limits.measured(schedule.place, list(names), bench.clock)
         peaks = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in limit.peaks.items())
         print(f"{'limits':<10} copy {limit.bandwidth / 1e9:.1f} GB/s; product of {peaks}\n", flush=True)
-        with _progress(len(todo) * len(plan.directions)) as advance:
+        with _progress(len(todo) * len(schedule.directions)) as advance:
             for rows in bench.rows(todo):
                 found.rows += rows
                 advance(f"{rows[0].case} {rows[0].direction}")
@@ -307,7 +316,7 @@ def _run(plan: run.Plan, cases: Sequence[layers.Case], options: argparse.Namespa
         raise
     left = Counter(
         f"{suite}, {dtype}"
-        for case, _, dtype in _missing(jobs, found.rows, plan)
+        for case, _, dtype in _missing(jobs, found.rows, schedule)
         for suite in case.suites or ("given",)
     )
     found.not_reached = [f"{name}: {number} layers" for name, number in left.items()]
@@ -316,7 +325,7 @@ def _run(plan: run.Plan, cases: Sequence[layers.Case], options: argparse.Namespa
     return found
 
 
-def _earlier(path: Path, found: results.Results, plan: run.Plan) -> list[results.Row]:
+def _earlier(path: Path, found: results.Results, schedule: run.Schedule) -> list[results.Row]:
     """The rows of whole layers that an earlier run has left; ValueError where it was another command or machine."""
     earlier = results.read_json(path)
     for name in ("command", "commit"):
@@ -327,22 +336,22 @@ def _earlier(path: Path, found: results.Results, plan: run.Plan) -> list[results
         before, now = earlier.machine.get(name), found.machine.get(name)
         if before != now:
             raise ValueError(f"--resume needs the machine of {path}: its {name} was {before!r} and is now {now!r}")
-    whole = _whole(earlier.rows, plan)
+    whole = _whole(earlier.rows, schedule)
     return [row for row in earlier.rows if (row.case, row.spec, row.dtype) in whole]
 
 
-def _missing(jobs: Sequence[run.Job], rows: Sequence[results.Row], plan: run.Plan) -> list[run.Job]:
+def _missing(jobs: Sequence[run.Job], rows: Sequence[results.Row], schedule: run.Schedule) -> list[run.Job]:
     """The layers that have no rows in some direction."""
-    whole = _whole(rows, plan)
+    whole = _whole(rows, schedule)
     return [(case, batch, dtype) for case, batch, dtype in jobs if (case.name, case.text(batch), dtype) not in whole]
 
 
-def _whole(rows: Sequence[results.Row], plan: run.Plan) -> set[tuple[str, str, str]]:
+def _whole(rows: Sequence[results.Row], schedule: run.Schedule) -> set[tuple[str, str, str]]:
     """The layers and dtypes that have rows in every direction."""
     directions: dict[tuple[str, str, str], set[str]] = {}
     for row in rows:
         directions.setdefault((row.case, row.spec, row.dtype), set()).add(row.direction)
-    return {layer for layer, found in directions.items() if found >= set(plan.directions)}
+    return {layer for layer, found in directions.items() if found >= set(schedule.directions)}
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from gpuconv.arrays import Array, Backend
 from gpuconv.benchmark import peers, timing
 from gpuconv.benchmark.layers import Case
 from gpuconv.benchmark.peers.worker import Worker
-from gpuconv.benchmark.problem import Problem
+from gpuconv.benchmark.problem import Problem, Verdict
 from gpuconv.benchmark.results import OURS, Row
 from gpuconv.benchmark.timing import GpuClock
 from gpuconv.geometry import DIRECTIONS, Direction
@@ -36,7 +36,7 @@ def kind_and_precision(dtype: str) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """What is run of every layer."""
 
     place: Backend
@@ -61,7 +61,7 @@ class Plan:
 
 
 @dataclass
-class Side:
+class Contender:
     """One of those who take turns: its row as far as it is known, and how it takes samples."""
 
     row: dict[str, object]
@@ -72,11 +72,11 @@ class Side:
 
 
 class Bench:
-    """Runs a plan; ``spent`` says what the time went into."""
+    """Runs a schedule; ``spent`` says what the time went into."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.clock = timing.clock_for(plan.place, cold=plan.cold)
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.clock = timing.clock_for(schedule.place, cold=schedule.cold)
         self.spent = dict.fromkeys(("first calls", "verifying", "peers", "measuring"), 0.0)
         self._workers: dict[str, Worker] = {}
         self._quiet = False  # whether this process has had time to come to rest
@@ -92,13 +92,13 @@ class Bench:
                 worker.close()
 
     def _layer(self, case: Case, batch: int, dtype: str) -> Iterator[list[Row]]:
-        place = self.plan.place
+        place = self.schedule.place
         kind, precision = kind_and_precision(dtype)
         try:
             problem = Problem.of(case, batch, dtypes.named(kind), place.xp, precision)
         except (MemoryError, ValueError) as error:
             raise ValueError(f"the arrays of {case.name} at N={batch} cannot be made: {error}") from None
-        for direction in self.plan.directions:
+        for direction in self.schedule.directions:
             known = {
                 "case": case.name,
                 "suites": case.suites,
@@ -110,18 +110,18 @@ class Bench:
                 "flops": problem.geometry.flops(is_complex=dtypes.is_complex(problem.dtype)),
                 "bytes": problem.geometry.bytes(problem.dtype.itemsize),
             }
-            sides = [
+            contenders = [
                 self._ours(problem, direction, layout, algorithm, known)
-                for layout in self.plan.layouts
-                for algorithm in self.plan.algorithms
+                for layout in self.schedule.layouts
+                for algorithm in self.schedule.algorithms
             ]
-            sides += [
+            contenders += [
                 self._peer(problem, direction, name, form, known)
-                for name in self.plan.peers
+                for name in self.schedule.peers
                 for form in peers.module(name).FORMS
             ]
-            method = self._measure([side for side in sides if math.isfinite(side.first)])
-            yield [Row(**side.row, samples=tuple(side.samples), method=method) for side in sides]  # type: ignore[arg-type]
+            method = self._measure([contender for contender in contenders if math.isfinite(contender.first)])
+            yield [Row(**contender.row, samples=tuple(contender.samples), method=method) for contender in contenders]  # type: ignore[arg-type]
         del problem
         if place.kind == "cupy":  # the next layer may need all memory
             gpuconv.clear_cache()
@@ -129,130 +129,129 @@ class Bench:
 
     def _ours(
         self, problem: Problem, direction: Direction, layout: Layout, algorithm: str, known: dict[str, object]
-    ) -> Side:
-        geometry, place = problem.geometry, self.plan.place
+    ) -> Contender:
+        geometry, place = problem.geometry, self.schedule.place
         inner = problem.inner(direction)[0]
-        side = Side({**known, "by": OURS, "layout": layout, "asked": algorithm, "algorithm": algorithm})
-        side.row["command"] = self._command(known, layout, algorithm)
+        contender = Contender({**known, "by": OURS, "layout": layout, "asked": algorithm, "algorithm": algorithm})
+        contender.row["command"] = self._command(known, layout, algorithm)
         try:
             lying = replace(geometry, layout=layout)
             conditions = consent(algorithm, None), settings.workspace_limit()
             choice = choose(Request(lying, problem.dtype, inner, place, *conditions), algorithm)
         except ValueError as error:
-            side.row["refusal"] = str(error)
-            return side
-        side.row["algorithm"] = choice.algorithm
-        side.call = problem.call(direction, layout, algorithm)
+            contender.row["refusal"] = str(error)
+            return contender
+        contender.row["algorithm"] = choice.algorithm
+        contender.call = problem.call(direction, layout, algorithm)
         try:
-            seconds, result = self.clock.first(side.call)
+            seconds, result = self.clock.first(contender.call)
         except Exception as error:  # whatever it is, the rows before and after are worth having
-            side.row["failure"] = f"{type(error).__name__}: {error}"
+            contender.row["failure"] = f"{type(error).__name__}: {error}"
             if place.kind == "cupy":
                 place.xp.cuda.runtime.deviceSynchronize()  # raises where the device computes nothing any more
-            return side
+            return contender
         self.spent["first calls"] += seconds
         loose = choice.algorithm in TRANSFORMS
-        self._verify(side, problem, result, direction, layout, seconds, loose=loose)
+        self._verify(contender, seconds, lambda: problem.verdict(result, direction, layout, loose=loose))
         if isinstance(self.clock, GpuClock):
-            side.row["host_seconds"] = self.clock.host(side.call)
-        side.take = lambda number: self.clock.samples(side.call, number)  # type: ignore[arg-type]
-        return side
+            contender.row["host_seconds"] = self.clock.host(contender.call)
+        contender.take = lambda number: self.clock.samples(contender.call, number)  # type: ignore[arg-type]
+        return contender
 
-    def _peer(self, problem: Problem, direction: Direction, name: str, form: str, known: dict[str, object]) -> Side:
+    def _peer(
+        self, problem: Problem, direction: Direction, name: str, form: str, known: dict[str, object]
+    ) -> Contender:
         start = time.perf_counter()
-        side = Side({**known, "by": name, "layout": form, "asked": "", "algorithm": ""})
-        side.row["command"] = f"{self._command(known, LAYOUTS[0], 'auto')} --peer {name}"
+        contender = Contender({**known, "by": name, "layout": form, "asked": "", "algorithm": ""})
+        contender.row["command"] = f"{self._command(known, LAYOUTS[0], 'auto')} --peer {name}"
         try:
-            if self.plan.place.kind == "numpy":
+            if self.schedule.place.kind == "numpy":
                 worker = self._worker(name)
                 seconds, result = worker.first(str(known["spec"]), problem.dtype.name, direction, form)
-                side.take = lambda number: worker.samples(form, number)
+                contender.take = lambda number: worker.samples(form, number)
             else:
-                seconds, result = self._in_process(side, problem, direction, name, form)
+                seconds, result = self._in_process(contender, problem, direction, name, form)
         except ValueError as error:
-            side.row["refusal"] = str(error)
-            return side
+            contender.row["refusal"] = str(error)
+            return contender
         finally:
             self.spent["peers"] += time.perf_counter() - start
-        self._verify(side, problem, result, direction, "channels_first", seconds, loose=True)
-        if not math.isfinite(side.first):
-            side.row["refusal"] = f"its result is off by {side.row['of_bound']:.2g} times the bound"
-        return side
+        self._verify(contender, seconds, lambda: problem.verdict(result, direction, loose=True))
+        if not math.isfinite(contender.first):
+            contender.row["refusal"] = f"its result is off by {contender.row['of_bound']:.2g} times the bound"
+        return contender
 
     def _worker(self, name: str) -> Worker:
         if name not in self._workers:
-            self._workers[name] = Worker(name, cold=bool(self.plan.cold))
+            self._workers[name] = Worker(name, cold=bool(self.schedule.cold))
         return self._workers[name]
 
     def _in_process(
-        self, side: Side, problem: Problem, direction: Direction, name: str, form: str
+        self, contender: Contender, problem: Problem, direction: Direction, name: str, form: str
     ) -> tuple[float, Array]:
         peer = peers.module(name)
         if reason := peer.why_not(problem, direction, form):
             raise ValueError(reason)
         try:
-            side.call = call = peer.call(problem, direction, form)
+            contender.call = call = peer.call(problem, direction, form)
             seconds, result = self.clock.first(call)
             found = peer.array(result, problem)
         except Exception as error:  # whatever another library says is its reason
             raise ValueError(peers.reason(error)) from error
-        side.take = lambda number: self.clock.samples(call, number)
+        contender.take = lambda number: self.clock.samples(call, number)
         return seconds, found
 
-    def _verify(
-        self, side: Side, problem: Problem, result: Array, direction: Direction, layout: Layout, seconds: float,
-        *, loose: bool,
-    ) -> None:  # fmt: skip
+    def _verify(self, contender: Contender, seconds: float, judge: Callable[[], Verdict]) -> None:
         start = time.perf_counter()
-        verdict = problem.verdict(result, direction, layout, loose=loose)
-        side.row |= {"first_seconds": seconds, **verdict._asdict()}
+        verdict = judge()
+        contender.row |= {"first_seconds": seconds, **verdict._asdict()}
         if verdict.right:
-            side.first = seconds
+            contender.first = seconds
         self.spent["verifying"] += time.perf_counter() - start
 
-    def _measure(self, sides: list[Side]) -> str:
-        """Samples of all sides, in turns; what took them."""
-        for side in sides:
-            side.samples = self._taken(side, 1)
-        if recorded := self._graphs(sides):
+    def _measure(self, contenders: list[Contender]) -> str:
+        """Samples of all contenders, in turns; what took them."""
+        for contender in contenders:
+            contender.samples = self._taken(contender, 1)
+        if recorded := self._graphs(contenders):
             return recorded
-        numbers = [timing.count(side.samples[0], self.plan.seconds) for side in sides]
-        turns = 1 if len(sides) < 2 else TURNS
+        numbers = [timing.count(contender.samples[0], self.schedule.seconds) for contender in contenders]
+        turns = 1 if len(contenders) < 2 else TURNS
         for turn in range(turns):
-            for side, number in zip(sides, numbers, strict=True):
+            for contender, number in zip(contenders, numbers, strict=True):
                 if share := (number - 1) * (turn + 1) // turns - (number - 1) * turn // turns:
-                    side.samples += self._taken(side, share)
+                    contender.samples += self._taken(contender, share)
         return self.clock.method
 
-    def _graphs(self, sides: list[Side]) -> str:
-        """Samples of all sides as CUDA graphs where one is short and all can be recorded, else "" and none."""
+    def _graphs(self, contenders: list[Contender]) -> str:
+        """Samples of all contenders as CUDA graphs where one is short and all can be recorded, else "" and none."""
         clock = self.clock
-        if not isinstance(clock, GpuClock) or not any(side.samples[0] < timing.SHORT for side in sides):
+        if not isinstance(clock, GpuClock) or not any(contender.samples[0] < timing.SHORT for contender in contenders):
             return ""
         try:
-            graphs = [clock.graph(side.call) for side in sides if side.call]
+            graphs = [clock.graph(contender.call) for contender in contenders if contender.call]
             if any(graph is None for graph in graphs):
                 return ""
-            for side in sides:
-                side.samples = []
+            for contender in contenders:
+                contender.samples = []
             for _ in range(TURNS):
-                for side, graph in zip(sides, graphs, strict=True):
-                    side.samples += clock.replays(graph, -(-timing.ENOUGH // TURNS))
+                for contender, graph in zip(contenders, graphs, strict=True):
+                    contender.samples += clock.replays(graph, -(-timing.ENOUGH // TURNS))
             return "graph"
         finally:
             workspace.clear()  # which was kept for the graphs
 
-    def _taken(self, side: Side, number: int) -> list[float]:
+    def _taken(self, contender: Contender, number: int) -> list[float]:
         start = time.perf_counter()
-        elsewhere = side.call is None
+        elsewhere = contender.call is None
         if elsewhere and not self._quiet:
             time.sleep(SPIN_SECONDS)
         self._quiet = elsewhere
-        samples = side.take(number)
-        self.spent["measuring" if side.row["by"] == OURS else "peers"] += time.perf_counter() - start
+        samples = contender.take(number)
+        self.spent["measuring" if contender.row["by"] == OURS else "peers"] += time.perf_counter() - start
         return samples
 
     def _command(self, known: dict[str, object], layout: str, algorithm: str) -> str:
         words = ["gpuconv", "bench", "--case", str(known["spec"]), "--direction", str(known["direction"])]
         words += ["--dtype", str(known["dtype"]), "--layout", layout, "--algorithm", algorithm]
-        return shlex.join([*words, "--backend", self.plan.place.kind])
+        return shlex.join([*words, "--backend", self.schedule.place.kind])

@@ -47,18 +47,18 @@ def why_not(request: Request) -> str | None:
     """A reason for strides, of whose outputs most would be computed in vain, and for tiles beyond the workspace."""
     if set(request.geometry.stride) != {1}:
         return f"it is for stride 1, not {request.geometry.stride}"
-    problem = _Problem.of(request)
-    if _cut(problem, request.budget) is not None:
+    correlation = _Correlation.of(request)
+    if _cut(correlation, request.budget) is not None:
         return None
-    return request.lacks(min(map(problem.elements, problem.segmented())), "the smallest tiles")
+    return request.lacks(min(map(correlation.elements, correlation.segmented())), "the smallest tiles")
 
 
 def nanoseconds(request: Request) -> float:
     """An estimate: the transforms of x, w and y, and the products of spectra."""
-    problem = _Problem.of(request)
-    cut = _cut(problem, request.budget)
+    correlation = _Correlation.of(request)
+    cut = _cut(correlation, request.budget)
     assert cut is not None
-    return problem.nanoseconds(cut.tile, request.budget // cut.shares)
+    return correlation.nanoseconds(cut.tile, request.budget // cut.shares)
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
@@ -112,7 +112,7 @@ class _Cut(NamedTuple):
     shares: int
 
 
-class _Problem(NamedTuple):
+class _Correlation(NamedTuple):
     """What decides the tiles of a correlation."""
 
     geometry: Geometry
@@ -122,7 +122,7 @@ class _Problem(NamedTuple):
     copies: int  # that a transform takes beside what it transforms
 
     @classmethod
-    def of(cls, request: Request) -> _Problem:
+    def of(cls, request: Request) -> _Correlation:
         """That of a request, for operands that need all temporaries that there are."""
         forward = request.as_forward()
         copies = _copies(request.backend.xp)
@@ -170,22 +170,22 @@ class _Problem(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _cut(problem: _Problem, budget: int) -> _Cut | None:
+def _cut(correlation: _Correlation, budget: int) -> _Cut | None:
     """The fastest tiles that fit the budget, or None.
 
     The number of shares does not depend on the number of threads, so the tiles do not either. The kernel is cut only if
     no tile fits for the whole kernel.
     """
-    shares = max(1, min(SHARES, problem.geometry.groups * problem.geometry.group_filters))
+    shares = max(1, min(SHARES, correlation.geometry.groups * correlation.geometry.group_filters))
 
     def cost(cut: _Cut) -> tuple[float, list[int]]:
         """Its time with two threads; of those that take as long, long last axes lie best in memory."""
-        nanoseconds = problem.nanoseconds(cut.tile, budget // cut.shares) / min(cut.shares, 2)
+        nanoseconds = correlation.nanoseconds(cut.tile, budget // cut.shares) / min(cut.shares, 2)
         return nanoseconds, [-n for n in cut.tile.extent[::-1]]
 
-    for tiles in (problem.whole, problem.segmented):
+    for tiles in (correlation.whole, correlation.segmented):
         cuts = (_Cut(tile, number) for number in range(shares, 0, -1) for tile in tiles())
-        fitting = [cut for cut in cuts if problem.elements(cut.tile) <= budget // cut.shares]
+        fitting = [cut for cut in cuts if correlation.elements(cut.tile) <= budget // cut.shares]
         if fitting:
             return min(fitting, key=cost)
     return None
@@ -247,13 +247,13 @@ class _Tiling:
     @classmethod
     def of(cls, geometry: Geometry, direction: Direction, temporaries: int, planner: Planner) -> _Tiling:
         xp, is_complex = planner.xp, dtypes.is_complex(planner.dtype)
-        problem = _Problem(geometry, direction, is_complex, temporaries, _copies(xp))
-        cut = _cut(problem, planner.budget)
+        correlation = _Correlation(geometry, direction, is_complex, temporaries, _copies(xp))
+        cut = _cut(correlation, planner.budget)
         assert cut is not None
         tile, workers = cut.tile, min(planner.threads, cut.shares)
         share = planner.budget // workers
-        filters = largest_fitting(geometry.group_filters, share, lambda filters: problem.elements(tile, filters))
-        groups = largest(geometry.groups, share, problem.elements(tile, filters))
+        filters = largest_fitting(geometry.group_filters, share, lambda filters: correlation.elements(tile, filters))
+        groups = largest(geometry.groups, share, correlation.elements(tile, filters))
         if groups == geometry.groups and workers > 1:  # something for each of them
             groups = _count(geometry.groups, workers)
         if geometry.groups == 1 and filters == geometry.group_filters:

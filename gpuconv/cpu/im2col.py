@@ -67,7 +67,7 @@ def _unfolded(geometry: Geometry, direction: Direction) -> int:
         return lines.elements(geometry) if lines.suits(geometry) else windows
     if _lie_apart(geometry):
         return math.prod(geometry.y_shape)
-    shared = None if _has_many_residues(geometry) else residues.plan(geometry)
+    shared = None if _has_many_residues(geometry) else residues.products_of(geometry)
     seen = geometry if shared is None else shared.gathered
     return seen.reduction_length("weight_grad") * geometry.filters * seen.taps
 
@@ -117,7 +117,7 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: 
         slices.data_grad(dy, w, dx, geometry, planner)
     else:
         # By residues, NaN and Inf in w would meet zeros beyond dy, and NaN spread where none belongs.
-        by_residues = _data_grad_by_residues if residues.plan(geometry) is None else residues.data_grad
+        by_residues = _data_grad_by_residues if residues.products_of(geometry) is None else residues.data_grad
         by_taps = partial(slices.data_grad, dy, w, dx, geometry)
         if_finite(w.view, partial(by_residues, dy, w, dx, geometry), by_taps, planner)
 

@@ -13,7 +13,7 @@ would read nine.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
@@ -45,7 +45,7 @@ class Stretch(NamedTuple):
     length: int
 
 
-class Side(NamedTuple):
+class ResidueRun(NamedTuple):
     """Residues of an axis that lie side by side and see the same outputs around u."""
 
     inputs: slice  # of the first of them
@@ -53,23 +53,23 @@ class Side(NamedTuple):
     seen: slice
 
 
-class Part(NamedTuple):
+class ResidueProduct(NamedTuple):
     """Residues that see the same outputs: one product. Where what they see lies in a row of the matrix."""
 
-    sides: tuple[Side, ...]
+    runs: tuple[ResidueRun, ...]
     stretches: tuple[Stretch, ...]
 
     @property
     def widths(self) -> Shape:
         """How many residues on each axis."""
-        return tuple(len(side.taps) for side in self.sides)
+        return tuple(len(run.taps) for run in self.runs)
 
 
-class Plan(NamedTuple):
+class ResidueProducts(NamedTuple):
     """The residues that any tap reaches, and a forward convolution of dy that sees what all of them see."""
 
     gathered: Geometry
-    parts: tuple[Part, ...]
+    parts: tuple[ResidueProduct, ...]
 
     @property
     def widest(self) -> int:
@@ -78,13 +78,13 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def plan(geometry: Geometry) -> Plan | None:
+def products_of(geometry: Geometry) -> ResidueProducts | None:
     """How residues share what they see; None where there is one, or where they see outputs that lie between others'."""
     reached = [[of for of in geometry.axis_residues(axis) if of.reaching] for axis in range(geometry.rank)]
-    axes = [_sides(residues) for residues in reached]
+    axes = [_runs(residues) for residues in reached]
     if not all(axes) or math.prod(map(len, reached)) == 1:
         return None
-    kernel = tuple(max(side.seen.stop for side in sides) for sides in axes)
+    kernel = tuple(max(run.seen.stop for run in runs) for runs in axes)
     padding = []
     extents = zip(kernel, geometry.input, geometry.stride, geometry.output, strict=True)
     for residues, (extent, n, s, m) in zip(reached, extents, strict=True):
@@ -100,50 +100,51 @@ def plan(geometry: Geometry) -> Plan | None:
         padding=tuple(padding),
         dilation=tuple(residues[0].dilation for residues in reached),
     )
-    return Plan(gathered, tuple(Part(sides, tuple(_stretches(sides, kernel))) for sides in product(*axes)))
+    parts = (ResidueProduct(runs, tuple(_stretches(runs, kernel))) for runs in product(*axes))
+    return ResidueProducts(gathered, tuple(parts))
 
 
-def _sides(residues: Sequence[AxisResidue]) -> list[Side]:
+def _runs(residues: Sequence[AxisResidue]) -> list[ResidueRun]:
     """The residues of an axis, those together that see the same; none where some see outputs between others'."""
-    alike: list[list[Side]] = []
+    alike: list[list[ResidueRun]] = []
     most = max((of.padding[0] for of in residues), default=0)
     for residue in residues:
         # Tap t of a residue meets output u + t * dilation - low.
         first, between = divmod(most - residue.padding[0], residue.dilation)
         if between:
             return []
-        side = Side(residue.inputs, (residue.taps,), slice(first, first + residue.reaching))
-        if alike and _are_alike(alike[-1], side):
-            alike[-1].append(side)
+        run = ResidueRun(residue.inputs, (residue.taps,), slice(first, first + residue.reaching))
+        if alike and _are_alike(alike[-1], run):
+            alike[-1].append(run)
         else:
-            alike.append([side])
-    return [sides[0]._replace(taps=tuple(side.taps[0] for side in sides)) for sides in alike]
+            alike.append([run])
+    return [runs[0]._replace(taps=tuple(run.taps[0] for run in runs)) for runs in alike]
 
 
-def _are_alike(before: Sequence[Side], side: Side) -> bool:
+def _are_alike(before: Sequence[ResidueRun], run: ResidueRun) -> bool:
     """Whether a residue comes next to others, has as many inputs, and sees the same."""
     first = before[0]
-    is_next = side.inputs.start == first.inputs.start + len(before)
-    lengths = {len(range(of.inputs.start, of.inputs.stop, of.inputs.step)) for of in (first, side)}
-    return is_next and len(lengths) == 1 and side.seen == first.seen
+    is_next = run.inputs.start == first.inputs.start + len(before)
+    lengths = {len(range(of.inputs.start, of.inputs.stop, of.inputs.step)) for of in (first, run)}
+    return is_next and len(lengths) == 1 and run.seen == first.seen
 
 
-def _stretches(sides: tuple[Side, ...], kernel: Shape) -> Iterator[Stretch]:
+def _stretches(runs: tuple[ResidueRun, ...], kernel: Shape) -> Iterator[Stretch]:
     """What residues see of all that is unfolded, as stretches of outputs."""
-    extents, axis = [side.seen.stop - side.seen.start for side in sides], len(kernel) - 1
+    extents, axis = [run.seen.stop - run.seen.start for run in runs], len(kernel) - 1
     while axis and extents[axis] == kernel[axis]:
         axis -= 1
     length = math.prod(extents[axis:])
     for number, lead in enumerate(Places(tuple(extents[:axis]))):
         row = 0
-        for extent, side, step in zip(kernel, sides, (*lead, *(0,) * (len(kernel) - axis)), strict=True):
-            row = row * extent + side.seen.start + step
+        for extent, run, step in zip(kernel, runs, (*lead, *(0,) * (len(kernel) - axis)), strict=True):
+            row = row * extent + run.seen.start + step
         yield Stretch(row, number * length, length)
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
     """dx[u * stride + residue] = cols(dy)[u] w, for the residues of a block of u one after the other."""
-    shared = plan(geometry)
+    shared = products_of(geometry)
     assert shared is not None
     gathered, team = shared.gathered, planner.team(geometry, smallest(geometry, "data_grad"))
     for residue in geometry.residues:
@@ -177,7 +178,7 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: 
                 target = _inputs(dx.view[..., channels], part, index, geometry)
                 extents = tuple(axis.stop - axis.start for axis in index)
                 block, sums = own_order.images.empty((*extents, *part.widths, *target.shape[-2:]), sums_space)
-                _multiply(cols, own, part, order.by_rows, sums, term_space, planner)
+                _add_up(_factors(cols, own, part, order.by_rows), sums, term_space, planner)
                 dx.finish(block, planner, channels)
                 planner.copy(target, block[tuple(slice(0, size) for size in target.shape[: len(extents)])])
 
@@ -213,31 +214,33 @@ def _order(batch: int, rank: int, by_rows: bool, stack: bool) -> _Order:
     )
 
 
-def _weights(w: Operand, channels: slice, shared: Plan, order: _Order, space: View, planner: Planner) -> list[View]:
+def _weights(
+    w: Operand, channels: slice, shared: ResidueProducts, order: _Order, space: View, planner: Planner
+) -> list[View]:
     """The taps of each part, turned round, as matrices; what lies side by side stays so."""
     turn = order.by_rows == (not lies_by_filters(w.view))
     lying = order.weights.turned if turn else order.weights
     weights, start = [], 0
     for part in shared.parts:
-        kernel = tuple(side.seen.stop - side.seen.start for side in part.sides)
+        kernel = tuple(run.seen.stop - run.seen.start for run in part.runs)
         everything, backwards = (slice(None),) * len(kernel), (slice(None, None, -1),) * len(kernel)
         groups, extent, filters = w.view[..., channels, :].shape[-3:]
         block, matrix = lying.empty((*kernel, *part.widths, groups, filters, extent), space[start:])
         weights.append(matrix.swapaxes(-1, -2) if turn else matrix)
         start += block.size
         for place in Places(part.widths):
-            taps = (side.taps[number] for side, number in zip(part.sides, place, strict=True))
+            taps = (run.taps[number] for run, number in zip(part.runs, place, strict=True))
             turned = w.view[(*taps, slice(None), channels)][backwards].swapaxes(-1, -2)
             copy_weights(w.part(turned), block[(*everything, *place)], planner)
     return weights
 
 
-def _inputs(images: View, part: Part, index: Index, geometry: Geometry) -> View:
+def _inputs(images: View, part: ResidueProduct, index: Index, geometry: Geometry) -> View:
     """The inputs (*batch, *u, *residues, G, C/G) of a part in a block of u, of those that it has."""
     batch, rank = len(geometry.batch), geometry.rank
     ranges = (
-        range(side.inputs.start, side.inputs.stop, side.inputs.step)[positions]
-        for side, positions in zip(part.sides, index[batch:], strict=True)
+        range(run.inputs.start, run.inputs.stop, run.inputs.step)[positions]
+        for run, positions in zip(part.runs, index[batch:], strict=True)
     )
     first = images[(*index[:batch], *(slice(found.start, found.stop, found.step) for found in ranges))]
     return first.strided(
@@ -246,14 +249,19 @@ def _inputs(images: View, part: Part, index: Index, geometry: Geometry) -> View:
     )
 
 
-def _multiply(cols: View, weights: View, part: Part, by_rows: bool, sums: View, space: View, planner: Planner) -> None:
-    """sums = the part of cols that a residue sees, times its taps."""
+def _factors(cols: View, weights: View, part: ResidueProduct, by_rows: bool) -> Iterator[tuple[View, View]]:
+    """What a residue sees of cols, and its taps: matrices for each stretch of outputs."""
     channels = (weights.shape[-2] if by_rows else weights.shape[-1]) // sum(one.length for one in part.stretches)
-    for number, (row, own, length) in enumerate(part.stretches):
+    for row, own, length in part.stretches:
         seen = slice(row * channels, (row + length) * channels)
         taps = slice(own * channels, (own + length) * channels)
-        factors = (cols[..., seen], weights[..., taps, :]) if by_rows else (weights[..., taps], cols[..., seen, :])
+        yield (cols[..., seen], weights[..., taps, :]) if by_rows else (weights[..., taps], cols[..., seen, :])
+
+
+def _add_up(factors: Iterable[tuple[View, View]], sums: View, space: View, planner: Planner) -> None:
+    """sums = the sum of products of matrices."""
+    for number, pair in enumerate(factors):
         term = sums if number == 0 else space.shaped(sums.shape)
-        planner.matmul(*factors, term)
+        planner.matmul(*pair, term)
         if number:
             planner.call(planner.xp.add, sums, term, out=sums)

@@ -27,7 +27,7 @@ PAGE = 4096  # bytes
 FEW_WEIGHTS = 1 << 16  # of a tap, up to which copying them in another order is quick
 
 
-class Matrices(NamedTuple):
+class Transforms(NamedTuple):
     """y = AT [(G w) * (BT x)]: m outputs of r taps."""
 
     AT: Array  # (m, a)
@@ -36,7 +36,7 @@ class Matrices(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def matrices(m: int, r: int, dtype: numpy.dtype) -> Matrices:
+def matrices(m: int, r: int, dtype: numpy.dtype) -> Transforms:
     """Those of F(m, r), a = m + r - 1, by Toom and Cook.
 
     In float64 until the end, since the points are irrational.
@@ -50,7 +50,7 @@ def matrices(m: int, r: int, dtype: numpy.dtype) -> Matrices:
         BT[j, : len(points)] = numpy.poly(others)[::-1]
     AT[-1, -1] = G[-1, -1] = 1
     BT[-1] = numpy.atleast_1d(numpy.poly(points))[::-1]
-    return Matrices(AT.astype(dtype), G.astype(dtype), BT.astype(dtype))
+    return Transforms(AT.astype(dtype), G.astype(dtype), BT.astype(dtype))
 
 
 class _Images(NamedTuple):

@@ -7,7 +7,6 @@ arrays of any strides and mixed dtypes as they are, and gives the same bits at e
 from __future__ import annotations
 
 import math
-from functools import partial
 
 from gpuconv.blocking import channels_innermost, largest, pieces
 from gpuconv.geometry import Geometry
@@ -57,7 +56,7 @@ def _gather(direction: str, first: Operand, w: Operand, result: Result, geometry
         wide = params.is_wide(geometry, *y_x_w)
         options = params.options(images, w, channels_innermost(target), bias=result.bias, activation=result.activation)
         dtypes = images.view.dtype, w.view.dtype, target.dtype, planner.dtype
-        module = params.module("direct", *dtypes, wide, THREADS=THREADS)
+        module = params.module("direct", dtypes, wide, THREADS=THREADS)
         planner.launch(
             Kernel(module, f"direct_{direction}"),
             blocks(target.size, THREADS),
@@ -81,8 +80,13 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
         partial_space, total = planner.workspace(slices * weights.size, weights.size)
         planner.copy(total, 0)
         images = params.Images([dy.of_channels(part), x], [], geometry, planner)
-        sums = partial_space.shaped((slices, weights.size)), total, weights
-        planner.loop(range(len(images)), partial(_add_slices, images, *sums, geometry))
+        sums = partial_space.shaped((slices, weights.size)), total
+
+        def some_images(number: int, planner: Planner) -> None:
+            (gradients, seen), _ = images.read(number, planner)
+            _add_slices(gradients, seen, weights, sums, geometry, planner)
+
+        planner.loop(range(len(images)), some_images)
         *kernel, groups, channels, filters = weights.shape
         rank = len(kernel)
         by_groups = total.reshape(groups, *kernel, channels, filters)
@@ -94,10 +98,10 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
 
 
 def _add_slices(
-    pieces: params.Images, sums: View, total: View, weights: View, geometry: Geometry, number: int, planner: Planner
+    gradients: Operand, images: Operand, weights: View, into: tuple[View, View], geometry: Geometry, planner: Planner
 ) -> None:
     """One thread for each weight and slice of the outputs, then one for each weight."""
-    (gradients, images), _ = pieces.read(number, planner)
+    sums, total = into
     y_x_w = gradients.view, images.view, weights
     wide = params.is_wide(geometry, *y_x_w)
     index = structs.index_dtype(wide).type
@@ -105,7 +109,7 @@ def _add_slices(
     length = blocks(gradients.view.shape[0] * math.prod(geometry.output), slices)
     options = params.options(gradients, images, channels_innermost=False)
     dtypes = gradients.view.dtype, images.view.dtype, sums.dtype, planner.dtype
-    module = params.module("direct", *dtypes, wide, THREADS=THREADS)
+    module = params.module("direct", dtypes, wide, THREADS=THREADS)
     planner.launch(
         Kernel(module, "direct_weight_grad"),
         blocks(sums.size, THREADS),

@@ -51,7 +51,7 @@ class Lines(NamedTuple):
     vector: int
 
 
-class Matrices(NamedTuple):
+class GemmMatrices(NamedTuple):
     """The matrices of one direction of a convolution, as constants of its kernel."""
 
     left: Lines
@@ -62,7 +62,7 @@ class Matrices(NamedTuple):
     taps_innermost: bool  # whether the depth counts taps before channels
 
 
-def matrices_of(direction: Direction, geometry: Geometry, first: View, second: View, result: View) -> Matrices:
+def matrices_of(direction: Direction, geometry: Geometry, first: View, second: View, result: View) -> GemmMatrices:
     """Those of views as the algorithms take them: x and w, dy and w, or dy and x; result: y, dx, or sums of dw."""
     if direction == "weight_grad":
         return _of_weight_grad(geometry, first, second, result)
@@ -79,14 +79,14 @@ def matrices_of(direction: Direction, geometry: Geometry, first: View, second: V
         vector = _channels_together(result)
     leaves = not pointwise if direction == "data_grad" else reaches_beyond(geometry)
     axes = BY_TAP if geometry.taps <= MOST_TAPS else geometry.rank
-    return Matrices(left, right, along_rows, vector, axes * leaves, taps_innermost)
+    return GemmMatrices(left, right, along_rows, vector, axes * leaves, taps_innermost)
 
 
-def _of_weight_grad(geometry: Geometry, dy: View, x: View, sums: View) -> Matrices:
+def _of_weight_grad(geometry: Geometry, dy: View, x: View, sums: View) -> GemmMatrices:
     left = _lines(x, along_depth=not channels_innermost(x), has_positions=geometry.is_pointwise)
     right = _lines(dy, along_depth=not channels_innermost(dy), has_positions=True)
     vector = together(sums, sums.shape[-1], ())
-    return Matrices(left, right, False, vector, geometry.rank * reaches_beyond(geometry), False)
+    return GemmMatrices(left, right, False, vector, geometry.rank * reaches_beyond(geometry), False)
 
 
 def _lines(images: View, along_depth: bool, has_positions: bool) -> Lines:

@@ -17,7 +17,7 @@ import numpy
 
 from gpuconv.gpu import gemm_table, occupancy
 from gpuconv.gpu.device import Device
-from gpuconv.gpu.gemm_layout import BYTES, Matrices
+from gpuconv.gpu.gemm_layout import BYTES, GemmMatrices
 from gpuconv.gpu.launch import blocks
 
 WARP = 32
@@ -27,7 +27,7 @@ PLAIN_TERMS = 128  # so that equal terms, too, whose roundings all go one way, s
 ASYNCHRONOUS_STAGES, STAGES = 4, 2
 
 
-class Tile(NamedTuple):
+class GemmTile(NamedTuple):
     """What a block computes, and what each of its warps does."""
 
     rows: int
@@ -54,7 +54,7 @@ class Products(NamedTuple):
         return {2: 32, 4: 16, 8: 16}[size] if self.tensor_products else {4: 16, 8: 8, 16: 4}[size]
 
     @property
-    def tiles(self) -> tuple[Tile, ...]:
+    def tiles(self) -> tuple[GemmTile, ...]:
         """The tiles there are."""
         if not self.tensor_products:
             return _PLAIN_TILES[self.element.itemsize]
@@ -64,30 +64,30 @@ class Products(NamedTuple):
 
 
 _TENSOR_TILES = (
-    Tile(256, 128, 64, 64),
-    Tile(128, 256, 64, 64),
-    Tile(128, 128, 64, 64),
-    Tile(128, 128, 64, 32),
-    Tile(128, 64, 64, 32),
-    Tile(64, 128, 32, 64),
-    Tile(64, 64, 32, 32),
-    Tile(128, 32, 32, 32),
-    Tile(32, 128, 32, 32),
-    Tile(32, 32, 16, 16),
+    GemmTile(256, 128, 64, 64),
+    GemmTile(128, 256, 64, 64),
+    GemmTile(128, 128, 64, 64),
+    GemmTile(128, 128, 64, 32),
+    GemmTile(128, 64, 64, 32),
+    GemmTile(64, 128, 32, 64),
+    GemmTile(64, 64, 32, 32),
+    GemmTile(128, 32, 32, 32),
+    GemmTile(32, 128, 32, 32),
+    GemmTile(32, 32, 16, 16),
 )
 # Totals take as many registers as sums.
 _SETTLING_TENSOR_TILES = tuple(tile for tile in _TENSOR_TILES if tile.warp_rows * tile.warp_columns <= 64 * 32)
-_DOUBLE_TENSOR_TILES = (Tile(64, 64, 32, 32), Tile(32, 32, 16, 16))
+_DOUBLE_TENSOR_TILES = (GemmTile(64, 64, 32, 32), GemmTile(32, 32, 16, 16))
 _PLAIN_TILES = {
     4: (
-        Tile(128, 128, 32, 64),
-        Tile(128, 64, 32, 64),
-        Tile(64, 128, 32, 64),
-        Tile(64, 64, 32, 32),
-        Tile(32, 32, 16, 32),
+        GemmTile(128, 128, 32, 64),
+        GemmTile(128, 64, 32, 64),
+        GemmTile(64, 128, 32, 64),
+        GemmTile(64, 64, 32, 32),
+        GemmTile(32, 32, 16, 32),
     ),
-    8: (Tile(64, 64, 32, 32), Tile(32, 64, 16, 32), Tile(32, 32, 16, 32)),
-    16: (Tile(64, 64, 16, 32), Tile(32, 32, 16, 32)),
+    8: (GemmTile(64, 64, 32, 32), GemmTile(32, 64, 16, 32), GemmTile(32, 32, 16, 32)),
+    16: (GemmTile(64, 64, 16, 32), GemmTile(32, 32, 16, 32)),
 }
 
 
@@ -101,11 +101,11 @@ class Work(NamedTuple):
     residues: int = 1  # of the stride
 
 
-class Problem(NamedTuple):
+class GemmProblem(NamedTuple):
     """What a tile is chosen by."""
 
     work: Work
-    matrices: Matrices
+    matrices: GemmMatrices
     products: Products
     device: Device
     most_slices: int  # that the depth may be cut into
@@ -118,10 +118,10 @@ class Problem(NamedTuple):
         return gemm_table.tuples((self.device, self.work, self.matrices, products))
 
 
-class Choice(NamedTuple):
+class TileChoice(NamedTuple):
     """A tile, in how many slices the depth is cut, and the microseconds that it takes, by the model or measured."""
 
-    tile: Tile
+    tile: GemmTile
     slices: int
     microseconds: float
     source: str = "the model"  # or the result under bench/results that measured it
@@ -132,22 +132,22 @@ class Choice(NamedTuple):
         return f"tiles of {tile.rows}x{tile.columns}, {warps} a warp{cut}: {self.microseconds:.3g} us by {self.source}"
 
 
-def chosen(problem: Problem) -> Choice:
+def chosen(problem: GemmProblem) -> TileChoice:
     """The tile that the table of measurements names, or else the fastest by the model."""
     return ranked(problem)[0]
 
 
-def ranked(problem: Problem) -> list[Choice]:
+def ranked(problem: GemmProblem) -> list[TileChoice]:
     """Every tile with the best number of slices for it: the measured one if there is one, then by the model."""
     found = []
     measured = gemm_table.measured().get(problem.key)
     if measured is not None:
         slices = min(measured["slices"], problem.most_slices)
-        found.append(Choice(Tile(*measured["tile"]), slices, measured["microseconds"], measured["source"]))
+        found.append(TileChoice(GemmTile(*measured["tile"]), slices, measured["microseconds"], measured["source"]))
     return found + sorted(_modelled(problem), key=lambda choice: choice.microseconds)
 
 
-def _modelled(problem: Problem) -> Iterator[Choice]:
+def _modelled(problem: GemmProblem) -> Iterator[TileChoice]:
     least, most = problem.least_slices, problem.most_slices
     for tile in problem.products.tiles:
         if _blocks_at_once(problem, tile) == 0:
@@ -155,7 +155,7 @@ def _modelled(problem: Problem) -> Iterator[Choice]:
         steps = (n << bits for bits in range(most.bit_length() + 1) for n in (2, 3))
         options = {least, *(max(least, min(most, slices)) for slices in steps)}
         microseconds, slices = min((_microseconds(problem, tile, slices), slices) for slices in options)
-        yield Choice(tile, slices, microseconds)
+        yield TileChoice(tile, slices, microseconds)
 
 
 def is_split_faster(device: Device) -> bool:
@@ -164,14 +164,14 @@ def is_split_faster(device: Device) -> bool:
     return rates["tensor 4"] / 3 > rates["plain 4"]
 
 
-def stages(problem: Problem) -> int:
+def stages(problem: GemmProblem) -> int:
     """Tiles in shared memory at a time: more where copies go on by themselves."""
     _, matrices, products, device, *_ = problem
     most = max(matrices.left.vector, matrices.right.vector) * products.element.itemsize
     return ASYNCHRONOUS_STAGES if device.capability >= 80 and most >= 4 else STAGES
 
 
-def shared_bytes(problem: Problem, tile: Tile) -> int:
+def shared_bytes(problem: GemmProblem, tile: GemmTile) -> int:
     """Dynamic shared memory of a block: its tiles and, later in their place, the slabs in which sums leave."""
     _, matrices, products, *_ = problem
     size = products.element.itemsize
@@ -205,7 +205,7 @@ _CLOCKS = 1700.0  # in a microsecond
 _LAUNCH = 3.0  # microseconds
 
 
-def _microseconds(problem: Problem, tile: Tile, slices: int) -> float:
+def _microseconds(problem: GemmProblem, tile: GemmTile, slices: int) -> float:
     work, _, products, device, *_ = problem
     turns = blocks(work.depth, slices * products.depth)
     tiles = blocks(work.rows, tile.rows) * blocks(work.columns, tile.columns)
@@ -221,7 +221,7 @@ def _microseconds(problem: Problem, tile: Tile, slices: int) -> float:
     return total
 
 
-def _clocks_of_turn(problem: Problem, tile: Tile) -> float:
+def _clocks_of_turn(problem: GemmProblem, tile: GemmTile) -> float:
     """What the busiest unit needs for one tile of each matrix."""
     _, matrices, products, device, *_ = problem
     size, depth = products.element.itemsize, products.depth
@@ -238,7 +238,7 @@ def _instructions(vector: int, size: int) -> float:
     return _INSTRUCTIONS_OF_VECTOR * size / BYTES if vector > 1 else _INSTRUCTIONS_OF_ELEMENT
 
 
-def _clocks_of_end(tile: Tile, products: Products) -> float:
+def _clocks_of_end(tile: GemmTile, products: Products) -> float:
     return tile.rows * tile.columns * products.element.itemsize / _L2_BYTES
 
 
@@ -254,7 +254,7 @@ def _rate(products: Products, device: Device) -> float:
     return _rates(device.capability)[f"{kind} {size}"] / complex_products
 
 
-def _blocks_at_once(problem: Problem, tile: Tile) -> int:
+def _blocks_at_once(problem: GemmProblem, tile: GemmTile) -> int:
     """Blocks that a multiprocessor has room for, by registers about as many as the compiler takes."""
     _, _, products, device, *_ = problem
     sums = tile.rows * tile.columns // tile.threads * max(1, products.element.itemsize // 4)

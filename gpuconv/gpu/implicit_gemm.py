@@ -19,7 +19,7 @@ from gpuconv.geometry import DIRECTIONS, Direction, Geometry
 from gpuconv.gpu import gemm_tiles, params, structs
 from gpuconv.gpu.device import Device
 from gpuconv.gpu.gemm_layout import matrices_of
-from gpuconv.gpu.gemm_tiles import Choice, Problem, Products, Tile, Work
+from gpuconv.gpu.gemm_tiles import GemmProblem, GemmTile, Products, TileChoice, Work
 from gpuconv.gpu.kernel import Kernel, Module
 from gpuconv.gpu.launch import blocks
 from gpuconv.operands import ROLES, Operand, Result, contiguous
@@ -149,15 +149,14 @@ def plans(
     device: Device,
     precision: str = "ieee",
     limit: int = 64 << 20,
-    wide: bool = False,
-) -> list[Plan]:
+) -> list[GemmPlan]:
     """What could be launched for contiguous arrays, a plan for each tile: first the one that is taken."""
     first, second, result = (contiguous(role, dtype, geometry) for role in ROLES[direction])
     sums = dtypes.accumulator(dtype)
     room = limit // (sums.itemsize * math.prod(result.shape)) - 1
     arrays = Arrays(direction, geometry, Operand(first), Operand(second), result, sums)
     problem = _problem(arrays, precision, device, room)
-    return [_made(arrays, problem, choice, wide) for choice in gemm_tiles.ranked(problem)]
+    return [_made(arrays, problem, choice, wide=False) for choice in gemm_tiles.ranked(problem)]
 
 
 # ------------------------------------------------------------------------------------------------- plans
@@ -174,11 +173,11 @@ class Arrays(NamedTuple):
     sums: numpy.dtype
 
 
-class Plan(NamedTuple):
+class GemmPlan(NamedTuple):
     """What the shapes decide, and how arrays lie in memory."""
 
-    problem: Problem
-    choice: Choice
+    problem: GemmProblem
+    choice: TileChoice
     module: Module
     blocks: int
     shared_bytes: int
@@ -195,20 +194,20 @@ class Plan(NamedTuple):
         return found
 
 
-def planned(arrays: Arrays, precision: str, device: Device, wide: bool, room: int = 0) -> Plan:
+def planned(arrays: Arrays, precision: str, device: Device, wide: bool, room: int = 0) -> GemmPlan:
     """The plan that is taken; ``room`` is for the sums of so many slices."""
     problem = _problem(arrays, precision, device, room)
     return _made(arrays, problem, gemm_tiles.chosen(problem), wide)
 
 
-def _made(arrays: Arrays, problem: Problem, choice: Choice, wide: bool) -> Plan:
+def _made(arrays: Arrays, problem: GemmProblem, choice: TileChoice, wide: bool) -> GemmPlan:
     work, _, products, *_ = problem
     row_tiles, length = blocks(work.rows, choice.tile.rows), 0
     if arrays.direction == "weight_grad":
         length = blocks(work.depth, choice.slices * products.depth) * products.depth
         choice = choice._replace(slices=blocks(work.depth, length))
     tiles = row_tiles * blocks(work.columns, choice.tile.columns)
-    return Plan(
+    return GemmPlan(
         problem,
         choice,
         _module(arrays, problem, choice.tile, wide),
@@ -219,7 +218,7 @@ def _made(arrays: Arrays, problem: Problem, choice: Choice, wide: bool) -> Plan:
     )
 
 
-def _problem(arrays: Arrays, precision: str, device: Device, room: int) -> Problem:
+def _problem(arrays: Arrays, precision: str, device: Device, room: int) -> GemmProblem:
     direction, geometry, first, second, result, sums = arrays
     if direction == "weight_grad":
         left, right, result = second, first, View(0, 0, result.shape, contiguous_strides(result.shape, sums), sums)
@@ -234,12 +233,12 @@ def _problem(arrays: Arrays, precision: str, device: Device, room: int) -> Probl
     if not right.is_plain(products.element):
         matrices = matrices._replace(right=matrices.right._replace(vector=0))
     if direction != "weight_grad":
-        return Problem(work, matrices, products, device, most_slices=1)
+        return GemmProblem(work, matrices, products, device, most_slices=1)
     most = max(1, min(room, work.depth // (FEWEST_TURNS * products.depth)))
     enough = blocks(work.depth, gemm_tiles.TENSOR_TERMS)  # that no sum on tensor cores needs a total
     if products.terms != gemm_tiles.TENSOR_TERMS or enough > most:
-        return Problem(work, matrices, products, device, most)
-    return Problem(work, matrices, products._replace(terms=0), device, most, enough)
+        return GemmProblem(work, matrices, products, device, most)
+    return GemmProblem(work, matrices, products._replace(terms=0), device, most, enough)
 
 
 def _work(direction: Direction, geometry: Geometry, images: int, result: View) -> Work:
@@ -278,7 +277,7 @@ def _products(
     return Products(element, tensor_products, gemm_tiles.PLAIN_TERMS)
 
 
-def _module(arrays: Arrays, problem: Problem, tile: Tile, wide: bool) -> Module:
+def _module(arrays: Arrays, problem: GemmProblem, tile: GemmTile, wide: bool) -> Module:
     _, matrices, products, *_ = problem
     constants = {
         "DIRECTION": DIRECTIONS.index(arrays.direction),
@@ -300,7 +299,5 @@ def _module(arrays: Arrays, problem: Problem, tile: Tile, wide: bool) -> Module:
         "TAPS_INNERMOST": int(matrices.taps_innermost),
         "THREADS": tile.threads,
     }
-    first, second, result, sums = arrays.first.view, arrays.second.view, arrays.result, arrays.sums
-    return params.module(
-        "implicit_gemm", first.dtype, second.dtype, result.dtype, sums, wide, products.element, **constants
-    )
+    of_arrays = arrays.first.view.dtype, arrays.second.view.dtype, arrays.result.dtype
+    return params.module("implicit_gemm", (*of_arrays, arrays.sums, products.element), wide, **constants)

@@ -6,6 +6,7 @@ Kernels take any strides, so layouts, flips, zero and negative strides need no c
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy
 
@@ -114,19 +115,12 @@ def _reach(shape: Shape, view: View) -> int:
     return sum(n * abs(step) for n, step in zip(shape, view.steps, strict=True))
 
 
-def module(
-    stem: str,
-    first: numpy.dtype,
-    second: numpy.dtype,
-    result: numpy.dtype,
-    sums: numpy.dtype,
-    wide: bool,
-    element: numpy.dtype | None = None,
-    **constants: int,
-) -> Module:
-    """The module for arrays of these dtypes; ``element`` is that of tiles, where a kernel has them."""
-    dtypes = {"First": first, "Second": second, "Result": result, "Sum": sums, "Element": element}
-    types = tuple((alias, dtype.name) for alias, dtype in dtypes.items() if dtype is not None)
+ALIASES = "First", "Second", "Result", "Sum", "Element"
+
+
+def module(stem: str, dtypes: Sequence[numpy.dtype], wide: bool, **constants: int) -> Module:
+    """The module for the dtypes of the operands, the result and the sums, and of tiles where a kernel has them."""
+    types = tuple((alias, dtype.name) for alias, dtype in zip(ALIASES, dtypes, strict=False))
     return Module(stem, types, wide, tuple(constants.items()))
 
 

@@ -59,7 +59,7 @@ MOST_STEPS = 1 << 12  # of a plan: more than any of these has
 _TURING = Device(75, 72)  # which multiplies half precision and float64 without tensor cores
 
 
-class Row(NamedTuple):
+class CompiledKernel(NamedTuple):
     """One kernel, compiled for one architecture with one set of constants."""
 
     kernel: str
@@ -102,7 +102,7 @@ def modules() -> dict[Module, dict[str, int]]:
     return found
 
 
-def _gemm_plans() -> Iterator[implicit_gemm.Plan]:
+def _gemm_plans() -> Iterator[implicit_gemm.GemmPlan]:
     available = {dtype.name: dtype for dtype in dtypes.available()}
     layer, deep, stem = (
         {layout: Geometry.infer(*_laid_out(x, w, layout), **options, layout=layout) for layout in get_args(Layout)}
@@ -113,12 +113,13 @@ def _gemm_plans() -> Iterator[implicit_gemm.Plan]:
         devices = (MODEL, _TURING) if name in ("float16", "float32", "float64") else (MODEL,)
         for precision, device in product(precisions, devices):
 
-            def best(geometry: Geometry, direction: Direction, wide: bool = False) -> implicit_gemm.Plan:
-                return implicit_gemm.plans(geometry, dtype, direction, device, precision, wide=wide)[0]  # noqa: B023
+            def best(geometry: Geometry, direction: Direction) -> implicit_gemm.GemmPlan:
+                return implicit_gemm.plans(geometry, dtype, direction, device, precision)[0]  # noqa: B023
 
             if name in ("float16", "float32") and precision == "ieee" and device == MODEL:
                 yield from implicit_gemm.plans(layer["channels_last"], dtype, "forward", device)
-                yield from (best(layer["channels_first"], direction, wide=True) for direction in DIRECTIONS)
+                for plan in (best(layer["channels_first"], direction) for direction in DIRECTIONS):
+                    yield plan._replace(module=plan.module._replace(wide=True))
                 yield best(stem["channels_last"], "forward")
                 yield best(stem["channels_first"], "weight_grad")
             yield from (best(geometry, "forward") for geometry in layer.values())
@@ -177,7 +178,7 @@ def known(asked: Sequence[str] | None) -> list[str]:
     return possible if asked is None else list(asked)
 
 
-def rows(architecture: str, chosen: Iterable[Module] | None = None) -> Iterator[Row | compiler.CompileError]:
+def rows(architecture: str, chosen: Iterable[Module] | None = None) -> Iterator[CompiledKernel | compiler.CompileError]:
     """A row for each kernel of each module, or the error of a module that does not compile."""
     every = modules()
     chosen = [module for module in (every if chosen is None else chosen) if is_meant_for(module, architecture)]
@@ -192,7 +193,9 @@ def is_meant_for(module: Module, architecture: str) -> bool:
     return architecture != "sm_75" or not (constants.get("TENSOR_PRODUCTS") or constants.get("STAGES", 0) > STAGES)
 
 
-def _rows_of(module: Module, architecture: str, dynamic: dict[str, int]) -> list[Row] | list[compiler.CompileError]:
+def _rows_of(
+    module: Module, architecture: str, dynamic: dict[str, int]
+) -> list[CompiledKernel] | list[compiler.CompileError]:
     start = time.perf_counter()
     try:
         _, log = compiler.compiled(module, architecture)
@@ -207,7 +210,7 @@ def _rows_of(module: Module, architecture: str, dynamic: dict[str, int]) -> list
             continue
         shared = used["static"] + dynamic[name]
         found.append(
-            Row(
+            CompiledKernel(
                 kernel=name,
                 arch=architecture,
                 dtype=dict(module.types)["First"],
@@ -253,9 +256,9 @@ HEADER = (
 )
 
 
-def lines(rows: Iterable[Row]) -> Iterator[str]:
+def lines(rows: Iterable[CompiledKernel]) -> Iterator[str]:
     """A line for each kernel and architecture, with the ranges over dtypes, tiles and widths of offsets."""
-    groups: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, str], list[CompiledKernel]] = {}
     for row in rows:
         groups.setdefault((row.kernel, row.arch), []).append(row)
     for (kernel, arch), group in groups.items():
@@ -274,6 +277,6 @@ def _range(ordered: Sequence[str]) -> str:
     return ordered[0] if ordered[0] == ordered[-1] else f"{ordered[0]}-{ordered[-1]}"
 
 
-def write_json(path: Path, rows: Iterable[Row]) -> None:
+def write_json(path: Path, rows: Iterable[CompiledKernel]) -> None:
     """A list with an object for each row, one a line."""
     path.write_text("[\n" + ",\n".join(json.dumps(row._asdict()) for row in rows) + "\n]\n")

@@ -38,7 +38,7 @@ MOST_BLOCKS = 1024
 FEWEST_CHUNKS = 8
 
 
-class Tile(NamedTuple):
+class ScatterTile(NamedTuple):
     """The constants of scatter.cu."""
 
     WIDTH: int  # channels (data_grad) or filters (weight_grad) of a tile
@@ -50,10 +50,14 @@ class Tile(NamedTuple):
     THREADS: int = THREADS
 
 
-ONE, FEW, MANY = Tile(1, 1, 256, 8, 16, 64), Tile(4, 4, 256, 8, 64, 32), Tile(32, 36, 64, 16, 64, 16)
+ONE, FEW, MANY = (
+    ScatterTile(1, 1, 256, 8, 16, 64),
+    ScatterTile(4, 4, 256, 8, 64, 32),
+    ScatterTile(32, 36, 64, 16, 64, 16),
+)
 
 
-def tile_for(channels: int, itemsize: int) -> Tile:
+def tile_for(channels: int, itemsize: int) -> ScatterTile:
     """The tile for this many channels of a group; the widest one has no room for numbers of 16 bytes."""
     if channels == 1:
         return ONE
@@ -190,7 +194,7 @@ def _launch_data_grad(dy: Operand, w: Operand, sums: View, geometry: Geometry, p
     for extents, sizes in ((geometry.output, box.outputs), (geometry.kernel, box.taps)):
         tiles *= math.prod(map(blocks, params.lift(extents, 1), sizes))
     options = params.options(dy, w, channels_innermost(dy.view), fours=_in_fours(sums, channels))
-    module = params.module("scatter", dy.view.dtype, w.view.dtype, sums.dtype, planner.dtype, wide, **tile._asdict())
+    module = params.module("scatter", (dy.view.dtype, w.view.dtype, sums.dtype, planner.dtype), wide, **tile._asdict())
     planner.launch(
         Kernel(module, "scatter_data_grad"),
         images * groups * tiles,
@@ -217,7 +221,7 @@ def _launch_weight_grad(dy: Operand, x: Operand, sums: View, geometry: Geometry,
     slices = blocks(outputs, length)
     index = structs.index_dtype(wide).type
     options = params.options(dy, x, channels_innermost(x.view), fours=_in_fours(sums, filters))
-    module = params.module("scatter", dy.view.dtype, x.view.dtype, sums.dtype, planner.dtype, wide, **tile._asdict())
+    module = params.module("scatter", (dy.view.dtype, x.view.dtype, sums.dtype, planner.dtype), wide, **tile._asdict())
     planner.launch(
         Kernel(module, "scatter_weight_grad"),
         tiles * slices,
@@ -250,7 +254,7 @@ class Boxes(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _boxes(geometry: Geometry, tile: Tile, itemsize: int, wide: bool) -> Boxes:
+def _boxes(geometry: Geometry, tile: ScatterTile, itemsize: int, wide: bool) -> Boxes:
     """The box with most outputs whose region fits into shared memory, and of these the one with the smallest region.
 
     Where not even one output's region fits, as under a far dilation, a block takes fewer taps.

@@ -35,35 +35,35 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
 
 
 def _launch_data_grad(dy: Operand, w: Operand, sums: View, geometry: Geometry, planner: Planner) -> None:
-    _launch("scatter_data_grad_plain", dy, w, (w.view,), sums, (dy.view, sums, w.view), geometry, planner)
+    arrays = dy.view, dy.y, w.view, sums
+    _launch("scatter_data_grad_plain", arrays, (dy, w), (dy.view, sums, w.view), geometry, planner)
 
 
 def _launch_weight_grad(dy: Operand, x: Operand, sums: View, geometry: Geometry, planner: Planner) -> None:
-    _launch("scatter_weight_grad_plain", dy, x, (x.view, x.y), sums, (dy.view, x.view, sums), geometry, planner)
+    arrays = dy.view, dy.y, x.view, x.y, sums
+    _launch("scatter_weight_grad_plain", arrays, (dy, x), (dy.view, x.view, sums), geometry, planner)
 
 
 def _launch(
     name: str,
-    dy: Operand,
-    second: Operand,
-    second_arrays: tuple[View | None, ...],
-    sums: View,
+    arrays: tuple[View | None, ...],
+    operands: tuple[Operand, Operand],
     y_x_w: tuple[View, View, View],
     geometry: Geometry,
     planner: Planner,
 ) -> None:
     """One thread for each element of dy."""
+    dy, second = operands
     wide = params.is_wide(geometry, *y_x_w)
     options = params.options(dy, second, channels_innermost(dy.view))
-    module = params.module(
-        "scatter", dy.view.dtype, second.view.dtype, sums.dtype, planner.dtype, wide, **scatter.ONE._asdict()
-    )
+    dtypes = dy.view.dtype, second.view.dtype, planner.dtype, planner.dtype
+    module = params.module("scatter", dtypes, wide, **scatter.ONE._asdict())
     planner.launch(
         Kernel(module, name),
         blocks(dy.view.size, THREADS),
         THREADS,
         (
-            *(dy.view, dy.y, *second_arrays, sums),
+            *arrays,
             *params.described(geometry, *y_x_w, wide),
             options.struct(wide),
         ),
