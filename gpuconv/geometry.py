@@ -23,6 +23,8 @@ from gpuconv.arguments import Layout, Pairs, Settings, Shape, are_plain, geometr
 
 Direction: TypeAlias = Literal["forward", "data_grad", "weight_grad"]
 
+Slices: TypeAlias = tuple[slice, ...]  # one for each spatial axis
+
 DIRECTIONS: tuple[Direction, ...] = ("forward", "data_grad", "weight_grad")
 TRANSPOSED_PADDING_NAMES = ("valid", "same", "same_lower")
 
@@ -130,6 +132,41 @@ class Geometry:
             (n + low + high - window) // s + 1
             for n, (low, high), window, s in zip(self.input, self.padding, self.window, self.stride, strict=True)
         )
+
+    def position(self, axis: int, output: Any, tap: Any) -> Any:
+        """Return the input that an output reads through a tap of an axis: ints, or arrays of them.
+
+        It is negative, or not less than the input extent, if the output reads padding.
+        """
+        return output * self.stride[axis] + tap * self.dilation[axis] - self.padding[axis][0]
+
+    def outputs_reading(self, axis: int, tap: int, outputs: slice, inputs: slice) -> range:
+        """Return which outputs of a block read inputs of another block through a tap of an axis."""
+        s, shift = self.stride[axis], self.position(axis, 0, tap)
+        first = max(outputs.start, -((shift - inputs.start) // s))
+        return range(first, max(first, min(outputs.stop, (inputs.stop - 1 - shift) // s + 1)))
+
+    def inputs_in_windows(self, outputs: Slices) -> tuple[tuple[int, int], ...]:
+        """Return the first input in the windows of a block of outputs on each axis, and the one after the last."""
+        return tuple(
+            (self.position(axis, block.start, 0), self.position(axis, block.stop - 1, taps - 1) + 1)
+            for axis, (block, taps) in enumerate(zip(outputs, self.kernel, strict=True))
+        )
+
+    def outputs_of_windows(self, inputs: Slices) -> Slices:
+        """Return the outputs whose windows meet a block of inputs."""
+        outputs = []
+        axes = zip(inputs, self.stride, self.window, self.padding, self.output, strict=True)
+        for block, s, window, (low, _), m in axes:
+            first = max(0, -(-(block.start + low - window + 1) // s))
+            outputs.append(slice(first, max(first, min(m, (block.stop - 1 + low) // s + 1))))
+        return tuple(outputs)
+
+    @cached_property
+    def reaches_beyond(self) -> bool:
+        """Whether a window reaches beyond the input, at either end of some axis."""
+        windows = self.inputs_in_windows(tuple(slice(0, m) for m in self.output))
+        return any(start < 0 or stop > n for (start, stop), n in zip(windows, self.input, strict=True))
 
     @cached_property
     def is_pointwise(self) -> bool:

@@ -248,8 +248,8 @@ def _inputs_seen(geometry: Geometry) -> tuple[Array, Array]:
     index: Any = 0
     valid: Any = True
     for axis in range(rank):
-        o = numpy.arange(geometry.output[axis])[:, None] * geometry.stride[axis]
-        i = o + numpy.arange(geometry.kernel[axis]) * geometry.dilation[axis] - geometry.padding[axis][0]
+        o, t = numpy.arange(geometry.output[axis])[:, None], numpy.arange(geometry.kernel[axis])
+        i = geometry.position(axis, o, t)
         shape = [1] * (2 * rank)
         shape[axis], shape[rank + axis] = i.shape
         index = index + (i * steps[axis]).reshape(shape)

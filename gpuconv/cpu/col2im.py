@@ -85,11 +85,10 @@ def _add(dcols: View, index: Index, planes: View, sizes: _Sizes, geometry: Geome
     by_tap = dcols.reshape(geometry.groups, *geometry.kernel, geometry.group_channels, *extents)
     for tap in Places(geometry.kernel):
         residue, into = [], []
-        axes = zip(tap, index, geometry.dilation, geometry.padding, geometry.stride, sizes.before, strict=True)
-        for t, outputs, d, (low, _), s, before in axes:
-            plane, start = (t * d - low) % s, (t * d - low) // s + before
+        for axis, (t, outputs, before) in enumerate(zip(tap, index, sizes.before, strict=True)):
+            start, plane = divmod(geometry.position(axis, 0, t), geometry.stride[axis])
             residue.append(plane)
-            into.append(slice(outputs.start + start, outputs.stop + start))
+            into.append(slice(outputs.start + start + before, outputs.stop + start + before))
         target = planes[(*residue, slice(None), slice(None), *into)]
         planner.call(planner.xp.add, target, by_tap[(slice(None), *tap)], out=target)
 

@@ -359,9 +359,9 @@ class _Tiling:
     ) -> None:
         """The spectrum (G, *L) of the inputs of a channel that some taps of the kernel meet for a tile's outputs."""
         into, seen, g, (image, outputs, segment) = [], [], self.geometry, at
-        axes = zip(outputs, self.tile.extent, segment, g.dilation, g.padding, g.input, strict=True)
-        for output, size, taps, d, (low, _), n in axes:
-            first = output.start + taps.start * d - low
+        axes = zip(outputs, self.tile.extent, segment, g.input, strict=True)
+        for axis, (output, size, taps, n) in enumerate(axes):
+            first = g.position(axis, output.start, taps.start)
             begin, end = max(0, first), min(n, first + size)
             seen.append(slice(begin, max(begin, end)))
             into.append(slice(begin - first, max(begin, end) - first))

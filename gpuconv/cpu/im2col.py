@@ -20,7 +20,7 @@ from gpuconv.blocking import Blocks, Room, Space, fitting_box, largest, largest_
 from gpuconv.cpu import col2im, cost_model, lines, residues, slices
 from gpuconv.cpu.finite import if_finite
 from gpuconv.cpu.unfold import BLOCK_BYTES, SHORT_PRODUCT, Unfolding, order_of, smallest
-from gpuconv.cpu.windows import reaches_beyond, sliding
+from gpuconv.cpu.windows import sliding
 from gpuconv.geometry import Direction, Geometry, Residue
 from gpuconv.operands import Index, Operand, Result, in_place
 from gpuconv.plan import Planner, Team, is_small
@@ -125,7 +125,7 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: 
 def _lie_apart(geometry: Geometry) -> bool:
     """Whether windows lie inside x and do not overlap."""
     axes = zip(geometry.stride, geometry.window, geometry.output, strict=True)
-    return not reaches_beyond(geometry) and all(s >= k or m == 1 for s, k, m in axes)
+    return not geometry.reaches_beyond and all(s >= k or m == 1 for s, k, m in axes)
 
 
 def _has_many_residues(geometry: Geometry) -> bool:
@@ -190,10 +190,9 @@ def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, pl
 def _inputs_of(index: Index, geometry: Geometry) -> Index:
     """The inputs from a block of outputs to the next one, where windows do not overlap."""
     batch, inputs = len(geometry.batch), []
-    axes = zip(index[batch:], geometry.input, geometry.output, geometry.stride, geometry.padding, strict=True)
-    for outputs, n, m, s, (low, _) in axes:
-        start = outputs.start * s - low if outputs.start else 0
-        inputs.append(slice(start, outputs.stop * s - low if outputs.stop < m else n))
+    for axis, (outputs, n, m) in enumerate(zip(index[batch:], geometry.input, geometry.output, strict=True)):
+        start = geometry.position(axis, outputs.start, 0) if outputs.start else 0
+        inputs.append(slice(start, geometry.position(axis, outputs.stop, 0) if outputs.stop < m else n))
     return (*index[:batch], *inputs)
 
 

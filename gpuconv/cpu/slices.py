@@ -88,14 +88,9 @@ def nanoseconds(request: Request) -> float:
 
 def _outputs_met(geometry: Geometry) -> Iterator[float]:
     """For each axis, the number of (tap, output) pairs that meet an input; estimated where there are many taps."""
-    axes = zip(
-        geometry.input, geometry.output, geometry.kernel, geometry.stride, geometry.dilation, geometry.padding,
-        strict=True,
-    )  # fmt: skip
-    for n, m, k, s, d, (low, _) in axes:
+    for axis, (n, m, k) in enumerate(zip(geometry.input, geometry.output, geometry.kernel, strict=True)):
         taps = range(0, k, -(-k // COUNTED_TAPS))
-        shifts = (t * d - low for t in taps)
-        met = sum(max(0, min(m - 1, (n - 1 - shift) // s) - max(0, -(shift // s)) + 1) for shift in shifts)
+        met = sum(len(geometry.outputs_reading(axis, t, slice(0, m), slice(0, n))) for t in taps)
         yield met * k / len(taps)
 
 
@@ -177,7 +172,7 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: 
         def some_inputs(index: Index, planner: Planner) -> None:
             dy_space, slice_space, term_space, part_space, sums_space = planner.workspace(*spaces)
             target = dx.view[(*index, slice(None), channels)]
-            outputs = _outputs_reaching(index, geometry)
+            outputs = (*index[:batch], *geometry.outputs_of_windows(index[batch:]))
             block = _loaded(dy, (*outputs, slice(None), slice(None)), dy_space, planner)
 
             def add(tap: Shape, part: View, planner: Planner) -> None:
@@ -339,14 +334,3 @@ def _order_of(images: View, channels: int) -> Arrangement:
 
 def _by_groups(positions: int) -> Arrangement:
     return Arrangement((positions, *range(positions), positions + 1), positions, 1)
-
-
-def _outputs_reaching(index: Index, geometry: Geometry) -> Index:
-    """The outputs whose windows meet a block of inputs; batch axes as they are."""
-    batch = len(geometry.batch)
-    outputs = []
-    axes = zip(index[batch:], geometry.stride, geometry.window, geometry.padding, geometry.output, strict=True)
-    for inputs, s, window, (low, _), m in axes:
-        first = max(0, -(-(inputs.start + low - window + 1) // s))
-        outputs.append(slice(first, max(first, min(m, (inputs.stop - 1 + low) // s + 1))))
-    return (*index[:batch], *outputs)

@@ -22,7 +22,7 @@ from gpuconv.blocking import (
     fitting_box,
     lies_by_filters,
 )
-from gpuconv.cpu.windows import reaches_beyond, read_tap, region_elements, sliding, windows_of
+from gpuconv.cpu.windows import read_tap, region_elements, sliding, windows_of
 from gpuconv.geometry import Direction, Geometry
 from gpuconv.operands import Index, Operand
 from gpuconv.plan import Planner
@@ -98,7 +98,7 @@ class Unfolding:
 
     def __init__(self, x: Operand, geometry: Geometry, order: Order, planner: Planner) -> None:
         self.x, self.geometry, self.order = x, geometry, order
-        self._needs_patch = not x.is_plain(planner.dtype) or reaches_beyond(geometry)
+        self._needs_patch = not x.is_plain(planner.dtype) or geometry.reaches_beyond
         lying = None if self._needs_patch else order.windows.matrix(sliding(x.view, geometry, geometry.output))
         self._needs_cols = lying is None
         self._is_by_tap = False  # cols are read tap by tap, without a patch

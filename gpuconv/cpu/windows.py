@@ -12,12 +12,6 @@ from gpuconv.plan import Planner
 from gpuconv.views import View
 
 
-def reaches_beyond(geometry: Geometry) -> bool:
-    """Whether a window reaches beyond x, at either end of some axis."""
-    axes = zip(geometry.input, geometry.padding, geometry.output, geometry.stride, geometry.window, strict=True)
-    return any(low > 0 or (m - 1) * s + window - low > n for n, (low, _), m, s, window in axes)
-
-
 def region_elements(geometry: Geometry, box: Shape) -> int:
     """Elements of x, padding included, from the first to the last that a block of outputs sees."""
     batch = len(geometry.batch)
@@ -33,12 +27,11 @@ def windows_of(
     A view of x where it can be, else of a patch in the workspace, whose axes lie in memory as ``order`` says.
     """
     batch = len(geometry.batch)
-    region, inside = [], []
-    axes = zip(index[batch:], geometry.stride, geometry.window, geometry.padding, geometry.input, strict=True)
-    for outputs, s, window, (low, _), n in axes:
-        start, stop = outputs.start * s - low, (outputs.stop - 1) * s + window - low
-        region.append((start, stop))
-        inside.append(slice(min(max(start, 0), n), max(min(stop, n), 0)))
+    region = geometry.inputs_in_windows(index[batch:])
+    inside = [
+        slice(min(max(start, 0), n), max(min(stop, n), 0))
+        for (start, stop), n in zip(region, geometry.input, strict=True)
+    ]
     seen = (*index[:batch], *inside)
     is_inside = all((axis.start, axis.stop) == ends for axis, ends in zip(inside, region, strict=True))
     in_place = is_inside and x.is_plain(planner.dtype)
@@ -47,7 +40,7 @@ def windows_of(
 
 
 def _patch(
-    x: Operand, inside: Index, region: list[tuple[int, int]], order: Arrangement, space: View, planner: Planner
+    x: Operand, inside: Index, region: tuple[tuple[int, int], ...], order: Arrangement, space: View, planner: Planner
 ) -> View:
     piece = x.view[inside]
     batch = len(inside) - len(region)
@@ -78,14 +71,11 @@ def read_tap(x: Operand, tap: Shape, index: Index, geometry: Geometry, into: Vie
 def meeting(tap: Shape, outputs: Index, inputs: Index, geometry: Geometry) -> tuple[Index, Index]:
     """Which outputs of a block a tap shows inputs of another block, and those inputs: slices of either block."""
     meeting, seen = [], []
-    axes = zip(tap, outputs, inputs, geometry.stride, geometry.dilation, geometry.padding, strict=True)
-    for t, block, region, s, d, (low, _) in axes:
-        shift = t * d - low  # input = output * s + shift
-        first = max(block.start, -((shift - region.start) // s))
-        count = max(0, min(block.stop - 1, (region.stop - 1 - shift) // s) - first + 1)
-        start = first * s + shift - region.start
-        meeting.append(slice(first - block.start, first - block.start + count) if count else slice(0, 0))
-        seen.append(slice(start, start + (count - 1) * s + 1, s) if count else slice(0, 0))
+    for axis, (t, block, region) in enumerate(zip(tap, outputs, inputs, strict=True)):
+        found = geometry.outputs_reading(axis, t, block, region)
+        first, last = (geometry.position(axis, o, t) - region.start for o in (found.start, found.stop - 1))
+        meeting.append(slice(found.start - block.start, found.stop - block.start) if found else slice(0, 0))
+        seen.append(slice(first, last + 1, geometry.stride[axis]) if found else slice(0, 0))
     return tuple(meeting), tuple(seen)
 
 

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from gpuconv.blocking import channels_innermost
-from gpuconv.cpu.windows import reaches_beyond
 from gpuconv.geometry import Direction, Geometry
 from gpuconv.views import View, merged
 
@@ -77,7 +76,7 @@ def matrices_of(direction: Direction, geometry: Geometry, first: View, second: V
         vector = _positions_together(result) if direction == "forward" or unit_stride else 1
     else:
         vector = _channels_together(result)
-    leaves = not pointwise if direction == "data_grad" else reaches_beyond(geometry)
+    leaves = not pointwise if direction == "data_grad" else geometry.reaches_beyond
     axes = BY_TAP if geometry.taps <= MOST_TAPS else geometry.rank
     return GemmMatrices(left, right, along_rows, vector, axes * leaves, taps_innermost)
 
@@ -86,7 +85,7 @@ def _of_weight_grad(geometry: Geometry, dy: View, x: View, sums: View) -> GemmMa
     left = _lines(x, along_depth=not channels_innermost(x), has_positions=geometry.is_pointwise)
     right = _lines(dy, along_depth=not channels_innermost(dy), has_positions=True)
     vector = together(sums, sums.shape[-1], ())
-    return GemmMatrices(left, right, False, vector, geometry.rank * reaches_beyond(geometry), False)
+    return GemmMatrices(left, right, False, vector, geometry.rank * geometry.reaches_beyond, False)
 
 
 def _lines(images: View, along_depth: bool, has_positions: bool) -> Lines:
