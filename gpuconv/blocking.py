@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 from gpuconv.arguments import Shape
@@ -131,41 +132,42 @@ def _part_of(geometry: Geometry, groups: int) -> Geometry:
     return replace(geometry, groups=groups, channels=channels, filters=filters)
 
 
-class Space(NamedTuple):
-    """Whether something needs room in the workspace, and how many temporaries of its size come and go beside it."""
+class Buffer(NamedTuple):
+    """A part of the workspace of a block."""
 
-    needed: bool = True
-    temporaries: int = 0
-
-
-# The elements of each part of a block, and whether and how often they count.
-Room: TypeAlias = Sequence[tuple[int, Space]]
+    elements: int
+    needed: bool = True  # or what belongs there is used where it lies
+    temporaries: int = 0  # arrays of its size that are allocated and freed beside it
 
 
-def fitting_box(
-    extents: Shape, limit: float, parts: Callable[[Shape], Room], most: float = math.inf
-) -> tuple[Shape, tuple[int, ...]]:
-    """The extents of a block that fits the limit, as long as possible on the last axes first, and its workspaces.
+Buffers: TypeAlias = Sequence[Buffer]
 
-    ``most`` is how many positions a block may have. At the least it is one.
-    """
 
-    def cost(box: Shape) -> float:
-        if math.prod(box) > most:
-            return math.inf
-        return sum(elements * sum(space) for elements, space in parts(box))
+class Share(NamedTuple):
+    """Some filters (or channels) at a time: as many as have their weights in half of the workspace."""
 
-    box = [1] * len(extents)
-    for axis in reversed(range(len(extents))):
-        before, after = tuple(box[:axis]), tuple(box[axis + 1 :])
+    extent: int
+    at_once: int
+    size: int  # elements of these weights
 
-        def cost_of(size: int, before: Shape = before, after: Shape = after) -> float:
-            return cost((*before, size, *after))
+    @classmethod
+    def of(cls, extent: int, each: int, planner: Planner) -> Share:
+        """As many as fit, where the weights of each take so many elements."""
+        at_once = largest(extent, planner.budget // 2, each)
+        return cls(extent, at_once, each * at_once)
 
-        box[axis] = largest_fitting(extents[axis], limit, cost_of)
-        if box[axis] < extents[axis]:
-            break
-    return tuple(box), tuple(elements * space.needed for elements, space in parts(tuple(box)))
+    def rest(self, planner: Planner, shares: int, most: int) -> int:
+        """Elements of workspace that each of several threads has beside the weights, up to so many bytes."""
+        return min((planner.budget - self.size) // shares, most // planner.dtype.itemsize)
+
+    def loop(self, body: Callable[[slice, View, Planner], None], planner: Planner) -> None:
+        """The steps of ``body(filters, space, planner)`` for some filters after the other, with space for weights."""
+
+        def some(part: slice, planner: Planner) -> None:
+            (space,) = planner.workspace(self.size)
+            body(part, space, planner)
+
+        planner.loop(list(pieces(self.extent, self.at_once)), some)
 
 
 def pieces(extent: int, size: int) -> Iterator[slice]:
@@ -193,15 +195,51 @@ class Places(Sequence[Shape]):
 
 
 class Blocks(Places):
-    """Consecutive blocks of positions, as slices, each of at most the extents of a box."""
+    """Consecutive blocks of positions, as slices, each of at most the extents of a box; and the workspace of each."""
 
-    def __init__(self, positions: Shape, box: Shape) -> None:
+    def __init__(self, positions: Shape, box: Shape, sizes: Shape = ()) -> None:
         super().__init__(tuple(-(-extent // size) for extent, size in zip(positions, box, strict=True)))
-        self.positions, self.box = positions, box
+        self.positions, self.box, self.sizes = positions, box, sizes
+
+    @classmethod
+    def fitting(
+        cls, positions: Shape, limit: float, buffers: Callable[[Shape], Buffers], most: float = math.inf
+    ) -> Blocks:
+        """Blocks whose buffers, as elements of workspace, fit a limit; as long as possible on the last axes first.
+
+        ``most`` is how many positions a block may have. At the least it is one.
+        """
+
+        def cost(box: Shape) -> float:
+            if math.prod(box) > most:
+                return math.inf
+            return sum(elements * (needed + temporaries) for elements, needed, temporaries in buffers(box))
+
+        box = [1] * len(positions)
+        for axis in reversed(range(len(positions))):
+            before, after = tuple(box[:axis]), tuple(box[axis + 1 :])
+            cost_of = partial(_with_extent, cost, before, after)
+            box[axis] = largest_fitting(positions[axis], limit, cost_of)
+            if box[axis] < positions[axis]:
+                break
+        sizes = tuple(buffer.elements * buffer.needed for buffer in buffers(tuple(box)))
+        return cls(positions, tuple(box), sizes)
 
     def __getitem__(self, number: Any) -> Any:
         axes = zip(super().__getitem__(number), self.box, self.positions, strict=True)
         return tuple(slice(axis * size, min((axis + 1) * size, extent)) for axis, size, extent in axes)
+
+    def loop(self, body: Callable[[Index, list[View], Planner], None], planner: Planner, workers: int = 1) -> None:
+        """The steps of ``body(block, buffers, planner)`` for each block."""
+
+        def some(index: Index, planner: Planner) -> None:
+            body(index, planner.workspace(*self.sizes), planner)
+
+        planner.loop(self, some, workers)
+
+
+def _with_extent(cost: Callable[[Shape], float], before: Shape, after: Shape, extent: int) -> float:
+    return cost((*before, extent, *after))
 
 
 def as_matrix(view: View, row_axes: int, column_axes: int) -> View | None:

@@ -7,7 +7,8 @@ import math
 import numpy
 
 from gpuconv import dtypes
-from gpuconv.blocking import Blocks, Space, fitting_box
+from gpuconv.arguments import Shape
+from gpuconv.blocking import Blocks, Buffer, Buffers
 from gpuconv.operands import Index, Operand
 from gpuconv.plan import Planner
 from gpuconv.views import View
@@ -26,15 +27,16 @@ def bias_grad(dy: Operand, db: View, planner: Planner) -> None:
         planner.call(planner.xp.sum, dy.view, axes, sums, out=total)
     else:
         planner.copy(total, 0)
-        read = Space(temporaries=dy.temporaries)
-        box, sizes = fitting_box(positions, planner.budget, lambda box: [(groups * channels * math.prod(box), read)])
 
-        def some_positions(index: Index, planner: Planner) -> None:
-            (space,) = planner.workspace(*sizes)
+        def buffers_of(box: Shape) -> Buffers:
+            return [Buffer(groups * channels * math.prod(box), True, dy.temporaries)]
+
+        def some_positions(index: Index, buffers: list[View], planner: Planner) -> None:
+            (space,) = buffers
             block = space.shaped(dy.view[index].shape)
             dy.read(index, block, planner)
             planner.call(planner.xp.sum, block, axes, sums, out=term)
             planner.call(planner.xp.add, total, term, out=total)
 
-        planner.loop(Blocks(positions, box), some_positions)
+        Blocks.fitting(positions, planner.budget, buffers_of).loop(some_positions, planner)
     planner.copy(db, total.reshape(groups * channels))

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 
 from gpuconv.arguments import Shape
-from gpuconv.blocking import Blocks, Room, Space, fitting_box, largest, largest_part, pieces
+from gpuconv.blocking import Blocks, Buffer, Buffers, Share, largest, largest_part, pieces
 from gpuconv.cpu import col2im, cost_model, lines, residues, slices
 from gpuconv.cpu.finite import if_finite
 from gpuconv.cpu.unfold import BLOCK_BYTES, SHORT_PRODUCT, Unfolding, order_of, smallest
@@ -25,6 +25,7 @@ from gpuconv.geometry import Direction, Geometry, Residue
 from gpuconv.operands import Index, Operand, Result, in_place
 from gpuconv.plan import Planner, Team, is_small
 from gpuconv.request import Request
+from gpuconv.views import View
 
 # Of weight_grad's outputs or channels where threads share it, and how many make one of them worth while.
 SLICES, SHORT_SLICE, FEW_CHANNELS = 8, 512, 128
@@ -80,29 +81,30 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Plan
     order = order_of(x.view, y.view, geometry, math.prod(geometry.output) >= SHORT_PRODUCT)
     team = planner.team(geometry, smallest(geometry, "forward"))
     per_filter = geometry.channels * geometry.taps if order.weights.copies(w, planner) else 0
-    filters_at_once = largest(geometry.group_filters, planner.budget // 2, per_filter)
-    limit = min((planner.budget - per_filter * filters_at_once) // team.shares, BLOCK_BYTES // planner.dtype.itemsize)
-    sums_need = Space(not in_place(y.view, planner.dtype) or order.images.matrix(y.view) is None, y.temporaries)
-    unfolding, outputs = Unfolding(x, geometry, order, planner), geometry.reduction_length("weight_grad")
-    blocks, spaces = unfolding.blocks(
-        limit, team.share(outputs), lambda outputs: [(outputs * geometry.groups * filters_at_once, sums_need)]
-    )
+    share = Share.of(geometry.group_filters, per_filter, planner)
+    needs_sums = not in_place(y.view, planner.dtype) or order.images.matrix(y.view) is None
+    unfolding = Unfolding(x, geometry, order, planner)
 
-    def some_filters(filters: slice, planner: Planner) -> None:
-        (weight_space,) = planner.workspace(per_filter * filters_at_once)
+    def sums_of(outputs: int) -> Buffers:
+        return [Buffer(outputs * geometry.groups * share.at_once, needs_sums, y.temporaries)]
+
+    most = team.share(geometry.reduction_length("weight_grad"))
+    blocks = unfolding.blocks(share.rest(planner, team.shares, BLOCK_BYTES), most, sums_of)
+
+    def some_filters(filters: slice, weight_space: View, planner: Planner) -> None:
         weights = order.load_weights(w.part(w.view[..., filters]), weight_space, planner)
 
-        def some_outputs(index: Index, planner: Planner) -> None:
-            patch_space, cols_space, sums_space = planner.workspace(*spaces)
+        def some_outputs(index: Index, buffers: list[View], planner: Planner) -> None:
+            patch_space, cols_space, sums_space = buffers
             cols = unfolding.cols(index, patch_space, cols_space, planner)
             target = y.view[(*index, slice(None), filters)]
             block, sums = order.images.place(target, sums_space, planner)
             planner.matmul(*((cols, weights) if order.by_rows else (weights, cols)), sums)
             y.store(block, target, planner, filters)
 
-        planner.loop(blocks, some_outputs, team.workers)
+        blocks.loop(some_outputs, planner, team.workers)
 
-    planner.loop(list(pieces(geometry.group_filters, filters_at_once)), some_filters)
+    share.loop(some_filters, planner)
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
@@ -152,28 +154,28 @@ def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, pl
     order = order_of(dy.view, dy.view, geometry, stack=False)
     team = planner.team(geometry, smallest(geometry, "data_grad"))
     per_channel = geometry.filters * geometry.taps if order.weights.copies(w, planner) else 0
-    channels_at_once = largest(geometry.group_channels, planner.budget // 2, per_channel)
-    gradients = Space(order.images.copies(dy, planner), dy.temporaries)
+    share = Share.of(geometry.group_channels, per_channel, planner)
+    copies_dy, extents = order.images.copies(dy, planner), (*geometry.batch, *geometry.output)
 
-    def room(box: Shape) -> Room:
+    def buffers_of(box: Shape) -> Buffers:
         outputs = math.prod(box)
-        cols = outputs * geometry.groups * channels_at_once * geometry.taps
-        return ((outputs * geometry.filters, gradients), (cols, Space(True, dx.temporaries)))
+        return (
+            Buffer(outputs * geometry.filters, copies_dy, dy.temporaries),
+            Buffer(outputs * geometry.groups * share.at_once * geometry.taps, True, dx.temporaries),
+        )
 
-    extents = (*geometry.batch, *geometry.output)
-    limit = min((planner.budget - per_channel * channels_at_once) // team.shares, BLOCK_BYTES // planner.dtype.itemsize)
-    box, spaces = fitting_box(extents, limit, room, team.share(math.prod(extents)))
+    limit = share.rest(planner, team.shares, BLOCK_BYTES)
+    blocks = Blocks.fitting(extents, limit, buffers_of, team.share(math.prod(extents)))
     leaves_gaps = not _covers(geometry)
     cropped = (slice(-low, None) for low, _ in geometry.padding)
     inputs = dx.view[(*(slice(None) for _ in geometry.batch), *cropped)]
     windows = sliding(inputs, geometry, geometry.output)
 
-    def some_channels(channels: slice, planner: Planner) -> None:
-        (weight_space,) = planner.workspace(per_channel * channels_at_once)
+    def some_channels(channels: slice, weight_space: View, planner: Planner) -> None:
         weights = order.load_weights(w.part(w.view[..., channels, :]), weight_space, planner).swapaxes(-1, -2)
 
-        def some_outputs(index: Index, planner: Planner) -> None:
-            dy_space, cols_space = planner.workspace(*spaces)
+        def some_outputs(index: Index, buffers: list[View], planner: Planner) -> None:
+            dy_space, cols_space = buffers
             if leaves_gaps:
                 dx.of_channels(channels).part(_inputs_of(index, geometry)).fill(planner)
             sums = order.images.load(dy, index, dy_space, planner)
@@ -182,9 +184,9 @@ def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, pl
             planner.matmul(*((sums, weights) if order.by_rows else (weights, sums)), cols)
             dx.store(block, target, planner, channels)
 
-        planner.loop(Blocks(extents, box), some_outputs, team.workers)
+        blocks.loop(some_outputs, planner, team.workers)
 
-    planner.loop(list(pieces(geometry.group_channels, channels_at_once)), some_channels)
+    share.loop(some_channels, planner)
 
 
 def _inputs_of(index: Index, geometry: Geometry) -> Index:
@@ -243,7 +245,7 @@ def _slices(geometry: Geometry) -> int:
 def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner, team: Team) -> None:
     """The outputs in slices, which are added up in order, however many threads there are."""
     add, order = planner.xp.add, order_of(x.view, dy.view, geometry, stack=False)
-    gradients = Space(order.images.copies(dy, planner), dy.temporaries)
+    copies_dy = order.images.copies(dy, planner)
     per_filter, copies = geometry.channels * geometry.taps, _slices(geometry) + team.shares
     filters_at_once = largest(geometry.group_filters, planner.budget // 2, copies * per_filter)
     weights = per_filter * filters_at_once
@@ -252,9 +254,11 @@ def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planne
     limit = min(limit, max(BLOCK_BYTES // planner.dtype.itemsize, 4 * weights))
     most = min(LONGEST, -(-geometry.reduction_length("weight_grad") // _slices(geometry)))
     unfolding = Unfolding(x, geometry, order, planner)
-    blocks, spaces = unfolding.blocks(
-        limit, most, lambda outputs: [(outputs * geometry.groups * filters_at_once, gradients)]
-    )
+
+    def gradients_of(outputs: int) -> Buffers:
+        return [Buffer(outputs * geometry.groups * filters_at_once, copies_dy, dy.temporaries)]
+
+    blocks = unfolding.blocks(limit, most, gradients_of)
     slices = min(_slices(geometry), len(blocks))
 
     def some_filters(filters: slice, planner: Planner) -> None:
@@ -267,7 +271,7 @@ def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planne
             begin, end = (len(blocks) * end // slices for end in (number, number + 1))
 
             def products(at: int, planner: Planner) -> None:
-                term_space, patch_space, cols_space, dy_space = planner.workspace(weights, *spaces)
+                term_space, patch_space, cols_space, dy_space = planner.workspace(weights, *blocks.sizes)
                 index = blocks[at]
                 cols = unfolding.cols(index, patch_space, cols_space, planner)
                 sums = order.images.load(dy, (*index, slice(None), filters), dy_space, planner)

@@ -20,16 +20,7 @@ from itertools import product
 from typing import NamedTuple
 
 from gpuconv.arguments import Shape
-from gpuconv.blocking import (
-    Arrangement,
-    Places,
-    Room,
-    Space,
-    copy_weights,
-    largest,
-    lies_by_filters,
-    pieces,
-)
+from gpuconv.blocking import Arrangement, Buffer, Buffers, Places, Share, copy_weights, lies_by_filters
 from gpuconv.cpu.unfold import BLOCK_BYTES, SHORT_PRODUCT, Unfolding, order_of, smallest
 from gpuconv.geometry import AxisResidue, Geometry
 from gpuconv.operands import Index, Operand, Result
@@ -153,26 +144,23 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: 
     stack = math.prod(gathered.output) >= SHORT_PRODUCT
     order = order_of(dy.view, dx.view, gathered, stack, taps_first=True)
     weights_of_channel = geometry.filters * geometry.taps  # of every group
-    channels_at_once = largest(geometry.group_channels, planner.budget // 2, weights_of_channel)
-    shared_size = weights_of_channel * channels_at_once
-    limit = min((planner.budget - shared_size) // team.shares, BLOCK_BYTES // planner.dtype.itemsize)
+    share = Share.of(geometry.group_channels, weights_of_channel, planner)
     has_terms = any(len(part.stretches) > 1 for part in shared.parts)
 
-    def sums_and_terms(outputs: int) -> Room:
-        size = outputs * geometry.groups * channels_at_once * shared.widest
-        return (size, Space(True, dx.temporaries)), (size, Space(has_terms))
+    def sums_and_terms(outputs: int) -> Buffers:
+        size = outputs * geometry.groups * share.at_once * shared.widest
+        return Buffer(size, True, dx.temporaries), Buffer(size, has_terms)
 
     unfolding = Unfolding(dy, gathered, order, planner)
     most = team.share(math.prod((*gathered.batch, *gathered.output)))
-    blocks, spaces = unfolding.blocks(limit, most, sums_and_terms)
+    blocks = unfolding.blocks(share.rest(planner, team.shares, BLOCK_BYTES), most, sums_and_terms)
     own_order = _order(len(geometry.batch), geometry.rank, order.by_rows, stack)
 
-    def some_channels(channels: slice, planner: Planner) -> None:
-        (weight_space,) = planner.workspace(shared_size)
+    def some_channels(channels: slice, weight_space: View, planner: Planner) -> None:
         weights = _weights(w, channels, shared, own_order, weight_space, planner)
 
-        def some_inputs(index: Index, planner: Planner) -> None:
-            patch_space, cols_space, sums_space, term_space = planner.workspace(*spaces)
+        def some_inputs(index: Index, buffers: list[View], planner: Planner) -> None:
+            patch_space, cols_space, sums_space, term_space = buffers
             cols = unfolding.cols(index, patch_space, cols_space, planner)
             for part, own in zip(shared.parts, weights, strict=True):
                 target = _inputs(dx.view[..., channels], part, index, geometry)
@@ -182,9 +170,9 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: 
                 dx.finish(block, planner, channels)
                 planner.copy(target, block[tuple(slice(0, size) for size in target.shape[: len(extents)])])
 
-        planner.loop(blocks, some_inputs, team.workers)
+        blocks.loop(some_inputs, planner, team.workers)
 
-    planner.loop(list(pieces(geometry.group_channels, channels_at_once)), some_channels)
+    share.loop(some_channels, planner)
 
 
 class _Order(NamedTuple):

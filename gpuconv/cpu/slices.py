@@ -20,13 +20,13 @@ from gpuconv.arguments import Shape
 from gpuconv.blocking import (
     Arrangement,
     Blocks,
+    Buffer,
+    Buffers,
     Places,
-    Room,
-    Space,
+    Share,
     as_matrix,
     channels_innermost,
     copy_weights,
-    fitting_box,
     largest,
     largest_part,
     lies_by_filters,
@@ -101,26 +101,25 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Plan
     batch, everything = len(geometry.batch), (slice(None),) * len(geometry.batch)
     team = planner.team(geometry, least(geometry, "forward"))
     per_filter = geometry.channels * geometry.taps  # weights, of a filter of every group
-    filters_at_once = largest(geometry.group_filters, planner.budget // 2, per_filter)
+    share = Share.of(geometry.group_filters, per_filter, planner)
 
-    def room(box: Shape) -> Room:
+    def buffers_of(box: Shape) -> Buffers:
         outputs = math.prod(box)
-        terms = outputs * geometry.groups * filters_at_once
+        terms = outputs * geometry.groups * share.at_once
         return (
-            (outputs * geometry.channels, Space(True, x.temporaries)),
-            (terms, Space()),
-            (terms, Space(geometry.taps > ONE_RUN)),
-            (terms, Space(summed, y.temporaries)),
+            Buffer(outputs * geometry.channels, True, x.temporaries),
+            Buffer(terms),
+            Buffer(terms, geometry.taps > ONE_RUN),
+            Buffer(terms, summed, y.temporaries),
         )
 
-    blocks, spaces = _blocks((*geometry.batch, *geometry.output), room, per_filter * filters_at_once, team, planner)
+    blocks = _blocks((*geometry.batch, *geometry.output), buffers_of, share, team, planner)
 
-    def some_filters(filters: slice, planner: Planner) -> None:
-        (weight_space,) = planner.workspace(per_filter * filters_at_once)
+    def some_filters(filters: slice, weight_space: View, planner: Planner) -> None:
         weights = _loaded_weights(w, (..., filters), weight_space, planner)
 
-        def some_outputs(index: Index, planner: Planner) -> None:
-            slice_space, term_space, part_space, sums_space = planner.workspace(*spaces)
+        def some_outputs(index: Index, buffers: list[View], planner: Planner) -> None:
+            slice_space, term_space, part_space, sums_space = buffers
             target = y.view[(*index, slice(None), filters)]
 
             def add(tap: Shape, part: View, planner: Planner) -> None:
@@ -135,9 +134,9 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Plan
             _add_up(add, total, part_space, geometry, planner)
             y.store(total, target, planner, filters)
 
-        planner.loop(blocks, some_outputs, team.workers)
+        blocks.loop(some_outputs, planner, team.workers)
 
-    planner.loop(list(pieces(geometry.group_filters, filters_at_once)), some_filters)
+    share.loop(some_filters, planner)
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
@@ -148,47 +147,46 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: 
     team = planner.team(geometry, least(geometry, "data_grad"))
     batch, everything = len(geometry.batch), (slice(None),) * len(geometry.batch)
     per_channel = geometry.filters * geometry.taps  # weights, of a channel of every group
-    channels_at_once = largest(geometry.group_channels, planner.budget // 2, per_channel)
+    share = Share.of(geometry.group_channels, per_channel, planner)
 
-    def room(box: Shape) -> Room:
+    def buffers_of(box: Shape) -> Buffers:
         axes = list(zip(box[batch:], geometry.stride, geometry.window, geometry.output, strict=True))
-        images, terms = math.prod(box[:batch]), math.prod(box) * geometry.groups * channels_at_once
+        images, terms = math.prod(box[:batch]), math.prod(box) * geometry.groups * share.at_once
         reaching = images * math.prod(min(m, (size + window - 2) // s + 1) for size, s, window, m in axes)
         of_tap = images * math.prod(min(m, (size - 1) // s + 1) for size, s, _, m in axes)
         return (
-            (reaching * geometry.filters, Space(not dy.is_plain(planner.dtype), dy.temporaries)),
-            (of_tap * geometry.filters, Space()),
-            (of_tap * geometry.groups * channels_at_once, Space()),
-            (terms, Space(geometry.taps > ONE_RUN)),
-            (terms, Space(summed, dx.temporaries)),
+            Buffer(reaching * geometry.filters, not dy.is_plain(planner.dtype), dy.temporaries),
+            Buffer(of_tap * geometry.filters),
+            Buffer(of_tap * geometry.groups * share.at_once),
+            Buffer(terms, geometry.taps > ONE_RUN),
+            Buffer(terms, summed, dx.temporaries),
         )
 
-    blocks, spaces = _blocks((*geometry.batch, *geometry.input), room, per_channel * channels_at_once, team, planner)
+    blocks = _blocks((*geometry.batch, *geometry.input), buffers_of, share, team, planner)
 
-    def some_channels(channels: slice, planner: Planner) -> None:
-        (weight_space,) = planner.workspace(per_channel * channels_at_once)
+    def some_channels(channels: slice, weight_space: View, planner: Planner) -> None:
         weights = _loaded_weights(w, (..., channels), weight_space, planner)
 
-        def some_inputs(index: Index, planner: Planner) -> None:
-            dy_space, slice_space, term_space, part_space, sums_space = planner.workspace(*spaces)
+        def some_inputs(index: Index, buffers: list[View], planner: Planner) -> None:
+            dy_space, slice_space, term_space, part_space, sums_space = buffers
             target = dx.view[(*index, slice(None), channels)]
             outputs = (*index[:batch], *geometry.outputs_of_windows(index[batch:]))
             block = _loaded(dy, (*outputs, slice(None), slice(None)), dy_space, planner)
 
             def add(tap: Shape, part: View, planner: Planner) -> None:
                 source, into = meeting(tap, outputs[batch:], index[batch:], geometry)
-                share, sums = block[(*everything, *source)], part[(*everything, *into)]
-                if share.size:
-                    product = _product(share, weights[tap], order, slice_space, term_space, planner)
+                gradients, sums = block[(*everything, *source)], part[(*everything, *into)]
+                if gradients.size:
+                    product = _product(gradients, weights[tap], order, slice_space, term_space, planner)
                     planner.call(planner.xp.add, sums, product, out=sums)
 
             total = sums_space.shaped(target.shape) if summed else target
             _add_up(add, total, part_space, geometry, planner)
             dx.store(total, target, planner, channels)
 
-        planner.loop(blocks, some_inputs, team.workers)
+        blocks.loop(some_inputs, planner, team.workers)
 
-    planner.loop(list(pieces(geometry.group_channels, channels_at_once)), some_channels)
+    share.loop(some_channels, planner)
 
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
@@ -202,17 +200,18 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
     filters_at_once = largest(geometry.group_filters, planner.budget // 2, each)
     term, sums = geometry.channels * filters_at_once, summed * per_filter * filters_at_once
 
-    def room(box: Shape) -> Room:
+    def buffers_of(box: Shape) -> Buffers:
         outputs = math.prod(box)
         return (
-            (outputs * geometry.channels, Space(True, x.temporaries)),
-            (outputs * geometry.groups * filters_at_once, Space()),
-            (outputs * geometry.groups * filters_at_once, Space(True, dy.temporaries)),
+            Buffer(outputs * geometry.channels, True, x.temporaries),
+            Buffer(outputs * geometry.groups * filters_at_once),
+            Buffer(outputs * geometry.groups * filters_at_once, True, dy.temporaries),
         )
 
     extents = (*geometry.batch, *geometry.output)
     limit = min((planner.budget - sums) // team.shares - term, BLOCK_BYTES // planner.dtype.itemsize)
-    box, (*own, dy_size) = fitting_box(extents, limit, room)
+    blocks = Blocks.fitting(extents, limit, buffers_of)
+    *own, dy_size = blocks.sizes
 
     def some_filters(filters: slice, planner: Planner) -> None:
         dy_space, sums_space = planner.workspace(dy_size, sums)
@@ -236,7 +235,7 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
 
             planner.loop(Places(geometry.kernel), add, team.workers)
 
-        planner.loop(Blocks(extents, box), some_outputs)
+        planner.loop(blocks, some_outputs)
         if summed:
             planner.copy(target, total)
 
@@ -244,12 +243,11 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
 
 
 def _blocks(
-    extents: Shape, room: Callable[[Shape], Room], shared: int, team: Team, planner: Planner
-) -> tuple[Blocks, Shape]:
-    """Blocks for which all threads have room beside what they share, and the elements of each workspace."""
-    limit = min((planner.budget - shared) // team.shares, BLOCK_BYTES // planner.dtype.itemsize)
-    box, spaces = fitting_box(extents, limit, room, team.share(math.prod(extents)))
-    return Blocks(extents, box), spaces
+    extents: Shape, buffers_of: Callable[[Shape], Buffers], share: Share, team: Team, planner: Planner
+) -> Blocks:
+    """Blocks for which all threads have room beside the weights."""
+    limit = share.rest(planner, team.shares, BLOCK_BYTES)
+    return Blocks.fitting(extents, limit, buffers_of, team.share(math.prod(extents)))
 
 
 def _add_up(

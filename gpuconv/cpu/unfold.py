@@ -14,12 +14,11 @@ from gpuconv.arguments import Shape
 from gpuconv.blocking import (
     Arrangement,
     Blocks,
+    Buffer,
+    Buffers,
     Places,
-    Room,
-    Space,
     channels_innermost,
     copy_weights,
-    fitting_box,
     lies_by_filters,
 )
 from gpuconv.cpu.windows import read_tap, region_elements, sliding, windows_of
@@ -103,22 +102,26 @@ class Unfolding:
         self._needs_cols = lying is None
         self._is_by_tap = False  # cols are read tap by tap, without a patch
 
-    def blocks(self, limit: int, most: float, rest: Callable[[int], Room]) -> tuple[Blocks, Shape]:
-        """Blocks that fit the limit, and the elements of workspace for patch, cols and the rest of so many outputs."""
+    def blocks(self, limit: int, most: float, rest: Callable[[int], Buffers]) -> Blocks:
+        """Blocks that fit the limit; their buffers are a patch, cols and the rest for so many outputs."""
         geometry, extents = self.geometry, (*self.geometry.batch, *self.geometry.output)
 
-        def room(box: Shape) -> Room:
+        def buffers(box: Shape) -> Buffers:
             outputs = math.prod(box)
             patch = outputs * geometry.channels if self._is_by_tap else region_elements(geometry, box)
-            needs_patch = Space(not self._is_by_tap, self.x.temporaries) if self._needs_patch else Space(False)
+            temporaries = self.x.temporaries if self._needs_patch else 0
             cols = outputs * geometry.channels * geometry.taps
-            return ((patch, needs_patch), (cols, Space(self._needs_cols)), *rest(outputs))
+            return (
+                Buffer(patch, self._needs_patch and not self._is_by_tap, temporaries),
+                Buffer(cols, self._needs_cols),
+                *rest(outputs),
+            )
 
-        box, spaces = fitting_box(extents, limit, room, most)
-        if self._needs_patch and spaces[0] > spaces[1]:  # far more lies between the taps than under them
+        blocks = Blocks.fitting(extents, limit, buffers, most)
+        if self._needs_patch and blocks.sizes[0] > blocks.sizes[1]:  # far more lies between the taps than under them
             self._is_by_tap = True
-            box, spaces = fitting_box(extents, limit, room, most)
-        return Blocks(extents, box), spaces
+            blocks = Blocks.fitting(extents, limit, buffers, most)
+        return blocks
 
     def cols(self, index: Index, patch_space: View, cols_space: View, planner: Planner) -> View:
         """The windows of a block of outputs as matrices."""

@@ -19,7 +19,7 @@ import numpy
 
 from gpuconv import dtypes
 from gpuconv.arguments import Shape
-from gpuconv.blocking import Blocks, Space, channels_innermost, fitting_box, largest, pieces
+from gpuconv.blocking import Blocks, Buffer, Buffers, channels_innermost, largest, pieces
 from gpuconv.cpu import slices
 from gpuconv.geometry import Geometry
 from gpuconv.gpu import params, structs
@@ -143,9 +143,12 @@ def add_to_images(
 
 def _finish(result: Result, target: View, planner: Planner) -> None:
     """Bias and activation, where a whole array's temporaries may not fit the workspace."""
-    channels, each = math.prod(target.shape[-2:]), Space(False, result.temporaries)
-    box, _ = fitting_box(target.shape[:-2], planner.budget, lambda box: [(channels * math.prod(box), each)])
-    planner.loop(Blocks(target.shape[:-2], box), lambda index, planner: result.finish(target[index], planner))
+
+    def buffers_of(box: Shape) -> Buffers:
+        return [Buffer(math.prod((*box, *target.shape[-2:])), False, result.temporaries)]
+
+    blocks = Blocks.fitting(target.shape[:-2], planner.budget, buffers_of)
+    planner.loop(blocks, lambda index, planner: result.finish(target[index], planner))
 
 
 def _like(view: View, space: View) -> View:
