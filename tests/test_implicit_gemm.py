@@ -58,11 +58,11 @@ class Problem:
 
     def __init__(self, x, w, dtype, integers=True, seed=0, positive=False, **settings):
         rng = np.random.default_rng(seed)
-        rank = len(x) - 2
+        rank, dilation = len(x) - 2, settings.get("dilation", 1)
         self.settings = {
             "stride": (settings.get("stride", 1),) * rank,
             "padding": ((settings.get("padding", 0),) * 2,) * rank,
-            "dilation": (settings.get("dilation", 1),) * rank,
+            "dilation": dilation if isinstance(dilation, tuple) else (dilation,) * rank,
             "groups": settings.get("groups", 1),
         }
         self.dtype = dtype
@@ -241,6 +241,37 @@ def test_sums_of_100_000_positive_terms_stay_within_the_bound(direction, kind, a
     if kind == "tf32":
         bound = bound + 2.0**-10 * problem.exact(direction, magnitudes=True)
     assert_within(result, problem.exact(direction), bound * (2 if kind == "tf32x3" else 1))
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("direction", ["forward", "data_grad"])
+def test_more_than_32_taps_are_found_by_their_positions(direction, arrays):
+    problem = Problem((1, 2, 7, 9, 11), (2, 2, 4, 3, 3), "float32", dilation=(1, 2, 3), padding=2)
+    np.testing.assert_array_equal(problem.computed(arrays, direction), problem.exact(direction))
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("kernel", [(4, 8), (4, 3, 3)], ids=["32 taps", "36 taps"])
+def test_infinite_weights_meet_no_zeros_beyond_dy(kernel, arrays):
+    """Sums that become NaN are formed again of the products that there are."""
+    dilation = (1, 2, 3)[: len(kernel)]
+    problem = Problem((1, 2, 9, 19, 11)[: len(kernel) + 2], (2, 2, *kernel), "float32", dilation=dilation, padding=2)
+    problem.w[:] = 1
+    problem.dy[:] = 1
+    problem.w[1, 1, 0] = np.inf
+    expected = problem.exact("data_grad")
+    assert np.isinf(expected).any()
+    assert np.isfinite(expected).any()
+    np.testing.assert_array_equal(problem.computed(arrays, "data_grad"), expected)
+
+
+@ON_KERNELS
+def test_gradients_of_a_transposed_convolution_conjugate_the_weights_alone(arrays):
+    problem = Problem((1, 3, 6, 5), (4, 3, 3, 2), "complex64")
+    x, w, dy = (arrays.asarray(array.astype(np.complex64)) for array in (problem.dy, problem.w, problem.x))
+    dx = gpuconv.conv_transpose_backward(dy, x, w, needs="dx", algorithm="implicit_gemm").dx
+    expected = reference.forward(problem.x, problem.w.conj(), **problem.settings)
+    np.testing.assert_array_equal(arrays.asnumpy(dx), expected)
 
 
 def test_long_sums_on_tensor_cores_are_cut_into_pieces():
