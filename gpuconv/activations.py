@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Any, get_args
 
 import numpy
 
 from gpuconv.arrays import Array
+from gpuconv.types import Activation
 
-Activation: TypeAlias = Literal["relu", "leaky_relu", "sigmoid", "tanh"]
-
-NAMES: tuple[Activation, ...] = ("relu", "leaky_relu", "sigmoid", "tanh")
+NAMES: tuple[Activation, ...] = get_args(Activation)
 LEAKY_SLOPE = 0.01
 
 

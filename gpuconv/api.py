@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 from gpuconv import execute, workspace
-from gpuconv.activations import Activation
 from gpuconv.arrays import Array
 from gpuconv.execute import Call, Source
 from gpuconv.geometry import Geometry
+from gpuconv.types import A, Activation, Algorithm, GradientName, Layout, Padding, PerAxis, Precision
 from gpuconv.validate import (
     NEEDS,
     check_activation,
@@ -39,22 +39,22 @@ class Gradients(NamedTuple):
 
 
 def conv(
-    x: Array,
-    w: Array,
-    b: Array | None = None,
+    x: A,
+    w: A,
+    b: A | None = None,
     *,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
     groups: int = 1,
-    layout: str = "channels_first",
+    layout: Layout = "channels_first",
     flip: bool = False,
     activation: Activation | None = None,
-    algorithm: str = "auto",
-    precision: str | None = None,
+    algorithm: Algorithm = "auto",
+    precision: Precision | None = None,
     deterministic: bool | None = None,
-    out: Array | None = None,
-) -> Array:
+    out: A | None = None,
+) -> A:
     """Convolve `x` with `w`, add the bias `b` and apply an activation.
 
     Parameters
@@ -144,21 +144,21 @@ def conv(
 
 
 def conv_data_grad(
-    dy: Array,
-    w: Array,
-    x_shape: Sequence[int],
+    dy: A,
+    w: A,
+    x_shape: Sequence[SupportsIndex],
     *,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
     groups: int = 1,
-    layout: str = "channels_first",
+    layout: Layout = "channels_first",
     flip: bool = False,
-    algorithm: str = "auto",
-    precision: str | None = None,
+    algorithm: Algorithm = "auto",
+    precision: Precision | None = None,
     deterministic: bool | None = None,
-    out: Array | None = None,
-) -> Array:
+    out: A | None = None,
+) -> A:
     """Compute dx, the gradient of :func:`conv` with respect to `x`.
 
     Parameters
@@ -213,21 +213,21 @@ def conv_data_grad(
 
 
 def conv_weight_grad(
-    dy: Array,
-    x: Array,
-    w_shape: Sequence[int],
+    dy: A,
+    x: A,
+    w_shape: Sequence[SupportsIndex],
     *,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
     groups: int = 1,
-    layout: str = "channels_first",
+    layout: Layout = "channels_first",
     flip: bool = False,
-    algorithm: str = "auto",
-    precision: str | None = None,
+    algorithm: Algorithm = "auto",
+    precision: Precision | None = None,
     deterministic: bool | None = None,
-    out: Array | None = None,
-) -> Array:
+    out: A | None = None,
+) -> A:
     """Compute dw, the gradient of :func:`conv` with respect to `w`.
 
     Parameters
@@ -281,21 +281,21 @@ def conv_weight_grad(
 
 
 def conv_backward(
-    dy: Array,
-    x: Array,
-    w: Array,
+    dy: A,
+    x: A,
+    w: A,
     *,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
     groups: int = 1,
-    layout: str = "channels_first",
+    layout: Layout = "channels_first",
     flip: bool = False,
     activation: Activation | None = None,
-    y: Array | None = None,
-    needs: str | Sequence[str] = NEEDS,
-    algorithm: str = "auto",
-    precision: str | None = None,
+    y: A | None = None,
+    needs: GradientName | Sequence[GradientName] = NEEDS,
+    algorithm: Algorithm = "auto",
+    precision: Precision | None = None,
     deterministic: bool | None = None,
 ) -> Gradients:
     """Compute the gradients of :func:`conv` with respect to `x`, `w` and `b`.
@@ -355,23 +355,23 @@ def conv_backward(
 
 
 def conv_transpose(
-    x: Array,
-    w: Array,
-    b: Array | None = None,
+    x: A,
+    w: A,
+    b: A | None = None,
     *,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
     groups: int = 1,
-    layout: str = "channels_first",
+    layout: Layout = "channels_first",
     flip: bool = False,
-    output_padding: Any = 0,
+    output_padding: PerAxis = 0,
     activation: Activation | None = None,
-    algorithm: str = "auto",
-    precision: str | None = None,
+    algorithm: Algorithm = "auto",
+    precision: Precision | None = None,
     deterministic: bool | None = None,
-    out: Array | None = None,
-) -> Array:
+    out: A | None = None,
+) -> A:
     """Compute the transposed convolution of `x` with `w`, add the bias `b` and apply an activation.
 
     Parameters
@@ -427,22 +427,22 @@ def conv_transpose(
 
 
 def conv_transpose_backward(
-    dy: Array,
-    x: Array,
-    w: Array,
+    dy: A,
+    x: A,
+    w: A,
     *,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
     groups: int = 1,
-    layout: str = "channels_first",
+    layout: Layout = "channels_first",
     flip: bool = False,
-    output_padding: Any = 0,
+    output_padding: PerAxis = 0,
     activation: Activation | None = None,
-    y: Array | None = None,
-    needs: str | Sequence[str] = NEEDS,
-    algorithm: str = "auto",
-    precision: str | None = None,
+    y: A | None = None,
+    needs: GradientName | Sequence[GradientName] = NEEDS,
+    algorithm: Algorithm = "auto",
+    precision: Precision | None = None,
     deterministic: bool | None = None,
 ) -> Gradients:
     """Compute the gradients of :func:`conv_transpose` with respect to `x`, `w` and `b`.

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, get_args
 
-Layout: TypeAlias = Literal["channels_first", "channels_last"]
+from gpuconv.types import Layout, PaddingName
+
 Shape: TypeAlias = tuple[int, ...]
 Pairs: TypeAlias = tuple[tuple[int, int], ...]
 
-LAYOUTS: tuple[Layout, ...] = ("channels_first", "channels_last")
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 # NumPy's arrays have 64 axes, and a view of windows has two for every spatial one.
 MOST_AXES = 28
 
 # Beyond this no array has an extent; products of these fit the 64 bits of a stride.
 LARGEST = 2**31 - 1
 
-PADDING_NAMES = ("valid", "same", "same_lower", "full", "causal")
+PADDING_NAMES: tuple[PaddingName, ...] = get_args(PaddingName)
 
 
 _PLAIN = frozenset((int, bool, str))

@@ -24,23 +24,24 @@ from gpuconv import settings
 from gpuconv.arguments import Shape
 from gpuconv.arrays import INSTALL_HINT, NUMPY, Array, Backend, BackendError, Kind, module_of
 from gpuconv.gpu import cublas, device, launch
+from gpuconv.types import BackendName
 from gpuconv.views import first_byte
 
 # Before, launches read a garbage pointer for None (13), and views of over 2 GiB have offsets of 32 bits (14.0).
 OLDEST_CUPY = (14, 1, 1)
 
-_context: ContextVar[str | None] = ContextVar("gpuconv_backend", default=None)
-_process: str | None = None
+_context: ContextVar[BackendName | None] = ContextVar("gpuconv_backend", default=None)
+_process: BackendName | None = None
 
 
-def _checked(name: str) -> str:
+def _checked(name: str) -> BackendName:
     choice = name.strip().lower() if isinstance(name, str) else name
     if choice not in settings.BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(settings.BACKENDS)}; got {name!r}")
     return choice
 
 
-def set_backend(name: str | None) -> None:
+def set_backend(name: BackendName | None) -> None:
     """Set the backend of this process.
 
     Parameters
@@ -64,7 +65,7 @@ def set_backend(name: str | None) -> None:
     _process = None if name is None else _checked(name)
 
 
-def backend(name: str) -> contextlib.AbstractContextManager[None]:
+def backend(name: BackendName) -> contextlib.AbstractContextManager[None]:
     """Return a context in which a backend is in force, for this thread or task only.
 
     Parameters
@@ -92,7 +93,7 @@ def backend(name: str) -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def _within(name: str) -> Iterator[None]:
+def _within(name: BackendName) -> Iterator[None]:
     token = _context.set(name)
     try:
         yield
@@ -100,7 +101,7 @@ def _within(name: str) -> Iterator[None]:
         _context.reset(token)
 
 
-def selected() -> tuple[str, str]:
+def selected() -> tuple[BackendName, str]:
     """The backend's name and what chose it."""
     name = _context.get()
     if name is not None:
@@ -110,7 +111,7 @@ def selected() -> tuple[str, str]:
     return settings.backend(), "GPUCONV_BACKEND" if os.environ.get("GPUCONV_BACKEND") else "the default"
 
 
-def get_backend() -> str:
+def get_backend() -> BackendName:
     """Return the name of the backend in force.
 
     Returns

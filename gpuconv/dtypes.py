@@ -7,11 +7,13 @@ bfloat16 comes from ml_dtypes. NumPy does not know it: its kind is 'V', ``finfo`
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_args
 
 import numpy
 
-NAMES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+from gpuconv.types import DtypeName
+
+NAMES: tuple[DtypeName, ...] = get_args(DtypeName)
 _HALVES = ("float16", "bfloat16")
 
 

@@ -18,17 +18,17 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy
 
 from gpuconv import dtypes, settings, threads, workspace
-from gpuconv.activations import Activation
 from gpuconv.arguments import Shape
 from gpuconv.arrays import Array, Backend, Kind, address, addressable, device_of, module_of, moved
 from gpuconv.backends import backend_for
 from gpuconv.blocking import group_parts
 from gpuconv.cpu import bias_grad
-from gpuconv.geometry import Direction, Geometry
+from gpuconv.geometry import Geometry
 from gpuconv.operands import ARRAYS, ROLES, Operand, Result, Role, canonical, has_channels_last_memory
 from gpuconv.plan import BIAS, RESULT, WORKSPACE, Branch, Deferred, Loop, NewArray, Plan, Planner, Scope, Step, Steps
 from gpuconv.request import Request, workspace_of
 from gpuconv.select import MODULES, TRANSFORMS, check_name, choose, consent
+from gpuconv.types import Activation, Direction
 from gpuconv.views import View, contiguous_strides, first_byte
 
 # Host memory of plans: a step takes less than STEP_BYTES. A plan has at most MOST_STEPS steps; all plans that are kept
@@ -37,7 +37,7 @@ STEP_BYTES = 5 << 8
 MOST_STEPS, MOST_KEPT, OF_A_PLAN = 1 << 13, 1 << 16, 8
 
 # How an array lies in memory: shape, strides, dtype, address modulo 16.
-Layout: TypeAlias = tuple[Shape, Shape, numpy.dtype, int]
+MemoryLayout: TypeAlias = tuple[Shape, Shape, numpy.dtype, int]
 Asked: TypeAlias = Direction | Literal["bias_grad"]
 
 _plans: dict[Description, Plan] = {}
@@ -169,7 +169,7 @@ class Description(NamedTuple):
     first: tuple[bool, Activation | None]  # whether it is conjugated, and the activation whose derivative it takes
     second: tuple[bool, Activation | None]
     activation: Activation | None
-    layouts: tuple[Layout | None, ...]  # of the arrays that are read, and of the result where the caller brings it
+    layouts: tuple[MemoryLayout | None, ...]  # of the arrays that are read, and of the result if the caller passes it
     like: tuple[Shape, Shape]  # shape and strides of the caller's first array, whose order of axes the result takes
     device: int | None
     dump: Path | None  # where the sources of kernels are written
@@ -190,12 +190,12 @@ class Description(NamedTuple):
         return canonical(View(memory, -start, shape, strides, dtype, (place + start) % 16), role, self.call.geometry)
 
 
-def _layout(array: Array | None) -> Layout | None:
+def _layout(array: Array | None) -> MemoryLayout | None:
     """How an array lies in memory. Its address matters only as far as it is aligned or not: 0 and 1 stand for that."""
     return None if array is None else (array.shape, array.strides, array.dtype, 1 - array.flags.aligned)
 
 
-def _layout_for_kernels(array: Array | None) -> Layout | None:
+def _layout_for_kernels(array: Array | None) -> MemoryLayout | None:
     """The same for kernels."""
     return None if array is None else (array.shape, array.strides, array.dtype, address(array) % 16)
 

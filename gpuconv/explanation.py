@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import SupportsIndex, get_args
 
 from gpuconv import dtypes, settings
 from gpuconv.backends import backend_named
 from gpuconv.cpu import im2col
 from gpuconv.execute import Call, contiguous_plan
-from gpuconv.geometry import DIRECTIONS, Direction, Geometry
+from gpuconv.geometry import DIRECTIONS, Geometry
 from gpuconv.plan import Plan
 from gpuconv.request import Request
 from gpuconv.select import MODULES, check_name, choose, consent, refused
+from gpuconv.types import Algorithm, BackendName, Direction, DtypeLike, Layout, Padding, PerAxis, Precision
 
 
 @dataclass(frozen=True)
@@ -78,20 +79,20 @@ class Explanation:
 
 
 def explain(
-    x_shape: Sequence[int],
-    w_shape: Sequence[int],
+    x_shape: Sequence[SupportsIndex],
+    w_shape: Sequence[SupportsIndex],
     *,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
     groups: int = 1,
-    layout: str = "channels_first",
+    layout: Layout = "channels_first",
     flip: bool = False,
-    dtype: Any = "float32",
+    dtype: DtypeLike = "float32",
     direction: Direction = "forward",
-    backend: str | None = None,
-    algorithm: str = "auto",
-    precision: str | None = None,
+    backend: BackendName | None = None,
+    algorithm: Algorithm = "auto",
+    precision: Precision | None = None,
     deterministic: bool | None = None,
 ) -> Explanation:
     """Return which algorithm would compute a convolution, and why not each other one.

@@ -17,15 +17,14 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from itertools import product
 from threading import RLock
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias, get_args
 
-from gpuconv.arguments import Layout, Pairs, Settings, Shape, are_plain, geometry_settings, per_axis, shape_of
-
-Direction: TypeAlias = Literal["forward", "data_grad", "weight_grad"]
+from gpuconv.arguments import Pairs, Settings, Shape, are_plain, geometry_settings, per_axis, shape_of
+from gpuconv.types import Direction, Layout
 
 Slices: TypeAlias = tuple[slice, ...]  # one for each spatial axis
 
-DIRECTIONS: tuple[Direction, ...] = ("forward", "data_grad", "weight_grad")
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 TRANSPOSED_PADDING_NAMES = ("valid", "same", "same_lower")
 
 
@@ -63,8 +62,8 @@ class Geometry:
     @classmethod
     def infer(
         cls,
-        x_shape: Sequence[int],
-        w_shape: Sequence[int],
+        x_shape: Sequence[SupportsIndex],
+        w_shape: Sequence[SupportsIndex],
         *,
         stride: object = 1,
         padding: object = 0,
@@ -88,8 +87,8 @@ class Geometry:
     @classmethod
     def infer_transposed(
         cls,
-        x_shape: Sequence[int],
-        w_shape: Sequence[int],
+        x_shape: Sequence[SupportsIndex],
+        w_shape: Sequence[SupportsIndex],
         *,
         stride: object = 1,
         padding: object = 0,

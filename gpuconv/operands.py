@@ -18,6 +18,7 @@ from gpuconv import activations
 from gpuconv.arguments import Shape
 from gpuconv.geometry import Geometry
 from gpuconv.plan import Planner
+from gpuconv.types import Activation
 from gpuconv.views import View, contiguous_strides, is_contiguous
 
 MOST_TEMPORARIES = 3  # that reading an operand or finishing a result takes
@@ -91,7 +92,7 @@ class Operand:
     view: View
     conjugate: bool = False
     y: View | None = None  # the canonical view of y, where the derivative of an activation multiplies what is read
-    activation: activations.Activation | None = None
+    activation: Activation | None = None
 
     def is_plain(self, dtype: numpy.dtype) -> bool:
         """Whether a piece can be used where it lies."""
@@ -137,7 +138,7 @@ class Result:
 
     view: View
     bias: View | None = None  # (G, channels / G), in the dtype of the sums
-    activation: activations.Activation | None = None
+    activation: Activation | None = None
 
     @property
     def temporaries(self) -> int:

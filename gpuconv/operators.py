@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy
 
@@ -14,6 +14,7 @@ from gpuconv.arguments import Shape
 from gpuconv.arrays import Array, kind_of, moved
 from gpuconv.geometry import Geometry
 from gpuconv.operands import canonical
+from gpuconv.types import Layout, Padding, PerAxis
 from gpuconv.validate import checked
 
 _SPARSE_DTYPES = ("float32", "float64", "complex64", "complex128")
@@ -21,13 +22,13 @@ _SPARSE_DTYPES = ("float32", "float64", "complex64", "complex128")
 
 def linear_operator(
     w: Array,
-    x_shape: Sequence[int],
+    x_shape: Sequence[SupportsIndex],
     *,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
     groups: int = 1,
-    layout: str = "channels_first",
+    layout: Layout = "channels_first",
     flip: bool = False,
 ) -> Any:
     """Return the convolution with `w` as a LinearOperator; its adjoint is :func:`gpuconv.conv_data_grad`.
@@ -135,13 +136,13 @@ def _class_of(kind: str) -> Any:
 
 def conv_matrix(
     w: Array,
-    x_shape: Sequence[int],
+    x_shape: Sequence[SupportsIndex],
     *,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
     groups: int = 1,
-    layout: str = "channels_first",
+    layout: Layout = "channels_first",
     flip: bool = False,
 ) -> Any:
     """Return the convolution with `w` as a sparse matrix in CSR format.

@@ -8,7 +8,8 @@ import numpy
 
 from gpuconv import dtypes, settings
 from gpuconv.arrays import Backend
-from gpuconv.geometry import Direction, Geometry
+from gpuconv.geometry import Geometry
+from gpuconv.types import Direction
 
 # On NumPy this fraction of the limit is for the plan of a call (gpuconv/plan.py).
 PLAN_SHARE = 64

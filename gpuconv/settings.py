@@ -11,12 +11,16 @@ import re
 import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import numpy
 
-BACKENDS = ("auto", "numpy", "cupy")
-PRECISIONS = ("ieee", "tf32", "tf32x3")
+from gpuconv.types import BackendName, Precision
+
+Name = TypeVar("Name", bound=str)
+
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 DEFAULTS = {
     "GPUCONV_BACKEND": "auto",
@@ -45,11 +49,14 @@ def _read(variable: str) -> str | None:
     return os.environ[variable].strip().lower() or None
 
 
-def _choice(variable: str, choices: tuple[str, ...]) -> str | None:
+def _choice(variable: str, choices: tuple[Name, ...]) -> Name | None:
     value = _read(variable)
-    if value is not None and value not in choices:
-        raise ValueError(f"{variable} must be one of {', '.join(choices)}; got {os.environ[variable]!r}")
-    return value
+    if value is None:
+        return None
+    for choice in choices:
+        if choice == value:
+            return choice
+    raise ValueError(f"{variable} must be one of {', '.join(choices)}; got {os.environ[variable]!r}")
 
 
 def _boolean(variable: str) -> bool | None:
@@ -61,9 +68,9 @@ def _boolean(variable: str) -> bool | None:
     return _BOOLEANS[value]
 
 
-def backend() -> str:
+def backend() -> BackendName:
     """Return GPUCONV_BACKEND."""
-    return _choice("GPUCONV_BACKEND", BACKENDS) or DEFAULTS["GPUCONV_BACKEND"]
+    return _choice("GPUCONV_BACKEND", BACKENDS) or "auto"
 
 
 def deterministic(argument: bool | None) -> bool:

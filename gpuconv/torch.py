@@ -28,8 +28,9 @@ import numpy
 from gpuconv import dtypes
 from gpuconv.arrays import INSTALL_HINT, Array, Kind
 from gpuconv.execute import Call, Source
-from gpuconv.geometry import Direction, Geometry
+from gpuconv.geometry import Geometry
 from gpuconv.operands import ROLES, Role, has_channels_last_memory
+from gpuconv.types import Algorithm, Direction, Layout, Padding, PerAxis, Precision
 from gpuconv.validate import check_bias
 
 try:
@@ -46,14 +47,14 @@ def conv(
     w: Tensor,
     b: Tensor | None = None,
     *,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
     groups: int = 1,
-    layout: str = "channels_first",
+    layout: Layout = "channels_first",
     flip: bool = False,
-    algorithm: str = "auto",
-    precision: str | None = None,
+    algorithm: Algorithm = "auto",
+    precision: Precision | None = None,
     deterministic: bool | None = None,
 ) -> Tensor:
     """Convolve tensors, as :func:`gpuconv.conv` does arrays; differentiable any number of times.
@@ -99,15 +100,15 @@ def conv_transpose(
     w: Tensor,
     b: Tensor | None = None,
     *,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
     groups: int = 1,
-    layout: str = "channels_first",
+    layout: Layout = "channels_first",
     flip: bool = False,
-    output_padding: Any = 0,
-    algorithm: str = "auto",
-    precision: str | None = None,
+    output_padding: PerAxis = 0,
+    algorithm: Algorithm = "auto",
+    precision: Precision | None = None,
     deterministic: bool | None = None,
 ) -> Tensor:
     """Compute the transposed convolution of tensors, as :func:`gpuconv.conv_transpose` does of arrays.

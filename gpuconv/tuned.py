@@ -19,8 +19,9 @@ import numpy
 from gpuconv import files, settings
 from gpuconv.arrays import Backend
 from gpuconv.config import build
-from gpuconv.geometry import Direction, Geometry
+from gpuconv.geometry import Geometry
 from gpuconv.gpu.device import Device
+from gpuconv.types import Direction
 
 
 def recalled(backend: Backend, geometry: Geometry, dtype: numpy.dtype, direction: Direction) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 
 import numpy
 
@@ -13,8 +13,9 @@ from gpuconv import dtypes, execute, select, settings, tuned
 from gpuconv.arrays import Backend
 from gpuconv.backends import backend as within
 from gpuconv.backends import backend_named
-from gpuconv.geometry import DIRECTIONS, Direction, Geometry
+from gpuconv.geometry import DIRECTIONS, Geometry
 from gpuconv.request import Request
+from gpuconv.types import BackendName, Direction, DtypeLike, Layout, Padding, PerAxis
 
 if TYPE_CHECKING:
     from gpuconv.benchmark.problem import Problem
@@ -62,18 +63,18 @@ class Tuned(NamedTuple):
 
 
 def tune(
-    x_shape: Sequence[int],
-    w_shape: Sequence[int],
+    x_shape: Sequence[SupportsIndex],
+    w_shape: Sequence[SupportsIndex],
     *,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
     groups: int = 1,
-    layout: str = "channels_first",
+    layout: Layout = "channels_first",
     flip: bool = False,
-    dtype: Any = "float32",
-    directions: str | Sequence[str] = DIRECTIONS,
-    backend: str | None = None,
+    dtype: DtypeLike = "float32",
+    directions: Direction | Sequence[Direction] = DIRECTIONS,
+    backend: BackendName | None = None,
     seconds: float = 0.3,
 ) -> list[Tuned]:
     """Time the algorithms that can compute a convolution, and store the fastest for ``algorithm="auto"``.
@@ -149,7 +150,7 @@ def tuned_geometry(
     batch = int(numpy.prod(geometry.batch, dtype=int))
     problem = Problem(replace(geometry, layout="channels_first", batch=(batch,)), dtype, backend.xp)
     clock = clock_for(backend)
-    with within(backend.name), clock.running():
+    with within(backend.kind), clock.running():
         found = [_tuned(problem, geometry, direction, backend, clock, seconds) for direction in directions]
     execute.clear()
     return found

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy
 
 from gpuconv import activations, dtypes
-from gpuconv.activations import Activation
 from gpuconv.arguments import Shape
 from gpuconv.arrays import Array, Kind, kind_of
+from gpuconv.types import Activation, GradientName
 
-NEEDS = ("dx", "dw", "db")
+NEEDS: tuple[GradientName, ...] = get_args(GradientName)
 
 
 def given(**arrays: Array | None) -> dict[str, Array]:

@@ -252,7 +252,7 @@ def test_more_than_32_taps_are_found_by_their_positions(direction, arrays):
 
 @ON_KERNELS
 @pytest.mark.parametrize("kernel", [(4, 8), (4, 3, 3)], ids=["32 taps", "36 taps"])
-def test_infinite_weights_meet_no_zeros_beyond_dy(kernel, arrays):
+def test_infinite_weights_of_many_taps_meet_no_zeros_beyond_dy(kernel, arrays):
     """Sums that become NaN are formed again of the products that there are."""
     dilation = (1, 2, 3)[: len(kernel)]
     problem = Problem((1, 2, 9, 19, 11)[: len(kernel) + 2], (2, 2, *kernel), "float32", dilation=dilation, padding=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy
@@ -11,9 +12,10 @@ from gpuconv import dtypes, settings
 from gpuconv.arrays import NUMPY, Backend, BackendError
 from gpuconv.backends import cupy_backend, driver_devices
 from gpuconv.benchmark.problem import Problem
-from gpuconv.geometry import DIRECTIONS, Direction, Geometry
+from gpuconv.geometry import DIRECTIONS, Geometry
 from gpuconv.request import Request
 from gpuconv.select import MODULES, TRANSFORMS
+from gpuconv.types import Direction
 
 GEOMETRIES = tuple(
     Geometry.infer(x, w, **settings)
@@ -58,13 +60,10 @@ def backends() -> tuple[list[Backend], str]:
 
 def outcomes(places: list[Backend]) -> Iterator[Outcome]:
     """An outcome for every backend, algorithm, direction and dtype, but where an algorithm refuses all there is."""
-    for place in places:
-        for name, module in MODULES.items():
-            for direction in DIRECTIONS:
-                for dtype in dtypes.available():
-                    outcome = _outcome(place, name, module, direction, dtype)
-                    if outcome.refused < len(GEOMETRIES):
-                        yield outcome
+    for place, (name, module), direction, dtype in product(places, MODULES.items(), DIRECTIONS, dtypes.available()):
+        outcome = _outcome(place, name, module, direction, dtype)
+        if outcome.refused < len(GEOMETRIES):
+            yield outcome
 
 
 def _outcome(place: Backend, name: str, module: Any, direction: Direction, dtype: numpy.dtype) -> Outcome:

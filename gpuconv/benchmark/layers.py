@@ -11,8 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gpuconv.arguments import PADDING_NAMES, Layout, Pairs, Shape
+from gpuconv.arguments import PADDING_NAMES, Pairs, Shape
 from gpuconv.geometry import Geometry
+from gpuconv.types import Layout
 
 EXTENTS, KERNELS, OUTPUTS = ("d", "h", "w"), ("t", "r", "s"), ("z", "p", "q")
 COUNTS = ("n", "c", "k", "groups", "transposed")

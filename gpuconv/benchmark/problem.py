@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import numpy
 
 from gpuconv import api
-from gpuconv.arguments import Layout
 from gpuconv.arrays import Array
 from gpuconv.benchmark import reference
 from gpuconv.benchmark.layers import Case
-from gpuconv.geometry import Direction, Geometry
+from gpuconv.geometry import Geometry
+from gpuconv.types import Direction, Layout
 
 SEED = 0
 
@@ -78,9 +78,9 @@ class Problem:
         if self.transposed:
             if direction == "forward":
                 return lambda: api.conv_transpose(x, w, **options)
-            which = {"data_grad": 0, "weight_grad": 1}[direction]
-            needs = ("dx", "dw")[which]
-            return lambda: api.conv_transpose_backward(dy, x, w, needs=needs, **options)[which]
+            if direction == "data_grad":
+                return lambda: api.conv_transpose_backward(dy, x, w, needs="dx", **options).dx
+            return lambda: api.conv_transpose_backward(dy, x, w, needs="dw", **options).dw
         if direction == "forward":
             return lambda: api.conv(x, w, **options)
         if direction == "data_grad":

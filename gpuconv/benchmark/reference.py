@@ -16,7 +16,8 @@ import numpy
 
 from gpuconv.arrays import Array
 from gpuconv.dtypes import accumulator, epsilon, is_complex
-from gpuconv.geometry import Direction, Geometry
+from gpuconv.geometry import Geometry
+from gpuconv.types import Direction
 
 
 def exact(direction: Direction, first: Array, second: Array, geometry: Geometry, xp: Any = numpy) -> Array:

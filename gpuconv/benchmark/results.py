@@ -16,7 +16,7 @@ import gpuconv
 from gpuconv.benchmark.limits import Limits
 from gpuconv.benchmark.timing import Summary
 from gpuconv.config import config
-from gpuconv.geometry import Direction
+from gpuconv.types import Direction
 
 SCHEMA = 2
 OURS = "gpuconv"

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import gpuconv
 from gpuconv import dtypes, settings, workspace
-from gpuconv.arguments import LAYOUTS, Layout
+from gpuconv.arguments import LAYOUTS
 from gpuconv.arrays import Array, Backend
 from gpuconv.benchmark import peers, timing
 from gpuconv.benchmark.layers import Case
@@ -19,9 +19,10 @@ from gpuconv.benchmark.peers.worker import Worker
 from gpuconv.benchmark.problem import Problem, Verdict
 from gpuconv.benchmark.results import OURS, Row
 from gpuconv.benchmark.timing import GpuClock
-from gpuconv.geometry import DIRECTIONS, Direction
+from gpuconv.geometry import DIRECTIONS
 from gpuconv.request import Request
 from gpuconv.select import TRANSFORMS, choose, consent
+from gpuconv.types import Direction, Layout
 
 Job: TypeAlias = tuple[Case, int, str]  # a layer, its batch size and dtype
 

@@ -30,12 +30,13 @@ from gpuconv.arrays import INSTALL_HINT, Array, kind_of
 from gpuconv.compat import named
 from gpuconv.execute import Call, Source
 from gpuconv.geometry import Geometry
+from gpuconv.types import Precision
 from gpuconv.validate import check_bias, check_gradient, check_out, checked, given
 
 CUDNN_TENSOR_NCHW = 0
 CUDNN_TENSOR_NHWC = 1
 
-PRECISIONS = {"auto": None, "always": "tf32", "never": "ieee"}
+PRECISIONS: dict[str, Precision | None] = {"auto": None, "always": "tf32", "never": "ieee"}
 PACKAGES = ("cupy", "cupyx", "cupy.cuda")  # whose module cudnn programs look for
 
 
@@ -312,7 +313,7 @@ def _check_ranks(**arrays: Array) -> None:
         raise ValueError(f"{', '.join(arrays)} must have as many axes as each other, 3, 4 or 5 ({shapes})")
 
 
-def _precision(tensor_core: str) -> str | None:
+def _precision(tensor_core: str) -> Precision | None:
     if tensor_core not in tuple(PRECISIONS):
         raise ValueError(f"tensor_core must be one of {', '.join(PRECISIONS)}; got {tensor_core!r}")
     return PRECISIONS[tensor_core]

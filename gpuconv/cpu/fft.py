@@ -34,10 +34,11 @@ from gpuconv.arrays import Array
 from gpuconv.blocking import Blocks, Places, largest, largest_fitting, pieces
 from gpuconv.cpu import containment, cost_model
 from gpuconv.cpu.finite import is_finite, note
-from gpuconv.geometry import Direction, Geometry
+from gpuconv.geometry import Geometry
 from gpuconv.operands import MOST_TEMPORARIES, Index, Operand, Result
 from gpuconv.plan import Planner
 from gpuconv.request import Request
+from gpuconv.types import Direction
 from gpuconv.views import View
 
 SHARES = 4  # of the workspace, where several parts are computed at the same time

@@ -21,10 +21,11 @@ from gpuconv.cpu import col2im, cost_model, lines, residues, slices
 from gpuconv.cpu.finite import if_finite
 from gpuconv.cpu.unfold import BLOCK_BYTES, SHORT_PRODUCT, Unfolding, order_of, smallest
 from gpuconv.cpu.windows import sliding
-from gpuconv.geometry import Direction, Geometry, Residue
+from gpuconv.geometry import Geometry, Residue
 from gpuconv.operands import Index, Operand, Result, in_place
 from gpuconv.plan import Planner, Team, is_small
 from gpuconv.request import Request
+from gpuconv.types import Direction
 from gpuconv.views import View
 
 # Of weight_grad's outputs or channels where threads share it, and how many make one of them worth while.

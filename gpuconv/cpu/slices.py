@@ -34,10 +34,11 @@ from gpuconv.blocking import (
 )
 from gpuconv.cpu import cost_model
 from gpuconv.cpu.windows import all_inputs, meeting
-from gpuconv.geometry import Direction, Geometry
+from gpuconv.geometry import Geometry
 from gpuconv.operands import MOST_TEMPORARIES, Index, Operand, Result, in_place
 from gpuconv.plan import Planner, Team
 from gpuconv.request import Request
+from gpuconv.types import Direction
 from gpuconv.views import View
 
 # A tap passes over the whole block: smaller ones stay in the cache, larger ones make longer inner loops.

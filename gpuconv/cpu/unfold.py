@@ -22,9 +22,10 @@ from gpuconv.blocking import (
     lies_by_filters,
 )
 from gpuconv.cpu.windows import read_tap, region_elements, sliding, windows_of
-from gpuconv.geometry import Direction, Geometry
+from gpuconv.geometry import Geometry
 from gpuconv.operands import Index, Operand
 from gpuconv.plan import Planner
+from gpuconv.types import Direction
 from gpuconv.views import View
 
 # Larger blocks make longer products, smaller ones stay in the cache.

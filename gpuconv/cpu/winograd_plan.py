@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 from gpuconv.arguments import Shape
 from gpuconv.blocking import Places, pieces
-from gpuconv.geometry import Direction, Geometry
+from gpuconv.geometry import Geometry
 from gpuconv.operands import MOST_TEMPORARIES
+from gpuconv.types import Direction
 
 # Outputs along an axis from which tiles of 4 waste little.
 WIDE = 12

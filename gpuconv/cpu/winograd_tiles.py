@@ -16,9 +16,10 @@ from gpuconv.blocking import as_matrix, pieces
 from gpuconv.cpu import winograd_plan as plan
 from gpuconv.cpu.finite import is_finite_block, note
 from gpuconv.cpu.winograd_plan import APART, SLICES, WEIGHTS, Unit
-from gpuconv.geometry import Direction, Geometry
+from gpuconv.geometry import Geometry
 from gpuconv.operands import Index, Operand, Result, in_place
 from gpuconv.plan import Planner
+from gpuconv.types import Direction
 from gpuconv.views import View
 
 # The points of F(m, r) beside infinity. 1/sqrt(2) and sqrt(2) in the place of 1 and 2 make the error a fourth.

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from gpuconv.blocking import channels_innermost
-from gpuconv.geometry import Direction, Geometry
+from gpuconv.geometry import Geometry
+from gpuconv.types import Direction
 from gpuconv.views import View, merged
 
 BYTES = 16  # of a chunk: what a thread moves at once

@@ -15,7 +15,7 @@ import numpy
 
 from gpuconv import dtypes
 from gpuconv.blocking import largest, pieces
-from gpuconv.geometry import DIRECTIONS, Direction, Geometry
+from gpuconv.geometry import DIRECTIONS, Geometry
 from gpuconv.gpu import gemm_tiles, params, structs
 from gpuconv.gpu.device import Device
 from gpuconv.gpu.gemm_layout import matrices_of
@@ -25,6 +25,7 @@ from gpuconv.gpu.launch import blocks
 from gpuconv.operands import ROLES, Operand, Result, contiguous
 from gpuconv.plan import Planner
 from gpuconv.request import Request
+from gpuconv.types import Direction
 from gpuconv.views import View, contiguous_strides
 
 SMALLEST = 32  # rows and columns of the smallest tile

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy
 
-from gpuconv.activations import NAMES, Activation
+from gpuconv.activations import NAMES
 from gpuconv.arguments import Shape
 from gpuconv.arrays import Backend
 from gpuconv.blocking import Places, largest, pieces
@@ -19,6 +19,7 @@ from gpuconv.gpu import structs
 from gpuconv.gpu.kernel import Module
 from gpuconv.operands import Operand
 from gpuconv.plan import Planner
+from gpuconv.types import Activation
 from gpuconv.views import View, merged
 
 # Kernels count with 32 bits up to here; a block's own positions come on top.

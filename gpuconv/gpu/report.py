@@ -21,15 +21,16 @@ from typing import Any, NamedTuple, get_args
 import numpy
 
 from gpuconv import dtypes, settings
-from gpuconv.arguments import Layout, Shape
+from gpuconv.arguments import Shape
 from gpuconv.arrays import Backend
-from gpuconv.geometry import DIRECTIONS, Direction, Geometry
+from gpuconv.geometry import DIRECTIONS, Geometry
 from gpuconv.gpu import compiler, direct, implicit_gemm, occupancy, scatter, scatter_plain
 from gpuconv.gpu.device import MODEL, Device
 from gpuconv.gpu.gemm_tiles import STAGES
 from gpuconv.gpu.kernel import Kernel, Module
 from gpuconv.operands import ROLES, Operand, Result, contiguous
 from gpuconv.plan import WORKSPACE, Planner, Scope
+from gpuconv.types import Direction, Layout
 
 # Real layers that reach all tiles, one to three axes, and the largest regions of shared memory: x, w, settings.
 CONVOLUTIONS: tuple[tuple[Shape, Shape, dict[str, Any]], ...] = (

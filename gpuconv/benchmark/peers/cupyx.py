@@ -7,7 +7,7 @@ from typing import Any
 
 from gpuconv.benchmark.peers import scipy
 from gpuconv.benchmark.problem import Problem
-from gpuconv.geometry import Direction
+from gpuconv.types import Direction
 
 FORMS = scipy.FORMS
 why_not, array = scipy.why_not, scipy.array

@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 
 from gpuconv.benchmark.problem import Problem
-from gpuconv.geometry import Direction
+from gpuconv.types import Direction
 
 FORMS = ("channels_first",)
 MOST_STEPS = 500_000  # that many take it seconds

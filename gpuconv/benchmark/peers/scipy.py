@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gpuconv.benchmark.problem import Problem
-from gpuconv.geometry import Direction
+from gpuconv.types import Direction
 
 FORMS = ("channels_first",)
 MOST_PRODUCTS = 4 * 10**9  # that many take it seconds

@@ -12,7 +12,7 @@ import numpy
 import torch
 
 from gpuconv.benchmark.problem import Problem
-from gpuconv.geometry import Direction
+from gpuconv.types import Direction
 
 FORMS = ("channels_first", "channels_last")
 

@@ -25,7 +25,7 @@ from gpuconv.benchmark import peers
 from gpuconv.benchmark.layers import parsed
 from gpuconv.benchmark.problem import Problem
 from gpuconv.benchmark.timing import Call, Clock
-from gpuconv.geometry import Direction
+from gpuconv.types import Direction
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
