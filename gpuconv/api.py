@@ -67,13 +67,15 @@ def conv(
         ``(*kernel, C/G, F)``.
     b : array of shape ``(F,)``, optional
         Bias.
-    stride, dilation : int or sequence of int, default 1
+    stride : int or sequence of int, default 1
         One value for all spatial axes, or one for each, at least 1.
     padding : int, sequence or str, default 0
         Zeros at both ends of each spatial axis: one int, one int per axis, or one ``(low, high)`` pair per axis.
         Negative values crop. Or one of ``"valid"`` (none), ``"same"`` (output extent ``ceil(input / stride)``, the odd
         element at the high end), ``"same_lower"`` (at the low end), ``"full"`` (``dilation * (kernel - 1)`` at both
         ends) and ``"causal"`` (one spatial axis; the same at the low end only).
+    dilation : int or sequence of int, default 1
+        Distance between taps, written as `stride` is.
     groups : int, default 1
         Number G of independent convolutions of C/G channels and F/G filters each.
     layout : {"channels_first", "channels_last"}, default "channels_first"
@@ -179,7 +181,7 @@ def conv_data_grad(
     Returns
     -------
     array of shape `x_shape`
-        dx, with its channels innermost in memory if those of a channels_first `dy` are, else C-contiguous.
+        Gradient dx, with its channels innermost in memory if those of a channels_first `dy` are, else C-contiguous.
 
     Raises
     ------
@@ -248,7 +250,7 @@ def conv_weight_grad(
     Returns
     -------
     array of shape `w_shape`
-        dw, C-contiguous.
+        Gradient dw, C-contiguous.
 
     Raises
     ------
@@ -382,11 +384,13 @@ def conv_transpose(
         Filters, with ``layout="channels_last"`` of shape ``(*kernel, C_out/G, C_in)``.
     b : array of shape ``(C_out,)``, optional
         Bias.
-    stride, dilation, groups, layout, flip
+    stride : int or sequence of int, default 1
         As in :func:`conv`.
     padding : int, sequence or str, default 0
         Padding of the convolution that is transposed: it shortens the output. Of the names ``"valid"``, ``"same"`` and
         ``"same_lower"`` are permitted; with the last two the output extent is ``input * stride``.
+    dilation, groups, layout, flip
+        As in :func:`conv`.
     output_padding : int or sequence of int, default 0
         Elements that are appended at the high end of each axis, at least 0 and less than ``max(stride, dilation)``; 0
         with ``"same"`` and ``"same_lower"``. Where no tap reaches, the sum is the bias.
@@ -396,7 +400,7 @@ def conv_transpose(
     Returns
     -------
     array of shape ``(..., C_out, *output)``
-        y.
+        Result y.
 
     Raises
     ------

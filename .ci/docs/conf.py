@@ -18,3 +18,8 @@ myst_heading_anchors = 4
 html_theme = "furo"
 html_title = "gpuconv"
 numpydoc_show_class_members = False
+# Left out: rules that require extended summaries, "See Also" and examples everywhere, and types of parameters that are
+# "as in conv".
+numpydoc_validation_checks = {"all", "ES01", "SA01", "EX01", "PR04"}
+# Classes that only the library constructs: their attributes are documented.
+numpydoc_validation_exclude = {r"\.(Gradients|Explanation|Tuned|CompileError)$"}
