@@ -1,4 +1,4 @@
-"""Compiles modules for the device at hand in threads, before they are launched."""
+"""Compilation of modules for the current device in threads, before they are launched."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from gpuconv.gpu import cache, compiler
 
 @contextlib.contextmanager
 def compiling():
-    """Gives a function that has a module compiled while this lasts, and returns the job."""
+    """Enter a context with a function that submits a module for compilation and returns the future."""
     architecture = compiler.architecture_for(cupy_backend().xp.cuda.Device().compute_capability)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:

@@ -1,6 +1,6 @@
-"""What the layers around gpuconv add to a tiny call, for pytest-benchmark: ``pytest bench/bench_clients.py``.
+"""Overhead of the interfaces around gpuconv for a tiny call, for pytest-benchmark: ``pytest bench/bench_clients.py``.
 
-"bare autograd.Function" is the least that autograd asks for: gpuconv.conv inside a Function that saves nothing.
+"bare autograd.Function" is the minimum that autograd requires: gpuconv.conv inside a Function that saves nothing.
 """
 
 import numpy as np

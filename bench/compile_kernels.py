@@ -1,7 +1,9 @@
-"""Compiles what the layers of suites need, on all cores: python bench/compile_kernels.py [--dtype NAMES] [SUITE ...]
+"""Compile the kernels that the layers of suites need, on all cores.
 
-What is compiled goes to the cache (GPUCONV_CACHE_DIR), where calls find it. Modules are compiled in the order in which
-the suites need them, so that an interruption loses the last ones.
+    python bench/compile_kernels.py [--dtype NAMES] [SUITE ...]
+
+Compiled modules are stored in the cache (GPUCONV_CACHE_DIR), where calls find them. Modules are compiled in the order
+in which the suites need them, so that an interruption loses only the last ones.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from gpuconv.gpu import report
 
 
 def modules(cases, names):
-    """The modules that ``auto`` launches for these layers at a GPU's batch size, each once, as they are found."""
+    """Yield the modules that ``auto`` launches for layers at the batch size of a GPU, each once, as they are found."""
     found = {}
     backend = report.recording(cupy_backend(), found)
     for case, batch, dtype in run.Schedule(backend, dtypes=names).jobs(cases):

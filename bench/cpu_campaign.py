@@ -1,9 +1,12 @@
-"""Measures suites on a CPU beside PyTorch, several times each, and keeps the median run: bench/cpu_campaign.py OUT
+"""Measure suites on a CPU together with PyTorch, several times each, and keep the median run.
 
-Results go to OUT/<device>-<date>-<commit>/SUITE.json; such a folder belongs in bench/results. The median run is that
-with the median geometric mean of all ratios. The kernels of OpenBLAS belong to the name of a device: those for CPUs
-without AVX-512, which OPENBLAS_CORETYPE=Haswell asks for, make another one of it. A suite whose file is there is left
-out, so that an interrupted campaign goes on where it was. ``textbook`` is the layer on which loops are measured.
+    python bench/cpu_campaign.py OUT
+
+Results are written to OUT/<device>-<date>-<commit>/SUITE.json; such a folder belongs in bench/results. The median run
+is the one with the median geometric mean of all ratios. The kernels of OpenBLAS are part of the name of the device:
+with those for CPUs without AVX-512, which OPENBLAS_CORETYPE=Haswell selects, it counts as another device. A suite whose
+file exists is skipped, so that an interrupted campaign can be resumed. ``textbook`` is the layer on which the peer
+loops is measured.
 """
 
 import argparse
@@ -24,7 +27,7 @@ TEXTBOOK = ["--case", "n=8 c=16 h=32 w=32 k=32 r=3 s=3 pad=1", "--peer", "loops,
 
 
 def measured(suite, seconds):
-    """One run, in a process of its own."""
+    """Run a suite in a separate process and return the results."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.json"
         words = TEXTBOOK if suite == "textbook" else [suite, "--peer", "torch"]

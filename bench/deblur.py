@@ -1,12 +1,14 @@
-"""Deblurring a photograph by lsqr on gpuconv.linear_operator: bench/deblur.py [--plot FILE]
+"""Deblur a photograph by lsqr on gpuconv.linear_operator.
 
-The photograph is blurred by a diagonal motion of 15 pixels, and noise of 1 % is added. What can be undone is, by
+    python bench/deblur.py [--plot FILE]
+
+The photograph is blurred by a diagonal motion of 15 pixels, and noise of 1 % is added. It is restored by minimising
 
     min |blur x - y|^2 + smooth^2 |differences x|^2
 
-where blur and differences are convolutions, of which SciPy's solver sees products and adjoint products alone.
-GPUCONV_BACKEND=cupy has them computed on a GPU. Prints the peak signal-to-noise ratios; ends with status 1 where less
-than 3 dB are gained.
+where blur and differences are convolutions. SciPy's solver uses only their products and adjoint products. With
+GPUCONV_BACKEND=cupy these are computed on a GPU. The script prints the peak signal-to-noise ratios; its exit status is
+1 if the gain is less than 3 dB.
 """
 
 import argparse
@@ -23,17 +25,17 @@ import gpuconv
 
 MOTION = np.eye(15) / 15
 DIFFERENCES = np.array([[[[-1.0, 1.0], [0.0, 0.0]]], [[[-1.0, 0.0], [1.0, 0.0]]]])  # along rows and columns
-NOISE = 0.01  # of the range from black to white
-PASS = 3  # decibels
+NOISE = 0.01  # standard deviation, relative to the range from black to white
+PASS = 3  # required gain in decibels
 
 
 def psnr(image, truth):
-    """Decibels between the range from 0 to 1 and the error."""
+    """Return the peak signal-to-noise ratio in decibels, for a range from 0 to 1."""
     return -10 * np.log10(np.mean((np.clip(image, 0, 1) - truth) ** 2))
 
 
 def restored(blurred, blur, differences, smooth, steps):
-    """The image by least squares, as a vector."""
+    """Return the least-squares solution, an image as a vector."""
     pixels, others = blur.shape[0], differences.shape[0]
     with Progress(transient=True) as progress:
         task = progress.add_task("lsqr", total=steps)
@@ -50,7 +52,7 @@ def restored(blurred, blur, differences, smooth, steps):
 
 
 def pictures(path, images):
-    """Images (3, H, W) beside each other, with their titles."""
+    """Save a figure of images (3, H, W) side by side, with their titles."""
     figure = Figure(figsize=(5 * len(images), 3.7), layout="constrained")
     for axes, (title, image) in zip(figure.subplots(1, len(images)), images.items(), strict=True):
         axes.imshow(np.clip(np.moveaxis(image, 0, -1), 0, 1))

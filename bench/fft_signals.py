@@ -1,6 +1,8 @@
-"""Convolutions of one channel by algorithm="fft" beside scipy.signal.fftconvolve, in turns: a Markdown table.
+"""Compare single-channel convolutions by algorithm="fft" with scipy.signal.fftconvolve, timed alternately.
 
-python bench/fft_signals.py
+    python bench/fft_signals.py
+
+The output is a Markdown table.
 """
 
 import time
@@ -33,7 +35,7 @@ def seconds(call, number):
 
 
 def measured(x, w, mode):
-    """The median seconds of SciPy and of gpuconv, once their results have been found to agree."""
+    """Return the median seconds of SciPy and of gpuconv, after a check that their results agree."""
 
     def theirs():
         return scipy.signal.fftconvolve(x, w, mode)
@@ -41,7 +43,7 @@ def measured(x, w, mode):
     def ours():
         return gpuconv.conv(x[None], w[None, None], padding=mode, flip=True, algorithm="fft")[0]
 
-    if mode == "valid":  # of an even kernel SciPy pads "same" at the other end
+    if mode == "valid":  # for "same" and an even kernel SciPy pads the other end
         expected, found = theirs(), ours()
         assert np.abs(found - expected).max() <= 100 * np.finfo(x.dtype).eps * np.abs(expected).max()
     numbers = [max(1, round(SECONDS / TURNS / seconds(call, 1))) for call in (theirs, ours)]

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Everything that is to be learnt on a machine with one NVIDIA GPU, in two runs of less than six minutes each:
+# All tests and measurements on a machine with one NVIDIA GPU, in two runs of less than six minutes each:
 #
 #   bench/gpu_campaign.sh OUT correctness          the tests, golden vectors, compute-sanitizer
 #   bench/gpu_campaign.sh OUT figures              every measurement
 #   bench/gpu_campaign.sh OUT matrix=500 rest      these stages, the first one in 500 seconds
 #
-# It needs a checkout and CuPy for CUDA 12 or 13, but neither network nor filled caches. PyTorch, if installed, is a peer.
-# Results go to OUT/<device>-<date>-<commit>/: log.txt (with the machine's facts), tests-<time>.xml, passed.txt, the golden
-# vectors, memcheck.txt, racecheck.txt, micro.json, first.json, tiles.json, rest.json and summary.md. A stage that fails
-# or runs out of its time leaves what it had, and the next one begins. A run ends with what was not reached, and another
-# one on the same commit goes on there; COMMIT names it where there is no git. Without a GPU,
-# `SMALL=1 python -m tests.cupy_on_cpu bench/gpu_campaign.sh OUT figures` has tiny layers.
+# It needs a checkout and CuPy for CUDA 12 or 13, but neither network nor filled caches. PyTorch is a peer if installed.
+# Results are written to OUT/<device>-<date>-<commit>/: log.txt (with the facts of the machine), tests-<time>.xml,
+# passed.txt, the golden vectors, memcheck.txt, racecheck.txt, micro.json, first.json, tiles.json, rest.json and
+# summary.md. A stage that fails or exceeds its time keeps its partial results, and the next stage begins. A run ends by
+# printing what it did not reach; another run on the same commit resumes there. The variable COMMIT names the commit if
+# there is no git. `SMALL=1 python -m tests.cupy_on_cpu bench/gpu_campaign.sh OUT figures` runs tiny layers and needs no
+# GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 out=${1:?usage: bench/gpu_campaign.sh OUT correctness|figures|STAGE[=SECONDS] ...}
@@ -18,12 +19,12 @@ shift
 
 correctness=(facts tests golden memcheck racecheck matrix)
 figures=(facts compile micro first tiles rest summary)
-anew=(facts compile summary)  # by every run: their results are of the machine at hand
+anew=(facts compile summary)  # repeated by every run: their results apply to the current machine only
 declare -A seconds=(
     [facts]=20 [tests]=130 [golden]=15 [memcheck]=30 [racecheck]=30 [matrix]=80
     [compile]=50 [micro]=40 [first]=100 [tiles]=35 [rest]=35 [summary]=10
 )
-grace=8  # seconds from the interrupt that ends a stage
+grace=8  # seconds from the interrupt of a stage until it is killed
 stages=()
 for word in "$@"; do
     name=${word%%=*}
@@ -47,7 +48,7 @@ GPUCONV_CACHE_DIR=${GPUCONV_CACHE_DIR:-${TMPDIR:-/tmp}/gpuconv-campaign}
 GPUCONV_BACKEND=cupy
 export PYTHONPATH GPUCONV_CACHE_DIR GPUCONV_BACKEND PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
-# What runs in the background may have been told to ignore the interrupt that ends a stage.
+# Background processes may ignore SIGINT, which ends a stage, so its default action is restored.
 heeding=(env --default-signal=INT)
 "${heeding[@]}" true 2> /dev/null || heeding=()  # an older env
 
@@ -73,7 +74,7 @@ fi
 commit=${COMMIT:-$(git describe --always --dirty=+ --exclude='*' 2> /dev/null || echo unknown)}
 again='the same command goes on there'
 folder=$(compgen -G "$out/$device-[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]-$commit" | tail -n 1)  # of an earlier run
-if [[ $commit == *+ || $commit == unknown ]]; then  # it may be another one each time
+if [[ $commit == *+ || $commit == unknown ]]; then  # the files may differ each time
     folder="$out/$device-$(date -u +%Y-%m-%d-%H%M%S)-$commit"
     again='another run begins anew, since COMMIT names no commit'
 fi
@@ -92,9 +93,9 @@ facts() {
 
 pytest() {
     local status=0
-    # An existing file after a space would be taken for a test, before tests/conftest.py says what --done is.
+    # With "--done FILE" pytest takes an existing FILE for a test, since tests/conftest.py has not declared --done yet.
     run -m pytest -m gpu -n 6 -p no:cacheprovider -q --maxfail=200 --done="$folder/passed.txt" "$@" || status=$?
-    [[ $status == 5 && -s $folder/passed.txt ]] && status=0  # an earlier run has passed them all
+    [[ $status == 5 && -s $folder/passed.txt ]] && status=0  # all passed in an earlier run
     return $status
 }
 
@@ -144,7 +145,7 @@ summary() { "$python" bench/report.py --campaign "$folder"; }
 
 is_done() { [[ $(grep "^=== $1: status " "$folder/log.txt" | tail -n 1) == *': status 0 '* ]]; }
 
-# A stage in its time, and a word on how it ended. What it started gets an interrupt first, to write down what it has.
+# Runs a stage within its time limit and prints its status. Its processes are interrupted first, to write their results.
 job='' watch=''
 stage() {
     local name=$1 limit=${seconds[$1]} start=$SECONDS status
@@ -152,7 +153,7 @@ stage() {
         echo "=== $name was done by an earlier run"
         return
     fi
-    [[ -n ${SMALL:-} ]] && limit=$((3 * limit))  # a GPU's machine has more cores
+    [[ -n ${SMALL:-} ]] && limit=$((3 * limit))  # machines with a GPU have more cores
     echo "=== $name, at most $limit s ($SECONDS s)"
     set -m
     "$name" &

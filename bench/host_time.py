@@ -1,6 +1,8 @@
-"""What a call takes beside its functions and launches: the first call and later ones, small or with empty launches.
+"""Measure the host time of first and later calls: small calls on NumPy, and calls with empty launches.
 
-python bench/host_time.py
+    python bench/host_time.py
+
+This is the time that a call takes in addition to its array functions and launches.
 """
 
 import statistics
@@ -15,12 +17,12 @@ from gpuconv.arrays import NUMPY, Backend
 from gpuconv.config import build
 
 SMALL = ((1, 8, 16, 16), (8, 8, 3, 3))
-LAYER = ((8, 64, 14, 14), (64, 64, 3, 3))  # which implicit_gemm takes: one launch, or two for weight_grad
+LAYER = ((8, 64, 14, 14), (64, 64, 3, 3))  # computed by implicit_gemm: one launch, or two for weight_grad
 FIRST, LATER, TURNS = 15, 2000, 5
 
 
 def calls(x_shape, w_shape):
-    """A call of each direction."""
+    """Return a call of each direction."""
     rng = np.random.default_rng(0)
     y_shape = (x_shape[0], w_shape[0], *x_shape[2:])
     x, w, dy = (rng.standard_normal(shape, dtype=np.float32) for shape in (x_shape, w_shape, y_shape))
@@ -38,7 +40,7 @@ def seconds(call):
 
 
 def medians(call):
-    """Of first calls, after clear_cache, and of later ones."""
+    """Return the median seconds of first calls, after clear_cache, and of later calls."""
     first = []
     for _ in range(FIRST):
         gpuconv.clear_cache()

@@ -1,8 +1,10 @@
-"""Micro-benchmarks of what the kernels are made of: python bench/micro.py --json FILE
+"""Run micro-benchmarks of the operations of which the kernels consist.
 
-A copy and a matrix product of every dtype, the host's cost of a launch and of a repeated call, atomic additions one by
-one and four at a time into cells that all differ or that few threads share, a transposition, and every algorithm on the
-layers of the suite quick. Each result is verified before it is timed. Needs a GPU.
+    python bench/micro.py --json FILE
+
+Measured are a copy, a matrix product of every dtype, the host time of a launch and of a repeated call, scalar and
+four-element atomic additions to many or few distinct cells, a transposition, and every algorithm on the layers of the
+suite quick. Each result is verified before it is timed. A GPU is required.
 """
 
 import argparse
@@ -23,20 +25,20 @@ from gpuconv.select import MODULES
 
 THREADS, COLUMNS = 256, 32
 ADDITIONS = 2**26
-EXTENT = 8192  # rows of the matrix that is transposed
+EXTENT = 8192  # rows of the transposed matrix
 SUITE = "quick"
 BATCH = 32
 TYPES = tuple((alias, "float32") for alias in ("First", "Second", "Sum", "Result", "Bias"))
 
 
 def kernel(name):
-    """A kernel of micro.cu."""
+    """Return a kernel of micro.cu."""
     constants = (("THREADS", THREADS), ("COLUMNS", COLUMNS))
     return Kernel(Module("../bench/micro", TYPES, False, constants), name)
 
 
 def atomic_additions(place, clock):
-    """Additions a second into float32 cells of global memory."""
+    """Yield the additions per second to float32 cells of global memory."""
     xp = place.xp
     blocks = max(1, min(ADDITIONS // THREADS, 8 * 132 * 4))
     for name, each in (("add_one", 1), ("add_four", 4)):
@@ -57,7 +59,7 @@ def atomic_additions(place, clock):
 
 
 def launch_cost(place, clock):
-    """Seconds that the host needs for a launch as plans make it, and the device between two in a row."""
+    """Yield the host seconds of a launch as plans make it, and the seconds per launch of 100 launches in a row."""
     given = [place.xp.zeros(1, numpy.float32)]
     launch = place.launch(kernel("nothing"), 1, THREADS, given)
 
@@ -71,7 +73,7 @@ def launch_cost(place, clock):
 
 
 def repeated_calls(place, clock):
-    """Seconds that a call whose plan is made keeps the host, and beside it a launch alone."""
+    """Yield the host seconds of calls with a cached plan, and of a launch alone."""
     if not isinstance(clock, timing.GpuClock):
         return
     x, dy = (place.xp.ones((8, 64, 14, 14), numpy.float16) for _ in range(2))
@@ -91,7 +93,7 @@ def repeated_calls(place, clock):
 
 
 def transposition(place, clock):
-    """Bytes a second that a transposition reads and writes."""
+    """Yield the bytes per second that a transposition reads and writes."""
     xp = place.xp
     x = xp.arange(EXTENT * EXTENT, dtype=numpy.float32).reshape(EXTENT, EXTENT)
     y = xp.zeros_like(x)
@@ -109,7 +111,7 @@ def transposition(place, clock):
 
 
 def ceilings(place, clock):
-    """The limits that ``gpuconv bench`` measures."""
+    """Yield the limits that ``gpuconv bench`` measures."""
     found = limits.measured(place, run.DTYPES, clock)
     yield "copy", found.bandwidth, "B/s"
     for name in run.DTYPES:
@@ -118,7 +120,7 @@ def ceilings(place, clock):
 
 
 def algorithms(place, clock):
-    """Every algorithm on a few layers, and how many times the scatter-add is faster than its plain twin."""
+    """Yield the seconds of every algorithm on a few layers, and the speedup of scatter over its reference kernel."""
     MODULES["scatter_plain"] = scatter_plain
     names = ("im2col", "implicit_gemm", "direct", "scatter", "scatter_plain")
     plan = run.Schedule(place, dtypes=("float32",), algorithms=names, batches=(BATCH,), seconds=0.02)
@@ -130,7 +132,7 @@ def algorithms(place, clock):
                 raise ArithmeticError(f"{name}, {row.algorithm}: {row.of_bound} times its bound")
             if row.timed:
                 yield f"{name}, {row.algorithm}", row.summary.median, "s"
-        if row.direction != "forward":  # which has no scatter-add
+        if row.direction != "forward":  # forward has no scatter-add
             yield f"{name}, scatter_plain / scatter", timed["scatter_plain"] / timed["scatter"], "times"
 
 
@@ -157,7 +159,7 @@ def main():
                 for name, value, unit in part(place, clock):
                     print(f"{name:<70} {value:12.4g} {unit}", flush=True)
                     document["rows"].append({"name": name, "value": float(value), "unit": unit})
-        except Exception as error:  # the parts that follow may still be right
+        except Exception as error:  # the following parts may still succeed
             print(f"{part.__name__}: {type(error).__name__}: {error}", file=sys.stderr)
             document["failures"].append(f"{part.__name__}: {type(error).__name__}: {error}")
         if options.json:

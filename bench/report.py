@@ -1,10 +1,11 @@
-"""Makes tables and pictures of the results in bench/results: python bench/report.py
+"""Make tables and plots of the results in bench/results.
 
-Of each device the newest folder counts. The README of the project gets what is between its marks: the means of a few
-suites and a picture; that of bench/ gets the means of all suites, the losses, and the rows of one suite. Nothing in
-them is typed by hand. With --check nothing is written, and the status is 1 where a page differs from its results.
+    python bench/report.py                         updates README.md and bench/README.md
+    python bench/report.py --campaign FOLDER       writes FOLDER/summary.md, the results of a campaign on one page
 
-    python bench/report.py --campaign FOLDER       writes FOLDER/summary.md, one page on what a campaign found
+The newest folder of each device is used. The text between the marks of each README is generated: in that of the project
+the means of a few suites and a plot, in that of bench/ the means of all suites, the losses, and the rows of one suite.
+With --check nothing is written, and the exit status is 1 if a page differs from its results.
 """
 
 import argparse
@@ -25,7 +26,7 @@ SUMMARISED = "resnet50", "vgg16", "audio1d", "unet3d", "grouped", "mobilenet"
 
 
 def runs(folder):
-    """The runs of ``gpuconv bench`` in a folder; a layer of several suites counts for those a run was asked for."""
+    """Return the runs of ``gpuconv bench`` in a folder; suites that a run did not name are removed from its rows."""
     found = []
     for path in sorted(folder.glob("*.json")):
         if "rows" in (document := json.loads(path.read_text())) and document.get("schema") == results.SCHEMA:
@@ -39,7 +40,7 @@ def runs(folder):
 
 
 def newest():
-    """The newest folder of each device with its runs, the GPUs first."""
+    """Return the newest folder of each device with its runs, GPUs first."""
     by_device = {}
     for folder in sorted(path for path in (HERE / "results").iterdir() if path.is_dir()):
         if made := runs(folder):
@@ -54,7 +55,7 @@ def all_rows(made):
 
 
 def about(made):
-    """What ran where."""
+    """Return a sentence with the device, the date and the versions."""
     first = made[0]
     facts = first.machine
     versions = [f"gpuconv {facts['gpuconv']} (commit {(first.commit or 'unknown')[:7]})", f"NumPy {facts['NumPy']}"]
@@ -66,7 +67,7 @@ def about(made):
 
 
 def project_page(folders):
-    """What the README of the project says: a few suites of each device, and where the rest is."""
+    """Return the text for the README of the project: a few suites of each device, and a link to the rest."""
     parts = []
     for folder, made in folders:
         found = [ratio for run in made for ratio in compare.ratios(run.rows)]
@@ -89,7 +90,7 @@ def project_page(folders):
 
 
 def summary(found):
-    """The mean ratio of each of the SUMMARISED suites in each direction, in the better of our layouts."""
+    """Return a table of the mean ratio of each of the SUMMARISED suites per direction, in gpuconv's better layout."""
     best = {}
     for ratio in found:
         for suite in ratio.row.suites:
@@ -111,10 +112,10 @@ def lost(ratio):
 
 
 def bench_page(folders):
-    """What the README of bench/ says: all suites, the limits, the rows of one suite, and where the others are."""
+    """Return the text for the README of bench/: all suites, the limits, the rows of one suite, links to the others."""
     parts = []
     for folder, made in folders:
-        found = [ratio for run in made for ratio in compare.ratios(run.rows)]  # of what took turns with each other
+        found = [ratio for run in made for ratio in compare.ratios(run.rows)]  # within a run rows are timed alternately
         limit = next(iter(made[0].limits.values()))
         peaks = ", ".join(f"{name} {peak / 1e9:.0f}" for name, peak in limit.peaks.items())
         rows = [row for row in all_rows(made) if PICTURED in row.suites]
@@ -155,7 +156,7 @@ def roofline(folder):
 
 
 def draw(folder, made):
-    """The pictures of a folder: one dtype, one suite."""
+    """Save the plots of a folder: one dtype, one suite."""
     rows = [row for row in all_rows(made) if PICTURED in row.suites and row.dtype == "float32"]
     if rows:
         only = results.Results(made[0].machine, made[0].limits, rows, date=made[0].date, commit=made[0].commit)
@@ -163,7 +164,7 @@ def draw(folder, made):
 
 
 def with_page(path, page):
-    """A page's text with this between its marks."""
+    """Return the text of a file with ``page`` between its marks."""
     text = path.read_text()
     pattern = re.escape(MARKS[0]) + ".*?" + re.escape(MARKS[1])
     if not re.search(pattern, text, re.DOTALL):
@@ -175,7 +176,7 @@ def with_page(path, page):
 
 
 def campaign(folder):
-    """A page on what a campaign found, and on what it did not reach."""
+    """Return a page with the results of a campaign, and with what it did not reach."""
     parts = [f"# Campaign {folder.name}", *_tests(folder), *_sanitizer(folder), *_golden(folder), *_micro(folder)]
     for name in ("first.json", "rest.json"):
         if not (folder / name).exists():

@@ -1,7 +1,9 @@
-"""Every kernel on a few small convolutions, for compute-sanitizer: compute-sanitizer python bench/short_matrix.py
+"""Run every kernel on a few small convolutions, for compute-sanitizer.
 
-Memory comes straight from the driver, so that an access beyond an array is one beyond its allocation. Results are held
-against the float64 reference. Needs a GPU.
+    compute-sanitizer python bench/short_matrix.py
+
+Memory is allocated by the driver, without a pool, so that an access beyond an array is also beyond its allocation.
+Results are compared with the float64 reference. A GPU is required.
 """
 
 import sys

@@ -1,9 +1,9 @@
-"""Trains a small CNN on scikit-learn's digits, forward and backward through gpuconv alone, on NumPy or CuPy.
+"""Train a small CNN on scikit-learn's digits, with all convolutions by gpuconv, on NumPy or CuPy.
 
     python bench/train_digits.py [--epochs 30] [--plot digits.png]
 
-The arrays come from ``gpuconv.array_module()``: the same script runs on a GPU, or wherever GPUCONV_BACKEND says.
-Prints the accuracy on held-out images; ends with status 1 where it is below 97 %.
+The arrays are made by ``gpuconv.array_module()``, so the same script runs on a GPU or on the backend that
+GPUCONV_BACKEND names. It prints the accuracy on held-out images; its exit status is 1 if this is below 97 %.
 """
 
 import argparse
@@ -21,7 +21,7 @@ RATE, MOMENTUM = 0.05, 0.9
 
 
 class Network:
-    """Three 3x3 convolutions, two of them with stride 2, and one as large as what is left, for the ten scores."""
+    """Three 3x3 convolutions, two of them with stride 2, and one over the remaining extent, for the ten scores."""
 
     settings = (
         {"padding": 1, "activation": "relu"},
@@ -44,14 +44,14 @@ class Network:
         return [*self.weights, *self.biases]
 
     def forward(self, images):
-        """The layers' results, from the images to the scores."""
+        """Return the images and the results of all layers; the last one is the scores."""
         results = [images]
         for w, b, settings in zip(self.weights, self.biases, self.settings, strict=True):
             results.append(gpuconv.conv(results[-1], w, b, **settings))
         return results
 
     def step(self, images, labels, rate):
-        """One step down the gradient; the mean loss before it."""
+        """Take one step of gradient descent with momentum and return the mean loss before it."""
         xp = self.xp
         results = self.forward(images)
         scores = results[-1].reshape(len(labels), -1)
@@ -64,7 +64,7 @@ class Network:
 
         gradients = []
         for layer in reversed(range(len(self.weights))):
-            needs = ("dx", "dw", "db") if layer else ("dw", "db")  # nobody asks for the gradient in the images
+            needs = ("dx", "dw", "db") if layer else ("dw", "db")  # the gradient of the images is not needed
             settings = self.settings[layer]
             y = results[layer + 1] if "activation" in settings else None
             gradient, dw, db = gpuconv.conv_backward(
@@ -83,7 +83,7 @@ class Network:
 
 
 def load(xp, rng):
-    """Training and held-out images (N, 1, 8, 8) from 0 to 1, and their labels."""
+    """Return training images and labels, then held-out ones; images are (N, 1, 8, 8), from 0 to 1."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -94,14 +94,14 @@ def load(xp, rng):
 
 
 def shifted(xp, images, rng):
-    """The images moved by up to one pixel up, down, left or right, as people write them."""
+    """Return the images shifted at random by up to one pixel vertically and horizontally, as data augmentation."""
     room = xp.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)))
     down, right = (int(step) for step in rng.integers(0, 3, 2))
     return room[:, :, down : down + 8, right : right + 8]
 
 
 def train(network, images, labels, epochs, rng):
-    """The mean loss of every epoch."""
+    """Train a network and return the mean loss of every epoch."""
     from rich.progress import track
 
     losses = []
@@ -120,7 +120,7 @@ def train(network, images, labels, epochs, rng):
 
 
 def plot(path, losses, images, labels, predicted, accuracy):
-    """The loss, and up to 16 of the held-out digits that were taken for others."""
+    """Save a figure of the loss and of up to 16 misclassified held-out digits."""
     import matplotlib
 
     matplotlib.use("Agg")

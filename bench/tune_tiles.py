@@ -1,8 +1,11 @@
-"""Times every tile of implicit GEMM on the layers of suites: python bench/tune_tiles.py --json FILE [SUITE ...]
+"""Measure the tiles of implicit GEMM on the layers of suites.
 
-Each result is verified before it is timed; what was measured is written after every layer and dtype, and a later run
-of the same commit goes on from there. With --table FILE ..., such files' fastest tiles become
-gpuconv/gpu/gemm_table.json, which goes before the model; that needs no GPU.
+    python bench/tune_tiles.py --json FILE [SUITE ...]
+
+The fastest tiles according to the model are measured. Each result is verified before it is timed. Measurements are
+written after every layer and dtype, and a later run of the same commit resumes there. With --table FILE ... the fastest
+tiles of such files are written to gpuconv/gpu/gemm_table.json, which takes precedence over the model; this needs no
+GPU.
 """
 
 import argparse
@@ -28,13 +31,13 @@ from gpuconv.request import Request
 
 SUITES = ("resnet50",)
 DTYPES = ("float16", "tf32", "float32")
-CANDIDATES = 4  # the fastest by the model
+CANDIDATES = 4  # plans per problem, the fastest ones by the model
 CLEAR = 1.03  # how much faster than the model's choice a tile must be to go into the table
 
 
 @contextlib.contextmanager
 def taking(choice):
-    """A tile in the place of the one that would be taken."""
+    """Enter a context in which implicit GEMM uses this choice of tile."""
     execute.clear()
     with mock.patch.object(gemm_tiles, "chosen", return_value=choice):
         yield
@@ -42,7 +45,7 @@ def taking(choice):
 
 
 def candidates(case, problem, place):
-    """The fastest plans of a layer by the model, for each direction and layout."""
+    """Yield each layout and direction of a layer with its fastest plans according to the model."""
     limit = settings.workspace_limit()
     for layout in ("channels_last", "channels_first"):
         geometry = case.geometry(case.batches[1], layout)
@@ -54,7 +57,7 @@ def candidates(case, problem, place):
 
 
 def measured(case, dtype, place, clock, seconds):
-    """A row for each direction, layout and tile of a layer."""
+    """Yield a row for each direction, layout and tile of a layer."""
     kind, precision = run.kind_and_precision(dtype)
     problem = Problem.of(case, case.batches[1], dtypes.named(kind), place.xp, precision)
     found = list(candidates(case, problem, place))
@@ -85,7 +88,7 @@ def measured(case, dtype, place, clock, seconds):
 
 
 def table(paths):
-    """The entries of these files' fastest tiles, where they are clearly faster than the model's."""
+    """Yield table entries for the fastest tiles in files, if they are clearly faster than the choice of the model."""
     best = {}
     for path in map(Path, paths):
         for row in json.loads(path.read_text())["rows"]:
@@ -102,7 +105,7 @@ def table(paths):
 
 
 def earlier(path, commit):
-    """The rows that a run of the same commit has left."""
+    """Return the rows that an earlier run of the same commit wrote."""
     before = json.loads(path.read_text()) if path.exists() and path.stat().st_size else {}
     return before["rows"] if before and before["commit"] == commit else []
 

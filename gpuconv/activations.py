@@ -1,4 +1,4 @@
-"""The activations that a convolution may end with, and their derivatives in terms of their results."""
+"""The activations that may follow a convolution, and their derivatives as functions of their results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def apply(z: Array, name: Activation, xp: Any) -> None:
     elif name == "tanh":
         xp.tanh(z, out=z)
     else:
-        # 1 / (1 + exp(-z)); where exp overflows, the quotient is the 0 that it should be.
+        # 1 / (1 + exp(-z)). If exp overflows, the quotient is 0, which is correct.
         with numpy.errstate(over="ignore"):
             xp.negative(z, out=z)
             xp.exp(z, out=z)

@@ -1,6 +1,6 @@
-"""Arrays of NumPy and CuPy, and what the library needs of the module that they belong to.
+"""Arrays of NumPy and CuPy, and the operations that the library needs from their modules.
 
-CuPy is imported only where a caller hands in its arrays or requests it by name, so ``import gpuconv`` costs nothing
+CuPy is imported only if a caller passes its arrays or requests it by name, so ``import gpuconv`` costs nothing
 on a machine without a GPU.
 """
 
@@ -24,11 +24,11 @@ INSTALL_HINT = "pip install 'gpuconv[cuda12]', or 'gpuconv[cuda13]' for a CUDA 1
 
 
 class BackendError(RuntimeError):
-    """The backend that was asked for cannot be used on this machine."""
+    """Raised when the requested backend cannot be used on this machine."""
 
 
 class _Span:
-    """All bytes from the first to the last that an array of NumPy reaches, as another one that keeps it alive."""
+    """All bytes from the lowest to the highest address of a NumPy array, as an object that keeps the array alive."""
 
     def __init__(self, array: numpy.ndarray) -> None:
         place, is_read_only = array.__array_interface__["data"]
@@ -39,17 +39,17 @@ class _Span:
 
 
 def _numpy_memory(array: numpy.ndarray) -> Any:
-    """What numpy.ndarray makes parts of an array from."""
+    """Return the object from which numpy.ndarray makes parts of an array."""
     return array if array.flags.c_contiguous or not array.size else numpy.asarray(_Span(array))
 
 
 class Backend(NamedTuple):
-    """An array module, what prepares the launch of a CUDA kernel on its arrays, and on which device.
+    """An array module, its device, and the functions with which plans launch kernels and access arrays.
 
-    ``launch(kernel, grid, block, arguments, shared_memory)`` checks the arguments, which may be views, and gives a
-    function of arrays in their place; it is None where there are no kernels. ``memory(array)`` is what
-    ``array(shape, dtype, memory, offset, strides)`` makes parts of an array from, at an offset in bytes from the lowest
-    one. ``matmul(left, right, out, planner)`` plans products of matrices where the module's own is not taken.
+    ``launch(kernel, grid, block, arguments, shared_memory)`` checks the arguments, which may be views, and returns a
+    function that takes arrays in their place; it is None if there are no kernels. ``memory(array)`` returns the memory
+    from which ``array(shape, dtype, memory, offset, strides)`` makes parts of an array, at an offset in bytes from the
+    lowest address. ``matmul(left, right, out, planner)`` plans matrix products if those of the module are not used.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Backend(NamedTuple):
         return "cupy" if self.name == "cupy" else "numpy"
 
     def is_captured(self) -> bool:
-        """Whether a CUDA graph records what the current stream is given, instead of computing it now."""
+        """Whether a CUDA graph captures the work of the current stream instead of executing it."""
         return self.name == "cupy" and self.xp.cuda.get_current_stream().is_capturing()
 
 
@@ -74,7 +74,7 @@ NUMPY = Backend("numpy", numpy, None)
 
 
 def kind_of(**arrays: Array) -> Kind:
-    """Whether these arguments are NumPy's or CuPy's arrays; TypeError or ValueError, by name, where they do not fit."""
+    """Return the kind of these arguments; raise TypeError or ValueError, by name, if they are not of one kind."""
     if set(map(type, arrays.values())) == {numpy.ndarray}:
         return "numpy"
     kinds = {name: _kind(name, array) for name, array in arrays.items()}
@@ -107,12 +107,12 @@ def _kind(name: str, array: Array) -> Kind:
 
 
 def module_of(kind: Kind) -> Any:
-    """numpy or cupy, for a kind that arrays of this process have."""
+    """Return the module of a kind; for "cupy", it must have been imported."""
     return numpy if kind == "numpy" else sys.modules["cupy"]
 
 
 def moved(array: Array, kind: str) -> Array:
-    """The array as NumPy's or CuPy's, itself where it is one already."""
+    """Return the array as one of NumPy or CuPy, unchanged if it already is."""
     if isinstance(array, numpy.ndarray):
         if kind == "numpy":
             return array
@@ -123,14 +123,14 @@ def moved(array: Array, kind: str) -> Array:
 
 
 def address(array: Array) -> int:
-    """Where an array's first element lies in its memory."""
+    """Return the address of an array's first element."""
     return int(array.__array_interface__["data"][0] if isinstance(array, numpy.ndarray) else array.data.ptr)
 
 
 def addressable(array: Array) -> Array:
-    """The array, or a copy where kernels cannot read and write it: in the machine's byte order, and aligned.
+    """Return the array, or a copy if it is not aligned and in native byte order, as kernels require.
 
-    Complex numbers, too, are moved as a whole; NumPy calls them aligned where their parts are.
+    Kernels load and store complex numbers as a whole, whereas NumPy calls them aligned if their parts are.
     """
     is_aligned = address(array) % array.itemsize == 0
     if is_aligned and array.dtype.isnative and not any(s % array.itemsize for s in array.strides):
@@ -139,5 +139,5 @@ def addressable(array: Array) -> Array:
 
 
 def device_of(array: Array) -> contextlib.AbstractContextManager[Any]:
-    """A context in which the array's device is the current one."""
+    """Return a context in which the array's device is the current one."""
     return contextlib.nullcontext() if isinstance(array, numpy.ndarray) else array.device  # type: ignore[no-any-return]

@@ -27,7 +27,7 @@ from gpuconv.gpu import cublas, device, launch
 from gpuconv.types import BackendName
 from gpuconv.views import first_byte
 
-# Before, launches read a garbage pointer for None (13), and views of over 2 GiB have offsets of 32 bits (14.0).
+# In older versions, launches read a garbage pointer for None (13), and views over 2 GiB have 32-bit offsets (14.0).
 OLDEST_CUPY = (14, 1, 1)
 
 _context: ContextVar[BackendName | None] = ContextVar("gpuconv_backend", default=None)
@@ -102,7 +102,7 @@ def _within(name: BackendName) -> Iterator[None]:
 
 
 def selected() -> tuple[BackendName, str]:
-    """The backend's name and what chose it."""
+    """Return the name of the backend in force and the setting that selected it."""
     name = _context.get()
     if name is not None:
         return name, "with backend(...)"
@@ -177,7 +177,7 @@ def array_module() -> Any:
 
 @lru_cache(maxsize=1)
 def cupy_backend() -> Backend:
-    """The CuPy backend, once CuPy has been seen to compute; BackendError where it cannot."""
+    """Return the CuPy backend; raise BackendError if CuPy cannot compute on this machine."""
     try:
         import cupy
     except ImportError as error:
@@ -185,7 +185,7 @@ def cupy_backend() -> Backend:
         what = "is not installed" if missing else f"cannot be imported ({error})"
         raise BackendError(f"backend 'cupy' needs CuPy, which {what}: {INSTALL_HINT}") from error
     try:
-        # Compiles and runs a kernel and multiplies matrices: finds a missing driver, device, NVRTC or cuBLAS.
+        # Compile and run a kernel and multiply matrices, to detect a missing driver, device, NVRTC or cuBLAS.
         square = cupy.arange(4).astype("float32").reshape(2, 2) + 1
         working = int((square @ square).sum()) == 54
     except Exception as error:
@@ -201,7 +201,7 @@ def cupy_backend() -> Backend:
 
 @lru_cache(maxsize=1)
 def _cupy(cupy: Any) -> Backend:
-    """The backend of this module; BackendError where it is too old."""
+    """Return the backend of this module; raise BackendError if it is too old."""
     release = re.match(r"(\d+)\.(\d+)\.(\d+)", cupy.__version__)
     if release is not None and tuple(map(int, release.groups())) < OLDEST_CUPY:
         oldest = ".".join(map(str, OLDEST_CUPY))
@@ -213,17 +213,17 @@ def _cupy(cupy: Any) -> Backend:
 
 
 def _cupy_memory(array: Array) -> Any:
-    """A pointer to the lowest byte of an array of CuPy."""
+    """Return a pointer to the lowest byte of a CuPy array."""
     return array.data if array.flags.c_contiguous else array.data + first_byte(array.shape, array.strides)
 
 
 def _cupy_array(shape: Shape, dtype: numpy.dtype, memory: Any, offset: int, strides: Shape) -> Array:
-    """A part of such an array."""
+    """Return a part of a CuPy array, at an offset from the lowest byte."""
     return module_of("cupy").ndarray(shape, dtype, memory + offset, strides)
 
 
 def driver_devices() -> int:
-    """How many CUDA devices the driver reports, asked without CuPy; 0 without a driver."""
+    """Return the number of CUDA devices that the driver reports, without CuPy; 0 without a driver."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
@@ -235,7 +235,7 @@ def driver_devices() -> int:
 
 
 def backend_for(kind: Kind) -> Backend:
-    """The backend that computes a call whose arrays are of this kind."""
+    """Return the backend that computes a call whose arrays are of this kind."""
     name = get_backend()
     if name == "numpy" or (name == "auto" and kind == "numpy"):
         return NUMPY
@@ -245,7 +245,7 @@ def backend_for(kind: Kind) -> Backend:
 
 
 def backend_named(name: str | None) -> Backend:
-    """The backend with this name, None for the one in force; "auto" is CuPy's where a GPU can be used."""
+    """Return the backend with this name, None for the one in force; "auto" is CuPy if a GPU can be used."""
     name = selected()[0] if name is None else _checked(name)
     if name == "auto":
         name = array_module().__name__

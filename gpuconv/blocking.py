@@ -1,4 +1,4 @@
-"""Cutting a convolution into blocks that fit a workspace, and seeing a block as a matrix without a copy."""
+"""Division of a convolution into blocks that fit a workspace, and views of blocks as matrices without a copy."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from gpuconv.plan import Planner
 from gpuconv.request import Request
 from gpuconv.views import View, merged
 
-# Blocks of fewer outputs are not worth their overhead, where fewer groups at a time make them longer.
+# Fewer groups are computed at a time if blocks would otherwise have fewer outputs, which are not worth their overhead.
 FEWEST_OUTPUTS = 64
 COPIED = 1 << 18  # weights that a thread copies at a time
 
 
 class Arrangement(NamedTuple):
-    """An order of axes in which an array becomes a stack of matrices: the axes before the last two groups stay."""
+    """An order of axes in which an array becomes a stack of matrices.
+
+    The last ``column_axes`` are merged into columns, the ``row_axes`` before them into rows; the other axes remain.
+    """
 
     axes: tuple[int, ...]
     row_axes: int
@@ -30,18 +33,18 @@ class Arrangement(NamedTuple):
 
     @property
     def turned(self) -> Arrangement:
-        """With rows and columns exchanged."""
+        """The arrangement with rows and columns exchanged."""
         rows = len(self.axes) - self.column_axes
         lead = rows - self.row_axes
         axes = (*self.axes[:lead], *self.axes[rows:], *self.axes[lead:rows])
         return Arrangement(axes, self.column_axes, self.row_axes)
 
     def matrix(self, view: View) -> View | None:
-        """The view as matrices where that takes no copy, else None."""
+        """Return the view as matrices if that needs no copy, else None."""
         return as_matrix(view.transpose(self.axes), self.row_axes, self.column_axes)
 
     def empty(self, shape: tuple[int, ...], flat: View) -> tuple[View, View]:
-        """An array of this shape on workspace memory, and the same memory as matrices."""
+        """Return an array of this shape in workspace memory, and the same memory as matrices."""
         ordered = tuple(shape[axis] for axis in self.axes)
         columns = len(ordered) - self.column_axes
         rows = columns - self.row_axes
@@ -50,11 +53,11 @@ class Arrangement(NamedTuple):
         return memory.transpose(_inverse(self.axes)), matrix
 
     def copies(self, operand: Operand, planner: Planner) -> bool:
-        """Whether loading the operand takes room in the workspace."""
+        """Return whether loading the operand needs workspace."""
         return not operand.is_plain(planner.dtype) or self.matrix(operand.view) is None
 
     def load(self, operand: Operand, index: Index, flat: View, planner: Planner) -> View:
-        """A piece of an operand as matrices: where it lies if that will do, else read into the workspace."""
+        """Return a piece of an operand as matrices, in place if possible, else copied to the workspace."""
         piece = operand.view[index]
         matrix = self.matrix(piece) if operand.is_plain(planner.dtype) else None
         if matrix is None:
@@ -63,19 +66,22 @@ class Arrangement(NamedTuple):
         return matrix
 
     def place(self, target: View, flat: View, planner: Planner) -> tuple[View, View]:
-        """Where matrix products that belong in target may be formed: target itself if that will do, else workspace."""
+        """Return memory for the matrix products to be stored in target, and the same memory as matrices.
+
+        It is target itself if possible, else workspace.
+        """
         matrix = self.matrix(target) if in_place(target, planner.dtype) else None
         return (target, matrix) if matrix is not None else self.empty(target.shape, flat)
 
 
 def lies_by_filters(w: View) -> bool:
-    """Whether w (*kernel, G, C/G, F/G) has its filters farther apart in memory than its channels."""
+    """Return whether the filters of w (*kernel, G, C/G, F/G) are farther apart in memory than its channels."""
     step_c, step_f = map(abs, w.strides[-2:])
     return bool(step_f > step_c)
 
 
 def copy_weights(w: Operand, into: View, planner: Planner) -> None:
-    """Reads w into an array of its shape, by all threads."""
+    """Copy w into an array of its shape, on all threads."""
     by_filters = lies_by_filters(w.view)
 
     def copy(part: slice, planner: Planner) -> None:
@@ -91,12 +97,12 @@ def _inverse(axes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def largest(extent: int, limit: int, each: int) -> int:
-    """How many of these, where each takes so much, fit the limit, evened out over the pieces; at least 1."""
+    """Return how many items of size ``each`` fit the limit, balanced over the pieces of an extent; at least 1."""
     return _evened(extent, limit // each if each else extent)
 
 
 def largest_fitting(extent: int, limit: float, cost: Callable[[int], float]) -> int:
-    """The largest number up to an extent whose cost is within the limit, evened out over the pieces; at least 1."""
+    """Return the largest number up to an extent whose cost is within the limit, balanced over pieces; at least 1."""
     return _evened(extent, bisect_right(range(1, extent + 1), limit, key=cost))
 
 
@@ -106,13 +112,16 @@ def _evened(extent: int, size: int) -> int:
 
 
 def channels_innermost(images: View) -> bool:
-    """Whether (*positions, G, C/G) lies in memory with its channels closer together than its pixels."""
+    """Return whether the channels of (*positions, G, C/G) are closer together in memory than its pixels."""
     channel = images.strides[-1] if images.shape[-1] > 1 else images.strides[-2]
     return bool(abs(channel) < abs(images.strides[-3]))
 
 
 def group_parts(geometry: Geometry, budget: int) -> tuple[tuple[slice, Geometry], ...]:
-    """The groups, in as many parts as it takes for a few outputs of all of a part's channels to fit the budget."""
+    """Return the groups in parts, with the geometry of each part.
+
+    The parts are so small that, if possible, FEWEST_OUTPUTS outputs of all channels of a part fit the budget.
+    """
     size = _groups_at_once(geometry, budget)
     return tuple((groups, _part_of(geometry, groups.stop - groups.start)) for groups in pieces(geometry.groups, size))
 
@@ -123,7 +132,7 @@ def _groups_at_once(geometry: Geometry, budget: int) -> int:
 
 
 def largest_part(request: Request) -> Geometry:
-    """The convolution of as many groups as are computed at once."""
+    """Return the convolution of as many groups as are computed at once."""
     return _part_of(request.geometry, _groups_at_once(request.geometry, request.budget))
 
 
@@ -136,15 +145,15 @@ class Buffer(NamedTuple):
     """A part of the workspace of a block."""
 
     elements: int
-    needed: bool = True  # or what belongs there is used where it lies
-    temporaries: int = 0  # arrays of its size that are allocated and freed beside it
+    needed: bool = True  # False if the data is used in place
+    temporaries: int = 0  # arrays of its size that are allocated and freed in addition
 
 
 Buffers: TypeAlias = Sequence[Buffer]
 
 
 class Share(NamedTuple):
-    """Some filters (or channels) at a time: as many as have their weights in half of the workspace."""
+    """A partition of filters (or channels): as many at a time as have weights that fit half of the workspace."""
 
     extent: int
     at_once: int
@@ -152,16 +161,16 @@ class Share(NamedTuple):
 
     @classmethod
     def of(cls, extent: int, each: int, planner: Planner) -> Share:
-        """As many as fit, where the weights of each take so many elements."""
+        """Return the partition for filters (or channels) with ``each`` elements of weights."""
         at_once = largest(extent, planner.budget // 2, each)
         return cls(extent, at_once, each * at_once)
 
     def rest(self, planner: Planner, shares: int, most: int) -> int:
-        """Elements of workspace that each of several threads has beside the weights, up to so many bytes."""
+        """Return the elements of workspace for each of ``shares`` threads beside the weights, up to ``most`` bytes."""
         return min((planner.budget - self.size) // shares, most // planner.dtype.itemsize)
 
     def loop(self, body: Callable[[slice, View, Planner], None], planner: Planner) -> None:
-        """The steps of ``body(filters, space, planner)`` for some filters after the other, with space for weights."""
+        """Plan ``body(filters, space, planner)`` for each part of the filters, with space for their weights."""
 
         def some(part: slice, planner: Planner) -> None:
             (space,) = planner.workspace(self.size)
@@ -171,12 +180,12 @@ class Share(NamedTuple):
 
 
 def pieces(extent: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of at most this size."""
+    """Return consecutive slices of at most this size."""
     return (slice(start, min(start + size, extent)) for start in range(0, extent, size))
 
 
 class Places(Sequence[Shape]):
-    """Every index of an array with these extents, in order; not stored, for there may be many."""
+    """All indices of an array with these extents, last axis fastest; computed on demand, since there may be many."""
 
     def __init__(self, extents: Shape) -> None:
         self.extents = extents
@@ -195,7 +204,7 @@ class Places(Sequence[Shape]):
 
 
 class Blocks(Places):
-    """Consecutive blocks of positions, as slices, each of at most the extents of a box; and the workspace of each."""
+    """Consecutive blocks of positions, as slices, of at most the extents of a box; and the workspace of a block."""
 
     def __init__(self, positions: Shape, box: Shape, sizes: Shape = ()) -> None:
         super().__init__(tuple(-(-extent // size) for extent, size in zip(positions, box, strict=True)))
@@ -205,9 +214,9 @@ class Blocks(Places):
     def fitting(
         cls, positions: Shape, limit: float, buffers: Callable[[Shape], Buffers], most: float = math.inf
     ) -> Blocks:
-        """Blocks whose buffers, as elements of workspace, fit a limit; as long as possible on the last axes first.
+        """Return blocks whose buffers, in elements of workspace, fit a limit; the last axes are extended first.
 
-        ``most`` is how many positions a block may have. At the least it is one.
+        ``most`` is the largest number of positions of a block. A block has at least one position.
         """
 
         def cost(box: Shape) -> float:
@@ -230,7 +239,7 @@ class Blocks(Places):
         return tuple(slice(axis * size, min((axis + 1) * size, extent)) for axis, size, extent in axes)
 
     def loop(self, body: Callable[[Index, list[View], Planner], None], planner: Planner, workers: int = 1) -> None:
-        """The steps of ``body(block, buffers, planner)`` for each block."""
+        """Plan ``body(block, buffers, planner)`` for each block."""
 
         def some(index: Index, planner: Planner) -> None:
             body(index, planner.workspace(*self.sizes), planner)
@@ -243,9 +252,9 @@ def _with_extent(cost: Callable[[Shape], float], before: Shape, after: Shape, ex
 
 
 def as_matrix(view: View, row_axes: int, column_axes: int) -> View | None:
-    """The view with its last axes merged into rows and columns, or None where BLAS would need a copy of it.
+    """Return the view with its last axes merged into rows and columns, or None if BLAS would need a copy of it.
 
-    The axes before them stay: a stack of matrices.
+    The axes before them remain: the result is a stack of matrices.
     """
     lead = view.ndim - row_axes - column_axes
     middle = lead + row_axes

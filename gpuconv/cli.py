@@ -1,4 +1,4 @@
-"""The command line: reads options, calls what does the work, prints. Decides nothing itself."""
+"""The command line. It parses options, calls the library and prints results; it has no logic of its own."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from gpuconv.select import ALGORITHMS
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """A parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (try {self.prog} --help)\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; 0 for success, 1 for a wrong result, 2 for a bad option, 130 when interrupted."""
+    """Run a command; return 0 on success, 1 for a wrong result, 2 for a bad option, 130 on interrupt, 141 on EPIPE."""
     parser = _parser()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:2] == ["bench", "compare"]:  # the suites of bench are free words, so it has no commands of its own
+    if arguments[:2] == ["bench", "compare"]:  # bench takes names of suites, so it cannot have commands
         arguments[:2] = ["bench compare"]
     options = parser.parse_args(arguments)
     try:
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, BackendError) as error:
         print(f"gpuconv {options.command}: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:

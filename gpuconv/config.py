@@ -1,4 +1,4 @@
-"""The machine, the versions and the settings that decide what a call does: ``gpuconv.show_config``."""
+"""The machine, versions and settings that affect the execution of a call: ``gpuconv.show_config``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def show_config() -> None:
 
 
 def build(place: Backend) -> dict[str, str]:
-    """The machine and the versions of what computes on a backend."""
+    """Return the machine and the software versions of a backend."""
     if place.name != "numpy":
         return {"gpuconv": __version__, place.name: place.xp.__version__, "device": str(place.device())}
     blas = numpy.show_config(mode="dicts")["Build Dependencies"]["blas"]  # type: ignore[index, call-overload]
@@ -41,7 +41,7 @@ def build(place: Backend) -> dict[str, str]:
 
 
 def config() -> dict[str, str]:
-    """What :func:`show_config` prints, by name."""
+    """Return the values that :func:`show_config` prints, by name."""
     name, source = selected()
     facts = {
         **build(NUMPY),
@@ -69,7 +69,7 @@ def _cupy_facts() -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name as the system gives it."""
+    """Return the name of the processor, as the operating system reports it."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
         for line in lines:
             if line.startswith("model name"):

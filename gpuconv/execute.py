@@ -1,9 +1,9 @@
-"""The road of every call: its description, the plan that is found or made for it, and the run of the plan.
+"""The execution of every call: its description, the lookup or making of its plan, and the execution of the plan.
 
-Call.compute    takes a call through these
-Description     all that decides what a call does; of its arrays, how they lie in memory
-plan_for        makes the plan of a description when it is first asked for, and keeps it
-execute         runs the steps of a plan on the arrays of a call
+Call.compute    performs these stages for a call
+Description     the cache key: everything that affects the steps of a call, such as the memory layout of its arrays
+plan_for        makes and caches the plan of a description
+execute         executes the steps of a plan on the arrays of a call
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from gpuconv.select import MODULES, TRANSFORMS, check_name, choose, consent
 from gpuconv.types import Activation, Direction
 from gpuconv.views import View, contiguous_strides, first_byte
 
-# Host memory of plans: a step takes less than STEP_BYTES. A plan has at most MOST_STEPS steps; all plans that are kept
-# have at most MOST_KEPT together, each counted with OF_A_PLAN more. Longer loops are planned anew by every call.
+# Host memory of plans: a step takes less than STEP_BYTES. A plan has at most MOST_STEPS steps; longer loops are planned
+# again in every call. All cached plans together have at most MOST_KEPT steps, where each plan counts OF_A_PLAN more.
 STEP_BYTES = 5 << 8
 MOST_STEPS, MOST_KEPT, OF_A_PLAN = 1 << 13, 1 << 16, 8
 
-# How an array lies in memory: shape, strides, dtype, address modulo 16.
+# Memory layout of an array: shape, strides, dtype, address modulo 16.
 MemoryLayout: TypeAlias = tuple[Shape, Shape, numpy.dtype, int]
 Asked: TypeAlias = Direction | Literal["bias_grad"]
 
@@ -44,19 +44,19 @@ _plans: dict[Description, Plan] = {}
 
 
 class Source(NamedTuple):
-    """An array that a call reads, and what to make of its elements."""
+    """An array that a call reads, and the transforms of its elements."""
 
     array: Array
     conjugate: bool = False
     y: Array | None = None
-    activation: Activation | None = None  # the derivative of which, taken from y, multiplies what is read
+    activation: Activation | None = None  # its derivative, computed from y, multiplies the elements
 
 
 NOTHING = Source(None)
 
 
 class Call(NamedTuple):
-    """One call of a public function: what it convolves, where and how."""
+    """A call of a public function: geometry, dtype, backend and settings."""
 
     geometry: Geometry
     kind: Kind
@@ -78,7 +78,7 @@ class Call(NamedTuple):
         precision: str | None,
         deterministic: bool | None,
     ) -> Call:
-        """That of arguments. Settings are read, and refused, here."""
+        """Return the call with these arguments. Settings are read and validated here."""
         check_name(algorithm)
         order, products = consent(algorithm, deterministic), settings.precision(precision)
         limit, limit_of_threads = settings.workspace_limit(), settings.num_threads()
@@ -94,7 +94,7 @@ class Call(NamedTuple):
         bias: Array | None = None,
         activation: Activation | None = None,
     ) -> Array:
-        """The result of forward (of x and w), data_grad (dy and w), weight_grad (dy and x) or bias_grad (dy)."""
+        """Return the result of forward (of x and w), data_grad (dy and w), weight_grad (dy and x) or bias_grad (dy)."""
         backend = self.backend
         with device_of(first.array):
             arrays = [first.array, first.y, second.array, second.y, bias, out]
@@ -122,7 +122,7 @@ class Call(NamedTuple):
     def _planned(
         self, direction: Asked, first: Source, second: Source, activation: Activation | None, arrays: list[Array]
     ) -> tuple[Plan, list[Array]]:
-        """The plan, and the arrays as it takes them: copies where the backend's kernels cannot reach the caller's."""
+        """Return the plan and its arrays, which are copies if the backend cannot access those of the caller."""
         if self.backend.kind != self.kind:
             arrays = [array if array is None else moved(array, self.backend.kind) for array in arrays[:RESULT]] + [None]
         description = self._description(direction, first, second, activation, arrays)
@@ -152,36 +152,36 @@ class Call(NamedTuple):
         )
 
     def _surroundings(self, plan: Plan) -> contextlib.ExitStack:
-        """A context for the steps of a plan."""
+        """Return the context in which the steps of a plan are executed."""
         stack = contextlib.ExitStack()
         if self.backend.name == "numpy" and (plan.holds_blas or self.threads is not None):
             stack.enter_context(threads.held_blas())
-        if plan.is_silent:  # it looks for such numbers itself
+        if plan.is_silent:  # it checks for non-finite values itself
             stack.enter_context(numpy.errstate(over="ignore", invalid="ignore"))
         return stack
 
 
 class Description(NamedTuple):
-    """All that decides what a call does: its plan is made of this alone, and found by it."""
+    """Cache key: everything that affects the steps of a call. A plan is made from its description alone."""
 
     call: Call
     direction: Any  # Asked
-    first: tuple[bool, Activation | None]  # whether it is conjugated, and the activation whose derivative it takes
+    first: tuple[bool, Activation | None]  # whether it is conjugated, and the activation whose derivative multiplies it
     second: tuple[bool, Activation | None]
     activation: Activation | None
     layouts: tuple[MemoryLayout | None, ...]  # of the arrays that are read, and of the result if the caller passes it
-    like: tuple[Shape, Shape]  # shape and strides of the caller's first array, whose order of axes the result takes
+    like: tuple[Shape, Shape]  # shape and strides of the caller's first array, whose memory order the result has
     device: int | None
-    dump: Path | None  # where the sources of kernels are written
+    dump: Path | None  # folder to which the sources of kernels are written
 
     def operand(self, number: int) -> Operand:
-        """The first one or the second one."""
+        """Return the first (0) or second (1) operand."""
         conjugate, activation = self.second if number else self.first
         view, y = (self.view(memory, ROLES[self.direction][number]) for memory in (2 * number, 2 * number + 1))
         return Operand(view, conjugate and dtypes.is_complex(self.call.dtype), y, activation)
 
     def view(self, memory: int, role: Role) -> Any:
-        """The canonical view of an array, None where the call has none."""
+        """Return the canonical view of an array, or None if the call does not have the array."""
         layout = self.layouts[memory]
         if layout is None:
             return None
@@ -191,12 +191,12 @@ class Description(NamedTuple):
 
 
 def _layout(array: Array | None) -> MemoryLayout | None:
-    """How an array lies in memory. Its address matters only as far as it is aligned or not: 0 and 1 stand for that."""
+    """Return the memory layout of an array. In place of the address it has 0 if the array is aligned, else 1."""
     return None if array is None else (array.shape, array.strides, array.dtype, 1 - array.flags.aligned)
 
 
 def _layout_for_kernels(array: Array | None) -> MemoryLayout | None:
-    """The same for kernels."""
+    """Return the memory layout of an array for kernels, for which the address modulo 16 matters."""
     return None if array is None else (array.shape, array.strides, array.dtype, address(array) % 16)
 
 
@@ -204,7 +204,7 @@ def _layout_for_kernels(array: Array | None) -> MemoryLayout | None:
 
 
 def plan_for(description: Description) -> Plan:
-    """Makes the plan of a call and keeps it, in the place of the oldest ones where these have no room beside it."""
+    """Make and cache the plan of a call; evict the oldest plans if the cache is full."""
     plan = _made(description)
     room = MOST_KEPT - plan.size - OF_A_PLAN
     for older, kept in reversed(tuple(_plans.items())):
@@ -216,7 +216,7 @@ def plan_for(description: Description) -> Plan:
 
 
 def contiguous_plan(call: Call, direction: Direction) -> Plan:
-    """The plan of a call with C-contiguous arrays."""
+    """Return the plan of a call with C-contiguous arrays."""
     shapes = map(call.geometry.shape_of, ROLES[direction][:2])
     first, second = ((shape, contiguous_strides(shape, call.dtype), call.dtype, 0) for shape in shapes)
     device = call.backend.xp.cuda.Device().id if call.backend.name == "cupy" else None
@@ -225,12 +225,12 @@ def contiguous_plan(call: Call, direction: Direction) -> Plan:
 
 
 def clear() -> None:
-    """Forgets all plans."""
+    """Remove all plans from the cache."""
     _plans.clear()
 
 
 def _made(description: Description) -> Plan:
-    """The plan of a description. On NumPy its steps and the workspace keep within the limit together."""
+    """Return the plan of a description. On NumPy, its steps and its workspace together fit the limit."""
     call = description.call
     if call.backend.launch is not None:
         return _plan_within(MOST_STEPS, description)
@@ -240,7 +240,7 @@ def _made(description: Description) -> Plan:
 
 
 def _plan_within(room: int, description: Description) -> Plan:
-    """The plan of a description, of at most so many steps."""
+    """Return the plan of a description with at most ``room`` steps."""
     call, direction = description[:2]
     limit, scope = workspace_of(call.limit, call.backend), Scope(WORKSPACE, room)
     share = room if call.backend.launch is not None else (call.limit - limit) // STEP_BYTES
@@ -254,7 +254,7 @@ def _plan_within(room: int, description: Description) -> Plan:
 
 
 def _bias_grad(description: Description, planner: Planner) -> tuple[str, NewArray, int]:
-    """The steps of bias_grad, and the result that they write."""
+    """Plan bias_grad; return its name, the new result and the number of temporaries."""
     dy = description.operand(0)
     new = NewArray((math.prod(dy.view.shape[-2:]),), description.call.dtype)
     bias_grad.bias_grad(dy, new.view, planner)
@@ -262,7 +262,7 @@ def _bias_grad(description: Description, planner: Planner) -> tuple[str, NewArra
 
 
 def _convolution(description: Description, planner: Planner) -> tuple[str, NewArray, int]:
-    """The steps of the algorithm that is chosen for a direction, and the result that they write."""
+    """Plan the algorithm selected for a direction; return its name, the new result and the number of temporaries."""
     call, direction = description[:2]
     first, second, roles = description.operand(0), description.operand(1), ROLES[direction]
     geometry, view = call.geometry, description.view(RESULT, roles[2])
@@ -288,7 +288,7 @@ def _convolution(description: Description, planner: Planner) -> tuple[str, NewAr
 
 
 def _new_array(shape: Shape, dtype: numpy.dtype, channel: int | None) -> NewArray:
-    """A new array; where an axis of channels is given, this is the innermost one."""
+    """Return a new array; if an axis of channels is given, it is the innermost one in memory."""
     if channel is None:
         return NewArray(shape, dtype)
     before, behind, last = shape[:channel], shape[channel + 1 :], len(shape) - 1
@@ -299,27 +299,27 @@ def _new_array(shape: Shape, dtype: numpy.dtype, channel: int | None) -> NewArra
 
 
 class _Memory:
-    """The memories of a plan, as one of its threads has them."""
+    """The memories of a plan in one of its threads."""
 
     def __init__(self, backend: Backend, memories: list[Any], errors: Any) -> None:
         self.backend, self.memories = backend, memories
-        self.errors = errors  # what the caller wants to be told of, where most of the plan says nothing of it
+        self.errors = errors  # the caller's error settings, for fallbacks of a plan that suppresses warnings
         self._sizes: dict[int, int] = {}  # of memories for deferred steps
 
     def of_worker(self, loop: Loop, number: int) -> _Memory:
-        """The same for a worker of a loop, which has a part of a memory of its own."""
+        """Return the memories of a worker of a loop, whose last one is the worker's own workspace."""
         start = loop.start + number * loop.size
         part = self.memories[loop.memory][start : start + loop.size] if loop.size else None
         return _Memory(self.backend, [*self.memories[: loop.memory + 1], part], self.errors)
 
     def array(self, view: View) -> Array:
-        """The array that a view stands for."""
+        """Return the array that a view represents."""
         return self.backend.array(view.shape, view.dtype, self.memories[view.memory], view.offset, view.strides)
 
     def steps(self, steps: Steps) -> Iterator[Step | Loop | Branch]:
-        """The steps with those of parts that one thread runs, of what is chosen, and of what is planned only now.
+        """Yield the steps, including those of loops with one worker, of branches taken, and of deferred steps.
 
-        Loops of several workers are among them, and choices where the answer is no.
+        Loops with several workers, and branches whose predicate is false, are yielded themselves.
         """
         for step in steps:
             if isinstance(step, Step) or (isinstance(step, Loop) and step.workers > 1):
@@ -335,20 +335,20 @@ class _Memory:
                 yield step
 
     def planned(self, deferred: Deferred) -> Steps:
-        """The steps that were put off until now, which have a memory of their own from now on."""
+        """Plan deferred steps, allocate their memory, and return them."""
         scope = deferred.planned()
         self.memories += [None] * (scope.memory + 1 - len(self.memories))
         if scope.most > self._sizes.get(scope.memory, 0):
             if self.backend.is_captured():
                 workspace.keep_for_graphs([self.memories[scope.memory]])
-            self.memories[scope.memory] = None  # before another one is made beside it
+            self.memories[scope.memory] = None  # free it before the larger one is allocated
             self.memories[scope.memory] = self.backend.memory(self.backend.xp.empty(scope.most, numpy.uint8))
             self._sizes[scope.memory] = scope.most
         return scope.steps
 
 
 def execute(memories: list[_Memory], parts: Iterable[Steps]) -> None:
-    """Runs parts of a plan one after another on one of the memories. Threads that share the parts take one each."""
+    """Execute parts of a plan in order, on one of the memories. Threads that share the parts take one memory each."""
     memory = memories.pop()
     array, places = memory.backend.array, memory.memories
     for part in parts:

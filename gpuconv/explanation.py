@@ -1,4 +1,4 @@
-"""Which algorithm computes a convolution, why, and how: ``gpuconv.explain``."""
+"""Explanation of the algorithm that computes a convolution: ``gpuconv.explain``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Explanation:
     Attributes
     ----------
     algorithm, reason : str
-        The algorithm that is taken, and why.
+        The algorithm that is used, and the reason.
     refused : tuple of (str, str)
         The other algorithms, each with the reason against it.
     direction : str
@@ -34,17 +34,17 @@ class Explanation:
     geometry : Geometry
         The convolution.
     candidates : tuple of str
-        Variants of the algorithm, such as tile sizes; the first one is taken.
+        Variants of the algorithm, such as tile sizes; the first one is used.
     """
 
     algorithm: str
     reason: str
-    refused: tuple[tuple[str, str], ...]  # (algorithm, reason), of all that were not taken
+    refused: tuple[tuple[str, str], ...]  # (algorithm, reason) of all that are not used
     direction: Direction
     backend: str
     dtype: str
     geometry: Geometry
-    candidates: tuple[str, ...]  # how the algorithm could do it, the way that is taken first
+    candidates: tuple[str, ...]  # variants of the algorithm; the first one is used
     call: Call = field(repr=False)
 
     @property
@@ -95,7 +95,7 @@ def explain(
     precision: Precision | None = None,
     deterministic: bool | None = None,
 ) -> Explanation:
-    """Return which algorithm would compute a convolution, and why not each other one.
+    """Return the algorithm that would compute a convolution, and the reason against each other one.
 
     Parameters
     ----------

@@ -1,8 +1,9 @@
-"""What an algorithm reads and writes: every array as a view with one order of axes, whatever its layout.
+"""Operands and results of algorithms: views with one order of axes for all layouts.
 
     x   (*batch, *input, G, C/G)        w   (*kernel, G, C/G, F/G)        y   (*batch, *output, G, F/G)
 
-Layouts, flipped kernels and memory orders end here: they are strides of these views, and no algorithm knows of them.
+Layouts, flipped kernels and memory orders are expressed by the strides of these views, so that algorithms need no code
+of their own for them.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from gpuconv.plan import Planner
 from gpuconv.types import Activation
 from gpuconv.views import View, contiguous_strides, is_contiguous
 
-MOST_TEMPORARIES = 3  # that reading an operand or finishing a result takes
+MOST_TEMPORARIES = 3  # of reading an operand or finishing a result
 
 Role: TypeAlias = Literal["x", "w", "y", "b"]
-Index: TypeAlias = tuple[Any, ...]  # slices of a canonical view, an Ellipsis among them
+Index: TypeAlias = tuple[Any, ...]  # of a canonical view: slices and ints, possibly with an Ellipsis
 
 
-# What each direction reads and writes, and which of a convolution's arrays that is.
+# The arrays that each direction reads and writes, and their roles: x, w, y or b.
 ARRAYS = {
     "forward": ("x", "w", "y"),
     "data_grad": ("dy", "w", "dx"),
@@ -38,7 +39,7 @@ ROLES: dict[str, Any] = {direction: tuple(name[-1] for name in names) for direct
 
 
 def canonical(array: Any, role: Role, geometry: Geometry) -> Any:
-    """The view of x, w or y (or of its gradient) with the order of axes above; of a bias, (G, channels / G)."""
+    """Return the view of x, w, y or their gradients in the order of axes above; for a bias, (G, channels / G)."""
     if role == "b":
         return array.reshape(geometry.groups, -1)
     if role == "w":
@@ -64,7 +65,7 @@ def _groups_index(groups: slice, role: Role) -> Index:
 
 
 def contiguous(role: Role, dtype: numpy.dtype, geometry: Geometry) -> View:
-    """The canonical view of a C-contiguous x, w or y, with one batch axis."""
+    """Return the canonical view of a C-contiguous x, w or y with one batch axis."""
     flat = replace(geometry, batch=(math.prod(geometry.batch),))
     shape = flat.shape_of(role)
     view: View = canonical(View(0, 0, shape, contiguous_strides(shape, dtype), dtype), role, flat)
@@ -72,7 +73,7 @@ def contiguous(role: Role, dtype: numpy.dtype, geometry: Geometry) -> View:
 
 
 def has_channels_last_memory(shape: Shape, strides: Shape, itemsize: int, geometry: Geometry) -> bool:
-    """Whether a channels_first array lies in memory as a contiguous channels_last one (and not as both)."""
+    """Return whether the memory of a channels_first array is contiguous as channels_last (and not as both)."""
     if geometry.layout == "channels_last" or is_contiguous(shape, strides, itemsize):
         return False
     channel = len(geometry.batch)
@@ -81,30 +82,30 @@ def has_channels_last_memory(shape: Shape, strides: Shape, itemsize: int, geomet
 
 
 def in_place(view: View, dtype: numpy.dtype) -> bool:
-    """Whether sums of this dtype can be read from, or formed in, an array's own memory."""
+    """Return whether sums of this dtype can be read from, or computed in, an array's own memory."""
     return view.dtype == dtype and view.is_aligned
 
 
 @dataclass(frozen=True)
 class Operand:
-    """An array to read, in pieces, in the dtype of the sums."""
+    """An array that is read in pieces, in the dtype of the sums."""
 
     view: View
     conjugate: bool = False
-    y: View | None = None  # the canonical view of y, where the derivative of an activation multiplies what is read
+    y: View | None = None  # the canonical view of y, if the data is multiplied by the derivative of an activation
     activation: Activation | None = None
 
     def is_plain(self, dtype: numpy.dtype) -> bool:
-        """Whether a piece can be used where it lies."""
+        """Return whether a piece can be used in place."""
         return in_place(self.view, dtype) and not self.conjugate and self.activation is None
 
     @property
     def temporaries(self) -> int:
-        """How many arrays of a piece's size a read takes for itself, beside the one that it fills."""
+        """The number of arrays of a piece's size that a read allocates beside the one that it fills."""
         return 0 if self.activation is None else MOST_TEMPORARIES
 
     def read(self, index: Index, into: View, planner: Planner) -> None:
-        """Puts the piece into an array of its shape."""
+        """Read the piece into an array of its shape."""
         planner.copy(into, self.view[index])
         if self.conjugate:
             planner.call(planner.xp.conjugate, into, out=into)
@@ -112,29 +113,29 @@ class Operand:
             planner.call(activations.apply_derivative, into, self.y[index], self.activation, planner.xp)
 
     def of_groups(self, groups: slice, role: Role) -> Operand:
-        """The operand as far as some of the groups go."""
+        """Return the operand restricted to some groups."""
         return self.seen(lambda view: view[_groups_index(groups, role)])
 
     def of_images(self, images: Any) -> Operand:
-        """The operand as far as some images go: an index of its first axes."""
+        """Return the operand restricted to some images, given by an index of its first axes."""
         return self.seen(lambda view: view[images])
 
     def of_channels(self, channels: slice) -> Operand:
-        """The operand as far as some channels of every group go."""
+        """Return the operand restricted to some channels of every group."""
         return self.seen(lambda view: view[..., channels])
 
     def part(self, view: View) -> Operand:
-        """The same with another view of the array."""
+        """Return the operand with another view of the array."""
         return replace(self, view=view)
 
     def seen(self, arrange: Callable[[View], View]) -> Operand:
-        """The same with its elements in another arrangement."""
+        """Return the operand with its views rearranged by ``arrange``."""
         return replace(self, view=arrange(self.view), y=None if self.y is None else arrange(self.y))
 
 
 @dataclass(frozen=True)
 class Result:
-    """An array to write, in pieces; each element is written once, after bias and activation."""
+    """An array that is written in pieces; each element is written once, after bias and activation."""
 
     view: View
     bias: View | None = None  # (G, channels / G), in the dtype of the sums
@@ -142,24 +143,24 @@ class Result:
 
     @property
     def temporaries(self) -> int:
-        """How many arrays of a block's size finishing it takes."""
+        """The number of arrays of a block's size that :meth:`finish` allocates."""
         return 1 if self.activation == "leaky_relu" else 0
 
     def finish(self, block: View, planner: Planner, filters: slice = slice(None)) -> None:
-        """Adds the bias to a block of sums, the last axes of which are (G, filters), and activates it, in place."""
+        """Add the bias to a block of sums with last axes (G, filters), and apply the activation, in place."""
         if self.bias is not None:
             planner.call(planner.xp.add, block, self.bias[:, filters], out=block)
         if self.activation is not None:
             planner.call(activations.apply, block, self.activation, planner.xp)
 
     def store(self, block: View, target: View, planner: Planner, filters: slice = slice(None)) -> None:
-        """Finishes a block of sums and puts it into a part of the result, unless it lies there."""
+        """Finish a block of sums and copy it into a part of the result, unless it is there already."""
         self.finish(block, planner, filters)
         if block is not target:
             planner.copy(target, block)
 
     def fill(self, planner: Planner) -> None:
-        """What every element is that no product reaches."""
+        """Set every element to its value without any product: the bias, after the activation."""
         planner.copy(self.view, 0)
         if self.bias is not None or self.activation == "sigmoid":
             (flat,) = planner.workspace(math.prod(self.view.shape[-2:]))
@@ -169,7 +170,7 @@ class Result:
             planner.copy(self.view, block)
 
     def with_plain_bias(self, planner: Planner) -> Result:
-        """The same with the bias where algorithms can read it: C-contiguous, in the dtype of the sums."""
+        """Return the result with a bias that algorithms can read: C-contiguous, in the dtype of the sums."""
         bias = self.bias
         if bias is None or (in_place(bias, planner.dtype) and is_contiguous(bias.shape, bias.strides, bias.itemsize)):
             return self
@@ -178,15 +179,15 @@ class Result:
         return replace(self, bias=flat.shaped(bias.shape))
 
     def of_groups(self, groups: slice, role: Role) -> Result:
-        """The result as far as some of the groups go."""
+        """Return the result restricted to some groups."""
         bias = None if self.bias is None else self.bias[groups]
         return replace(self, view=self.view[_groups_index(groups, role)], bias=bias)
 
     def of_channels(self, channels: slice) -> Result:
-        """The result as far as some channels of every group go."""
+        """Return the result restricted to some channels of every group."""
         bias = None if self.bias is None else self.bias[:, channels]
         return replace(self, view=self.view[..., channels], bias=bias)
 
     def part(self, index: Index) -> Result:
-        """The result as far as this index goes."""
+        """Return the part of the result at this index."""
         return replace(self, view=self.view[index])

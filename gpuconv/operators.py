@@ -208,7 +208,7 @@ def _csr(w: Array, geometry: Geometry) -> tuple[Array, Array, Array]:
     images = math.prod(geometry.batch)
     x_size, y_size = (math.prod(shape[len(geometry.batch) :]) for shape in (geometry.x_shape, geometry.y_shape))
     rows = numpy.arange(y_size).reshape(geometry.y_shape[len(geometry.batch) :])
-    # w with its axes in the order in which a row meets its inputs, then (G, F/G).
+    # The axes of w in the order of the inputs of a row, then (G, F/G).
     if geometry.layout == "channels_first":
         rows, w = numpy.moveaxis(rows, 0, -1), numpy.moveaxis(w, -2, 0)
     else:
@@ -237,7 +237,7 @@ def _csr(w: Array, geometry: Geometry) -> tuple[Array, Array, Array]:
 
 
 def index_dtype(largest: int) -> Any:
-    """The dtype of indices and of positions of entries."""
+    """Return the dtype of indices and of positions of entries, for values up to ``largest``."""
     return numpy.int32 if largest < 2**31 else numpy.int64
 
 

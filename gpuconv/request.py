@@ -11,7 +11,7 @@ from gpuconv.arrays import Backend
 from gpuconv.geometry import Geometry
 from gpuconv.types import Direction
 
-# On NumPy this fraction of the limit is for the plan of a call (gpuconv/plan.py).
+# On NumPy, 1 / PLAN_SHARE of the limit is reserved for the plan of a call (gpuconv/plan.py).
 PLAN_SHARE = 64
 
 

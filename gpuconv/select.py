@@ -1,8 +1,9 @@
-"""Which algorithm computes a convolution, and why.
+"""Selection of the algorithm of a convolution, with reasons.
 
-An algorithm says what it can do (``why_not``). What ``algorithm="auto"`` takes among those that can is decided here:
-what gpuconv.tune has found fastest for just this convolution, else on NumPy the least of their own estimates
-(``nanoseconds``), and on a GPU rules with their reasons. A named algorithm is taken or refused with its reason.
+Each algorithm tells whether it is applicable (``why_not``). Among the applicable ones, ``algorithm="auto"`` selects the
+one that gpuconv.tune has found fastest for exactly this convolution. Otherwise it selects the smallest estimated time
+(``nanoseconds``) on NumPy, and follows rules with reasons on a GPU. A named algorithm is used, or refused with the
+reason.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ MODULES: dict[str, ModuleType] = {
 }
 ALGORITHMS: tuple[str, ...] = tuple(MODULES)
 
-# What multiplies transforms of its operands: its error is bounded by the largest result, not element by element.
+# Algorithms that multiply transforms of the operands: the largest result bounds their error, not each element.
 TRANSFORMS: tuple[str, ...] = ("winograd", "fft")
 
 
 class Choice(NamedTuple):
-    """An algorithm, and why it is taken."""
+    """An algorithm and the reason why it is used."""
 
     algorithm: str
     reason: str
 
 
 def choose(request: Request, algorithm: str) -> Choice:
-    """The algorithm by name, by what was measured, or by rule; ValueError where the named one cannot do it."""
+    """Return the algorithm by name, measurement or rule; raise ValueError if the named one is not applicable."""
     check_name(algorithm)
     if algorithm != "auto":
         if reason := MODULES[algorithm].why_not(request):
@@ -52,7 +53,7 @@ def choose(request: Request, algorithm: str) -> Choice:
 
 
 def untuned(request: Request) -> Choice:
-    """The algorithm by rule: on NumPy that of the least estimate."""
+    """Return the algorithm by rule: on NumPy the one with the smallest estimate."""
     names = able(request)
     if request.backend.launch is None:
         expected = {name: MODULES[name].nanoseconds(request) for name in names}
@@ -62,12 +63,12 @@ def untuned(request: Request) -> Choice:
 
 
 def able(request: Request) -> list[str]:
-    """The algorithms that can compute it."""
+    """Return the applicable algorithms."""
     return [name for name, module in MODULES.items() if module.why_not(request) is None]
 
 
 def refused(request: Request, taken: str) -> Iterator[tuple[str, str]]:
-    """The algorithms that are not taken, each with the reason."""
+    """Yield the algorithms that are not used, each with the reason."""
     for name, module in MODULES.items():
         if name == taken:
             continue
@@ -83,7 +84,7 @@ def _milliseconds(nanoseconds: float) -> str:
 
 
 def _preferences(request: Request) -> list[Choice]:
-    """Algorithms from the most wanted on where there are kernels, each with the reason; the last accepts everything."""
+    """Return algorithms for GPUs in order of preference, each with the reason; the last one accepts everything."""
     wanted = []
     if implicit_gemm.fills_a_tile(request.geometry, request.direction):
         wanted.append(Choice("implicit_gemm", "there is enough of each group to fill half a tile or more"))
@@ -96,12 +97,12 @@ def _preferences(request: Request) -> list[Choice]:
 
 
 def check_name(algorithm: object) -> None:
-    """ValueError unless it is "auto" or the name of an algorithm."""
+    """Raise ValueError unless it is "auto" or the name of an algorithm."""
     if algorithm != "auto" and (not isinstance(algorithm, str) or algorithm not in MODULES):
         raise ValueError(f"algorithm must be one of auto, {', '.join(ALGORITHMS)}; got {algorithm!r}")
 
 
 def consent(algorithm: str, deterministic: bool | None) -> bool:
-    """Whether additions must have a fixed order: naming an algorithm consents to its own, unless the caller insists."""
+    """Whether additions must have a fixed order. A named algorithm may use any, unless ``deterministic`` is True."""
     required = settings.deterministic(deterministic)
     return required if algorithm == "auto" else bool(deterministic)

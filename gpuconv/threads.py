@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 MOST = 256  # threads of a pool, which starts them when they are needed
-FEW = 1 << 18  # multiplications and additions that BLAS would not share
+FEW = 1 << 18  # multiply-adds, up to which BLAS would not use several threads
 
 
 class _Blas:
@@ -31,12 +31,12 @@ class _Blas:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.limits: list[int] = []
-        self.limit: int | None = None  # the least of them, once it has been set
-        self.before: list[int] = []  # the threads of each library when nobody limits them
-        self._libraries: list[Any] | None = None  # None: not looked for yet
+        self.limit: int | None = None  # the smallest of them, once it has been set
+        self.before: list[int] = []  # the threads of each library without a limit
+        self._libraries: list[Any] | None = None  # None: not searched for yet
 
     def libraries(self) -> list[Any]:
-        """The loaded libraries, found by threadpoolctl; empty without it."""
+        """Return the loaded BLAS libraries that threadpoolctl finds; an empty list without threadpoolctl."""
         if self._libraries is None:
             try:
                 from threadpoolctl import ThreadpoolController
@@ -68,8 +68,8 @@ class _Blas:
             return
         self.limit = limit
         for library, threads in zip(self.libraries(), self.before, strict=True):
-            # Newer threadpoolctl lets only the thread that was first set OpenBLAS, and passes over others in silence,
-            # lest they fight. Here they do not: the lock and the limits are all calls' together.
+            # Newer versions of threadpoolctl let only the first thread set OpenBLAS and silently ignore the others, to
+            # avoid conflicts. There are none here, since all calls share the lock and the limits.
             set_num_threads = getattr(library, "_real_set_num_threads", library.set_num_threads)
             set_num_threads(threads if limit is None else min(threads, limit))
 
@@ -185,5 +185,5 @@ def _started(work: Callable[[], None]) -> Future[None] | None:
     """Start a function in a helper thread with a copy of this context (and numpy.errstate); None if none can start."""
     try:
         return _helpers.pool.submit(contextvars.copy_context().run, work)
-    except RuntimeError:  # no more threads can be had, or the interpreter is about to end
+    except RuntimeError:  # no more threads can be started, or the interpreter is shutting down
         return None

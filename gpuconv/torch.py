@@ -161,12 +161,12 @@ def _called(
         check_bias(b, convolution.geometry.filters)
     else:
         check_bias(b, convolution.geometry.channels)
-        w = w.conj_physical() if w.is_complex() else w  # the transpose is the adjoint with that
+        w = w.conj_physical() if w.is_complex() else w  # data_grad, the adjoint, conjugates it again
     return convolution.result(direction, x, w, b)
 
 
 class _Convolution(NamedTuple):
-    """A convolution and how it is computed: what all its directions have in common."""
+    """A convolution and its settings, which all its directions have in common."""
 
     geometry: Geometry
     algorithm: str
@@ -174,20 +174,20 @@ class _Convolution(NamedTuple):
     deterministic: bool | None
 
     def result(self, direction: Direction, first: Tensor, second: Tensor, b: Tensor | None = None) -> Tensor:
-        """The result of a direction. Autograd is told of it only if a gradient is needed, since that takes time."""
+        """Return the result of a direction. Autograd records it only if a gradient is needed, since that takes time."""
         if _has_gradients(first, second, b):
             return _Differentiable.apply(self, direction, first, second, b)  # type: ignore[no-any-return]
         return self.computed(direction, first, second, b)
 
     def computed(self, direction: Direction, first: Tensor, second: Tensor, b: Tensor | None) -> Tensor:
-        """The same without autograd; w and x are conjugated in the gradients."""
-        # PyTorch says nothing of numbers that overflow.
+        """Return the result of a direction without autograd; w and x are conjugated in the gradients."""
+        # PyTorch does not warn about overflow.
         with _on_stream_of(first.device) if first.is_cuda else numpy.errstate(over="ignore", invalid="ignore"):
             arrays = [_array(tensor) for tensor in (first, second, b) if tensor is not None]
             kind: Kind = "cupy" if first.is_cuda else "numpy"
             call = Call.of(self.geometry, kind, dtypes.promoted(*(array.dtype for array in arrays)), *self[1:])
             out = None
-            if first.is_cuda:  # in memory of PyTorch's allocator, which knows until when streams use it
+            if first.is_cuda:  # from PyTorch's allocator, which tracks how long streams use its memory
                 out = self._empty(ROLES[direction][2], getattr(torch, call.dtype.name), first.device, arrays[0])
             result = call.compute(
                 direction,
@@ -199,24 +199,24 @@ class _Convolution(NamedTuple):
             return _tensor(result) if out is None else out
 
     def _empty(self, role: Role, dtype: torch.dtype, device: torch.device, like: Array) -> Tensor:
-        """An empty tensor for the result; x and y have the memory order of the array ``like``."""
+        """Return an empty tensor for the result; x and y have the memory order of the array ``like``."""
         geometry = self.geometry
         shape = geometry.shape_of(role)
         if role == "w" or not has_channels_last_memory(like.shape, like.strides, like.dtype.itemsize, geometry):
             return torch.empty(shape, dtype=dtype, device=device)
         channel = len(geometry.batch)
         memory = torch.empty((*shape[:channel], *shape[channel + 1 :], shape[channel]), device="meta")
-        # Not a view, which PyTorch would not let its user change in place.
+        # Not a view, because PyTorch would not let the user modify a view in place.
         return torch.empty_strided(shape, memory.movedim(-1, channel).stride(), dtype=dtype, device=device)
 
     def bias_grad(self, gradient: Tensor) -> Tensor:
-        """The sum over all axes except that of the channels."""
+        """Return the sum over all axes except that of the channels."""
         axis = gradient.ndim - 1 if self.geometry.layout == "channels_last" else len(self.geometry.batch)
         return gradient.sum([other for other in range(gradient.ndim) if other != axis])
 
 
 class _Differentiable(torch.autograd.Function):
-    """A direction as a function of its two operands and b. Each of its gradients is another direction."""
+    """The autograd function of a direction, of its two operands and b. Each of its gradients is another direction."""
 
     @staticmethod
     def forward(
@@ -243,7 +243,7 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _cast(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient with respect to an operand that was promoted."""
+    """Return the gradient with respect to an operand that was promoted."""
     if gradient.is_complex() and not dtype.is_complex:
         gradient = gradient.real
     return gradient.to(dtype)
@@ -252,13 +252,13 @@ def _cast(gradient: Tensor, dtype: torch.dtype) -> Tensor:
 # Tensors as arrays.
 
 
-# What conv takes, with the names that gpuconv has for them.
+# The dtypes that conv accepts, with their names in gpuconv.
 DTYPES = {getattr(torch, name): name for name in dtypes.NAMES}
 INTS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _check(**tensors: Tensor | None) -> None:
-    """Raise TypeError or ValueError unless the tensors can be seen as arrays and are on one device."""
+    """Raise TypeError or ValueError unless the tensors can be viewed as arrays and are on one device."""
     device = None
     for name, tensor in tensors.items():
         if tensor is None and name == "b":
@@ -287,7 +287,7 @@ def _has_gradients(*tensors: Tensor | None) -> bool:
 
 @contextlib.contextmanager
 def _on_stream_of(device: torch.device) -> Iterator[None]:
-    """A context in which CuPy computes on a CUDA device, on PyTorch's current stream there."""
+    """Return a context in which CuPy computes on a CUDA device, on PyTorch's current stream there."""
     try:
         import cupy
     except ImportError:
@@ -303,13 +303,13 @@ class _Stream(NamedTuple):
     pointer: int
 
     def __cuda_stream__(self) -> tuple[int, int]:
-        """The version of the protocol, and the stream."""
+        """Return the version of the protocol and the stream."""
         return 0, self.pointer
 
 
 def _array(tensor: Tensor) -> Array:
-    """The memory of a tensor as an array of NumPy or CuPy; conjugated or negated views are resolved."""
-    if tensor.dtype == torch.bfloat16:  # which neither takes from other libraries
+    """Return the memory of a tensor as a NumPy or CuPy array; conjugated or negated views are resolved."""
+    if tensor.dtype == torch.bfloat16:  # neither NumPy nor CuPy accepts it from other libraries
         return _array(tensor.detach().view(torch.int16)).view(dtypes.named("bfloat16"))
     if tensor.is_cuda:
         import cupy
@@ -322,7 +322,7 @@ def _array(tensor: Tensor) -> Array:
 
 
 def _tensor(array: Array) -> Tensor:
-    """The memory of a NumPy array as a tensor."""
+    """Return the memory of a NumPy array as a tensor."""
     if array.dtype.kind == "V":  # bfloat16
         return _tensor(array.view("int16")).view(torch.bfloat16)
     return torch.from_numpy(array)

@@ -1,8 +1,8 @@
-"""What was found fastest on this machine: the answers of gpuconv.tune, on disk between processes.
+"""The results of gpuconv.tune, stored on disk: the fastest algorithms on this machine.
 
-There is a file for each machine, version of the library and build of what computes, in the cache folder. It is written
-beside its place and renamed, so that a reader finds the old one or the new one. A damaged file is passed over with a
-warning, and replaced by the next answers.
+The cache folder contains a file for each machine, version of the library and build of NumPy or CuPy. A file is written
+under a temporary name and renamed, so that a reader sees the old file or the new one. A damaged file is ignored with a
+warning, and replaced when the next result is stored.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from gpuconv.types import Direction
 
 
 def recalled(backend: Backend, geometry: Geometry, dtype: numpy.dtype, direction: Direction) -> str | None:
-    """The algorithm that was fastest for this convolution, None where nobody has asked."""
+    """Return the fastest algorithm for this convolution, or None if it has not been tuned."""
     if not _folder(backend).exists():
         return None
     return _answers(path(backend)).get(_key(geometry, dtype, direction))
 
 
 def remember(backend: Backend, direction: Direction, geometry: Geometry, dtype: numpy.dtype, algorithm: str) -> None:
-    """Puts an answer into the file; the others in it stay."""
+    """Store a result in the file; the other results in it are kept."""
     place = path(backend)
     _answers.cache_clear()
     answers = {**_answers(place), _key(geometry, dtype, direction): algorithm}
@@ -41,7 +41,7 @@ def remember(backend: Backend, direction: Direction, geometry: Geometry, dtype: 
 
 
 def path(backend: Backend) -> Path:
-    """The file for this machine and what computes on it."""
+    """Return the file for this machine and this backend."""
     return _folder(backend) / f"{_digest(backend, backend.device())}.json"
 
 

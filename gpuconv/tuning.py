@@ -1,4 +1,4 @@
-"""Measures which algorithm is fastest on this machine and stores the answer on disk: ``gpuconv.tune``."""
+"""Measurement of the fastest algorithm on this machine, with the result stored on disk: ``gpuconv.tune``."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from gpuconv.benchmark.timing import Clock
 
 TURNS, MOST_SAMPLES = 5, 20
-PROMISING = 4  # times the least estimate, up to which an algorithm is tried
-MARGIN = 0.97  # of the default's time that another one must keep to: less is within the noise
+PROMISING = 4  # an algorithm is tried if its estimate is at most this many times the smallest one
+MARGIN = 0.97  # of the default's time, which a faster algorithm must not exceed: smaller gains are within the noise
 
 
 class Tuned(NamedTuple):
@@ -51,10 +51,10 @@ class Tuned(NamedTuple):
     direction: Direction
     dtype: str
     backend: str
-    default: str  # what is taken untuned
-    fastest: str  # of those whose results are right; the default where none is
-    seconds: dict[str, float]  # of each algorithm that was tried: the median
-    wrong: tuple[str, ...] = ()  # whose results were beyond their bound: never taken
+    default: str  # used without tuning
+    fastest: str  # of those with correct results; the default if there are none
+    seconds: dict[str, float]  # median of each algorithm that was timed
+    wrong: tuple[str, ...] = ()  # algorithms whose results exceeded their error bound
 
     @property
     def gain(self) -> float:
@@ -159,7 +159,7 @@ def tuned_geometry(
 def _tuned(
     problem: Problem, geometry: Geometry, direction: Direction, backend: Backend, clock: Clock, seconds: float
 ) -> Tuned:
-    """Time the algorithms in turns, and store the fastest."""
+    """Time the algorithms alternately, and store the fastest."""
     request = Request(geometry, problem.dtype, direction, backend, limit=settings.workspace_limit())
     default = select.untuned(request).algorithm
     calls, counts, samples, wrong = {}, {}, {}, []
@@ -185,7 +185,7 @@ def _tuned(
 
 
 def _candidates(request: Request) -> list[str]:
-    """Algorithms with a fixed order of additions that apply and are not excluded by their estimate."""
+    """Return the applicable algorithms with a fixed order of additions that their estimates do not exclude."""
     able = select.able(request)
     if request.backend.launch is not None:
         return able

@@ -1,4 +1,4 @@
-"""Types of what a caller writes, for editors and type checkers: names, settings of a convolution, arrays."""
+"""Types of the arguments of public functions, for editors and type checkers: names, settings, arrays."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DtypeLike: TypeAlias = DtypeName | numpy.dtype[Any] | type[Any]
 
 
 class AnyArray(Protocol):
-    """What numpy.ndarray and cupy.ndarray have, and tensors and lists do not."""
+    """Protocol of numpy.ndarray and cupy.ndarray, which tensors and lists do not satisfy."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...

@@ -24,7 +24,7 @@ class View:
     def __init__(
         self, memory: int, offset: int, shape: Shape, strides: Shape, dtype: numpy.dtype, base: int = 0
     ) -> None:
-        self.memory = memory  # its number
+        self.memory = memory  # number of the memory
         self.offset = offset  # bytes from the beginning of the memory to the first element
         self.shape, self.strides, self.dtype = shape, strides, dtype
         self.base = base  # address of the memory, modulo 16
@@ -148,7 +148,7 @@ def merged(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | No
 
 
 def is_contiguous(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
-    """Whether an array with these strides, in bytes, is C-contiguous."""
+    """Return whether an array with these strides, in bytes, is C-contiguous."""
     return 0 in shape or merged(shape, strides) in ((1, 0), (math.prod(shape), itemsize))
 
 

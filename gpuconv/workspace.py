@@ -1,4 +1,4 @@
-"""Workspace: the memory that a call uses beside its result. On NumPy it is kept for the next call."""
+"""Workspace: the memory that a call uses in addition to its result. On NumPy it is kept for the next call."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy
 
 from gpuconv.arrays import Backend
 
-_MOST_KEPT = 8  # buffers, of calls that were at work at the same time
+_MOST_KEPT = 8  # buffers, one for each of several concurrent calls
 
-# Buffers between calls; CuPy's memory pool keeps its own. Any thread takes the last one or adds one, in one step of the
-# interpreter.
+# Buffers kept between calls; CuPy has its own memory pool. Threads need no lock, because pop and append are atomic in
+# the interpreter.
 _kept: list[Any] = []
 _in_graphs: list[Any] = []  # memory of CuPy that CUDA graphs use whenever they are launched
 
@@ -26,7 +26,7 @@ def take(backend: Backend, size: int, limit: int) -> Any:
         return numpy.empty(size, numpy.uint8)
     if size <= kept.size <= max(size, limit):
         return kept
-    del kept  # before another one is made beside it
+    del kept  # free it before another one is allocated
     return numpy.empty(size, numpy.uint8)
 
 

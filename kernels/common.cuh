@@ -1,18 +1,25 @@
-// What all kernels share: numbers, the reading of operands and the finishing of results, and the axes.
+// Definitions that all kernels share: arithmetic on element types, activations, operand loads, the epilogue of one
+// element, and coordinates.
 //
-// The loader puts these in front of this file (gpuconv/gpu/kernel.py):
+// gpuconv/gpu/kernel.py puts these definitions in front of this file:
 //   First, Second  element types of the two operands: x and w (forward), dy and w (data_grad), dy and x (weight_grad)
-//   Result, Sum    element type of the result, and the type that sums are formed in
-//   Index          int, or long long where a tensor needs it
-//   Convolution, Images, Weights, Boxes, Options   structs of extents, of strides in elements, and of choices
+//   Result, Sum    element type of the result, and the type of the accumulators
+//   Index          int, or long long where a tensor needs 64-bit indices
+//   Convolution    extents, strides, dilation and padding of the convolution
+//   Images         strides, in elements, of x or y and their gradients
+//   Weights        strides, in elements, of w or dw
+//   Boxes          extents of the boxes of outputs and taps that a block of scatter_data_grad owns, and of their region
+//   Options        the choices that a kernel is launched with (conjugation, bias, activation and others)
 
 // ---------------------------------------------------------------------------------------------- numbers
 
+// Returns a real element as a built-in floating-point number. half and bfloat16 are storage types and become float.
 DEVICE float real_of(float v) { return v; }
 DEVICE double real_of(double v) { return v; }
 DEVICE float real_of(half v) { return to_float(v); }
 DEVICE float real_of(bfloat16 v) { return to_float(v); }
 
+// Converts an element to type To. half and bfloat16 are made from float, with one rounding to nearest, ties to even.
 template <class To> struct Converted {
     template <class From> static DEVICE To from(From v) { return To(real_of(v)); }
 };
@@ -27,6 +34,7 @@ template <class T> struct Converted<Complex<T>> {
     template <class From> static DEVICE Complex<T> from(Complex<From> v) { return {T(v.real), T(v.imag)}; }
 };
 
+// to += v
 DEVICE void add(float& to, float v) { to += v; }
 DEVICE void add(double& to, double v) { to += v; }
 template <class T> DEVICE void add(Complex<T>& to, Complex<T> v) {
@@ -34,6 +42,7 @@ template <class T> DEVICE void add(Complex<T>& to, Complex<T> v) {
     to.imag += v.imag;
 }
 
+// to += a * b
 template <class T> DEVICE void add_product(T& to, T a, T b) { to += a * b; }
 template <class T> DEVICE void add_product(Complex<T>& to, Complex<T> a, Complex<T> b) {
     to.real += a.real * b.real;
@@ -48,6 +57,7 @@ template <class T> DEVICE bool is_zero(Complex<T> v) { return v.real == 0 && v.i
 template <class T> DEVICE T conjugate(T v) { return v; }
 template <class T> DEVICE Complex<T> conjugate(Complex<T> v) { return {v.real, -v.imag}; }
 
+// Real and imaginary part are two separate additions; for Complex<float> they are one vector instruction on sm_90.
 DEVICE void atomic_add(Complex<float>* to, Complex<float> v) {
     atomic_add(&to->real, make_float2(v.real, v.imag));
 }
@@ -57,11 +67,11 @@ template <class T> DEVICE void atomic_add(Complex<T>* to, Complex<T> v) {
 }
 
 // ---------------------------------------------------------------------------------------------- activations
-// Numbered as in gpuconv/activations.py, 0 being none. Complex results have none.
+// The numbers are those of gpuconv/activations.py; 0 is no activation. Complex results have no activation.
 
 enum { IDENTITY, RELU, LEAKY_RELU, SIGMOID, TANH };
 
-// A comparison that is false for NaN leaves NaN as it is.
+// Returns activation(z). Comparisons with NaN are false, so RELU and LEAKY_RELU return NaN unchanged.
 template <class T> DEVICE T activated(T z, int activation) {
     switch (activation) {
         case RELU: return z < 0 ? T(0) : z;
@@ -73,7 +83,7 @@ template <class T> DEVICE T activated(T z, int activation) {
 }
 template <class T> DEVICE Complex<T> activated(Complex<T> z, int) { return z; }
 
-// dy * activation'(z), where y = activation(z).
+// Returns dy * activation'(z), computed from y = activation(z).
 template <class T> DEVICE T times_derivative(T dy, T y, int activation) {
     switch (activation) {
         case RELU: return y <= 0 ? T(0) : dy;
@@ -87,12 +97,13 @@ template <class T> DEVICE Complex<T> times_derivative(Complex<T> dy, Complex<T>,
 
 // ---------------------------------------------------------------------------------------------- operands and results
 
-// An operand, element by element, in the type of the sums; y, where there is one, has its strides.
+// An operand whose elements are loaded one at a time and converted to Sum. Where `derivative` is an activation, an
+// element is multiplied by its derivative; y is the output of that activation and has the strides of `values`.
 template <class T> struct Operand {
     const T* values;
     const T* y;
     int conjugated;
-    int derivative;  // of this activation, taken from y
+    int derivative;  // the activation, or IDENTITY
 
     DEVICE Sum operator[](Index at) const {
         Sum v = Converted<Sum>::from(values[at]);
@@ -102,7 +113,8 @@ template <class T> struct Operand {
     }
 };
 
-// Stores a sum after bias and activation; bias is (G, channels of a group), in the type of the sums.
+// Epilogue of one element: adds the bias, applies the activation, rounds once and stores. The bias has the shape
+// (G, channels of a group) and the type Sum; `channel` is its flat index.
 DEVICE void finish(Result* result, Index at, Sum sum, const Sum* bias, Index channel, const Options& options) {
     if (options.has_bias) add(sum, bias[channel]);
     result[at] = Converted<Result>::from(activated(sum, options.activation));
@@ -114,7 +126,7 @@ DEVICE Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 
 DEVICE bool inside(Index i, Index extent) { return i >= 0 && i < extent; }
 
-// One element of x or y: image, group, channel within the group, and position.
+// Coordinate of an element of x or y: image, group, channel within the group, and position.
 struct Place {
     Index n, g, channel, at[3];
 
@@ -124,8 +136,8 @@ struct Place {
     }
 };
 
-// The i-th place of an array of images. Channels are counted fastest where they are innermost in memory, else
-// positions are, so that the threads of a warp meet neighbouring elements.
+// Returns the coordinate of the i-th element of x or y. Channels vary fastest where they are innermost in memory,
+// otherwise positions do, so that the accesses of a warp are coalesced.
 DEVICE Place place_of(Index i, const Index (&extent)[3], Index G, Index channels, int channels_innermost) {
     Place place;
     if (channels_innermost) {
@@ -148,7 +160,7 @@ DEVICE Place place_of(Index i, const Index (&extent)[3], Index G, Index channels
     return place;
 }
 
-// The input that a tap shows output o; false where it lies in the padding.
+// Sets the position of the input that a tap multiplies for output o. Returns false if it lies in the padding.
 DEVICE bool input_of(Place& input, const Place& o, const Index (&tap)[3], const Convolution& conv) {
     bool exists = true;
     for (int axis = 0; axis < 3; ++axis) {
@@ -158,7 +170,7 @@ DEVICE bool input_of(Place& input, const Place& o, const Index (&tap)[3], const 
     return exists;
 }
 
-// One element of w: group, channel and filter within the group, and tap.
+// Coordinate of an element of w: group, channel and filter within the group, and tap.
 struct WeightPlace {
     Index g, c, f, tap[3];
 
@@ -168,7 +180,7 @@ struct WeightPlace {
     }
 };
 
-// The i-th element of w, filters counted fastest, then channels, then taps.
+// Returns the coordinate of the i-th element of w. Filters vary fastest, then channels, taps and groups.
 DEVICE WeightPlace weight_place_of(Index i, const Convolution& conv) {
     WeightPlace place;
     place.f = i % conv.F;  // [0, F/G)
@@ -183,7 +195,8 @@ DEVICE WeightPlace weight_place_of(Index i, const Convolution& conv) {
     return place;
 }
 
-// The i-th box of a grid of boxes with these extents that covers `extent`: its first position, and i without it.
+// `extent` is covered by a grid of boxes with the extents `box`. Sets `first` to the first position of box i modulo
+// their number, and returns i divided by their number.
 DEVICE Index take_box(Index (&first)[3], Index i, const Index (&extent)[3], const int (&box)[3]) {
     for (int axis = 2; axis >= 0; --axis) {
         const Index count = ceil_div(extent[axis], box[axis]);

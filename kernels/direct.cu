@@ -1,20 +1,27 @@
-// Every sum by one thread, gathered: the plain twin of every faster kernel, and the one that accepts everything.
+// Direct convolution: one thread computes one sum. These kernels are the reference for the faster ones, and accept
+// every problem that a kernel can take.
 //
 //   forward      y[n, o, f]  = sum over t, c of x[n, o * stride + t * dilation - low, c] w[t, c, f]
-//   data_grad    dx[n, i, c] = sum over f and the t, o with o * stride + t * dilation - low = i of dy[n, o, f] w[t, c, f]
+//   data_grad    dx[n, i, c] = sum over f, and over t, o with o * stride + t * dilation - low = i,
+//                              of dy[n, o, f] w[t, c, f]
 //   weight_grad  dw[t, c, f] = sum over n, o of x[n, o * stride + t * dilation - low, c] dy[n, o, f]
 //
-// A thread owns one element of the result; in weight_grad one element and a slice of the outputs, and a second pass
-// adds the slices up in their order. All orders of summation are fixed by the shapes: the same call gives the same bits.
-// The products of one tap are added up apart from the others, since long sums drift less in two levels.
-// Constants: THREADS. Arrays have any strides.
+// A thread owns one element of the result and gathers its products. In weight_grad it owns one element and one split
+// of the outputs (split-K; a split is called `slice` in the code), and a second kernel adds the splits in order.
+// Every order of summation is fixed by the shapes, so the same call returns the same bits. In forward and data_grad
+// the products of one tap have an accumulator of their own, because two-level summation reduces the rounding error of
+// long sums.
+//
+// Constants: THREADS. Arrays may have any strides.
 
+// y = conv(x, w) with bias and activation. A block computes THREADS consecutive elements of y, in the order of
+// place_of(). A thread owns one of them and iterates over its taps and channels.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 direct_forward(const First* x_values, const First* x_y, const Second* w_values, const Sum* bias,
                Result* y, Convolution conv, Images y_at, Images x_at, Weights w_at, Options options) {
     const Operand<First> x = {x_values, x_y, options.first_conjugated, options.first_derivative};
     const Operand<Second> w = {w_values, nullptr, options.second_conjugated, IDENTITY};
-    const Index i = Index(blockIdx.x) * THREADS + threadIdx.x;  // [0, N G F M P Q) and what rounds it up to blocks
+    const Index i = Index(blockIdx.x) * THREADS + threadIdx.x;  // [0, N G F M P Q), rounded up to whole blocks
     if (i >= conv.N * conv.G * conv.F * conv.output[0] * conv.output[1] * conv.output[2]) return;
     const Place o = place_of(i, conv.output, conv.G, conv.F, options.channels_innermost);
 
@@ -40,9 +47,10 @@ direct_forward(const First* x_values, const First* x_y, const Second* w_values, 
     finish(y, o.offset(y_at), total, bias, o.g * conv.F + o.channel, options);
 }
 
-// The outputs that the taps of one axis bring to an input i: tap 0 brings (i + low) / stride, if that is whole, and every
-// further tap what lies dilation / stride before. Divides once, not at every tap. quotient * stride + remainder is exact
-// at every tap, so where it is negative and the remainder 0, the quotient is negative, and no output's.
+// Iterates over the taps of one axis for an input i, and yields the output that each tap connects with it: for tap t,
+// (i + low - t * dilation) / stride, if that is an integer. The division is done once; next() subtracts
+// dilation / stride. quotient * stride + remainder is exact at every tap. Where it is negative and the remainder is 0,
+// the quotient is negative, so exists() returns false.
 struct OutputOfTap {
     Index quotient, remainder, back, back_remainder;
 
@@ -66,12 +74,15 @@ struct OutputOfTap {
     }
 };
 
+// dx = gradient of the convolution for x, with bias and activation. A block computes THREADS consecutive elements of
+// dx, in the order of place_of(). A thread owns one of them and iterates over the taps that reach it, and over the
+// filters.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 direct_data_grad(const First* dy_values, const First* dy_y, const Second* w_values, const Sum* bias,
                  Result* dx, Convolution conv, Images dy_at, Images dx_at, Weights w_at, Options options) {
     const Operand<First> dy = {dy_values, dy_y, options.first_conjugated, options.first_derivative};
     const Operand<Second> w = {w_values, nullptr, options.second_conjugated, IDENTITY};
-    const Index i = Index(blockIdx.x) * THREADS + threadIdx.x;  // [0, N G C D H W) and what rounds it up to blocks
+    const Index i = Index(blockIdx.x) * THREADS + threadIdx.x;  // [0, N G C D H W), rounded up to whole blocks
     if (i >= conv.N * conv.G * conv.C * conv.input[0] * conv.input[1] * conv.input[2]) return;
     const Place in = place_of(i, conv.input, conv.G, conv.C, options.channels_innermost);
 
@@ -97,7 +108,9 @@ direct_data_grad(const First* dy_values, const First* dy_y, const Second* w_valu
     finish(dx, in.offset(dx_at), total, bias, in.g * conv.C + in.channel, options);
 }
 
-// partial[slice][element of dw]: the sum over outputs [slice * length, (slice + 1) * length) of all N M P Q.
+// First pass of weight_grad. partial[slice][element of dw] is the sum over the outputs
+// [slice * length, (slice + 1) * length) of all N M P Q. A block computes THREADS consecutive elements of `partial`.
+// A thread owns one of them: one weight and one split of the outputs.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 direct_weight_grad(const First* dy_values, const First* dy_y, const Second* x_values, const Second* x_y, Sum* partial,
                    Convolution conv, Images dy_at, Images x_at, Index slices, Index length, Options options) {
@@ -118,7 +131,7 @@ direct_weight_grad(const First* dy_values, const First* dy_y, const Second* x_va
     for (Index output = first; output < last; ++output) {
         Place in = {o.n, at.g, at.c, {}};
         if (input_of(in, o, at.tap, conv)) add_product(sum, x[in.offset(x_at)], dy[o.offset(dy_at)]);
-        // The next output, carrying into the axes before.
+        // Advances to the next output: the last axis varies fastest and carries into those before it, then into n.
         ++o.at[2];
         for (int axis = 2; axis > 0 && o.at[axis] == conv.output[axis]; --axis) {
             o.at[axis] = 0;
@@ -132,7 +145,8 @@ direct_weight_grad(const First* dy_values, const First* dy_y, const Second* x_va
     partial[i] = sum;
 }
 
-// total += the sums of the slices, in their order.
+// Second pass of weight_grad: adds the partial sums of all splits to `total`, in the order of the splits. A block
+// computes THREADS consecutive weights. A thread owns one of them.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 direct_weight_grad_sum(const Sum* partial, Sum* total, Index slices, Index weights) {
     const Index i = Index(blockIdx.x) * THREADS + threadIdx.x;

@@ -1,67 +1,82 @@
-// Implicit GEMM: a convolution as a product of two matrices, whose tiles are gathered as they are needed.
+// Implicit GEMM: a convolution is computed as a product of two matrices. The left one has windows as its rows and is
+// never stored in memory; its tiles are gathered when they are needed.
 //
-//                  rows                       depth, summed over          columns       left     right
+//                  rows                       depth (reduction)           columns       left     right
 //   forward        outputs (n, o)             taps and channels (t, c)    filters f     x        w
 //   data_grad      inputs (n, i)              taps and filters (t, f)     channels c    dy       w
 //   weight_grad    taps and channels (t, c)   outputs (n, o)              filters f     x        dy
 //
-// A block owns a tile of the result, of one group. DEPTH steps of the depth at a time, it copies a tile of each matrix to
-// shared memory (tiles.cuh), while its warps multiply those that came before (products.cuh):
+// A thread block owns a tile of the result of one group. In the main loop it copies a tile of each matrix, DEPTH
+// steps of the reduction long, to shared memory (tiles.cuh), while its warps multiply tiles copied earlier
+// (products.cuh):
 //
 //     left    rows x DEPTH       right   DEPTH x columns       sums   rows x columns
 //         . . .                      . . . . . .                   . . . . . .
 //         . . .                      . . . . . .           +=      . . . . . .
 //         . . .                                                    . . . . . .
 //
-// The left matrix is seen through windows: rows and steps have positions, whose sum says which element of the image
-// they share, or that it is in the padding. Inputs that lie apart by multiples of the stride are reached by the same
-// taps: such a residue is a convolution of stride 1, backwards. So data_grad goes residue by residue, multiplies no zeros
-// between outputs and writes every input once; weight_grad adds up a slice of the outputs at a time, and a second pass
-// adds up the slices. The order of all additions is fixed by the shapes, in forward and data_grad by those of one image.
+// An element of the left matrix is found by adding the positions of its row and its step: the sum is a position in the
+// image, or in the padding, where a predicate makes the element zero.
 //
-// Constants, beside those of tiles.cuh and products.cuh:
-//   DIRECTION                   of the one kernel that is wanted: 0 forward, 1 data_grad, 2 weight_grad
-//   STAGES                      tiles of each matrix in shared memory
-//   LEFT_VECTOR, RIGHT_VECTOR   elements that are copied at once, see Mover
-//   RESULT_VECTOR               elements of the result that are stored at once
-//   AXES                        on which windows may reach over the image: the last ones; 4: told tap by tap (tiles.cuh)
-//   TAPS_INNERMOST              whether steps count taps before channels (or filters)
+// data_grad handles one phase of the stride after another (polyphase decomposition; a phase is called `residue` in
+// the code). The inputs of a phase are a stride apart and are reached by the same taps, so a phase is a convolution
+// of stride 1 whose taps run backwards. No zeros between outputs are multiplied, and every input is written once.
+//
+// weight_grad uses split-K (a split is called `slice` in the code): a block sums over one split of the outputs, and a
+// second pass adds the splits. The order of all additions is fixed by the shapes, in forward and data_grad by those of
+// one image.
+//
+// Constants, in addition to those of tiles.cuh and products.cuh:
+//   DIRECTION                   which kernel is compiled: 0 forward, 1 data_grad, 2 weight_grad
+//   STAGES                      pipeline stages: tiles of each matrix in shared memory
+//   LEFT_VECTOR, RIGHT_VECTOR   elements of a vectorised load; 0: each element is converted, see Mover in tiles.cuh
+//   RESULT_VECTOR               elements of a vectorised store
+//   AXES                        number of last axes on which a position is tested, 0 if windows never leave the image;
+//                               4: one predicate bit for each tap (BY_TAP in tiles.cuh)
+//   TAPS_INNERMOST              whether taps vary faster than channels (or filters) along the depth
 
 constexpr int FORWARD = 0, DATA_GRAD = 1, WEIGHT_GRAD = 2;
 static_assert(DEPTH <= THREADS && (TERMS == 0 || TERMS % DEPTH == 0), "a thread for each step, and whole tiles in a sum");
 
-constexpr int TERM_TURNS = TERMS > 0 ? TERMS / DEPTH : 1;
+constexpr int TERM_TURNS = TERMS > 0 ? TERMS / DEPTH : 1;  // main-loop iterations between flushes of the accumulator
 
+// The loaders of the two tiles. The right matrix has no padding, so its loader tests no positions.
 template <class T> using LeftMover = Mover<T, LEFT_VECTOR, AXES, LeftTile, LEFT_LINES, LEFT_LENGTH>;
 template <class T> using RightMover = Mover<T, RIGHT_VECTOR, 0, RightTile, RIGHT_LINES, RIGHT_LENGTH>;
 
-// Where the spots of rows, steps and columns are kept: those along the lines of a tile as Mover wants them.
+// Indices of rows, steps and columns in Tables. Coordinates that vary along the lines of a tile are in the order that
+// the tile loader reads them in (Mover::shelf); the others are in natural order.
 DEVICE int place_of_row(int i) { return LEFT_ALONG_DEPTH ? i : LeftMover<First>::shelf(i); }
 DEVICE int place_of_left_step(int i) { return LEFT_ALONG_DEPTH ? LeftMover<First>::shelf(i) : i; }
 DEVICE int place_of_column(int i) { return RIGHT_ALONG_DEPTH ? i : RightMover<First>::shelf(i); }
 DEVICE int place_of_right_step(int i) { return RIGHT_ALONG_DEPTH ? RightMover<First>::shelf(i) : i; }
 
-// What the threads of a block share. The tables of steps are of two tiles: that being fetched, and the next.
+// Coordinates of the rows, columns and steps of a block's tiles, in shared memory. The steps are double-buffered: one
+// table for the tile that is being loaded, one for the next.
 struct Tables {
     Spot<AXES> row[TILE_ROWS], left_step[2][DEPTH];
     Spot<0> column[TILE_COLUMNS], right_step[2][DEPTH];
-    Index result_row[TILE_ROWS];  // offsets in the result
+    Index result_row[TILE_ROWS];  // offset in the result of each row's first column
 };
+// The operand tiles of one pipeline stage.
 struct Stage {
     LeftTile left;
     RightTile right;
 };
+// Dynamic shared memory: pipeline stages in the main loop, one staging buffer (slab) for each warp in the epilogue.
 union Shared {
     Stage stages[STAGES];
     Sum slabs[THREADS / 32][SLAB_LINES * SLAB_PITCH];
 };
 
+// Returns the dynamic shared memory of the block.
 DEVICE Shared& shared_tiles() {
     DYNAMIC_SHARED(Shared, shared);
     return *shared;
 }
 
-// A number of four digits with these extents, the first of which counts fastest, that goes on by DEPTH at a time.
+// A mixed-radix counter of four digits with the given extents, of which the first varies fastest. advance() adds DEPTH
+// without a division; spell() splits a number into its digits, and `leap` holds the digits of DEPTH.
 struct Counter {
     Index digit[4], leap[4], extent[4];
 
@@ -88,12 +103,15 @@ struct Counter {
     }
 };
 
+// Whether a value is not NaN, and whether it is finite.
 template <class T> DEVICE bool is_number(T v) { return v == v; }
 template <class T> DEVICE bool is_number(Complex<T> v) { return is_number(v.real) && is_number(v.imag); }
 template <class T> DEVICE bool is_finite(T v) { return v - v == 0; }
 template <class T> DEVICE bool is_finite(Complex<T> v) { return is_finite(v.real) && is_finite(v.imag); }
 
-// The sums of left and right over `depth` steps, of which steps.set() sets up DEPTH more each time.
+// Main loop: adds the product of left and right over `depth` steps of the reduction to the accumulators in
+// `products`. Each call of steps.set() computes the coordinates of the next DEPTH steps. A `turn` is one iteration.
+// On return all tiles have been read, so the epilogue may reuse the shared memory.
 template <class T, class U, class Steps>
 DEVICE void multiply(Products& products, Stage* stages, Tables& tables, const Operand<T>& left, const Operand<U>& right,
                      Steps& steps, Index depth, int rows, int columns, const Index (&extent)[3]) {
@@ -104,11 +122,12 @@ DEVICE void multiply(Products& products, Stage* stages, Tables& tables, const Op
     if (!LEFT_ALONG_DEPTH) left_mover.face(tables.row, rows);
     if (!RIGHT_ALONG_DEPTH) right_mover.face(tables.column, columns);
 
-    // Tiles are fetched STAGES - 1 turns before they are multiplied.
+    // Software pipeline: a tile is loaded STAGES - 1 iterations before it is multiplied. The iterations with turn < 0
+    // fill the pipeline.
     const Index turns = ceil_div(depth, DEPTH);
     for (Index turn = 1 - STAGES; turn < turns; ++turn) {
         copy_async_wait<STAGES - 2>();
-        __syncthreads();  // this turn's tiles and the next one's tables are there; those of the last turn have been read
+        __syncthreads();  // this turn's tiles and the next tables are complete; those of the last turn have been read
         const Index next = turn + STAGES - 1;
         Stage& coming = stages[next % STAGES];
         if (next < turns) {
@@ -135,8 +154,8 @@ DEVICE void multiply(Products& products, Stage* stages, Tables& tables, const Op
     __syncthreads();  // all tiles have been read
 }
 
-// Stores VECTOR sums at a time of the tile's rows and columns that there are. Whether all that this thread stored are
-// numbers.
+// Epilogue: adds the bias, applies the activation, rounds once and stores VECTOR results at a time, where the row and
+// the column exist. Returns whether none of the sums that this thread stored was NaN.
 template <int VECTOR, class To>
 DEVICE bool store(const Products& products, Shared& shared, const Tables& tables, int rows, int columns, To* result,
                   Index column_step, const Sum* bias, const Options& options) {
@@ -158,13 +177,15 @@ DEVICE bool store(const Products& products, Shared& shared, const Tables& tables
 
 // ---------------------------------------------------------------------------------------------- forward, data_grad
 
-// Windows over images: the one of row u begins at origin + u * step, and its taps lie at multiples of jump from there.
+// Iteration over the taps of the windows that the rows are, for each axis. The window of row u has its origin at
+// origin + u * step in the image, and its taps are `jump` apart (the tap stride).
 struct Sweep {
     Index rows[3], origin[3], step[3], jump[3], taps[3];
-    Index first_tap[3], tap_step[3];  // of w
-    Index start[3], spread[3];        // the result of row u is at start + u * spread
+    Index first_tap[3], tap_step[3];  // tap k of the window is tap first_tap + k * tap_step of w
+    Index start[3], spread[3];        // row u is at start + u * spread in the result (spread: the output stride)
 };
 
+// The windows of forward: rows are outputs.
 DEVICE Sweep sweep_of_outputs(const Convolution& conv) {
     Sweep sweep;
     for (int axis = 0; axis < 3; ++axis) {
@@ -188,8 +209,9 @@ DEVICE Index common_divisor(Index a, Index b) {
     return a;
 }
 
-// The inputs start, start + stride, ... of every axis. Tap t brings input i to output (i + low - t * dilation) / stride
-// where that is whole: for one of the first `apart` taps at most, and every `apart`-th from there.
+// The windows of data_grad for one phase of the stride: rows are the inputs start, start + stride, ... of every axis.
+// Tap t connects input i with output (i + low - t * dilation) / stride where that is an integer. That holds for at
+// most one of the first `apart` taps, and for every `apart`-th tap from there on.
 DEVICE Sweep sweep_of_residue(const Convolution& conv, const Index (&start)[3]) {
     Sweep sweep;
     for (int axis = 0; axis < 3; ++axis) {
@@ -211,10 +233,11 @@ DEVICE Sweep sweep_of_residue(const Convolution& conv, const Index (&start)[3]) 
     return sweep;
 }
 
-// Sets up the steps of a sweep: taps, and channels of the images.
+// Computes the coordinates of the steps of forward and data_grad. A step is a tap and a channel of the images; thread i
+// owns step i of each tile.
 struct SweepSteps {
     Counter counter;
-    Index left_offset[4], right_offset[4], jump[3];  // of each digit
+    Index left_offset[4], right_offset[4], jump[3];  // strides that belong to each digit
     Index remaining;
 
     static constexpr int CHANNEL = TAPS_INNERMOST ? 3 : 0, FIRST_TAP = TAPS_INNERMOST ? 0 : 1;
@@ -253,7 +276,8 @@ struct SweepSteps {
     }
 };
 
-// One tile of result[row, column] = sum over taps and channels of images[row, tap, channel] w[tap, channel, column].
+// Computes one tile of result[row, column] = sum over taps and channels of images[row, tap, channel]
+// w[tap, channel, column], which is forward and each phase of data_grad.
 struct Gather {
     const Operand<First> images;
     const Operand<Second> w;
@@ -291,8 +315,10 @@ struct Gather {
                 mend(tables, rows, columns_here, bias_here);
     }
 
+    // The length of the reduction.
     DEVICE Index depth() const { return sweep.taps[0] * sweep.taps[1] * sweep.taps[2] * channels; }
 
+    // Sets the coordinates of the tile's rows and columns; those that do not exist stay zero.
     DEVICE void set(Tables& tables, Index g, Index row0, int rows, Index column0, int columns_here) const {
         for (int r = threadIdx.x; r < TILE_ROWS; r += THREADS) {
             Spot<AXES> spot = {};
@@ -314,7 +340,7 @@ struct Gather {
             tables.column[place_of_column(c)].offset = c < columns_here ? first.offset(w_at) + (column0 + c) * w_column : 0;
     }
 
-    // The bits of the taps that a window which begins there shows in the image.
+    // Returns the predicate bits of a window with this origin: the bit of a tap is set if the tap is inside the image.
     DEVICE unsigned taps_seen(const Index (&begin)[3]) const {
         unsigned bits = 0;
         if constexpr (AXES == BY_TAP)
@@ -328,9 +354,11 @@ struct Gather {
         return bits;
     }
 
-    // Beyond the outputs dy was taken for zero; but zero times infinity is no number, and a convolution has no such
-    // product. So where a sum is none and weights are infinite, it is formed again of the products that there are.
+    // Non-finite fallback of data_grad. The main loop takes dy as zero beyond the outputs. If the weight is Inf or
+    // NaN, such a product is NaN, although it is no part of the convolution. So where a sum is NaN and the tile has
+    // non-finite weights, mend() recomputes it from the products that exist.
 
+    // Whether all weights of the tile's columns that this thread tests are finite.
     DEVICE bool weights_are_finite(const Tables& tables, int columns_here) const {
         for (Index step = threadIdx.x; step < depth(); step += THREADS) {
             const Place at = tap_and_channel(step);
@@ -340,6 +368,7 @@ struct Gather {
         return true;
     }
 
+    // Recomputes the results of the tile that are NaN, one thread for each.
     DEVICE void mend(const Tables& tables, int rows, int columns_here, const Sum* bias_here) const {
         for (int e = threadIdx.x; e < rows * columns_here; e += THREADS) {
             const int r = e / columns_here, c = e % columns_here;
@@ -361,8 +390,10 @@ struct Gather {
         }
     }
 
+    // Returns the tap and the channel of a step, in the order with channels innermost.
     DEVICE Place tap_and_channel(Index step) const { return place_of(step, sweep.taps, 1, channels, true); }
 
+    // Returns the offset in w of a tap and channel, relative to the first tap of a column.
     DEVICE Index offset_in_w(const Place& at) const {
         Index offset = at.channel * w_channel;
         for (int axis = 0; axis < 3; ++axis) offset += at.at[axis] * sweep.tap_step[axis] * w_at.axis[axis];
@@ -370,7 +401,9 @@ struct Gather {
     }
 };
 
-// Blocks: columns of a tile first, then groups, then rows.
+// y = conv(x, w) with bias and activation. A block computes a tile of TILE_ROWS outputs x TILE_COLUMNS filters of one
+// group of y; a thread owns the accumulators that the warp's product gives it (products.cuh). Blocks: column tiles
+// vary fastest, then groups, then row tiles.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 implicit_gemm_forward(const First* x_values, const First* x_y, const Second* w_values, const Sum* bias, Result* y,
                       Convolution conv, Images y_at, Images x_at, Weights w_at, Options options) {
@@ -387,7 +420,10 @@ implicit_gemm_forward(const First* x_values, const First* x_y, const Second* w_v
     }
 }
 
-// Blocks: columns of a tile first, then groups, then rows, then residues; `row_tiles` are those of the longest residue.
+// dx = gradient of the convolution for x, with bias and activation. A block computes a tile of TILE_ROWS inputs, of
+// one phase of the stride, x TILE_COLUMNS channels of one group of dx; a thread owns the accumulators that the warp's
+// product gives it. Blocks: column tiles vary fastest, then groups, row tiles and phases. `row_tiles` is the number
+// of row tiles of the longest phase.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 implicit_gemm_data_grad(const First* dy_values, const First* dy_y, const Second* w_values, const Sum* bias, Result* dx,
                         Convolution conv, Images dy_at, Images dx_at, Weights w_at, Index row_tiles, Options options) {
@@ -416,10 +452,11 @@ implicit_gemm_data_grad(const First* dy_values, const First* dy_y, const Second*
 
 // ---------------------------------------------------------------------------------------------- weight_grad
 
-// Sets up the steps of a slice: outputs, from `first` on.
+// Computes the coordinates of the steps of weight_grad. A step is an output, from `first` on; thread i owns step i of
+// each tile.
 struct OutputSteps {
     Counter counter;
-    Index left_offset[4], right_offset[4], left_first, stride[3], low[3];
+    Index left_offset[4], right_offset[4], left_first, stride[3], low[3];  // left_first: x offset of output 0's window
     Index remaining;
 
     DEVICE OutputSteps(const Convolution& conv, Index first, Index outputs, const Images& x_at, const Images& dy_at)
@@ -457,8 +494,10 @@ struct OutputSteps {
     }
 };
 
-// partial[slice][g][tap][c][f] = sum over outputs [slice * length, (slice + 1) * length) of all N M P Q.
-// Blocks: columns of a tile first, then rows, then groups, then slices.
+// First pass of weight_grad: partial[slice][g][tap][c][f] = sum over outputs [slice * length, (slice + 1) * length)
+// of all N M P Q. A block computes a tile of TILE_ROWS taps and channels x TILE_COLUMNS filters of one group, for one
+// split; a thread owns the accumulators that the warp's product gives it. Blocks: column tiles vary fastest, then row
+// tiles, groups and splits.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 implicit_gemm_weight_grad(const First* dy_values, const First* dy_y, const Second* x_values, const Second* x_y,
                           Sum* partial, Convolution conv, Images dy_at, Images x_at, Index slices, Index length,
@@ -504,7 +543,9 @@ implicit_gemm_weight_grad(const First* dy_values, const First* dy_y, const Secon
     }
 }
 
-// dw = total = the sum of the slices, in their order, and before them the total of earlier images where it is `carried`.
+// Second pass of weight_grad: total = the sum of the splits, in order, and dw = total, rounded once. If `carried` is
+// not 0, the sum starts from the total of earlier images. A block computes THREADS consecutive weights; a thread owns
+// one.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 implicit_gemm_weight_grad_sum(const Sum* partial, Sum* total, Result* dw, Convolution conv, Weights dw_at, Index slices,
                               Index carried) {

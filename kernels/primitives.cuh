@@ -1,17 +1,17 @@
-// Types that have no C++ spelling, and thin functions around the instructions that have none. All PTX is here.
+// Types and instructions that C++ lacks: storage types, and thin functions around PTX. All PTX is in this file.
 //
-// Nothing is included: NVRTC alone compiles this. What an architecture lacks is either done another way (bfloat16
-// conversion, vector atomics) or left out, so that using it does not compile (cp.async, bfloat16 and TF32 products
-// below sm_80).
+// Nothing is included, so NVRTC alone compiles this file. Where an architecture lacks an instruction, the function is
+// either implemented with others (bfloat16 conversion, vector atomics) or not defined, so that a use of it does not
+// compile (cp.async, bfloat16 and TF32 products below sm_80).
 
 #define DEVICE __device__ __forceinline__
 
-// Shared memory whose size the launch gives: an array of T called name.
+// Declares dynamic shared memory, whose size the launch gives, as an array of T called name.
 #define DYNAMIC_SHARED(T, name)                                       \
     extern __shared__ __align__(16) unsigned char name##_bytes[];     \
     T* const name = reinterpret_cast<T*>(name##_bytes)
 
-struct half { unsigned short bits; };      // storage only: arithmetic is done in float
+struct half { unsigned short bits; };      // storage only; arithmetic is in float
 struct bfloat16 { unsigned short bits; };  // storage only
 
 template <class T> struct __align__(8) Complex { T real, imag; };
@@ -42,7 +42,8 @@ DEVICE bfloat16 to_bfloat16(float f) {
     return b;
 }
 #else
-// To the nearest, ties to even, by adding just under half of what is cut off; NaN must not round to Inf.
+// To the nearest, ties to even: adds just under half of the last place that is kept, and truncates. NaN is returned
+// separately, because the addition could turn it into Inf.
 DEVICE bfloat16 to_bfloat16(float f) {
     const unsigned u = __float_as_uint(f);
     if ((u & 0x7fffffffu) > 0x7f800000u) return {0x7fff};
@@ -51,7 +52,7 @@ DEVICE bfloat16 to_bfloat16(float f) {
 #endif
 
 #if __CUDA_ARCH__ >= 800
-// The nearest TF32 number, ties away from zero, in the bits of a float.
+// Returns the nearest TF32 number, ties away from zero, as the bits of a float.
 DEVICE unsigned to_tf32(float f) {
     unsigned u;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(u) : "f"(f));
@@ -60,14 +61,14 @@ DEVICE unsigned to_tf32(float f) {
 #endif
 
 // ---------------------------------------------------------------------------------------------- atomic addition
-// Into global memory, without a result: the memory adds, and the thread goes on.
+// Atomic additions to global memory. They return no value, so the thread does not wait for them.
 
 DEVICE void atomic_add(float* to, float value) { atomicAdd(to, value); }
 #if __CUDA_ARCH__ >= 600
 DEVICE void atomic_add(double* to, double value) { atomicAdd(to, value); }
 #endif
 
-DEVICE void atomic_add(float* to, float2 value) {  // to: a multiple of 8 bytes
+DEVICE void atomic_add(float* to, float2 value) {  // to: aligned to 8 bytes
 #if __CUDA_ARCH__ >= 900
     asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(value.x), "f"(value.y) : "memory");
 #else
@@ -76,7 +77,7 @@ DEVICE void atomic_add(float* to, float2 value) {  // to: a multiple of 8 bytes
 #endif
 }
 
-DEVICE void atomic_add(float* to, float4 value) {  // to: a multiple of 16 bytes
+DEVICE void atomic_add(float* to, float4 value) {  // to: aligned to 16 bytes
 #if __CUDA_ARCH__ >= 900
     asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
                  ::"l"(to), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w) : "memory");
@@ -100,13 +101,14 @@ DEVICE void atomic_add(bfloat162* to, bfloat162 value) {
 }
 #endif
 
-// ---------------------------------------------------------------------------------------------- copies into shared memory
+// ---------------------------------------------------------------------------------------------- asynchronous copies
 
+// Returns the address in the shared memory space that PTX instructions take.
 DEVICE unsigned shared_address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
 
 #if __CUDA_ARCH__ >= 800
-// Starts a copy of BYTES (4, 8 or 16) from global to shared memory; of these the first `present` are read, the others
-// become zeros. Both addresses are multiples of BYTES.
+// Starts an asynchronous copy of BYTES (4, 8 or 16) from global to shared memory. Only the first `present` bytes are
+// read; the others are filled with zeros. Both addresses must be multiples of BYTES.
 template <int BYTES> DEVICE void copy_async(void* to, const void* from, int present = BYTES) {
     static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
     if (BYTES == 16)
@@ -117,33 +119,34 @@ template <int BYTES> DEVICE void copy_async(void* to, const void* from, int pres
                      ::"r"(shared_address(to)), "l"(from), "n"(BYTES), "r"(present) : "memory");
 }
 
-// Makes one group of the copies that this thread started since the last group.
+// Commits the copies that this thread started since the last commit as one group.
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most PENDING groups of this thread are under way. Other threads see the data after a barrier.
+// Waits until at most PENDING groups of this thread are pending. Other threads see the data after a barrier.
 template <int PENDING> DEVICE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 #endif
 
-// ---------------------------------------------------------------------------------------------- matrix products of a warp
-// d += a b, every lane holding its share. In the fragments below, g = lane / 4 and t = lane % 4; two 16-bit numbers
-// share a register, the lower column (of a) or row (of b) in its lower half.
+// ---------------------------------------------------------------------------------------------- warp matrix products
+// d += a b, where each lane holds a fragment of a, b and d. The comments below list the (row, column) of the elements
+// of a fragment, in the order of its registers, with g = lane / 4 and t = lane % 4. Two 16-bit elements share a
+// register; the lower half holds the one with the lower column (of a) or row (of b).
 
-// Four 8x8 matrices of 16-bit elements: lane 8 m + r gives the address of row r of matrix m, a multiple of 16 bytes,
-// and result m holds elements (g, 2t) and (g, 2t + 1) of matrix m.
+// Loads four 8x8 matrices of 16-bit elements. Lane 8 m + r passes the address of row r of matrix m, a multiple of 16
+// bytes. result[m] receives the elements (g, 2t) and (g, 2t + 1) of matrix m.
 DEVICE void load_matrices(unsigned (&result)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
                  : "r"(shared_address(row)) : "memory");
 }
 
-// The same with every matrix transposed: elements (2t, g) and (2t + 1, g).
+// The same with each matrix transposed: result[m] receives the elements (2t, g) and (2t + 1, g).
 DEVICE void load_matrices_transposed(unsigned (&result)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
                  : "r"(shared_address(row)) : "memory");
 }
 
-// d 16x8: (g, 2t) (g, 2t+1) (g+8, 2t) (g+8, 2t+1) in all products but those of float64.
+// d 16x8: (g, 2t) (g, 2t+1) (g+8, 2t) (g+8, 2t+1) in all products except those of float64.
 // a 16x8: (g, 2t..) (g+8, 2t..); b 8x8: (2t.., g).
 DEVICE void multiply_16x8x8(float (&d)[4], const unsigned (&a)[2], unsigned b, half) {
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"

@@ -1,19 +1,26 @@
-// Products of two tiles, rows x depth by depth x columns, added up in registers.
+// Products of two tiles, (rows x depth) times (depth x columns), accumulated in registers, and the part of the epilogue
+// that brings the sums into the order of the result.
 //
-// The warps of a block share its tile: each has WARP_ROWS x WARP_COLUMNS of the sums. Long sums drift; so after TERMS
-// terms (if that is not 0) they are added to totals, and begin anew. A warp leaves its sums in slabs, a few rows or
-// columns at a time, which it lays out in shared memory as they lie in the result.
+// Each warp of a block owns a warp tile of WARP_ROWS x WARP_COLUMNS sums. To limit the error of long sums, the
+// accumulator `running` is flushed to a second-level accumulator `total` after every TERMS terms (never, if TERMS is
+// 0): settle(). In the epilogue a warp writes its sums, a few rows or columns at a time, to a staging buffer in
+// shared memory (slab), and reads them in the memory order of the result.
 //
-// The loader puts in front of this file, beside what tiles.cuh is given:
-//   TILE_ROWS, TILE_COLUMNS, WARP_ROWS, WARP_COLUMNS, DEPTH (of a tile), TERMS
-//   LEFT_ALONG_DEPTH, RIGHT_ALONG_DEPTH   which way the lines of a tile go
-//   RESULT_ALONG_ROWS                     which way neighbours lie in the result
-//   TENSOR_PRODUCTS                       on tensor cores, how many make one product: 3 for tf32x3, else 1; 0 without
+// gpuconv/gpu/kernel.py puts these definitions in front of this file, in addition to those for tiles.cuh:
+//   TILE_ROWS, TILE_COLUMNS               extents of a block's tile
+//   WARP_ROWS, WARP_COLUMNS               extents of a warp's part of it
+//   DEPTH                                 steps of the reduction in a tile
+//   TERMS                                 terms of a sum between two flushes of the accumulator
+//   LEFT_ALONG_DEPTH, RIGHT_ALONG_DEPTH   whether the lines of a tile run along the depth
+//   RESULT_ALONG_ROWS                     whether rows, not columns, are contiguous in the result
+//   TENSOR_PRODUCTS                       tensor-core products that make one product: 3 for tf32x3, otherwise 1;
+//                                         0 without tensor cores
 
 constexpr int WARP_TILES_ACROSS = TILE_COLUMNS / WARP_COLUMNS;
 static_assert(TILE_ROWS / WARP_ROWS * WARP_TILES_ACROSS * 32 == THREADS, "warps share the tile evenly");
 
-// Single elements are read of tiles along rows or columns where ldmatrix cannot transpose, and of all tiles of float64.
+// Fragments are read element by element where ldmatrix cannot transpose, which are 32-bit elements of tiles along
+// rows or columns, and always for float64. Such tiles need the other swizzle (TURN in tiles.cuh).
 constexpr bool SINGLE = TENSOR_PRODUCTS > 0 && sizeof(Element) > 2;
 constexpr int LEFT_TURN = SINGLE && (!LEFT_ALONG_DEPTH || sizeof(Element) == 8) ? 2 : 1;
 constexpr int RIGHT_TURN = SINGLE && (!RIGHT_ALONG_DEPTH || sizeof(Element) == 8) ? 2 : 1;
@@ -23,10 +30,11 @@ constexpr int RIGHT_LINES = RIGHT_ALONG_DEPTH ? TILE_COLUMNS : DEPTH, RIGHT_LENG
 using LeftTile = Tile<LEFT_LINES, LEFT_LENGTH, LEFT_TURN>;
 using RightTile = Tile<RIGHT_LINES, RIGHT_LENGTH, RIGHT_TURN>;
 
+// The first row and column of the warp tile in the block's tile.
 DEVICE int warp_row() { return threadIdx.x / 32 / WARP_TILES_ACROSS * WARP_ROWS; }
 DEVICE int warp_column() { return threadIdx.x / 32 % WARP_TILES_ACROSS * WARP_COLUMNS; }
 
-// total += running, which begins anew.
+// Flushes the accumulator: total += running, and running = 0.
 template <class T, int ROWS, int COLUMNS, int COUNT>
 DEVICE void settle(T (&total)[ROWS][COLUMNS][COUNT], T (&running)[ROWS][COLUMNS][COUNT]) {
 #pragma unroll
@@ -42,15 +50,16 @@ DEVICE void settle(T (&total)[ROWS][COLUMNS][COUNT], T (&running)[ROWS][COLUMNS]
 
 // ---------------------------------------------------------------------------------------------- one product at a time
 //
-// The lanes of a warp form a grid of 4 x 8. A lane reads 16 bytes at once: of tiles along the depth a few steps of one
-// of its rows, of others a few of its rows of one step. So its rows lie apart in the first, and in chunks in the
-// second case; its columns likewise.
+// The lanes of a warp form a grid of 4 x 8. A lane loads 16 bytes at once: some steps of one of its rows if the tile
+// runs along the depth, otherwise some of its rows of one step. So the rows of a lane are LANES apart in the first
+// case, and come in chunks of neighbours in the second. The same holds for its columns.
 
+// Returns the index in the warp tile of the i-th row (or column) of a lane.
 template <bool ALONG_DEPTH, int LANES> DEVICE int index_of(int lane, int i) {
     return ALONG_DEPTH ? lane + i * LANES : (i / CHUNK * LANES + lane) * CHUNK + i % CHUNK;
 }
 
-// part[k][i] = element (index_of(first + i), k0 + k)
+// Loads operands to registers: part[k][i] = element (index_of(first + i), k0 + k).
 template <bool ALONG_DEPTH, int LANES, class T, int STEPS, int COUNT, class Matrix>
 DEVICE void read_part(T (&part)[STEPS][COUNT], const Matrix& tile, int origin, int lane, int first, int k0) {
     using Chunk = Numbers<T, CHUNK>;
@@ -75,6 +84,7 @@ DEVICE void read_part(T (&part)[STEPS][COUNT], const Matrix& tile, int origin, i
     }
 }
 
+// The product of two tiles without tensor cores, one multiply-add at a time. A lane owns ROWS x COLUMNS sums.
 template <class T> struct PlainProducts {
     static constexpr int LANE_ROWS = 4, LANE_COLUMNS = 8, FOUR = 4;
     static constexpr int ROWS = WARP_ROWS / LANE_ROWS, COLUMNS = WARP_COLUMNS / LANE_COLUMNS;  // of a lane
@@ -119,16 +129,16 @@ template <class T> struct PlainProducts {
 };
 
 // ---------------------------------------------------------------------------------------------- tensor cores
-// See primitives.cuh for which lane has what of a fragment. g = lane / 4, t = lane % 4.
+// primitives.cuh says which elements of a fragment a lane holds. g = lane / 4, t = lane % 4.
 
 #if __CUDA_ARCH__ >= 800
 DEVICE int lane() { return threadIdx.x % 32; }
 
-// Where a lane reads the fragments of 16 rows (left) or of two times 8 columns (right), STEPS at a time. A tile's chunks
-// lie in an order of each line's own, which is the same 8 lines further on; so few places are all there are to find.
+// Loads the fragments of 16 rows (left) or of two times 8 columns (right), STEPS steps at a time, with ldmatrix. The
+// swizzle of a line is that of the line 8 further on, so a lane computes only PLACES addresses, in the constructor.
 //
-// By four 8x8 matrices of 16-bit elements (8x4 of 32 bits), of which two lie one after the other along i, and two along
-// k: in the order (i, k) = (0, 0) (1, 0) (0, 1) (1, 1) if LEFT, else (0, 0) (0, 1) (1, 0) (1, 1).
+// A load is four 8x8 matrices of 16-bit elements (8x4 of 32 bits), two along i (rows or columns) and two along k
+// (steps). Their order is (i, k) = (0, 0) (1, 0) (0, 1) (1, 1) if LEFT, otherwise (0, 0) (0, 1) (1, 0) (1, 1).
 template <bool ALONG_DEPTH, bool LEFT, int COUNT, int STEPS, class Matrix> struct MatrixReader {
     static constexpr int PLACES = ALONG_DEPTH ? DEPTH / STEPS : COUNT;
     int places[PLACES];
@@ -149,8 +159,9 @@ template <bool ALONG_DEPTH, bool LEFT, int COUNT, int STEPS, class Matrix> struc
     }
 };
 
-// One by one: there is no transposing load of 32 bits. A warp begins at a multiple of 32 along the lines, or has but 16;
-// so 8 and 16 places further on are bits that are still 0, and exchanging chunks flips them like others.
+// Loads fragments element by element, because ldmatrix does not transpose 32-bit elements. The warp tile begins at a
+// multiple of 32 along the lines, or has only 16 elements along them. So the bits 8 and 16 of the index are 0 before
+// the swizzle; since the swizzle is an XOR, adding 8 or 16 to the index is an XOR of the swizzled address.
 template <bool LEFT, int COUNT, int STEPS, class Matrix> struct SingleReader {
     static_assert(COUNT == 1 || COUNT % 2 == 0, "warps begin at multiples of 32");
     int first;
@@ -166,6 +177,7 @@ template <bool LEFT, int COUNT, int STEPS, class Matrix> struct SingleReader {
     }
 };
 
+// The tensor-core instruction of an element type, its steps, and the reader of its fragments.
 template <class T> struct Fragments {  // half, bfloat16
     static constexpr int STEPS = 16;
 
@@ -175,6 +187,7 @@ template <class T> struct Fragments {  // half, bfloat16
         multiply_16x8x16(d, a, b, T{});
     }
 };
+// The reader of float: ldmatrix for tiles along the depth, otherwise element by element.
 template <bool ALONG_DEPTH, bool LEFT, int COUNT, class Matrix> struct FloatReader
     : MatrixReader<ALONG_DEPTH, LEFT, COUNT, 8, Matrix> {
     using MatrixReader<ALONG_DEPTH, LEFT, COUNT, 8, Matrix>::MatrixReader;
@@ -197,8 +210,9 @@ template <> struct Fragments<float> {  // rounded to TF32
         }
     };
 
-    // A float as the sum of two TF32 numbers, but for a rest that is too small to matter. `finite` is `large`, or 0 for
-    // NaN and Inf: their products with the small parts of others, most of which are 0, would be NaN.
+    // Splits a float into the sum of two TF32 numbers, `large` and `small`, for tf32x3; the remainder is negligible.
+    // `finite` is `large`, or 0 for NaN and Inf, because products of Inf with the small parts of others, most of which
+    // are 0, would be NaN.
     template <int COUNT> struct Parts {
         unsigned large[COUNT], finite[COUNT], small[COUNT];
 
@@ -206,8 +220,8 @@ template <> struct Fragments<float> {  // rounded to TF32
 #pragma unroll
             for (int e = 0; e < COUNT; ++e) {
                 const float v = __uint_as_float(bits[e]);
-                large[e] = v == v ? to_tf32(v) : NOT_A_NUMBER;  // a NaN may have none of the bits that TF32 has
-                if (is_special(large[e]) && !is_special(bits[e])) large[e] = bits[e] & TF32_BITS;  // not rounded to Inf
+                large[e] = v == v ? to_tf32(v) : NOT_A_NUMBER;  // the TF32 bits of a NaN may be those of Inf
+                if (is_special(large[e]) && !is_special(bits[e])) large[e] = bits[e] & TF32_BITS;  // no overflow to Inf
                 finite[e] = is_special(large[e]) ? 0 : large[e];
                 small[e] = is_special(large[e]) ? 0 : to_tf32(v - __uint_as_float(large[e]));
             }
@@ -229,6 +243,8 @@ template <> struct Fragments<float> {  // rounded to TF32
     }
 };
 
+// The product of two tiles on tensor cores, for all types except float64. A warp owns ROWS x COLUMNS fragments
+// of 16x8 sums.
 template <class T> struct TensorProducts {
     using Fragment = Fragments<T>;
     static constexpr int ROWS = WARP_ROWS / 16, COLUMNS = WARP_COLUMNS / 8;  // fragments of a warp
@@ -242,8 +258,8 @@ template <class T> struct TensorProducts {
     const LeftReader left_reader = LeftReader(warp_row());
     const RightReader right_reader = RightReader(warp_column());
 
-    // The fragments of the next steps are read while the products of these are formed. Copying may have left lanes apart,
-    // and ldmatrix and mma ask for all of a warp.
+    // The fragments of the next steps are loaded while the current ones are multiplied. The lanes may have diverged
+    // in the tile loader; ldmatrix and mma need a converged warp.
     DEVICE void add(const LeftTile& left, const RightTile& right) {
         __syncwarp();
         unsigned a[2][ROWS][4], b[2][COLUMNS / 2][4];
@@ -286,8 +302,8 @@ template <class T> struct TensorProducts {
     }
 };
 
-// Where a lane reads element (8 number + lane / 4, k + lane % 4) of a warp's part of a tile, k being a multiple of 4. What
-// is told by bits that are still 0 in the first place may be flipped in any order of chunks, as in SingleReader.
+// Loads element (8 number + lane / 4, k + lane % 4) of a warp tile, where k is a multiple of 4. Index bits that are 0
+// in the first address may be set by an XOR of the swizzled address, as in SingleReader.
 template <bool ALONG_DEPTH, class Matrix> struct DoubleReader {
     int first;
 
@@ -301,6 +317,7 @@ template <bool ALONG_DEPTH, class Matrix> struct DoubleReader {
     }
 };
 
+// The product of two tiles of float64 on tensor cores. A warp owns ROWS x COLUMNS fragments of 8x8 sums.
 template <class T> struct DoubleProducts {
     static constexpr int ROWS = WARP_ROWS / 8, COLUMNS = WARP_COLUMNS / 8, STEPS = 4;
     static constexpr int SLAB_ROWS = 16, SLAB_COLUMNS = 16;
@@ -311,7 +328,7 @@ template <class T> struct DoubleProducts {
         DoubleReader<RIGHT_ALONG_DEPTH, RightTile>(warp_column());
 
     DEVICE void add(const LeftTile& left, const RightTile& right) {
-        __syncwarp();  // before mma, as above
+        __syncwarp();  // mma needs a converged warp, as above
 #pragma unroll
         for (int k = 0; k < DEPTH; k += STEPS) {
             T a[ROWS], b[COLUMNS];
@@ -341,6 +358,7 @@ template <class T> struct DoubleProducts {
 };
 #endif
 
+// Products: the struct that the constants select.
 template <bool ON_TENSOR_CORES, class T> struct Chosen {
     using Products = PlainProducts<T>;
 };
@@ -354,15 +372,17 @@ template <> struct Chosen<true, double> {
 #endif
 using Products = Chosen<(TENSOR_PRODUCTS > 0), Element>::Products;
 
-// ---------------------------------------------------------------------------------------------- from a warp's sums to a result
-// A slab has lines of sums that belong side by side, and room between them so that a warp writes into different banks.
+// ---------------------------------------------------------------------------------------------- epilogue
+// A slab is the staging buffer of a warp. Its lines are sums that are contiguous in the result; the lines are padded to
+// SLAB_PITCH, so that the stores of a warp have no bank conflicts.
 
 constexpr int SLAB_LINES = RESULT_ALONG_ROWS ? Products::SLAB_COLUMNS : Products::SLAB_ROWS;
 constexpr int SLAB_LENGTH = RESULT_ALONG_ROWS ? WARP_ROWS : WARP_COLUMNS;
 constexpr int SLABS = RESULT_ALONG_ROWS ? WARP_COLUMNS / SLAB_LINES : WARP_ROWS / SLAB_LINES;
 constexpr int SLAB_PITCH = SLAB_LENGTH + (RESULT_ALONG_ROWS ? 4 : 8);
 
-// Gives store(row, column, sums) every VECTOR sums of the warp that belong side by side, from this row and column on.
+// Calls store(row, column, sums) for every VECTOR sums of the warp that are contiguous in the result, with the row and
+// column of the first, in the block's tile. One slab after another passes through the staging buffer.
 template <int VECTOR, class Store> DEVICE void store_sums(const Products& products, Sum* slab, Store store) {
     constexpr int UNITS = SLAB_LENGTH / VECTOR;
 #pragma unroll

@@ -1,29 +1,35 @@
-// The scatter-add into dx and dw: each product of dy is added, by an atomic addition, to the x or the w it came from.
+// Gradients by scatter-add: each product of dy contributes to the element of dx or dw that it belongs to, and atomic
+// additions combine the contributions of different blocks.
 //
 //   data_grad    dx[n, o * stride + t * dilation - low, c] += dy[n, o, f] w[t, c, f]
 //   weight_grad  dw[t, c, f] += x[n, o * stride + t * dilation - low, c] dy[n, o, f]
 //
-// dx and dw hold sums (at least float32) and start as zeros. Blocks add in the order in which they come, so the last
-// bits may differ from call to call. Atomic additions to global memory are what limits such a kernel; so a block first
-// adds up what belongs together in its registers, then in shared memory, and only then adds to dx or dw. The plain
-// twins at the end do without.
+// dx and dw have the type of the accumulators (at least float32) and are zero before the launch. The order of additions
+// by different blocks is not fixed, so the last bits may differ from call to call. Atomic additions to global memory
+// limit such a kernel. A block therefore sums in registers first, then in shared memory, and issues one atomic addition
+// for each finished sum. The reference kernels at the end do not sum beforehand.
+//
 // Constants: THREADS, WIDTH (channels or filters of a tile), ROW, TILE_OUTPUTS and CHUNK (data_grad), TILE_ROWS and
-// DEPTH (weight_grad). Arrays have any strides.
+// DEPTH (weight_grad). Arrays may have any strides.
 
-constexpr int THREAD_CHANNELS = WIDTH < 4 ? WIDTH : 4;  // of its tile, a thread owns this many channels (or filters)
+constexpr int THREAD_CHANNELS = WIDTH < 4 ? WIDTH : 4;  // channels (or filters) that a thread owns
 constexpr int CHANNEL_THREADS = WIDTH / THREAD_CHANNELS;
 
-// Rows of shared tiles are read as vectors. The padding lets them begin in different banks, four apart.
+// Padding of the rows of tiles in shared memory. Rows are accessed as vectors; with the padding they begin four banks
+// apart, which avoids bank conflicts.
 constexpr int PAD = 4;
 
-// The e-th cell of a tile whose rows are written by threads that read along its columns in global memory: a warp takes
-// 8 rows by 4 columns, which are whole sectors of 32 bytes there, and all 32 banks here.
+// Coordinate of an element of a tile.
 struct Cell { int row, column; };
+
+// Both functions return the e-th element to copy from global memory. cell_by_columns() is for tiles whose columns are
+// contiguous in global memory: a warp copies 8 rows by 4 columns, so that it reads whole sectors of 32 bytes and stores
+// to all 32 banks. cell_by_rows() is for tiles whose rows are contiguous.
 DEVICE Cell cell_by_columns(int e, int columns) { return {e / (8 * columns) * 8 + e % 8, e / 8 % columns}; }
 DEVICE Cell cell_by_rows(int e, int columns) { return {e / columns, e % columns}; }
 
-// COUNT consecutive numbers of shared memory, in the widest pieces that COUNT and their alignment allow: one by one,
-// threads whose rows lie apart would meet in a few banks.
+// COUNT consecutive elements of shared memory, aligned for the widest vectorised access that COUNT and their type
+// allow. Scalar accesses would cause bank conflicts between threads whose rows are far apart.
 template <int COUNT> struct __align__(COUNT * sizeof(Sum) % 16 == 0 ? 16 : COUNT * sizeof(Sum) % 8 == 0 ? 8 : 4) Numbers {
     Sum v[COUNT];
 };
@@ -39,7 +45,7 @@ DEVICE void add_outer_product(Sum (&sum)[ROWS][COLUMNS], const Sum* a_row, const
         for (int j = 0; j < COLUMNS; ++j) add_product(sum[i][j], a.v[i], b.v[j]);
 }
 
-// Adds to sums in shared memory that no other thread meets.
+// Adds COUNT values to a row of sums in shared memory. No other thread may access these sums at the same time.
 template <int COUNT> DEVICE void add_to_row(Sum* row, const Sum (&values)[COUNT]) {
     Numbers<COUNT>* const to = reinterpret_cast<Numbers<COUNT>*>(row);
     Numbers<COUNT> numbers = *to;
@@ -47,8 +53,9 @@ template <int COUNT> DEVICE void add_to_row(Sum* row, const Sum (&values)[COUNT]
     *to = numbers;
 }
 
-// Adds the sums of a row to a result, atomically, as far as it has `left` of them; in fours where a float4 can be added
-// at once. What no product reached is still zero, and need not travel.
+// Adds COUNT sums of a row to the result by atomic additions. Only the first `left` of them exist in the result;
+// `fours` says that all COUNT exist, are contiguous and can be added by one float4 addition. Zero sums are skipped,
+// because they would not change the result; elements that no product reached are among them.
 template <int COUNT, class T> DEVICE void flush(T* to, const T* row, Index left, Index step, bool fours) {
     const Numbers<COUNT> sums = *reinterpret_cast<const Numbers<COUNT>*>(row);
     if constexpr (COUNT == 4 && sizeof(T) == sizeof(float)) {
@@ -65,8 +72,8 @@ template <int COUNT, class T> DEVICE void flush(T* to, const T* row, Index left,
 
 // ---------------------------------------------------------------------------------------------- data_grad
 //
-// A block owns a box of outputs, a box of taps and WIDTH channels of one group of one image. Its outputs came from one
-// region of x, which shared memory holds:
+// A block owns a box of outputs, a box of taps and WIDTH channels of one group of one image. The windows of its outputs
+// lie in one region of x. The block keeps the gradient of that region in shared memory:
 //
 //     dy  box of outputs         region of dx (here 3x3 taps, stride 1)
 //         o o o o                  + + + + + +
@@ -75,20 +82,25 @@ template <int COUNT, class T> DEVICE void flush(T* to, const T* row, Index left,
 //                                  + + + + + +
 //                                  + + + + + +
 //
-// For one tap the sum over all filters is a matrix product, outputs x channels, formed in registers; tap by tap these
-// sums are added to the region. One tap brings different outputs to different inputs, so no two threads meet.
+// For one tap the sum over all filters is a matrix product with the result outputs x channels, accumulated in
+// registers. The sums of one tap after another are added to the region. For a fixed tap the mapping from outputs to
+// inputs is injective, so no two threads write the same address.
 
 constexpr int THREAD_OUTPUTS = TILE_OUTPUTS * WIDTH / (THREADS * THREAD_CHANNELS);
 static_assert(THREAD_OUTPUTS * THREADS * THREAD_CHANNELS == TILE_OUTPUTS * WIDTH, "threads share the tile evenly");
 
+// A block computes the contribution of its outputs and taps, over all filters, to WIDTH channels of a region of dx. A
+// thread owns THREAD_OUTPUTS x THREAD_CHANNELS accumulators of the current tap. The main loop runs over CHUNK filters
+// at a time, the epilogue adds the region to dx. Blocks: channel tiles vary fastest, then groups, boxes of taps,
+// boxes of outputs and images.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 scatter_data_grad(const First* dy_values, const First* dy_y, const Second* w_values, Sum* dx,
                   Convolution conv, Images dy_at, Images dx_at, Weights w_at, Boxes boxes, Options options) {
     __shared__ __align__(16) Sum dy_tile[CHUNK][TILE_OUTPUTS + PAD];
     __shared__ __align__(16) Sum w_tile[CHUNK][WIDTH];
-    __shared__ Index dy_offset[TILE_OUTPUTS];  // of the first filter of each output that exists
-    __shared__ int region_row[TILE_OUTPUTS];   // where the first tap of the box brings each output; -1: there is none
-    DYNAMIC_SHARED(Sum, region);               // [positions of the region][ROW], of which WIDTH are used
+    __shared__ Index dy_offset[TILE_OUTPUTS];  // offset in dy of the first filter of each output
+    __shared__ int region_row[TILE_OUTPUTS];   // row of the region that the first tap adds to; -1: no such output
+    DYNAMIC_SHARED(Sum, region);               // [positions of the region][ROW], of which WIDTH columns are used
 
     const Operand<First> dy = {dy_values, dy_y, options.first_conjugated, options.first_derivative};
     const Operand<Second> w = {w_values, nullptr, options.second_conjugated, IDENTITY};
@@ -136,7 +148,7 @@ scatter_data_grad(const First* dy_values, const First* dy_y, const Second* w_val
             exists = exists && tap.tap[axis] < conv.kernel[axis];
             tap_row = tap_row * boxes.region[axis] + in_box[axis] * int(conv.dilation[axis]);
         }
-        if (!exists) continue;  // the same in all threads
+        if (!exists) continue;  // uniform: all threads of the block take the same branch
         const Index w_tap = tap.offset(w_at);
 
         Sum sum[THREAD_OUTPUTS][THREAD_CHANNELS] = {};
@@ -158,7 +170,7 @@ scatter_data_grad(const First* dy_values, const First* dy_y, const Second* w_val
             for (int f = 0; f < depth; ++f)
                 add_outer_product(sum, &dy_tile[f][output_of_thread], &w_tile[f][channel_of_thread]);
         }
-        // The next tap may bring another thread's output to the same input: it comes after the next barrier.
+        // With the next tap another thread may add to the same element. The barriers of the main loop come in between.
         for (int i = 0; i < THREAD_OUTPUTS; ++i) {
             const int row = region_row[output_of_thread + i];
             if (row >= 0) add_to_row(&region[(row + tap_row) * ROW + channel_of_thread], sum[i]);
@@ -186,22 +198,27 @@ scatter_data_grad(const First* dy_values, const First* dy_y, const Second* w_val
 
 // ---------------------------------------------------------------------------------------------- weight_grad
 //
-// A block owns TILE_ROWS rows (a row is a tap and a channel) and WIDTH filters of one group, and a slice of all
-// outputs. The sum over the slice is a matrix product, rows x filters, DEPTH outputs at a time:
+// A block owns TILE_ROWS rows (a row is a tap and a channel) and WIDTH filters of one group, and one split of all
+// outputs (split-K; a split is called `slice` in the code). The sum over the split is a matrix product with the result
+// rows x filters, computed DEPTH outputs at a time:
 //
 //     x_tile  DEPTH x rows     dy_tile  DEPTH x filters       sum  rows x filters
 //         . . . . . .              . . .                          . . .
 //         . . . . . .              . . .          +=              . . .     then one atomic addition
 //         . . . . . .              . . .                          . . .     for each element
 //
-// Where the tile has fewer elements than the block has threads, SPLITS teams of threads take every SPLITS-th output,
-// and add up what they found in shared memory.
+// Where one thread per THREAD_ROWS x THREAD_CHANNELS elements leaves threads over, the block has SPLITS teams of
+// threads. A team accumulates every SPLITS-th output, and the sums of the teams are added in shared memory.
 
 constexpr int THREAD_ROWS = 4;
 constexpr int ROW_THREADS = TILE_ROWS / THREAD_ROWS;
 constexpr int SPLITS = THREADS / (ROW_THREADS * CHANNEL_THREADS);
 static_assert(SPLITS * ROW_THREADS * CHANNEL_THREADS == THREADS, "teams of threads share the block evenly");
 
+// A block computes the contribution of its split of the outputs to a tile of TILE_ROWS x WIDTH elements of dw. A
+// thread owns THREAD_ROWS x THREAD_CHANNELS accumulators of its team. The main loop runs over DEPTH outputs at a
+// time; the epilogue adds the sums of the teams and then the tile to dw. Blocks: filter tiles vary fastest, then row
+// tiles, groups and splits.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 scatter_weight_grad(const First* dy_values, const First* dy_y, const Second* x_values, const Second* x_y, Sum* dw,
                     Convolution conv, Images dy_at, Images x_at, Weights dw_at, Index slices, Index length,
@@ -209,10 +226,10 @@ scatter_weight_grad(const First* dy_values, const First* dy_y, const Second* x_v
     __shared__ __align__(16) Sum x_tile[DEPTH][TILE_ROWS + PAD];
     __shared__ __align__(16) Sum dy_tile[DEPTH][WIDTH + (WIDTH % 32 == 0 ? PAD : 0)];
     __shared__ __align__(16) Sum total[TILE_ROWS][WIDTH];
-    __shared__ Index dy_offset[DEPTH], x_offset[DEPTH];  // of each output, and of where its window begins
-    __shared__ Index window[DEPTH][3];                   // where its window begins
-    __shared__ Index row_offset[TILE_ROWS];              // of each row within the window
-    __shared__ Index row_shift[TILE_ROWS][3];            // where its tap lies within the window
+    __shared__ Index dy_offset[DEPTH], x_offset[DEPTH];  // offset of each output in dy, of its window's origin in x
+    __shared__ Index window[DEPTH][3];                   // position of the window's origin
+    __shared__ Index row_offset[TILE_ROWS];              // offset of each row (tap and channel) within the window
+    __shared__ Index row_shift[TILE_ROWS][3];            // position of the row's tap within the window
 
     const Operand<First> dy = {dy_values, dy_y, options.first_conjugated, options.first_derivative};
     const Operand<Second> x = {x_values, x_y, options.second_conjugated, options.second_derivative};
@@ -257,7 +274,7 @@ scatter_weight_grad(const First* dy_values, const First* dy_y, const Second* x_v
             }
             x_offset[k] = o.offset(x_at);
         }
-        __syncthreads();  // the tables are whole, and the tiles of the last outputs have been read
+        __syncthreads();  // the tables are complete, and the tiles of the last outputs have been read
         for (int e = thread; e < DEPTH * TILE_ROWS; e += THREADS) {
             const auto [k, j] = options.channels_innermost ? cell_by_rows(e, TILE_ROWS)
                                                            : cell_by_columns(e, TILE_ROWS);
@@ -277,7 +294,7 @@ scatter_weight_grad(const First* dy_values, const First* dy_y, const Second* x_v
             add_outer_product(sum, &x_tile[k][row_of_thread], &dy_tile[k][filter_of_thread]);
     }
 
-    // One team after the other: no two threads of a team share an element.
+    // The teams add one after the other. Within a team no two threads own the same element.
     for (int team = 0; team < SPLITS; ++team) {
         __syncthreads();  // the team before has added its sums (and total is set)
         if (team != split) continue;
@@ -294,9 +311,11 @@ scatter_weight_grad(const First* dy_values, const First* dy_y, const Second* x_v
     }
 }
 
-// ---------------------------------------------------------------------------------------------- plain twins
-// A thread owns one element of dy and adds each of its products to where it belongs: to read first, and to compare with.
+// ---------------------------------------------------------------------------------------------- reference kernels
+// They issue one atomic addition for each product: to read first, and to compare the kernels above with.
 
+// dx += the products of dy and w. A block handles THREADS consecutive elements of dy. A thread owns one of them and
+// adds each of its products to an element of dx.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 scatter_data_grad_plain(const First* dy_values, const First* dy_y, const Second* w_values, Sum* dx,
                         Convolution conv, Images dy_at, Images dx_at, Weights w_at, Options options) {
@@ -319,6 +338,8 @@ scatter_data_grad_plain(const First* dy_values, const First* dy_y, const Second*
     }
 }
 
+// dw += the products of x and dy. A block handles THREADS consecutive elements of dy. A thread owns one of them and
+// adds each of its products to an element of dw.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 scatter_weight_grad_plain(const First* dy_values, const First* dy_y, const Second* x_values, const Second* x_y, Sum* dw,
                           Convolution conv, Images dy_at, Images x_at, Weights dw_at, Options options) {

@@ -1,26 +1,30 @@
-// Tiles of a matrix in shared memory: where their elements lie, and how they come there from an operand.
+// Tiles of a matrix in shared memory: their swizzled layout, and the loader that fills them from an operand.
 //
-// A tile has lines, of elements that lie side by side in the operand's memory where anything does: either along the
-// depth of the product, or along its rows (or columns). What a warp reads at once are elements of neighbouring lines;
-// so that these lie in different banks, every line keeps its chunks of 16 bytes in an order of its own:
+// A tile consists of lines. A line runs in the direction in which elements are contiguous in global memory, if there is
+// one: along the depth (the reduction) of the product, or along its rows (or columns). A warp reads elements of
+// neighbouring lines at once. To avoid bank conflicts the 16-byte chunks of each line are swizzled:
 //
-//     line 0    0 1 2 3 4 5 6 7        chunk c of line l is kept at c ^ l
+//     line 0    0 1 2 3 4 5 6 7        chunk c of line l is stored at c ^ l
 //     line 1    1 0 3 2 5 4 7 6
 //     line 2    2 3 0 1 6 7 4 5
 //     ...
 //
-// The loader puts in front of this file, beside what common.cuh is given:
-//   Element   of both tiles
-//   THREADS   of a block
+// gpuconv/gpu/kernel.py puts these definitions in front of this file, in addition to those for common.cuh:
+//   Element   element type of both tiles
+//   THREADS   threads of a block
 
-constexpr int CHUNK = 16 / sizeof(Element);  // elements of 16 bytes
+constexpr int CHUNK = 16 / sizeof(Element);  // elements in 16 bytes
 
+// The unsigned type of the size of Index. A negative position becomes larger than every extent in it, so that one
+// comparison tests both bounds.
 template <int BYTES> struct UnsignedOf { using Type = unsigned; };
 template <> struct UnsignedOf<8> { using Type = unsigned long long; };
-using Unsigned = UnsignedOf<sizeof(Index)>::Type;  // of which negative positions are the largest
+using Unsigned = UnsignedOf<sizeof(Index)>::Type;
 
-// A line of fewer than eight chunks shares its 128 bytes, which are all banks, with others: they take the same order.
-// TURN is 2 where single elements of four lines and of two chunks are read at once, else 1.
+// A tile of LINES lines of LENGTH elements each, with swizzled chunks. Where a line has fewer than eight chunks,
+// several lines share 128 bytes, which are all banks, and these lines have the same swizzle. TURN is 2 where a warp
+// reads single elements of four lines and two chunks at once, otherwise 1. place() returns the index in `elements` of
+// element i of a line.
 template <int LINES, int LENGTH_, int TURN> struct __align__(16) Tile {
     static constexpr int LENGTH = LENGTH_, CHUNKS = LENGTH / CHUNK, TURNS = CHUNKS < 8 ? CHUNKS : 8;
     static_assert(LENGTH % CHUNK == 0 && CHUNKS % TURNS == 0 && (TURNS & (TURNS - 1)) == 0, "a line is whole chunks");
@@ -33,18 +37,19 @@ template <int LINES, int LENGTH_, int TURN> struct __align__(16) Tile {
     DEVICE const Element& at(int line, int i) const { return elements[place(line, i)]; }
 };
 
-// COUNT numbers that are read or written at once.
+// COUNT elements, aligned for vectorised loads and stores.
 template <class T, int COUNT> struct __align__(COUNT * sizeof(T) % 16 == 0 ? 16 : COUNT * sizeof(T)) Numbers {
     T v[COUNT];
 };
 
-// Where a row, a column or a step of the depth lies in an operand: its offset in memory and, for an operand that is
-// seen through windows, what says whether an element of the matrix, where a row and a step meet, is in the image or in
-// the padding. Its offset is the sum of theirs.
+// Spot: the coordinate of a row, a column or a step in an operand, with a predicate. The element of the matrix at a
+// row and a step has the sum of their offsets. If the operand is read through windows, meets() returns whether that
+// element is in bounds, that is in the image and not in the padding. stand() sets the coordinate's position.
 //
-// With AXES 1 to 3 they have positions on the last AXES axes, whose sums must be within the image.
+// With AXES from 1 to 3 a coordinate has a position on each of the last AXES axes, and the sum of the positions of
+// row and step must be in the image.
 template <int AXES> struct __align__(AXES == 1 ? 2 * sizeof(Index) : 16) Spot {
-    static constexpr int ROOM = AXES == 2 ? 3 : AXES;  // spots of two axes, too, are read 16 bytes at once
+    static constexpr int ROOM = AXES == 2 ? 3 : AXES;  // two axes are padded to three, for 16-byte loads
     Index offset, at[ROOM];
 
     DEVICE bool meets(const Spot& other, const Index (&extent)[3]) const {
@@ -59,14 +64,15 @@ template <int AXES> struct __align__(AXES == 1 ? 2 * sizeof(Index) : 16) Spot {
         for (int axis = 0; axis < ROOM; ++axis) at[axis] = axis < AXES ? position[3 - AXES + axis] : 0;
     }
 };
-// All are in the image.
+// Without axes every element is in bounds.
 template <> struct Spot<0> {
     Index offset;
 
     DEVICE bool meets(const Spot&, const Index (&)[3]) const { return true; }
     DEVICE void stand(const Index (&)[3], unsigned) {}
 };
-// A row has the bits of those of at most 32 taps that are in the image, a step that of its tap.
+// For at most 32 taps: a row has one predicate bit for each tap, set if the tap is in the image, and a step has the
+// bit of its tap. So the test is one AND.
 constexpr int BY_TAP = 4;
 template <> struct __align__(sizeof(Index) == 4 ? 8 : 16) Spot<BY_TAP> {
     Index offset;
@@ -75,8 +81,10 @@ template <> struct __align__(sizeof(Index) == 4 ? 8 : 16) Spot<BY_TAP> {
     DEVICE bool meets(const Spot& other, const Index (&)[3]) const { return (taps & other.taps) != 0; }
     DEVICE void stand(const Index (&)[3], unsigned bits) { taps = bits; }
 };
+// Returns the predicate bit of a tap.
 DEVICE unsigned bit(Index tap) { return 1u << (tap & 31); }
 
+// Below sm_80 there is no cp.async: these functions do nothing, and Mover loads through registers.
 #if __CUDA_ARCH__ >= 800
 constexpr bool COPIES_ASYNC = true;
 #else
@@ -86,23 +94,24 @@ DEVICE void copy_async_commit() {}
 template <int PENDING> DEVICE void copy_async_wait() {}
 #endif
 
-// Fills tiles with elements of an operand of type T: a unit of neighbouring elements of a line at a time, the same unit
-// of every PACE-th line by each thread.
+// Mover: the tile loader. It fills a tile with elements of an operand of type T. A thread copies one unit of
+// neighbouring elements of a line at a time: the same unit of every PACE-th line.
 //
-// VECTOR elements side by side in the operand's memory, at a multiple of their size, are copied as they are while the
-// block goes on. Single elements of 16 bits, and what has to be converted (VECTOR is 0), come by way of registers:
-// fetch() starts the loads, and deposit() stores what they brought.
+// Vectors of VECTOR elements, which are contiguous in global memory and aligned to their size, are copied
+// asynchronously (cp.async) if they have at least 4 bytes. Single 16-bit elements, elements that are converted
+// (VECTOR is 0), and all elements below sm_80 are loaded to registers: fetch() starts the loads, and deposit() stores
+// them to shared memory after the products of the iteration.
 template <class T, int VECTOR, int AXES, class Matrix, int LINES, int LENGTH> struct Mover {
     static constexpr bool ASYNC = COPIES_ASYNC && VECTOR * sizeof(Element) >= 4;
     static constexpr int UNIT = ASYNC ? VECTOR : sizeof(Element) < 4 ? 4 / sizeof(Element) : 1;
     static constexpr int UNITS = LENGTH / UNIT, PACE = THREADS / UNITS, ROUNDS = (LINES + PACE - 1) / PACE;
-    static constexpr int SPOTS = ASYNC ? 1 : UNIT;  // of a unit that need a look
-    static constexpr int ORDERS = PACE < 8 && ROUNDS > 1 ? 8 / PACE : 1;  // of chunks, that this thread's lines have
+    static constexpr int SPOTS = ASYNC ? 1 : UNIT;  // coordinates of a unit that are tested: one for a vector
+    static constexpr int ORDERS = PACE < 8 && ROUNDS > 1 ? 8 / PACE : 1;  // different swizzles of this thread's lines
     static_assert(UNITS * UNIT == LENGTH && PACE * UNITS == THREADS, "threads share the units of lines evenly");
 
     Spot<AXES> mine[SPOTS];
     bool exists[SPOTS];
-    int places[ORDERS];  // of this thread's unit in its first lines
+    int places[ORDERS];  // indices of this thread's unit in its first lines, one for each swizzle
     Element held[ASYNC ? 1 : ROUNDS][UNIT];
 
     DEVICE Mover() {
@@ -115,10 +124,12 @@ template <class T, int VECTOR, int AXES, class Matrix, int LINES, int LENGTH> st
         return to.elements + (places[round % ORDERS] + round / ORDERS * ORDERS * PACE * LENGTH);
     }
 
-    // Where the spot of a place along the lines is kept, so that what a warp reads at once lies side by side.
+    // Returns the slot of the table that holds the coordinate of element i of a line. The order is such that a warp
+    // reads consecutive slots.
     DEVICE static int shelf(int i) { return i % UNIT * UNITS + i / UNIT; }
 
-    // Takes the spots along the lines, `count` of which exist: those of this thread's unit.
+    // Loads the coordinates of this thread's unit from the table of coordinates along the lines, of which `count`
+    // exist.
     DEVICE void face(const Spot<AXES>* along, int count) {
 #pragma unroll
         for (int i = 0; i < SPOTS; ++i) {
@@ -127,13 +138,14 @@ template <class T, int VECTOR, int AXES, class Matrix, int LINES, int LENGTH> st
         }
     }
 
-    // Whether an element is there to be copied. Spots with no taps do not exist, and need no other look.
+    // Returns the predicate of element i of the unit: whether it exists and is in bounds. With BY_TAP a coordinate that
+    // does not exist has no tap bits, so meets() is enough.
     DEVICE bool sees(int i, const Spot<AXES>& there, bool is_line, const Index (&extent)[3]) const {
         const bool both = AXES == BY_TAP || (exists[i] & is_line);
         return both & mine[i].meets(there, extent);
     }
 
-    // Starts to bring a tile of `count` lines; the elements of the others, and those in the padding, are zeros.
+    // Starts to load a tile of `count` lines. Elements of further lines, and those in the padding, become zeros.
     DEVICE void fetch(Matrix& to, const Operand<T>& from, const Spot<AXES>* lines, int count, const Index (&extent)[3]) {
 #pragma unroll
         for (int round = 0; round < ROUNDS; ++round) {
@@ -141,7 +153,7 @@ template <class T, int VECTOR, int AXES, class Matrix, int LINES, int LENGTH> st
             if (LINES % PACE != 0 && line >= LINES) continue;
             const Spot<AXES> there = lines[line];
             if constexpr (ASYNC) {
-                // Of an element that is not seen no byte is read, wherever it would lie.
+                // If the predicate is false, cp.async reads no byte, so the address need not be valid.
                 const bool seen = sees(0, there, line < count, extent);
                 copy_async<VECTOR * sizeof(Element)>(address(to, round), from.values + (mine[0].offset + there.offset),
                                                      seen ? VECTOR * sizeof(Element) : 0);
@@ -157,6 +169,7 @@ template <class T, int VECTOR, int AXES, class Matrix, int LINES, int LENGTH> st
         }
     }
 
+    // Stores the elements that fetch() loaded to registers; asynchronous copies need nothing.
     DEVICE void deposit(Matrix& to) const {
         if constexpr (!ASYNC) {
 #pragma unroll
@@ -171,6 +184,7 @@ template <class T, int VECTOR, int AXES, class Matrix, int LINES, int LENGTH> st
         }
     }
 
+    // Loads one element. VECTOR is 0 where it has to be converted, conjugated or multiplied by a derivative.
     DEVICE static Element element(const Operand<T>& from, Index at) {
         if constexpr (VECTOR > 0)
             return from.values[at];

@@ -1,4 +1,4 @@
-"""The backends that tests run on: how tests make their arrays, look at results, and name them."""
+"""The backends that tests run on: their names, their arrays, and the conversion of results."""
 
 import contextlib
 import ctypes
@@ -17,7 +17,7 @@ from tests.emulation import launcher, loader
 
 
 def devices_by_driver():
-    """How many CUDA devices the driver reports; asked here without gpuconv, whose answer is under test."""
+    """Return the number of CUDA devices that the driver reports, without gpuconv, whose answer is under test."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -32,29 +32,29 @@ NO_GPU = "the driver reports no CUDA device"
 NO_EMULATION = loader.why_not()
 BACKENDS = ("numpy", "emulated", *(["cupy"] if HAS_GPU else []))
 MARKS = {"emulated": pytest.mark.emulated, "checked": pytest.mark.checked, "cupy": pytest.mark.gpu}
-ON_CPU = {"emulated", "checked", *(["cupy"] if IS_CUPY_ON_CPU else [])}  # whose kernels run on the CPU
+ON_CPU = {"emulated", "checked", *(["cupy"] if IS_CUPY_ON_CPU else [])}  # their kernels run on the CPU
 
 
 def marks_of(backend):
-    """The marks of a test on a backend: what it needs of the machine."""
+    """Return the marks of a test on a backend, which name what it needs of the machine."""
     return [MARKS[backend]] if backend in MARKS else []
 
 
 def on(*backends):
-    """Parametrizes a test's ``arrays`` with those of these backends that this machine has."""
+    """Parametrize ``arrays`` of a test with backends."""
     chosen = [pytest.param(name, marks=marks_of(name)) for name in backends if name in BACKENDS]
     return pytest.mark.parametrize("arrays", chosen, indirect=True)
 
 
 def backend_of(item):
-    """The backend that a test runs on, by its parameter or its markers."""
+    """Return the backend of a test, according to its parameter or its markers."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
     marked = (name for name, mark in MARKS.items() if item.get_closest_marker(mark.name))
     return params.get("arrays") or next(marked, "numpy")
 
 
 def why_not(item):
-    """A reason why this machine cannot run a test, by its markers, or None."""
+    """Return why this machine cannot run a test, according to its markers, or None."""
     if item.get_closest_marker("gpu") and not HAS_GPU:
         return NO_GPU
     if item.get_closest_marker("emulated") or item.get_closest_marker("checked"):
@@ -63,7 +63,7 @@ def why_not(item):
 
 
 class NumpyArrays:
-    """How tests make a backend's arrays, and look at its results."""
+    """Arrays of a backend: conversion from NumPy and to NumPy."""
 
     name = "numpy"
     xp = np
@@ -77,26 +77,26 @@ class NumpyArrays:
         return array
 
     def varied(self, wide=True):
-        """A context in which what may differ from call to call does."""
+        """Enter a context that changes everything that may differ between calls."""
         return contextlib.nullcontext()
 
 
 class EmulatedArrays(NumpyArrays):
-    """NumPy's arrays, and the CUDA kernels run on the CPU."""
+    """NumPy arrays, with the CUDA kernels emulated on the CPU."""
 
     name = "emulated"
     backend = launcher.EMULATED
 
     @contextlib.contextmanager
     def varied(self, wide=True):
-        """Other orders of threads and blocks than the natural one, early copies, and 64-bit offsets."""
+        """Enter a context with orders of threads and blocks other than natural, early copies, and 64-bit offsets."""
         order = ("reverse", "random")[next(launcher.options.seed) % 2]
         with launcher.using(order=order, late_copies=False), _wide(wide):
             yield
 
 
 def in_memory(array):
-    """The axes of an array from the one with the largest steps on."""
+    """Return the axes of an array in decreasing order of their strides."""
     return np.argsort([-abs(step) for step in array.strides], kind="stable")
 
 
@@ -116,16 +116,16 @@ class CupyArrays(NumpyArrays):
     def asnumpy(self, array):
         assert isinstance(array, self.xp.ndarray)
         memory = in_memory(array)
-        return array.transpose(memory).get().transpose(np.argsort(memory))  # without a kernel that copies
+        return array.transpose(memory).get().transpose(np.argsort(memory))  # avoids a copy kernel
 
     def varied(self, wide=True):
-        """64-bit offsets."""
+        """Enter a context with 64-bit offsets."""
         return _wide(wide)
 
 
 @contextlib.contextmanager
 def _wide(wide):
-    """64-bit offsets, for calls that were made before too."""
+    """Enter a context with 64-bit offsets, also for calls whose plans are cached."""
     with mock.patch.object(params, "is_wide", return_value=True) if wide else contextlib.nullcontext():
         execute.clear()
         yield
@@ -134,9 +134,9 @@ def _wide(wide):
 
 @contextlib.contextmanager
 def arrays_of(backend):
-    """Arrays of the backend with this name; "checked" is "emulated" with every access checked.
+    """Enter a context with the arrays of a backend; "checked" is "emulated" with every access checked.
 
-    Where the driver reports a device and CuPy does not work, this fails.
+    Fails if the driver reports a device and CuPy does not work.
     """
     if backend == "numpy":
         yield NumpyArrays()

@@ -1,4 +1,4 @@
-"""Calls of the public functions, described by plain values, and what they should give."""
+"""Calls of the public functions, described by plain values, and their expected results."""
 
 import os
 import threading
@@ -35,7 +35,7 @@ def _misaligned(array):
     return memory
 
 
-# The same values in other memory.
+# Functions that return the same values with another memory layout.
 LYINGS = {
     "contiguous": np.ascontiguousarray,
     "channels_last": lambda array: np.moveaxis(np.ascontiguousarray(np.moveaxis(array, 1, -1)), -1, 1),
@@ -59,11 +59,11 @@ class Call(NamedTuple):
     activation: str | None = None
     has_bias: bool = False
     lying: str = "contiguous"
-    out: str | None = None  # how out= lies, or None
+    out: str | None = None  # the memory layout of out=, or None
     seed: int = 0
 
     def run(self):
-        """Calls the function, and compares its results: 1, or 0 where it is refused, which is right too."""
+        """Call the function and compare its results; return 1, or 0 if the call is refused, which is also correct."""
         arrays = self.drawn()
         arguments, options = self.given(*arrays)
         exact = self.exact(*arrays)
@@ -89,7 +89,7 @@ class Call(NamedTuple):
         return 1
 
     def drawn(self):
-        """x, w, dy, b and y in the wide dtype of the reference, but with values of the dtype."""
+        """Return x, w, dy, b and y in the wide dtype of the reference, with values that the dtype represents."""
         rng, y_shape = np.random.default_rng(self.seed), self.y_shape
         bias = self.x[1] if self.function == "conv_transpose" else self.w[0]
         shapes = self.x, self.w, y_shape, (bias,), self.x if self.function == "conv_transpose_backward" else y_shape
@@ -108,7 +108,7 @@ class Call(NamedTuple):
         return (self.x[0], self.w[0], *extents)
 
     def given(self, x, w, dy, b, y):
-        """The arguments of the call."""
+        """Return the arguments of the call."""
         x, w, dy, y = (
             LYINGS[self.lying](laid_out(array.astype(named_dtype(self.dtype)), self.layout, role))
             for array, role in ((x, "x"), (w, "w"), (dy, "x"), (y, "x"))
@@ -130,7 +130,7 @@ class Call(NamedTuple):
 
     @property
     def output_padding(self):
-        """What x has beyond the least that gives y."""
+        """Return by how much the extents of x exceed the smallest ones that give y."""
         settings = self.settings
         return [
             n + sum(padding) - (m - 1) * s - d * (k - 1) - 1
@@ -142,7 +142,7 @@ class Call(NamedTuple):
         ]
 
     def exact(self, x, w, dy, b, y):
-        """The exact results, each with the same of absolute values."""
+        """Return the exact results, each with the result for absolute values."""
         function, derivative = ACTIVATIONS[self.activation]
         if self.function in ("conv", "conv_transpose"):
             bias = b.reshape(-1, *(1,) * (x.ndim - 2)) * self.has_bias
@@ -153,7 +153,7 @@ class Call(NamedTuple):
                     reference.data_grad(f(dy), f(np.conj(w)), self.x, **self.settings) for f in (np.positive, np.abs)
                 )
             return [(function(z + bias), sizes + abs(bias))]
-        if self.function == "conv_transpose_backward":  # with x and dy in each other's place
+        if self.function == "conv_transpose_backward":  # x and dy are exchanged
             x = x * derivative(y)
             dx = [reference.forward(f(x), f(np.conj(w)), **self.settings) for f in (np.positive, np.abs)]
             dw = [np.conj(reference.weight_grad(f(dy), f(x), self.w, **self.settings)) for f in (np.positive, np.abs)]
@@ -166,7 +166,7 @@ class Call(NamedTuple):
         return {"conv_data_grad": [dx], "conv_weight_grad": [dw]}.get(self.function, [dx, dw, db])
 
     def compare(self, found, exact, magnitude):
-        """Within twice the bound: derivatives of activations and their products are rounded, too."""
+        """Assert that results are within twice the bound; derivatives of activations and their products are rounded too."""
         algorithm = "fft" if self.algorithm == "auto" else self.algorithm
         sums = [self.y_shape, self.x] if self.function == "conv_transpose_backward" else [self.y_shape]
         terms = max(int(np.prod(self.w)), *(int(np.prod(shape)) // shape[1] for shape in sums))
@@ -177,7 +177,7 @@ class Call(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What later calls are made with."""
+    """The settings of later calls."""
 
     limit: str
     threads: str
@@ -192,7 +192,7 @@ class Settings(NamedTuple):
 
 
 class Together(NamedTuple):
-    """Calls that threads make at the same time."""
+    """Calls by several threads at the same time."""
 
     calls: tuple
 
@@ -216,7 +216,7 @@ class Together(NamedTuple):
 
 
 def run(backend, steps):
-    """Runs steps one after the other on a backend, from empty caches, and counts the calls that were not refused."""
+    """Run steps in sequence on a backend, with empty caches at the start; return the number of calls not refused."""
     with mock.patch.dict(os.environ), arrays_of(backend):
         gpuconv.clear_cache()
         computed = sum(step.run() for step in steps)

@@ -1,4 +1,4 @@
-"""Named convolutions, small and awkward, that every algorithm, dtype, layout and backend must get right."""
+"""Named convolutions, small with unusual parameters, that every algorithm, dtype, layout and backend must compute."""
 
 import functools
 from typing import NamedTuple
@@ -45,7 +45,7 @@ class Case(NamedTuple):
         }
 
     def geometry(self, layout="channels_first"):
-        """What gpuconv makes of it."""
+        """Return gpuconv's geometry of the case."""
         x, w = self.x, self.w
         if layout == "channels_last":
             x, w = (x[0], *x[2:], x[1]), (*w[2:], w[1], w[0])
@@ -136,12 +136,12 @@ def named_dtype(name):
 
 
 def wide(dtype):
-    """The dtype that a reference for this dtype is computed in."""
+    """Return the dtype in which the reference for a dtype is computed."""
     return np.complex128 if np.dtype(dtype).kind == "c" else np.float64
 
 
 def draw(rng, shape, dtype, integers):
-    """Random data that the dtype holds exactly, in its wide dtype."""
+    """Return random data that the dtype represents exactly, in its wide dtype."""
     dtype = named_dtype(dtype)
     values = rng.integers(-3, 4, shape).astype(float) if integers else rng.standard_normal(shape)
     if dtype.kind == "c":
@@ -150,7 +150,7 @@ def draw(rng, shape, dtype, integers):
 
 
 def laid_out(array, layout, role="x"):
-    """A channels_first array in the layout: a channels_last one, or a channels_first one with channels_last memory."""
+    """Return a channels_first array as channels_last, or as channels_first with channels_last memory."""
     if layout == "channels_first":
         return np.ascontiguousarray(array)
     if role == "w":
@@ -160,31 +160,31 @@ def laid_out(array, layout, role="x"):
 
 
 def channels_first(array, layout, role="x"):
-    """The way back from :func:`laid_out`."""
+    """Undo :func:`laid_out`."""
     if layout != "channels_last":
         return array
     return np.moveaxis(array, (-1, -2), (0, 1)) if role == "w" else np.moveaxis(array, -1, 1)
 
 
 def is_on(arrays, algorithm, **_):
-    """Whether a backend has an algorithm: some are kernels alone."""
+    """Return whether a backend has an algorithm; some consist of kernels only."""
     return arrays != "numpy" or algorithm not in NEED_KERNELS
 
 
 def compiles_little(case, algorithm, **_):
-    """Whether kernels of a case are few, or it is one of every four: implicit_gemm has some for almost every call."""
+    """Return whether a case needs few kernels, or is one in four; implicit_gemm has kernels for almost every call."""
     return algorithm != "implicit_gemm" or CASES.index(case) % 4 == 0
 
 
 @functools.cache
 def why_not(case, algorithm, direction="forward", is_complex=False, on_kernels=False):
-    """The reason why an algorithm refuses a case on NumPy, or where there are kernels, or None."""
+    """Return why an algorithm refuses a case, on NumPy or with kernels, or None."""
     dtype, backend = np.dtype(np.complex64 if is_complex else np.float32), EMULATED if on_kernels else NUMPY
     return MODULES[algorithm].why_not(Request(case.geometry(), dtype, direction, backend, False))
 
 
 def is_taken(case, algorithm, arrays="numpy", direction="forward", dtype="float32", **_):
-    """Whether an algorithm computes a case on a backend."""
+    """Return whether an algorithm computes a case on a backend."""
     return (
         is_on(arrays, algorithm)
         and why_not(case, algorithm, direction, named_dtype(dtype).kind == "c", arrays != "numpy") is None

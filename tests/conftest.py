@@ -1,4 +1,4 @@
-"""Fixtures, options, the seeds, and what the report says of the backends."""
+"""Fixtures, options, seeds, and the lines of the report about the backends."""
 
 import collections
 import functools
@@ -26,31 +26,31 @@ settings.register_profile(
     "gpuconv", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("gpuconv")
-# A mutant's failure need not be made small.
+# Hypothesis need not shrink the failure of a mutant.
 settings.register_profile("mutants", settings.get_profile("gpuconv"), phases=(Phase.explicit, Phase.generate))
 
-TOO_MANY = pytest.StashKey()  # whether a GPU would have compiled more modules than a run may
+TOO_MANY = pytest.StashKey()  # whether a GPU would have compiled more modules than permitted
 
 
 @pytest.fixture(params=[pytest.param(name, marks=backends.marks_of(name)) for name in BACKENDS])
 def arrays(request):
-    """Arrays of each backend in turn, on which calls compute for the time of the test."""
+    """Provide the arrays of each backend; calls compute on this backend during the test."""
     with backends.arrays_of(request.param) as made:
         yield made
 
 
 @pytest.fixture(autouse=True)
 def _plain_environment(monkeypatch):
-    """No variable of the machine decides a test."""
+    """Remove environment variables and cached calls, so that they do not affect a test."""
     for variable in {*gpuconv.settings.DEFAULTS, "CUPY_TF32"} - {"GPUCONV_CACHE_DIR"}:
         monkeypatch.delenv(variable, raising=False)
     gpuconv.set_backend(None)
-    execute.clear()  # nor does a call of another one
+    execute.clear()  # also removes the plans of other tests
 
 
 @pytest.fixture(autouse=True)
 def _repeated_calls(request):
-    """Every call is repeated (tests/repeat.py), unless a test says why not; where kernels are emulated some are."""
+    """Repeat every call (tests/repeat.py) unless the test forbids it; with emulated kernels only in some tests."""
     backend = dict(request.node.user_properties).get("backend", "numpy")
     seed, every = request.config.getoption("repeat_seed"), request.config.getoption("repeat_every")
     drawn = zlib.crc32(f"{seed} {request.node.nodeid}".encode()) % every == 0
@@ -63,7 +63,7 @@ def _repeated_calls(request):
 
 @pytest.fixture(autouse=True)
 def _working_device(request):
-    """An illegal access is reported by the test that made it; no later test of the process could pass."""
+    """Report an illegal access in the test that made it, because all later tests of the process would fail."""
     yield
     if "cupy" not in sys.modules or IS_CUPY_ON_CPU or not HAS_GPU:
         return
@@ -71,7 +71,7 @@ def _working_device(request):
         sys.modules["cupy"].cuda.runtime.deviceSynchronize()
     except Exception as error:
         if "PYTEST_XDIST_WORKER" in os.environ:
-            os._exit(1)  # xdist says which test it was, and starts another worker
+            os._exit(1)  # xdist names the test and starts another worker
         pytest.exit(f"the device computes nothing any more after {request.node.nodeid}: {error}")
 
 
@@ -104,11 +104,11 @@ def pytest_configure(config):
     parts.configure(config)
     launcher.options.mode = config.getoption("--kernels")
     if launcher.options.mode == "debug":
-        launcher.options.seconds = 86400.0  # of someone who thinks at a breakpoint
+        launcher.options.seconds = 86400.0  # time for a breakpoint
 
 
 def _tune_elsewhere(config):
-    """Answers of ``tune`` on this machine decide no test, and tests and examples leave them as they are."""
+    """Use a separate folder for results of ``tune``, so that those of the machine are neither used nor changed."""
     folder = tempfile.TemporaryDirectory(prefix="gpuconv-tuned-")
     config.add_cleanup(folder.cleanup)
     elsewhere = functools.wraps(tuned._folder)(lambda backend: Path(folder.name, backend.name))
@@ -119,7 +119,7 @@ def _tune_elsewhere(config):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """Notes each test's backend, and puts first what needs few kernels: it finds most faults in the least time."""
+    """Record the backend of each test, and run tests that need few kernels first, as they find most errors per time."""
     for item in items:
         item.user_properties.append(("backend", backends.backend_of(item)))
     items.sort(key=lambda item: (backends.backend_of(item) != "numpy", item.path.name in parts.MATRIX))
@@ -139,7 +139,7 @@ def pytest_report_header():
 
 
 def pytest_sessionfinish(session):
-    """A run on a GPU stays affordable: where it is emulated, the kernels that it would compile are counted."""
+    """On an emulated GPU, limit the number of kernels that a run on a GPU would compile."""
     is_counted = loaded.FOLDER in os.environ and not session.config.getoption("full")
     if is_counted and loaded.counts()["gpuconv"] > loaded.MOST:
         session.config.stash[TOO_MANY] = True

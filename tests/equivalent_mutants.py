@@ -199,6 +199,11 @@ EQUIVALENT = {
     # ----------------------------------------------------------------------------------------- products.cuh
     (
         "products.cuh",
+        "return ALONG_DEPTH ? lane + i * LANES : (i / CHUNK * LANES + lane) * CHUNK + i % CHUNK;",
+        "return ALONG_DEPTH && false ? lane + i * LANES : (i / CHUNK * LANES + lane) * CHUNK + i % CHUNK;",
+    ): "the rows of a tile are distributed among the lanes in another way; a lane reads and writes the rows that it owns",
+    (
+        "products.cuh",
         "constexpr bool SINGLE = TENSOR_PRODUCTS > 0 && sizeof(Element) > 2;",
         "constexpr bool SINGLE = TENSOR_PRODUCTS >= 0 && sizeof(Element) > 2;",
     ): CHUNKS,
@@ -229,6 +234,11 @@ EQUIVALENT = {
         "constexpr int SLAB_PITCH = SLAB_LENGTH + (RESULT_ALONG_ROWS && false ? 4 : 8);",
     ): SLAB_ROOM,
     # ----------------------------------------------------------------------------------------- implicit_gemm.cu
+    (
+        "implicit_gemm.cu",
+        "for (Index step = threadIdx.x; step < depth(); step += THREADS) {",
+        "for (Index step = threadIdx.x; step <= depth(); step += THREADS) {",
+    ): "the step after the last one has the indices of the first one, whose weight is tested again",
     (
         "implicit_gemm.cu",
         "constexpr int TERM_TURNS = TERMS > 0 ? TERMS / DEPTH : 1;",

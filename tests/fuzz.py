@@ -1,9 +1,9 @@
-"""Searches for calls that go wrong: ``python -m tests.fuzz --minutes 5 --seed 0``
+"""Search for calls that fail: ``python -m tests.fuzz --minutes 5 --seed 0``
 
-Draws sequences of calls: shapes, settings, dtypes, memory, algorithms, workspace limits, numbers of threads, the same
-call again with other data, cleared caches in between, and calls at the same time. Each result is compared with the
-independent reference. What fails is made as small as hypothesis can, and printed as a test. Exit status 1 where
-something failed.
+Sequences of calls are drawn: shapes, settings, dtypes, memory layouts, algorithms, workspace limits, numbers of
+threads, repeated calls with other data, cleared caches between calls, and concurrent calls. Each result is compared
+with the independent reference. A failure is shrunk by hypothesis and printed as a test. The exit status is 1 if there
+is a failure.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from tests.cases import DTYPES, KERNELS, NUMPY_ALGORITHMS
 from tests.test_random import convolutions, depthwise
 
 BACKENDS = ("numpy", "numpy", "numpy", *([] if NO_EMULATION else ["emulated"]))
-EXAMPLES = 50  # sequences between two looks at the clock
+EXAMPLES = 50  # sequences between two checks of the time
 
 
 @st.composite
 def call(draw, backend):
-    """Any call of an algorithm that the backend has."""
+    """Draw a call of an algorithm that the backend has."""
     algorithm = draw(st.sampled_from(("auto", *(NUMPY_ALGORITHMS if backend == "numpy" else KERNELS))))
     x, w, settings = draw(convolutions(transformable=algorithm == "winograd"))
     if algorithm == "depthwise":
@@ -54,7 +54,7 @@ def call(draw, backend):
 
 @st.composite
 def sequences(draw):
-    """A backend and steps: a few calls again and again, with the same or other data, among other settings."""
+    """Draw a backend and steps: a few calls, repeated with the same or other data, and changes of settings."""
     backend = draw(st.sampled_from(BACKENDS))
     few = draw(st.lists(call(backend), min_size=1, max_size=3))
     same = st.sampled_from(few)
@@ -72,7 +72,7 @@ def sequences(draw):
 
 
 def failure(seed, count):
-    """The smallest sequence that fails among some drawn by a seed, and its error, or None; ``count`` gets the calls."""
+    """Return the smallest failing sequence of those drawn by a seed, and its error, or None; add calls to ``count``."""
     last = None
 
     @hypothesis.seed(seed)
@@ -89,7 +89,7 @@ def failure(seed, count):
     @hypothesis.given(sequences())
     def each_call_is_right(sequence):
         nonlocal last
-        last = sequence  # hypothesis runs the smallest once more at the end
+        last = sequence  # hypothesis runs the smallest failure last
         count(calls.run(*sequence))
 
     try:
@@ -100,7 +100,7 @@ def failure(seed, count):
 
 
 def as_test(backend, steps):
-    """The text of a test that fails as the sequence does."""
+    """Return the text of a test that fails as the sequence does."""
     lines = "".join(f"            {step!r},\n" for step in steps)
     mark = "" if backend == "numpy" else f"@pytest.mark.{backend}\n"
     return (

@@ -1,9 +1,9 @@
-"""The three roads to a gradient on a GPU, by what they move: ``python -m tests.gradient_roads``.
+"""Memory traffic of the three algorithms for gradients on a GPU: ``python -m tests.gradient_roads``.
 
-Tiles of a matrix product (implicit_gemm), one sum by each thread (direct), or sums that are added where they belong
-(scatter): for a few small layers, float32 and channels_last, what the kernels read and write of global memory, in KiB
-of whole 32-byte sectors, and how many atomic additions they make. Counted on the CPU in checked mode, without caches;
-time is not measured. Prints the table of kernels/README.md.
+The algorithms are tiles of a matrix product (implicit_gemm), one sum per thread (direct), and sums that are added to
+their destinations (scatter). For a few small layers in float32 and channels_last, the global memory that the kernels
+read and write is counted in KiB of whole 32-byte sectors, and so are their atomic additions. They are counted on the
+CPU in checked mode, without caches; time is not measured. The output is the table of kernels/README.md.
 """
 
 import collections
@@ -18,7 +18,8 @@ from tests.emulation import launcher
 ROADS = ("implicit_gemm", "direct", "scatter")
 SECTOR = 32  # bytes
 
-# x and w of channels_last layers: ResNet-50's with channels and extents divided by four, and a depthwise one.
+# Shapes of x and w of channels_last layers: those of ResNet-50 with channels and extents divided by four, and a
+# depthwise layer.
 LAYERS = {
     "3x3, 32 @14": ((2, 14, 14, 32), (3, 3, 32, 32), {"padding": 1}),
     "3x3, 32 @14, stride 2": ((2, 14, 14, 32), (3, 3, 32, 32), {"padding": 1, "stride": 2}),
@@ -28,7 +29,7 @@ LAYERS = {
 
 
 def moved(algorithm, direction, x_shape, w_shape, settings):
-    """(KiB read, KiB written, atomic additions) of a gradient's kernels."""
+    """Return (KiB read, KiB written, atomic additions) of the kernels of a gradient."""
     settings = {**settings, "layout": "channels_last", "algorithm": algorithm}
     x, w = np.ones(x_shape, np.float32), np.ones(w_shape, np.float32)
     dy = np.ones(gpuconv.conv(x, w, **{**settings, "algorithm": "im2col"}).shape, np.float32)
@@ -45,14 +46,14 @@ def moved(algorithm, direction, x_shape, w_shape, settings):
 
 
 def row(layer, direction):
-    """The row of a layer and a gradient."""
+    """Return the row of a layer and a gradient."""
     found = [moved(road, direction, *LAYERS[layer]) for road in ROADS]
     kib = " | ".join(f"{read:,.0f} | {written:,.0f}" for read, written, _ in found)
     return f"| {layer} | {direction} | {kib} | {found[-1][-1]:,} |"
 
 
 def table():
-    """A row for each layer and gradient."""
+    """Return a table with a row for each layer and gradient."""
     cells = " | ".join(f"`{road}` reads | writes" for road in ROADS)
     head = [f"| layer | gradient | {cells} | atomic additions |", "|---|---|" + "--:|" * (2 * len(ROADS) + 1)]
     return "\n".join([*head, *(row(*one) for one in itertools.product(LAYERS, ("dx", "dw")))])

@@ -1,4 +1,4 @@
-"""Mutants of the kernels: every edit that a rule allows, at every place where it fits, one at a time."""
+"""Mutants of the kernels: every edit of every rule, at every place where it applies, one at a time."""
 
 import hashlib
 import re
@@ -7,8 +7,8 @@ from typing import NamedTuple
 from gpuconv.gpu import kernels_folder
 from tests.emulation import loader
 
-# The files, and the kernels by which their mutants are tried: what common.cuh has is all used by direct and scatter.
-# primitives.cuh is not among them: the CPU runs other code in its place, and golden vectors are for that.
+# The files, and the kernels that test their mutants; everything in common.cuh is used by direct and scatter.
+# primitives.cuh is excluded, because the CPU runs other code instead; it is tested by golden vectors.
 TRIED_BY = {
     "common.cuh": ("direct", "scatter"),
     "direct.cu": ("direct",),
@@ -19,7 +19,7 @@ TRIED_BY = {
 }
 FILES = tuple(TRIED_BY)
 
-# What a rule is called, and its edits: a pattern and what comes in its place.
+# The name of each rule, and its edits: patterns and their replacements.
 RULES = {
     "barrier dropped": [(r"__syncthreads\(\);", "")],
     "atomic addition made plain": [
@@ -103,7 +103,7 @@ class Mutant(NamedTuple):
     before: str  # the line, without indentation
     after: str
     text: str  # of the whole file
-    identity: str  # a hash of the edited file without comments: where that has changed it is another mutant
+    identity: str  # a hash of the edited file without comments; a change of the file makes another mutant
 
 
 def read(file):
@@ -111,16 +111,17 @@ def read(file):
 
 
 def hashes():
-    """Of the sources, by file, without comments."""
+    """Return the hashes of the sources without comments, by file."""
     return {file: hashlib.sha256(_code(read(file)).encode()).hexdigest() for file in FILES}
 
 
 def _code(text):
-    return re.sub(r"[ \t]*//.*", "", text)
+    lines = (re.sub(r"//.*", "", line).rstrip() for line in text.splitlines())
+    return "\n".join(line for line in lines if line)
 
 
 def mutants():
-    """All mutants, in the order of the sources."""
+    """Return all mutants, in the order of the sources."""
     found = {}
     for file in FILES:
         lines = read(file).splitlines(keepends=True)
@@ -129,12 +130,12 @@ def mutants():
                 text = "".join((*lines[:number], after, *lines[number + 1 :]))
                 identity = hashlib.sha256(f"{file}\0{_code(text)}".encode()).hexdigest()[:16]
                 mutant = Mutant(file, number + 1, kernel or file, rule, line.strip(), after.strip(), text, identity)
-                found.setdefault(identity, mutant)  # two rules may do the same
+                found.setdefault(identity, mutant)  # two rules may make the same edit
     return list(found.values())
 
 
 def _kernels_by_line(lines):
-    """For each line the kernel that it is in, or None: from the line with its name to the brace that ends it."""
+    """Return the kernel that contains each line, or None; a kernel extends from its name to its closing brace."""
     names = {f"{name}(": name for name in loader.kernel_names("".join(lines))}
     kernels, kernel = [], None
     for line in lines:
@@ -146,7 +147,7 @@ def _kernels_by_line(lines):
 
 
 def _edits(line):
-    """The rules that fit the code of a line, and what they make of the line."""
+    """Yield the rules that apply to the code of a line, and the edited lines."""
     code = line.partition("//")[0]
     if code.startswith(("#", "static_assert")):
         return

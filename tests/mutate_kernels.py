@@ -1,15 +1,15 @@
-"""Do the tests notice when a kernel is wrong? ``python -m tests.mutate_kernels``
+"""Mutation testing of the kernels: ``python -m tests.mutate_kernels``
 
-Edits the CUDA sources by rule, at every place where a rule fits, one place at a time, and runs the kernels' tests on
-each edited text until one fails: on the CPU, fast mode first, then with every access checked. The score is the share of
-caught mutants among all but those that are equivalent (EQUIVALENT says why, for each). mutations.json holds the
-verdicts with hashes of the sources; a run that is interrupted goes on where it stopped, and after a change of the
-kernels or the tests the mutants of the files that changed run again, and those whose test is gone.
+The CUDA sources are edited by rules, at every place where a rule applies, one place at a time. The tests of the kernels
+run on each edited text until one fails: on the CPU, first in fast mode, then with every access checked. The score is
+the share of caught mutants among all mutants except equivalent ones (EQUIVALENT has the reason for each).
+mutations.json has the verdicts and hashes of the sources. An interrupted run can be resumed. After a change of the
+kernels or the tests, the mutants of changed files run again, and so do mutants whose test no longer exists.
 
-    python -m tests.mutate_kernels                      all of them, on all cores
-    python -m tests.mutate_kernels --sample 60 --seed 7 those that 60 seconds allow, drawn at random; changes no file
+    python -m tests.mutate_kernels                      all mutants, on all cores
+    python -m tests.mutate_kernels --sample 60 --seed 7 mutants drawn at random for 60 seconds; changes no file
 
-Exit status 1 where a mutant survives, or, for a sample, where the verdicts of mutations.json are not of these sources.
+The exit status is 1 if a mutant survives or, for a sample, if the verdicts of mutations.json are of other sources.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one process for each core
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # there is one process per core
 
 from gpuconv.gpu import report
 from tests import mutation_runs
@@ -38,21 +38,21 @@ from tests.mutation_runs import in_children, name_of, positive, progress, stands
 
 RESULTS = Path(__file__).parent / "mutations.json"
 SAME_CODE = "the compiler makes the same code of it"
-SECONDS = 5.0  # that a launch may take: mutated loops may never end
-MANY = 20  # tests that most mutants do not survive
+SECONDS = 5.0  # time limit of a launch, because mutated loops may not terminate
+MANY = 20  # tests that most mutants do not pass
 
 # ------------------------------------------------------------------------------------------------- running tests
 
 
 def in_order(items):
-    """The kernels' tests among these, those that caught most first, and checked mode last."""
+    """Return the tests of the kernels, ordered by the number of mutants that they caught, checked mode last."""
     caught = collections.Counter(entry["by"] for entry in recorded().values())
     of_kernels = [item for item in items if backend_of(item) in ("emulated", "checked")]
     return sorted(of_kernels, key=lambda item: (backend_of(item) == "checked", -caught[name_of(item)]))
 
 
 def algorithm_of(item):
-    """That which a test runs, or None, if it runs several or others than the public ones."""
+    """Return the algorithm that a test runs, or None if it runs several or other than public ones."""
     if Path(item.fspath).stem == "test_implicit_gemm":
         return "implicit_gemm"
     params = item.callspec.params if hasattr(item, "callspec") else {}
@@ -60,7 +60,7 @@ def algorithm_of(item):
 
 
 def concerns(item, mutant):
-    """Whether a test may notice: it runs the kernel, or a kernel of the file."""
+    """Return whether a test may catch a mutant: it runs the kernel, or a kernel of the file."""
     params, algorithm = item.callspec.params if hasattr(item, "callspec") else {}, algorithm_of(item)
     runs = {algorithm.removesuffix("_plain")} if algorithm else {"direct", "scatter"}
     if runs.isdisjoint(TRIED_BY[mutant.file]):
@@ -73,7 +73,7 @@ def concerns(item, mutant):
 
 
 def verdict(session, items, hints, mutant, likely):
-    """("caught", the test), ("equivalent", the reason), ("not compiled", the error) or ("survived", "")."""
+    """Return ("caught", test), ("equivalent", reason), ("not compiled", error) or ("survived", "")."""
     tried_first = dict.fromkeys((*hints.get((mutant.file, mutant.after), ()), *likely))
     rank = {name: number for number, name in enumerate(tried_first)}
     chosen = [item for item in items if concerns(item, mutant)]
@@ -88,7 +88,7 @@ def verdict(session, items, hints, mutant, likely):
 
 
 def tried(session, items, mutant):
-    """Runs tests on a mutant until one fails: ("caught", its name), ("not compiled", the error) or ("survived", "")."""
+    """Run tests on a mutant until one fails; return ("caught", test), ("not compiled", error) or ("survived", "")."""
     with edited(mutant.file, mutant.text), launcher.using(seconds=SECONDS):
         failure = session.first_failure(items)
     if failure is None:
@@ -101,14 +101,14 @@ def tried(session, items, mutant):
 
 
 def same_code(mutant):
-    """Whether a compiler that optimizes makes the same library of it, of every module of these dtypes."""
+    """Return whether an optimizing compiler makes the same library of the mutant, for all modules of these dtypes."""
     modules = [module for module in report.modules() if module.stem in TRIED_BY[mutant.file]]
 
     def code(module):
         return loader.library_file(loader.emulated_source(module), "optimized").read_bytes()
 
     built = [code(module) for module in modules]
-    with edited(mutant.file, mutant.text), contextlib.suppress(loader.BuildError):  # of a module that no test has
+    with edited(mutant.file, mutant.text), contextlib.suppress(loader.BuildError):  # a module that no test uses
         return all(code(module) == before for module, before in zip(modules, built, strict=True))
     return False
 
@@ -117,23 +117,23 @@ def same_code(mutant):
 
 
 def key(mutant):
-    """What EQUIVALENT knows a mutant by: its file, and the line before and after, without comments."""
+    """Return the key of a mutant in EQUIVALENT: its file, and the line before and after, without comments."""
     return mutant.file, mutant.before.partition("  //")[0], mutant.after.partition("  //")[0]
 
 
 def place(mutant):
-    """The same and, since a file may have a line several times, its number among them."""
+    """Return the key with the number of the line among equal lines of the file."""
     before = mutant.before
     return *key(mutant), sum(line.strip() == before for line in read(mutant.file).splitlines()[: mutant.line])
 
 
 def reason(mutant):
-    """Why a mutant is equivalent, or None."""
+    """Return why a mutant is equivalent, or None."""
     return EQUIVALENT.get(key(mutant)) or EQUIVALENT.get(place(mutant))
 
 
 def recorded():
-    """The verdicts of mutations.json by identity."""
+    """Return the verdicts of mutations.json by identity."""
     if not RESULTS.exists():
         return {}
     return {entry["id"]: entry for entry in json.loads(RESULTS.read_text())["mutants"]}
@@ -154,9 +154,9 @@ def entry(mutant, kind, by, seconds):
 
 
 def killers_of(entries, names):
-    """What caught mutants, by file and mutated line: with other sources too, they may well catch them again.
+    """Return the tests that caught mutants, by file and mutated line; they are likely to catch them again.
 
-    In the place of a test that is gone there are those most like it: with the same function, and most values in common.
+    A test that no longer exists is replaced by the most similar ones: the same function, and most values in common.
     """
     by_function = collections.defaultdict(list)
     for name in names:
@@ -172,19 +172,19 @@ def killers_of(entries, names):
 
 
 def write(everything, verdicts):
-    """One line for each mutant, so that a change of one is a change of one line."""
+    """Write one line per mutant, so that the change of one mutant is the change of one line."""
     entries = [verdicts[mutant.identity] for mutant in everything if mutant.identity in verdicts]
     head = {"sources": hashes(), "date": datetime.date.today().isoformat(), "complete": len(entries) == len(everything)}
     mutation_runs.write(RESULTS, head, entries)
 
 
 def is_current(content):
-    """Whether recorded verdicts are of the kernels as they are."""
+    """Return whether recorded verdicts are those of the current kernels."""
     return content["complete"] and content["sources"] == hashes()
 
 
 def table(entries):
-    """Counts and score, for each kernel and for what kernels share."""
+    """Return counts and score of each kernel and of the code that kernels share."""
     return mutation_runs.table(
         entries, lambda item: f"{item['where']}, shared" if item["where"] in FILES else f"`{item['where']}`"
     )
@@ -211,10 +211,10 @@ def main():
 
 
 def full(everything, options):
-    """Runs what has no verdict yet, and writes mutations.json."""
+    """Run the mutants without a verdict and write mutations.json."""
     verdicts = recorded()
     known = [mutant for mutant in everything if mutant.identity in verdicts]
-    for mutant in known:  # a reason may have been added, or taken away
+    for mutant in known:  # a reason may have been added or removed
         old = verdicts[mutant.identity]
         old["line"] = mutant.line
         if old["verdict"] == "survived" and reason(mutant):
@@ -225,7 +225,7 @@ def full(everything, options):
         items = in_order(session.items)
         names = {name_of(item) for item in items}
         todo = [mutant for mutant in everything if not stands(verdicts.get(mutant.identity), names)]
-        order = (None, "survived", "caught")  # first a record without gaps
+        order = (None, "survived", "caught")  # mutants without a verdict first, so that the record is complete early
         todo.sort(key=lambda mutant: order.index(verdicts.get(mutant.identity, {}).get("verdict")))
         hints = killers_of(verdicts.values(), names)
         session.check_baseline(items)
@@ -252,7 +252,7 @@ def full(everything, options):
 
 
 def conclusion(everything, entries):
-    """Lists survivors, and reasons that fit no mutant or one that is caught."""
+    """Print survivors, and reasons that apply to no mutant or to a caught one; return the exit status."""
     survivors = [item for item in entries if item["verdict"] == "survived"]
     for item in survivors:
         print(f"survived: {item['file']}:{item['line']} {item['rule']}: {item['after']}")
@@ -268,7 +268,7 @@ def conclusion(everything, entries):
 
 
 def sample(everything, options):
-    """Runs some, and holds their verdicts against those recorded."""
+    """Run a sample of the mutants and compare the verdicts with the recorded ones."""
     if not is_current(json.loads(RESULTS.read_text())):
         print("mutations.json is not of these kernels: run python -m tests.mutate_kernels, and commit what it writes")
         return 1
@@ -306,7 +306,7 @@ def sample(everything, options):
 
 
 def with_kernel_tests(work):
-    """Collects the tests that run kernels, and calls ``work`` with them."""
+    """Collect the tests that run kernels and call ``work`` with them."""
     here = Path(__file__).parent
     names = "matrix", "kernels", "checked", "profile", "conv", "nonfinite", "implicit_gemm"
     with_tests(["-m", "not gpu", *(str(here / f"test_{name}.py") for name in names)], work)

@@ -1,16 +1,16 @@
-"""Do the tests notice when the Python of gpuconv is wrong? ``python -m tests.mutate_python``
+"""Mutation testing of gpuconv's Python: ``python -m tests.mutate_python``
 
-Draws places of gpuconv/ at random, of each file as many as its size asks for, and has cosmic-ray edit them, one at a
-time. All tests run once under coverage; a mutant then meets those that run its line: the record of plans, and for TRIED
-seconds others, the fastest of each test function first, until one fails. What is edited lies inside functions: a forked
-process has them run the edited code, with all that was imported and collected before. The record also says of each
-caught mutant whether its test catches it alone, without the tests that came before it in that process.
+Places in gpuconv/ are drawn at random, in proportion to the size of each file, and cosmic-ray edits them one at a time.
+All tests run once under coverage. The tests that run the line of a mutant are then run on it until one fails: the
+record of plans, and for TRIED seconds others, the fastest of each test function first. Only functions are edited: in a
+forked process, which inherits all imports and the collected tests, they run the edited code. For each caught mutant the
+record also says whether its test catches it alone, without the tests that ran before it in that process.
 
-    python -m tests.cupy_on_cpu python -m tests.mutate_python               all, into python_mutations.json
-    python -m tests.cupy_on_cpu python -m tests.mutate_python --sample 60   recorded ones, as many as 60 seconds allow
+    python -m tests.cupy_on_cpu python -m tests.mutate_python               all, recorded in python_mutations.json
+    python -m tests.cupy_on_cpu python -m tests.mutate_python --sample 60   recorded mutants, for 60 seconds
 
-A run that is interrupted goes on where it stopped. Exit status 1 where mutants survive for which equivalent_python.py
-has no reason, or, for a sample, where a mutant is not caught again.
+An interrupted run can be resumed. The exit status is 1 if a mutant survives for which equivalent_python.py has no
+reason or, for a sample, if a mutant is not caught again.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one process for each core
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # there is one process per core
 
 import coverage
 
@@ -41,14 +41,14 @@ from tests.mutation_runs import answered, in_child, in_children, name_of, positi
 RESULTS = Path(__file__).parent / "python_mutations.json"
 DRAWN = 1040  # mutants: a few of them cannot be run
 SEED = 0  # draws them
-TRIED = 40.0  # seconds of tests that a mutant meets
-PLANS = "test_recorded_plans.py::"  # which notice most
-SLOWEST = 60  # seconds that a test may take: mutated loops may never end
-MEMORY = 4 << 30  # bytes that it may allocate
+TRIED = 40.0  # seconds of tests per mutant
+PLANS = "test_recorded_plans.py::"  # the tests that catch most mutants
+SLOWEST = 60  # time limit of a test in seconds, because mutated loops may not terminate
+MEMORY = 4 << 30  # bytes that a test may allocate
 
 
 def collected(work):
-    """Collects all tests of a plain run, and calls ``work`` with them."""
+    """Collect all tests of a plain run and call ``work`` with them."""
     for module in pkgutil.walk_packages(gpuconv.__path__, "gpuconv."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
@@ -57,9 +57,9 @@ def collected(work):
 
 
 class Observed:
-    """Which tests run which lines, and how long each takes; those that fail are left out.
+    """The lines that each test runs, and its time; failing tests are omitted.
 
-    They run as they do on a mutant, on code that is compiled from the texts as they are.
+    The tests run as on a mutant, on code that is compiled from the current texts.
     """
 
     def __init__(self, session, live, jobs):
@@ -80,7 +80,7 @@ class Observed:
                 print(f"fails under coverage, and catches nothing: {item.nodeid}", file=sys.stderr)
 
     def _run(self, session, live, items, path):
-        """Runs tests under coverage: the seconds of each that passes."""
+        """Run tests under coverage and return the seconds of each test that passes."""
         limit_memory()
         for file in python_mutants.files():
             live.run(file, (python_mutants.ROOT / file).read_text())
@@ -90,7 +90,7 @@ class Observed:
         observer.start()
         seconds = {}
         for item in items:
-            live.forget("gpuconv")  # or only the first of several tests would run what is remembered
+            live.forget("gpuconv")  # otherwise only the first of several tests would run cached functions
             observer.switch_context(name_of(item))
             start = time.monotonic()
             if session.first_failure([item], SLOWEST) is None:
@@ -108,9 +108,9 @@ class Observed:
                 lines.setdefault(line, set()).update(name for name in names if name in self.seconds)
 
     def tests(self, mutant, likely):
-        """Those that run a mutant's line: likely ones, plans, then the fastest of each test function, then others."""
+        """Return the tests that run a mutant's line: likely ones, plans, the fastest of each test function, then others."""
         lines = self.tests_of_line.get(mutant.file, {})
-        begun = max((line for line in lines if line <= mutant.line), default=0)  # of a statement of several lines
+        begun = max((line for line in lines if line <= mutant.line), default=0)  # a statement may have several lines
         reached = lines.get(begun, ())
         by_speed = sorted(reached, key=self.seconds.__getitem__)
         fastest = {}
@@ -128,24 +128,24 @@ class Observed:
 
 
 def limit_memory():
-    """What tests allocate beyond MEMORY is refused from now on."""
+    """Limit the memory that tests can allocate from now on to MEMORY."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
 
 
 def verdict(session, tests, live, mutant, likely):
-    """("caught", the test), ("survived", "") or ("not run", the reason)."""
+    """Return ("caught", test), ("survived", "") or ("not run", reason)."""
     limit_memory()
     try:
         live.run(mutant.file, mutant.text)
-    except ValueError as error:  # a nested function that uses other variables cannot be given to one that exists
+    except ValueError as error:  # code with other free variables cannot replace that of an existing nested function
         return "not run", str(error)
     failure = session.first_failure(list(tests(mutant, likely)), SLOWEST)
     return ("survived", "") if failure is None else ("caught", failure[0])
 
 
 def run_again(session, live, killers, mutants, jobs, done):
-    """Runs mutants with the one test that caught each, by identity in ``killers``: other tests came before it then."""
+    """Run each mutant with only the test in ``killers`` that caught it; other tests preceded it at that time."""
     in_children(
         functools.partial(verdict, session, lambda mutant, likely: [killers[mutant.identity]], live),
         mutants,
@@ -155,14 +155,14 @@ def run_again(session, live, killers, mutants, jobs, done):
 
 
 def recorded():
-    """The verdicts of python_mutations.json by identity."""
+    """Return the verdicts of python_mutations.json by identity."""
     if not RESULTS.exists():
         return {}
     return {entry["id"]: judged(entry) for entry in json.loads(RESULTS.read_text())["mutants"]}
 
 
 def key(entry):
-    """What EQUIVALENT knows a mutant by."""
+    """Return the key of a mutant in EQUIVALENT."""
     return entry["file"], entry["where"], entry["before"], entry["after"]
 
 
@@ -173,7 +173,7 @@ def entry_of(mutant, kind, by, seconds):
 
 
 def judged(entry):
-    """An entry that says "equivalent" where EQUIVALENT has a reason, and "survived" where it has none."""
+    """Return an entry with "equivalent" or "survived" depending on whether EQUIVALENT has a reason."""
     if entry["verdict"] not in ("survived", "equivalent"):
         return entry
     reason = EQUIVALENT.get(key(entry))
@@ -181,15 +181,15 @@ def judged(entry):
 
 
 def table(entries):
-    """Counts and score, for each folder of the package."""
+    """Return counts and score of each folder of the package."""
     return mutation_runs.table(entries, lambda entry: f"`{Path(entry['file']).parent}/`")
 
 
 def full(options):
-    """Runs what has no verdict that stands, and writes python_mutations.json."""
+    """Run the mutants without a valid verdict and write python_mutations.json."""
     mutants = {mutant.identity: mutant for mutant in python_mutants.drawn(DRAWN, SEED)}
     verdicts = {
-        name: judged(entry | {"file": mutants[name].file, "line": mutants[name].line})  # which may have moved
+        name: judged(entry | {"file": mutants[name].file, "line": mutants[name].line})  # the line may have changed
         for name, entry in recorded().items()
         if name in mutants
     }
@@ -202,7 +202,7 @@ def full(options):
         live = python_mutants.Live()
         observed = Observed(session, live, options.jobs)
         todo = [mutant for name, mutant in mutants.items() if not stands(verdicts.get(name), observed.items)]
-        todo.sort(key=lambda mutant: mutant.identity in verdicts)  # first a record without gaps
+        todo.sort(key=lambda mutant: mutant.identity in verdicts)  # mutants without a verdict first, so that the record is complete early
         with progress() as bar:
             task = bar.add_task("mutants", total=len(todo), survived=0)
 
@@ -227,7 +227,7 @@ def full(options):
 
 
 def conclusion(entries):
-    """Prints counts, survivors, and reasons that nothing needs: the exit status."""
+    """Print counts, survivors and unused reasons; return the exit status."""
     print(table(entries))
     print(f"beside {sum(entry['verdict'] == 'not run' for entry in entries)} edits that cannot be run")
     survivors = [entry for entry in entries if entry["verdict"] == "survived"]
@@ -240,7 +240,7 @@ def conclusion(entries):
 
 
 def sample(options):
-    """Runs recorded mutants again that one test catches without others before it."""
+    """Run recorded mutants again that a test catches alone."""
     entries = [entry for entry in recorded().values() if entry.get("alone")]
     drawn = random.Random(options.seed).sample(entries, len(entries))
     counts, changed = collections.Counter(), []
@@ -291,7 +291,7 @@ def main():
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="gpuconv-home-") as home:
-        os.environ["HOME"] = home  # a mutant may take another folder than that of GPUCONV_CACHE_DIR
+        os.environ["HOME"] = home  # a mutant may use a folder other than that of GPUCONV_CACHE_DIR
         sys.exit((sample if options.sample else full)(options))
 
 

@@ -1,4 +1,4 @@
-"""Runs tests on mutants, each mutant in a process of its own: what mutate_kernels.py and mutate_python.py share."""
+"""Runs of tests on mutants, each mutant in a separate process; used by mutate_kernels.py and mutate_python.py."""
 
 import argparse
 import collections
@@ -17,7 +17,7 @@ import pytest
 
 
 class Session:
-    """A pytest plugin: hands itself to ``work`` when the tests are collected, in the place of running them."""
+    """A pytest plugin that calls ``work`` with itself after the collection, instead of running the tests."""
 
     def __init__(self, work):
         self.work = work
@@ -33,7 +33,7 @@ class Session:
         self.reports.append(report)
 
     def first_failure(self, items, seconds=0):
-        """Runs tests until one fails: its name and what it says, or None. The process ends if one takes too long."""
+        """Run tests until one fails; return its name and message, or None. The process ends if a test takes too long."""
         for item, following in itertools.zip_longest(items, items[1:]):
             signal.alarm(seconds)
             item.ihook.pytest_runtest_protocol(item=item, nextitem=following)
@@ -45,13 +45,13 @@ class Session:
         return None
 
     def check_baseline(self, items):
-        """RuntimeError unless every test passes on the sources as they are: what fails anyway catches nothing."""
+        """Raise RuntimeError if a test fails on the unchanged sources, because such a test catches no mutant."""
         if failed := answered(*in_child(lambda: self.first_failure(items))):
             raise RuntimeError(f"the tests fail on the sources as they are: {': '.join(failed)}")
 
 
 def with_tests(arguments, work):
-    """Has pytest collect tests, and calls ``work`` with the Session that has them."""
+    """Let pytest collect tests and call ``work`` with the Session that has them."""
     session = Session(work)
     options = "--hypothesis-profile=mutants", "-s", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:terminal"
     status = pytest.main([*options, *arguments], plugins=[session])
@@ -60,22 +60,22 @@ def with_tests(arguments, work):
 
 
 def name_of(item):
-    """The name of a test: its node id, from the folder of the tests on."""
+    """Return the name of a test: its node id relative to the folder of the tests."""
     return item.nodeid.removeprefix("tests/")
 
 
 def in_child(function):
-    """Calls a function in a forked process, which has all that this one has imported: its number, and its answer."""
+    """Call a function in a forked process, which inherits all imports; return its process id and its answer."""
     reader, writer = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of forking beside threads, which BLAS has
+        warnings.simplefilter("ignore")  # the warning about forking a process with threads, which BLAS has
         child = os.fork()
     if child == 0:
-        os.setpgid(0, 0)  # with all processes that tests start in it
+        os.setpgid(0, 0)  # one process group with all processes that tests start
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.write(writer, json.dumps(function()).encode())
-        except BaseException:  # also where a test ends the run: this process must not go on with the caller's work
+        except BaseException:  # even if a test ends the run, this process must not continue the caller's work
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
@@ -84,7 +84,7 @@ def in_child(function):
 
 
 def answered(child, answer):
-    """The answer of a forked process, or RuntimeError, if it ended without one."""
+    """Return the answer of a forked process; raise RuntimeError if it ended without one."""
     with answer:
         text = answer.read()
     os.waitpid(child, 0)
@@ -94,14 +94,14 @@ def answered(child, answer):
 
 
 def in_children(verdict, todo, jobs, done):
-    """Calls ``verdict(mutant, likely)`` for each mutant, ``jobs`` at a time, and ``done(mutant, kind, by, seconds)``.
+    """Call ``verdict(mutant, likely)`` for each mutant, ``jobs`` at a time, then ``done(mutant, kind, by, seconds)``.
 
-    ``likely`` names tests that caught other mutants of the file, those of the nearest lines first.
+    ``likely`` has the names of tests that caught other mutants of the file, those of the nearest lines first.
     """
     running = {}
     todo = iter(todo)
     killers = collections.defaultdict(dict)  # by file: tests, and the line of the last mutant that each caught
-    gc.freeze()  # or each child's collector would copy the memory that they share
+    gc.freeze()  # otherwise the garbage collector of each child would copy shared memory
     while True:
         while len(running) < jobs and (mutant := next(todo, None)) is not None:
             likely = nearest(killers[mutant.file], mutant.line)
@@ -110,11 +110,11 @@ def in_children(verdict, todo, jobs, done):
         if not running:
             return
         child, status = os.wait()
-        if child not in running:  # which was not started here
+        if child not in running:  # it was not started here
             continue
         mutant, answer, start = running.pop(child)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)  # what tests have started and left
+            os.killpg(child, signal.SIGKILL)  # processes that tests started and did not end
         with answer:
             text = answer.read()
         if os.waitstatus_to_exitcode(status) > 0:
@@ -127,19 +127,19 @@ def in_children(verdict, todo, jobs, done):
 
 
 def nearest(line_of, line):
-    """The twelve tests that caught mutants nearest to a line."""
+    """Return the twelve tests that caught the mutants nearest to a line."""
     return sorted(line_of, key=lambda name: abs(line_of[name] - line))[:12]
 
 
 def stands(entry, names):
-    """Whether a recorded verdict, if any, stands: what caught the mutant is still among the tests."""
+    """Return whether a recorded verdict exists and is valid: the test that caught the mutant still exists."""
     if entry is None or entry["verdict"] == "survived":
         return False
     return entry["verdict"] != "caught" or entry["by"] in names or "::" not in entry["by"]
 
 
 def write(path, head, entries):
-    """Writes a record, one line for each mutant, so that a change of one is a change of one line."""
+    """Write a record with one line per mutant, so that the change of one mutant is the change of one line."""
     lines = ",\n".join(json.dumps(item) for item in entries)
     scratch = path.with_suffix(".part")
     scratch.write_text(f'{json.dumps(head)[:-1]}, "mutants": [\n{lines}\n]}}\n')
@@ -147,7 +147,7 @@ def write(path, head, entries):
 
 
 def row(name, count):
-    """A line of a table: how many mutants of a place have which verdict, and the score."""
+    """Return a line of a table: the number of mutants of a place by verdict, and the score."""
     caught, survived = count["caught"], count["survived"]
     total = caught + survived + count["equivalent"]
     score = f"{100 * caught / (caught + survived):.1f} %" if caught + survived else "-"
@@ -155,7 +155,7 @@ def row(name, count):
 
 
 def table(entries, place_of):
-    """Counts and score, for each place and for all of them."""
+    """Return counts and score, for each place and in total."""
     counts = collections.defaultdict(collections.Counter)
     for item in entries:
         counts[place_of(item)][item["verdict"]] += 1
@@ -165,14 +165,14 @@ def table(entries, place_of):
 
 
 def positive(text):
-    """The type of an option that is a count."""
+    """Return an option's value as a positive int."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be an int of at least 1, got {text!r}")
     return int(text)
 
 
 def progress():
-    """A progress bar that needs no thread: processes are forked beside it."""
+    """Return a progress bar without a thread, because processes are forked while it is shown."""
     from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
     counts = MofNCompleteColumn(), TextColumn("{task.fields[survived]} survived")

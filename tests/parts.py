@@ -1,13 +1,13 @@
-"""Parts of a run: tests drawn at random, and those that an earlier run has not passed."""
+"""Parts of a run: tests drawn at random, and tests that did not pass in an earlier run."""
 
 import random
 from pathlib import Path
 
 import pytest
 
-# Files of tests that go through cases, layouts, dtypes and kernels: many tests of a kind.
+# Files with many similar tests, over cases, layouts, dtypes and kernels.
 MATRIX = tuple(f"test_{name}.py" for name in ("matrix", "adjoint", "nonfinite", "implicit_gemm", "kernels", "checked"))
-DONE = pytest.StashKey()  # the names of tests that an earlier run has passed
+DONE = pytest.StashKey()  # the names of tests that passed in an earlier run
 
 
 def add_options(parser):
@@ -24,7 +24,7 @@ def configure(config):
 
 
 def select(config, items):
-    """Leaves in ``items`` what the options want."""
+    """Remove the tests from ``items`` that the options exclude."""
     names = set(config.stash.get(DONE, ()))
     left_out = {item for item in items if item.nodeid in names}
     if (number := config.getoption("draw")) is not None:
@@ -35,15 +35,16 @@ def select(config, items):
 
 
 def undrawn(items, number, seed):
-    """All tests of the files of MATRIX but ``number``, which are drawn at random."""
+    """Return all tests of the files of MATRIX except ``number`` tests drawn at random."""
     of_matrix = [item for item in items if item.path.name in MATRIX]
     return set(of_matrix) - set(random.Random(seed).sample(of_matrix, min(number, len(of_matrix))))
 
 
 def done(config, path):
-    """The names of the tests that a file says have passed; from now on those that pass are added to it.
+    """Return the names of passed tests in a file; tests that pass from now on are appended to it.
 
-    Workers of xdist are told by the process that started them: one that replaces another must select the same tests.
+    Workers of xdist receive the names from the process that started them, because a worker that replaces another must
+    select the same tests.
     """
     if hasattr(config, "workerinput"):
         return config.workerinput["done"]

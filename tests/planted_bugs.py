@@ -1,7 +1,7 @@
-"""Correct kernels and their broken twins: one line is changed, and the emulator must notice.
+"""Correct kernels and variants with a bug: one line is changed, and the emulator must detect it.
 
-Of shipped kernels, run on a convolution of cases.py, and of small ones for what the shipped kernels do not use yet.
-test_planted_bugs.py runs them in all schedules; the table in tests/README.md is made of what is stated here.
+The kernels are shipped ones, run on a convolution of cases.py, and small ones for features that shipped kernels do not
+use yet. test_planted_bugs.py runs them in all schedules. The table in tests/README.md is generated from this file.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ class Shipped(NamedTuple):
     """A kernel of the package and a convolution that shows the bug."""
 
     file: str
-    kernel: str  # (or function) in whose source the line is
+    kernel: str  # the kernel or function that contains the line
     algorithm: str
     direction: str
     case: str
@@ -22,7 +22,7 @@ class Shipped(NamedTuple):
 
 
 class Small(NamedTuple):
-    """A kernel ``small(const float* x, float* y)`` of one block; y is held against what is expected of x."""
+    """A kernel ``small(const float* x, float* y)`` of one block; y is compared with the expected function of x."""
 
     body: str
     inputs: int  # numbers of x: 1, 2, 3 ...
@@ -33,9 +33,9 @@ class Small(NamedTuple):
 class Bug(NamedTuple):
     name: str  # the defect
     place: Shipped | Small
-    right: str  # the line, or the part of it that is changed
+    right: str  # the line, or the part of it to change
     wrong: str
-    fast: str  # how it shows: "reported", "wrong result" or "no", and in how many of the schedules
+    fast: str  # how it is detected: "reported", "wrong result" or "no", and in how many of the schedules
     checked: str
     words: str = ""  # of the report in checked mode
     lines: tuple[str, ...] = ()  # texts of source lines, of which the report names one or more
@@ -79,7 +79,7 @@ load_matrices(r, tile[row][swizzle]);
 for (int m = 0; m < 4; ++m) y[4 * row + m] = r[m] & 0xffff;"""
 ROWS_OF_MATRICES = Small(ROWS_OF_MATRICES, 256, lambda x: x.reshape(4, 8, 4, 2)[..., 0].transpose(1, 2, 0).reshape(-1))
 
-# a has (1 + 3/4096) in its first row and column, which rounds up to 1 + 4/4096; b is ones.
+# a has 1 + 3/4096 in its first row and column, which rounds up to 1 + 4/4096; b consists of ones.
 PRODUCT = """const int lane = threadIdx.x;
 float d[4] = {};
 const float first = lane == 0 ? 1 + x[2] / 4096 : 0;
@@ -410,7 +410,7 @@ y[threadIdx.x] = tile[threadIdx.x];""",
 
 
 def table():
-    """The rows of tests/README.md."""
+    """Return the rows of the table in tests/README.md."""
     lines = ["| defect | in | fast mode | checked mode |", "|---|---|---|---|"]
     for bug in BUGS:
         where = f"`{bug.place.kernel}`" if isinstance(bug.place, Shipped) else "a small kernel"

@@ -1,9 +1,9 @@
-"""What the memory accesses of a kernel cost, beside its source: ``python -m tests.profile KERNEL CASE``.
+"""Print the cost of the memory accesses of a kernel next to its source: ``python -m tests.profile KERNEL CASE``.
 
 KERNEL is a kernel's name, such as scatter_data_grad, and CASE the name of a convolution in tests/cases.py, such as
-"many channels". Runs on the CPU in checked mode. For each line: shared-memory wavefronts and global 32-byte sectors of
-one request of a warp, and in brackets what they would be without bank conflicts, or if the bytes lay side by side. A
-model, not a measurement (tests/emulation/profile.cpp).
+"many channels". The kernel runs on the CPU in checked mode. For each line the shared-memory wavefronts and the global
+32-byte sectors of one request of a warp are printed, and in parentheses their number without bank conflicts, or for
+contiguous bytes. This is a model, not a measurement (tests/emulation/profile.cpp).
 """
 
 import argparse
@@ -21,14 +21,14 @@ KERNELS = [name for path in sorted(kernels_folder().glob("*.cu")) for name in lo
 
 
 def algorithm_of(kernel):
-    """The algorithm and the direction that launch a kernel, by its name: scatter_weight_grad_plain, say."""
+    """Return the algorithm and the direction of a kernel, from its name, such as scatter_weight_grad_plain."""
     direction = next(direction for direction in DIRECTIONS if direction in kernel)
     algorithm, _, rest = kernel.partition(f"_{direction}")
     return algorithm + ("_plain" if rest == "_plain" else ""), direction
 
 
 def accesses(kernel, case, dtype="float32", layout="channels_first"):
-    """The memory accesses of a kernel in a case: {(line, memory, kind): [requests, cost, least cost]}."""
+    """Return the memory accesses of a kernel in a case: {(line, memory, kind): [requests, cost, least cost]}."""
     algorithm, direction = algorithm_of(kernel)
     with (
         arrays_of("emulated") as arrays,
@@ -47,7 +47,7 @@ def accesses(kernel, case, dtype="float32", layout="channels_first"):
 
 
 def table(kernel, found):
-    """The lines of the kernel's file that access memory, with what that costs."""
+    """Return the lines of the kernel's file that access memory, with the cost."""
     notes = collections.defaultdict(list)
     for (line, memory, kind), (requests, cost, least) in found.items():
         file, number = line.split(":")

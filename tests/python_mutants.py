@@ -1,4 +1,4 @@
-"""Mutants of gpuconv's Python: what cosmic-ray edits inside functions, and functions that run an edited text."""
+"""Mutants of gpuconv's Python: edits by cosmic-ray inside functions, and execution of functions with an edited text."""
 
 import ast
 import collections
@@ -27,25 +27,25 @@ class Mutant(NamedTuple):
 
     file: str
     line: int
-    where: str  # the function, with the names of what it is in
+    where: str  # the qualified name of the function
     rule: str  # cosmic-ray's operator
     before: str  # the lines that change, without indentation
     after: str
     text: str  # of the whole file
-    identity: str  # a hash of the function before and after, without comments and the place of it
+    identity: str  # a hash of the function before and after, independent of comments and position
 
 
 def files():
-    """The files that are mutated, by their paths from the root of the repository."""
+    """Return the paths of the mutated files, relative to the root of the repository."""
     package = sorted((ROOT / "gpuconv").rglob("*.py"))
     found = (path.relative_to(ROOT) for path in package)
     return [str(path) for path in found if not set(path.parts) & set(LEFT_OUT)]
 
 
 def drawn(number, seed, among=None):
-    """Mutants drawn at random: of each file as many as its size asks for, at most one at a place of the text.
+    """Return mutants drawn at random, in proportion to the size of each file, at most one per place of the text.
 
-    A change of the sources changes few of them.
+    A change of the sources changes only a few of them.
     """
     places = {file: _places((ROOT / file).read_text(), seed) for file in among or files()}
     total = sum(map(len, places.values()))
@@ -62,14 +62,14 @@ def _operators():
 
 
 def _places(text, seed):
-    """The places that may be edited, in random order: of each an operator, and the number of the edit among its edits.
+    """Return the places that can be edited, in random order: for each an operator and the index among its edits.
 
-    Order and operator are drawn by a hash of the seed and of the place's line, so that other lines do not matter.
+    Order and operator are drawn by a hash of the seed and the line of the place, independently of other lines.
     """
     nodes = list(ast_nodes(get_ast(text)))
     edits, positions = collections.defaultdict(list), {}
     for name in _operators():
-        # An arithmetic operator is replaced by any other one at the same places.
+        # All replacements of an arithmetic operator apply to the same places.
         replaced = name.rpartition("_")[0] if name.startswith("ReplaceBinaryOperator") else name
         if replaced not in positions:
             positions[replaced] = _positions(name, nodes)
@@ -91,13 +91,13 @@ def _hash(*parts):
 
 
 def _positions(name, nodes):
-    """Where an operator may edit: the first and the last line and column, in the order of its edits."""
+    """Return where an operator can edit: the first and the last line and column, in the order of its edits."""
     operator = _operators()[name]
     return [position for node in nodes for position in operator.mutation_positions(node)]
 
 
 def found(entry):
-    """The mutant of an entry of the record, or None, if its function is another one now."""
+    """Return the mutant of an entry of the record, or None if its function has changed."""
     path = ROOT / entry["file"]
     if not path.exists():
         return None
@@ -112,7 +112,7 @@ def found(entry):
 
 
 def _mutant(file, name, occurrence):
-    """The mutant of an edit, or None, if it is no Python, changes nothing, or is not inside a function."""
+    """Return the mutant of an edit, or None if it is invalid Python, changes nothing, or is outside functions."""
     before = (ROOT / file).read_text()
     after = mutate_code(before, _operators()[name], occurrence)
     try:
@@ -131,7 +131,7 @@ def _mutant(file, name, occurrence):
 
 
 def _code(function):
-    """What a function does, without its docstring and those of the functions in it."""
+    """Return the code of a function without docstrings, including those of nested functions."""
     for node in ast.walk(function):
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body[0] = ast.Pass()
@@ -139,7 +139,7 @@ def _code(function):
 
 
 def _difference(before, after):
-    """Where lines begin to differ, and the lines up to where they are the same again."""
+    """Return the index of the first difference, and the lines that differ."""
     start = _same(before, after)
     end = _same(before[start:][::-1], after[start:][::-1])
     parts = (" ".join(line.strip() for line in lines[start : len(lines) - end]) for lines in (before, after))
@@ -147,30 +147,30 @@ def _difference(before, after):
 
 
 def _same(before, after):
-    """How many lines two texts have in common before they differ."""
+    """Return how many lines two texts have in common before the first difference."""
     return next(
         (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after))
     )
 
 
 def _around(tree, line):
-    """The functions whose bodies a line is in, from the outermost on."""
+    """Return the functions whose bodies contain a line, outermost first."""
     functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
     return sorted((f for f in functions if f.body[0].lineno <= line <= f.end_lineno), key=lambda f: f.lineno)
 
 
 def _compiled(file, text):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of comparisons of literals by identity
+        warnings.simplefilter("ignore")  # about comparisons of literals by identity
         return compile(text, ROOT / file, "exec", dont_inherit=True)
 
 
 def _pairs(old, new):
-    """Code objects of two texts that are at the same place; outer ones first."""
+    """Yield the code objects of two texts that are at the same place, outer ones first."""
     yield old, new
     others = {(inner.co_name, inner.co_firstlineno): inner for inner in _nested(new)}
     for inner in _nested(old):
-        if other := others.get((inner.co_name, inner.co_firstlineno)):  # the compiler leaves out what cannot be reached
+        if other := others.get((inner.co_name, inner.co_firstlineno)):  # the compiler omits unreachable code
             yield from _pairs(inner, other)
 
 
@@ -179,7 +179,7 @@ def _nested(code):
 
 
 class Live:
-    """The functions of the package that exist, by the code that they run, and what they remember."""
+    """The existing functions of the package, by their code, and their caches."""
 
     def __init__(self):
         self.functions = collections.defaultdict(list)
@@ -191,7 +191,7 @@ class Live:
                 self.caches.append(found)
 
     def run(self, file, text):
-        """Has every function of a file run an edited text: to be called in a process of its own."""
+        """Make every function of a file run an edited text; to be called in a separate process."""
         before = (ROOT / file).read_text()
         for old, new in _pairs(_compiled(file, before), _compiled(file, text)):
             for function in self.functions.get(old, ()):
@@ -200,7 +200,7 @@ class Live:
         self.forget("gpuconv", "tests")
 
     def forget(self, *packages):
-        """Clears what functions of these packages remember."""
+        """Clear the caches of the functions of packages."""
         for cache in self.caches:
             if cache.__module__.startswith(packages):
                 cache.cache_clear()

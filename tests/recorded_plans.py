@@ -1,8 +1,9 @@
-"""What many calls would do, in short, and the record of it: ``python -m tests.recorded_plans``
+"""The record of the plans of many calls: ``python -m tests.recorded_plans``
 
-A plan decides how fast a call is, how much memory it takes and the last bits of its result. A change of the sources
-that should change none of these changes no line of ``plans.json``; one that should is seen there call by call. Nothing
-is computed for it. The program writes the record; with words it prints what the calls that have them in their names do.
+A plan determines the speed of a call, its memory and the last bits of its result. A change of the sources that should
+not affect these must not change ``plans.json``; the effect of any other change is visible there call by call. No
+convolution is computed. The program writes the record; with words as arguments it prints the plans of the calls whose
+names contain them.
 
     python -m tests.recorded_plans winograd "resnet50 3x3 256 @14"
 """
@@ -42,7 +43,7 @@ BATCH = 4
 LIMITS = (64 << 20, 1 << 20, 20 << 10)  # bytes
 ACTIVATIONS = "", "relu", "leaky_relu", "sigmoid", "tanh"
 DEVICES = Device(75, 72), Device(80, 108), Device(90, 132), Device(120, 170)
-# Of the layers that are benchmarked each algorithm plans one in so many; to plan scatter's would take seconds.
+# Each algorithm plans one in this many of the benchmarked layers; planning all those of scatter would take seconds.
 ONE_IN = {"im2col": 4, "winograd": 2, "fft": 16, "depthwise": 2, "scatter": 1000, "implicit_gemm": 4, "direct": 8}
 GROUPS = (
     *(("numpy", algorithm) for algorithm in NUMPY_ALGORITHMS),
@@ -53,7 +54,7 @@ GROUPS = (
     *(("limits numpy", algorithm) for algorithm in NUMPY_ALGORITHMS),
     *(("limits emulated", algorithm) for algorithm in KERNELS),
 )
-# Convolutions that several threads share, planned within workspaces of 16 KiB to 16 MiB.
+# Convolutions computed by several threads, planned for workspaces of 16 KiB to 16 MiB.
 SQUEEZED = (
     case("few channels", (4, 3, 96, 100), (32, 3, 5, 5), stride=2, padding=2),
     case("few channels, an edge unseen", (4, 3, 96, 96), (32, 3, 3, 3), stride=2),
@@ -75,14 +76,14 @@ SQUEEZES = tuple(1 << bits for bits in range(14, 25))  # bytes
 
 
 def geometries(layout, one_in=1):
-    """Names and geometries: those of the tests, and of the layers that are benchmarked one in so many."""
+    """Yield names and geometries: those of the tests, and one in ``one_in`` of the benchmarked layers."""
     yield from ((one.name, one.geometry(layout)) for one in (*CASES, *SQUEEZED))
     chosen = [one for one in layers.selected(["all"], []) if int(digest_of(one.name.encode()), 16) % one_in == 0]
     yield from ((layer.name, layer.geometry(BATCH, layout)) for layer in chosen)
 
 
 def calls_of(where, what):
-    """The calls of a group: names, and functions that give the text of what they do."""
+    """Return the calls of a group: names, and functions that return the text of the plan."""
     if where == "choice":
         return tiles() if what == "tiles" else choices(NUMPY if what == "numpy" else EMULATED)
     if where.startswith("limits"):
@@ -91,7 +92,7 @@ def calls_of(where, what):
 
 
 def plans(backend, algorithm):
-    """Plans of an algorithm. What else a call has is drawn by its name, so that other calls do not matter."""
+    """Yield plans of an algorithm; other settings are drawn by the name of the call, independently of other calls."""
     one_in = ONE_IN.get(algorithm, 4)
     both = zip(geometries("channels_first", one_in), geometries("channels_last", one_in), strict=True)
     dtypes = [name for name in DTYPES if algorithm != "winograd" or not name.startswith("complex")]
@@ -108,8 +109,8 @@ def plans(backend, algorithm):
 
 
 def squeezed(backend, algorithm):
-    """Plans of small convolutions within many limits."""
-    # forward of scatter has no kernel: its plan is that of NumPy.
+    """Yield plans of small convolutions for many workspace limits."""
+    # forward of scatter has no kernel; its plan is that of NumPy.
     directions = DIRECTIONS if (backend, algorithm) != (EMULATED, "scatter") else DIRECTIONS[1:]
     for one, direction in itertools.product(SQUEEZED, directions):
         rng = random.Random(f"{one.name} {direction} {algorithm}")
@@ -128,14 +129,14 @@ def squeezed_text(call, direction):
 
 
 def plan_text(call, direction, rng=None):
-    """The plan of a call: with C-contiguous arrays, or where a generator draws how arrays lie.
+    """Return the plan of a call with C-contiguous arrays, or with memory layouts drawn by a generator.
 
-    Of a loop that is planned while it runs the first two parts are in it.
+    For a loop that is planned during execution, the text contains the first two parts.
     """
     first, second, result = (layout_of(call, role, rng) for role in ROLES[direction])
     is_drawn, is_transposed = rng is not None, rng is not None and direction == "data_grad" and rng.random() < 0.5
     is_forward = direction == "forward" or is_transposed
-    # Joined, so that a name is another object than an equal one in the sources, as a caller's may be.
+    # Joined, so that the name is not the same object as an equal string in the sources, as with a caller's string.
     activation = "".join(rng.choice(ACTIVATIONS)) if is_drawn and call.dtype.kind != "c" else ""
     y = layout_of(call, ROLES[direction][0], rng) if activation and not is_forward else None
     channels = call.geometry.channels if is_transposed else call.geometry.filters
@@ -158,7 +159,7 @@ def plan_text(call, direction, rng=None):
 
 
 def layout_of(call, role, rng=None):
-    """Shape, strides, dtype and address, modulo 16 for kernels, of an array; a generator draws some of them."""
+    """Return shape, strides, dtype and address (modulo 16 for kernels) of an array; a generator draws some of them."""
     shape = call.geometry.shape_of(role)
     strides, place = contiguous_strides(shape, call.dtype), 0
     if rng is not None:
@@ -169,7 +170,7 @@ def layout_of(call, role, rng=None):
 
 
 def steps_text(steps, indent="  "):
-    """A line for each step."""
+    """Return one line per step."""
     for step in steps:
         if isinstance(step, Step):
             inputs = ["the result" if step.out is not None and value is step.out else value for value in step.inputs]
@@ -191,7 +192,7 @@ def steps_text(steps, indent="  "):
 
 
 def text(value):
-    """An input or a function of a step."""
+    """Return the text of an input or a function of a step."""
     if isinstance(value, functools.partial):
         return f"{text(value.func)}({text(value.args)}; {text(sorted(value.keywords.items()))})"
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
@@ -204,7 +205,7 @@ def text(value):
 
 
 def choices(backend):
-    """What ``auto`` takes, with the reasons against all others."""
+    """Yield the choices of ``auto``, with the reasons against all other algorithms."""
     one_in = 1 if backend is NUMPY else 4
     for pair in zip(geometries("channels_first", one_in), geometries("channels_last", one_in), strict=True):
         rng = random.Random(pair[0][0])
@@ -228,7 +229,7 @@ def choice_text(requests):
 
 
 def tiles():
-    """The tiles that implicit_gemm could take, with the times that its model gives them."""
+    """Yield the candidate tiles of implicit_gemm, with their times according to the model."""
     for name, geometry in geometries("channels_first", 2):
         rng = random.Random(name)
         dtype, precision, device = rng.choice(DTYPES), rng.choice(("ieee", "tf32", "tf32x3")), rng.choice(DEVICES)
@@ -249,13 +250,13 @@ def digest_of(content):
 
 
 def short(whole):
-    """The first line of a text, and the digest of all of it."""
+    """Return the first line of a text, and the digest of the whole text."""
     return f"{whole.partition(chr(10))[0]}; {digest_of(whole.encode())}"
 
 
 @contextlib.contextmanager
 def as_on_any_machine():
-    """What is installed, or was tuned, decides nothing: with SciPy, and with something that holds BLAS to a thread."""
+    """Enter a context that is independent of installed packages and tuning: with SciPy and a way to limit BLAS threads."""
     with (
         mock.patch.object(select.tuned, "recalled", return_value=None),
         mock.patch.object(fft, "_has_scipy", return_value=True),
@@ -267,7 +268,7 @@ def as_on_any_machine():
 
 
 def found(where, what):
-    """The lines of the record for a group, by the names of its calls."""
+    """Return the lines of the record for a group, by the names of its calls."""
     with as_on_any_machine():
         return {f"{where} {what}: {name}": short(made()) for name, made in calls_of(where, what)}
 

@@ -1,7 +1,7 @@
 """An independent convolution in float64: a padded x, one strided view per tap, one einsum per tap.
 
-Imports nothing of gpuconv. Arrays are channels_first, (N, C, *spatial) and (F, C/G, *kernel), in the dtype that they
-are given in; the tests hand in float64 or complex128.
+Nothing is imported from gpuconv. Arrays are channels_first, (N, C, *spatial) and (F, C/G, *kernel), and results have
+the dtype of the arguments; the tests pass float64 or complex128.
 """
 
 import itertools
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def padded(x, padding):
-    """x with zeros around its spatial axes; negative numbers crop."""
+    """Return x with its spatial axes padded with zeros; negative padding crops."""
     pads = [(0, 0), (0, 0), *((max(low, 0), max(high, 0)) for low, high in padding)]
     x = np.pad(x, pads)
     crops = []
@@ -20,7 +20,7 @@ def padded(x, padding):
 
 
 def taps(kernel, stride, dilation, outputs):
-    """Every tap with the slice of padded x that it meets."""
+    """Yield every tap with the slices of padded x that it reads."""
     for tap in itertools.product(*(range(k) for k in kernel)):
         yield (
             tap,
@@ -57,7 +57,7 @@ def forward(x, w, stride, padding, dilation, groups=1, flip=False):
 
 
 def data_grad(dy, w, x_shape, stride, padding, dilation, groups=1, flip=False):
-    """The adjoint in x: adds each product where it came from, in a padded dx, and cuts that to size."""
+    """Return the adjoint with respect to x: products are added to a padded dx, which is then cropped."""
     v = np.conj(np.flip(w, range(2, w.ndim)) if flip else w)
     room = [(max(low, 0), max(high, 0)) for low, high in padding]
     extent = [n + low + high for n, (low, high) in zip(x_shape[2:], room, strict=True)]

@@ -1,11 +1,11 @@
-"""Every call of a public function that a test makes is made four times, and each time does the same.
+"""Repetition of calls: every call of a public function by a test is made four times, and the results must agree.
 
-First on other data of the same shapes, strides and dtypes, so that a plan made for other values is there; then twice on
-the test's own data; then again after ``gpuconv.clear_cache()``, which is the result that the test sees. The three
-results on the test's data must agree bit for bit, and no input may change. Under PyTorch's autograd the gradients must
-agree, too.
+The first call has other data of the same shapes, strides and dtypes, so that the plan was made for other values. Two
+calls with the data of the test follow, and another after ``gpuconv.clear_cache()``, whose result is returned to the
+test. The three results for the data of the test must agree bit for bit, and inputs must not change. With PyTorch's
+autograd the gradients must agree, too.
 
-A test that cannot be repeated says why: ``@pytest.mark.called_once("reason")``.
+A test whose calls cannot be repeated is marked ``@pytest.mark.called_once("reason")``.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from gpuconv.geometry import DIRECTIONS, Geometry
 from tests.tolerances import direct_bound
 
 PUBLIC = ("conv", "conv_data_grad", "conv_weight_grad", "conv_backward", "conv_transpose", "conv_transpose_backward")
-# The argument that a function writes into, where it has one.
+# The argument into which a function writes, if any.
 OUTPUTS = {
     "conv": "out",
     "conv_data_grad": "out",
@@ -34,13 +34,13 @@ OUTPUTS = {
 }
 ALIGNMENT = 64  # bytes; CuPy's memory begins at multiples of 512
 
-_state = threading.local()  # is_inside: whether this thread is in a repeated call, and what it calls is part of that
+_state = threading.local()  # is_inside: whether this thread is in a repeated call; nested calls are not repeated
 _is_on, _adds_atomically = False, False
 
 
 @contextlib.contextmanager
 def repeating(adds_atomically):
-    """A context in which calls are repeated; ``adds_atomically``: whether the scatter kernels run in it."""
+    """Enter a context in which calls are repeated; ``adds_atomically``: whether scatter runs as kernels in it."""
     global _is_on, _adds_atomically
     before = _is_on, _adds_atomically
     _is_on, _adds_atomically = True, adds_atomically
@@ -51,7 +51,7 @@ def repeating(adds_atomically):
 
 
 def install():
-    """Puts the repeating functions in the place of the public ones, wherever a module has them."""
+    """Replace the public functions by repeating ones, in every module that has them."""
     for name in PUBLIC:
         original = getattr(gpuconv, name)
         replacement = repeated(original)
@@ -71,7 +71,7 @@ def install():
 
 
 def install_torch():
-    """The same for gpuconv.torch, which imports PyTorch."""
+    """Do the same for gpuconv.torch, which imports PyTorch."""
     import gpuconv.torch
 
     for name in ("conv", "conv_transpose"):
@@ -79,7 +79,7 @@ def install_torch():
 
 
 def repeated(function, kind=None):
-    """A function that calls this one as described above."""
+    """Return a function that repeats the calls of a function as described above."""
 
     @functools.wraps(function)
     def call(*arguments, **options):
@@ -95,7 +95,7 @@ def repeated(function, kind=None):
 
 
 class _ArrayCalls:
-    """The calls of a function with some arguments."""
+    """The repeated calls of a function with the same arguments."""
 
     def __init__(self, function, arguments, options):
         self.function, self.arguments, self.options = function, arguments, options
@@ -105,7 +105,7 @@ class _ArrayCalls:
     def _by_name(self):
         try:
             return dict(inspect.signature(self.function).bind(*self.arguments, **self.options).arguments)
-        except TypeError:  # which the call will raise
+        except TypeError:  # the call itself will raise it
             return {}
 
     def repeat(self):
@@ -124,7 +124,7 @@ class _ArrayCalls:
         return final
 
     def _error_on_other_data(self):
-        """What calls on other data raise, as those on bad arguments do; None where they raise nothing."""
+        """Return the exception of a call with other data, which is expected for invalid arguments, or None."""
         if not self.given:
             return None
         try:
@@ -152,11 +152,11 @@ class _ArrayCalls:
                 self._assert_close(first, other)
 
     def _may_differ(self):
-        """Whether atomic additions, which come in any order, make the results."""
+        """Return whether results may differ because atomic additions occur in any order."""
         return _adds_atomically and self.options.get("algorithm") in ("scatter", "scatter_plain")
 
     def _assert_close(self, first, other):
-        """Within twice the bound of direct sums, by the magnitudes that the same call has for absolute values."""
+        """Assert agreement within twice the bound of direct sums, with the magnitudes of the call for absolute values."""
         terms = max(self._geometry().reduction_length(direction) for direction in DIRECTIONS)
         with np.errstate(all="ignore"):
             magnitudes = snapshot((self._called(mapped(self.given, absolute)), None))
@@ -174,7 +174,7 @@ class _ArrayCalls:
 
 
 class _TensorCalls(_ArrayCalls):
-    """The same of tensors, with the gradients of those that have some."""
+    """The repeated calls of a function with tensors; gradients are compared too."""
 
     def repeat(self):
         error = self._error_on_other_data()
@@ -209,7 +209,7 @@ class _TensorCalls(_ArrayCalls):
 
 
 def _is_tensor(value):
-    """Whether it is a tensor of PyTorch that gpuconv takes: dense and on a device with memory."""
+    """Return whether a value is a PyTorch tensor that gpuconv accepts: dense and on a device with memory."""
     torch = sys.modules.get("torch")
     is_tensor = torch is not None and isinstance(value, torch.Tensor)
     return is_tensor and value.layout is torch.strided and not value.is_meta
@@ -220,7 +220,7 @@ def _leaf(tensor):
 
 
 def mapped(tree, function):
-    """The tree of tuples, lists and dicts with this of each of its leaves."""
+    """Return a tree of tuples, lists and dicts with a function applied to its leaves."""
     if isinstance(tree, dict):
         return {name: mapped(value, function) for name, value in tree.items()}
     if isinstance(tree, (tuple, list)):
@@ -230,7 +230,7 @@ def mapped(tree, function):
 
 
 def snapshot(tree):
-    """The bytes, dtypes and shapes of all arrays in a tree."""
+    """Return the bytes, dtypes and shapes of all arrays in a tree."""
     found = []
 
     def note(value):
@@ -244,7 +244,7 @@ def snapshot(tree):
 
 
 def _on_cpu(value):
-    """The elements of an array of any kind as NumPy's; None for what is no array of numbers."""
+    """Return an array of any kind as a NumPy array; None if the value is not an array of numbers."""
     if _is_tensor(value):
         import torch
 
@@ -260,7 +260,7 @@ def _is_cupy(value):
 
 
 def twin(value):
-    """Other data of the same shape, strides, dtype and alignment, where the value is an array; else the value."""
+    """Return other data of the same shape, strides, dtype and alignment for an array; return other values unchanged."""
     if _is_tensor(value):
         return _twin_tensor(value)
     if type(value) in (np.ndarray, np.memmap) and _is_number(value.dtype):
@@ -271,7 +271,7 @@ def twin(value):
 
 
 def absolute(value):
-    """The absolute values, where the value is an array."""
+    """Return the absolute values of an array; return other values unchanged."""
     return abs(value) if isinstance(value, np.ndarray) or _is_cupy(value) else value
 
 
@@ -280,12 +280,12 @@ def _is_number(dtype):
 
 
 def _whole_numbers(shape):
-    """Small ones, which no sum of them rounds."""
+    """Return small integers, whose sums are not rounded."""
     return np.resize(np.array([1, -2, 0, 2, -1, 1, 0], np.int8), shape)
 
 
 def _span(array):
-    """Bytes before the first element, and of all that the array spans."""
+    """Return the bytes before the first element, and the bytes that the array spans."""
     steps = [step * (size - 1) for step, size in zip(array.strides, array.shape, strict=True)] if array.size else []
     before = -sum(step for step in steps if step < 0)
     return before, before + sum(step for step in steps if step > 0) + array.itemsize

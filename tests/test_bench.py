@@ -515,7 +515,7 @@ def test_on_a_gpu_all_sides_are_timed_by_events_or_all_as_graphs(short, algorith
     has_peer = HAS_TORCH and importlib.import_module("torch").cuda.is_available()
     peers = ("torch",) if has_peer else ()
     bench = run.Bench(run.Schedule(cupy_backend(), ("data_grad",), algorithms=algorithms, peers=peers, seconds=0))
-    (rows,) = bench.rows(bench.plan.jobs([layers.parsed(SMALL)]))
+    (rows,) = bench.rows(bench.schedule.jobs([layers.parsed(SMALL)]))
     assert [row.by for row in rows] == ["gpuconv"] * 2 + ["torch"] * 2 * has_peer
     for row in rows:
         assert row.refusal is None

@@ -19,7 +19,7 @@ from gpuconv.gpu.gemm_tiles import TileChoice
 from gpuconv.operands import Operand
 from gpuconv.views import View
 from tests import reference
-from tests.backends import BACKENDS, on
+from tests.backends import BACKENDS, marks_of, on
 from tests.cases import DIRECTIONS, channels_first, draw, laid_out, named_dtype
 from tests.emulation import launcher
 from tests.tiers import combinations
@@ -27,6 +27,7 @@ from tests.tolerances import assert_within, direct_bound
 
 ON_KERNELS = on("emulated", "cupy")
 EMULATED = on("emulated")
+CHECKED_TOO = [pytest.param(name, marks=marks_of(name)) for name in ("checked", *BACKENDS[1:])]
 TWO_LAYOUTS = ["channels_first", "channels_last"]
 BOTH_LAYOUTS = pytest.mark.parametrize("layout", TWO_LAYOUTS)
 
@@ -250,15 +251,15 @@ def test_more_than_32_taps_are_found_by_their_positions(direction, arrays):
     np.testing.assert_array_equal(problem.computed(arrays, direction), problem.exact(direction))
 
 
-@ON_KERNELS
+@pytest.mark.parametrize("arrays", CHECKED_TOO, indirect=True)
 @pytest.mark.parametrize("kernel", [(4, 8), (4, 3, 3)], ids=["32 taps", "36 taps"])
 def test_infinite_weights_of_many_taps_meet_no_zeros_beyond_dy(kernel, arrays):
     """Sums that become NaN are formed again of the products that there are."""
     dilation = (1, 2, 3)[: len(kernel)]
-    problem = Problem((1, 2, 9, 19, 11)[: len(kernel) + 2], (2, 2, *kernel), "float32", dilation=dilation, padding=2)
+    problem = Problem((1, 2, 9, 19, 11)[: len(kernel) + 2], (1, 2, *kernel), "float32", dilation=dilation, padding=2)
     problem.w[:] = 1
     problem.dy[:] = 1
-    problem.w[1, 1, 0] = np.inf
+    problem.w[0, 1][(1,) * len(kernel)] = np.inf  # beside the first tap, which other rows see
     expected = problem.exact("data_grad")
     assert np.isinf(expected).any()
     assert np.isfinite(expected).any()
@@ -266,9 +267,11 @@ def test_infinite_weights_of_many_taps_meet_no_zeros_beyond_dy(kernel, arrays):
 
 
 @ON_KERNELS
-def test_gradients_of_a_transposed_convolution_conjugate_the_weights_alone(arrays):
+def test_weights_alone_are_conjugated_where_both_operands_are_converted(arrays):
+    """The gradient of a transposed convolution; dy, of another dtype than the sums, is read element by element."""
     problem = Problem((1, 3, 6, 5), (4, 3, 3, 2), "complex64")
-    x, w, dy = (arrays.asarray(array.astype(np.complex64)) for array in (problem.dy, problem.w, problem.x))
+    x, w = (arrays.asarray(array.astype(np.complex128)) for array in (problem.dy, problem.w))
+    dy = arrays.asarray(problem.x.astype(np.complex64))
     dx = gpuconv.conv_transpose_backward(dy, x, w, needs="dx", algorithm="implicit_gemm").dx
     expected = reference.forward(problem.x, problem.w.conj(), **problem.settings)
     np.testing.assert_array_equal(arrays.asnumpy(dx), expected)

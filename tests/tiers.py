@@ -1,6 +1,6 @@
-"""The tiers of the tests: with which combinations of its parameters a test runs.
+"""The tiers of the tests: the combinations of parameters with which a test runs.
 
-``pytest`` runs what a change must not break, ``pytest --full`` generates every combination.
+``pytest`` runs a selection that every change must pass, ``pytest --full`` all combinations.
 """
 
 import collections
@@ -14,10 +14,10 @@ full = False  # whether --full was given; conftest.py sets it before the tests a
 
 
 def combinations(*, turns=(), where=None, **axes):
-    """Parametrizes a test with the product of the axes, as far as ``where`` is true of it.
+    """Parametrize a test with the product of the axes, restricted to combinations for which ``where`` is true.
 
-    Without ``--full`` the axes named in ``turns`` take turns: each combination of the others gets one combination of
-    these, whose values, and pairs of them with other axes', have occurred least often so far. Where there are enough
+    Without ``--full`` each combination of the other axes gets one combination of the axes named in ``turns``: the one
+    whose values, and pairs of values with other axes, have occurred least often so far. If there are enough
     combinations, all pairs occur. An axis "arrays" has names of backends.
     """
     found = (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
@@ -29,7 +29,7 @@ def combinations(*, turns=(), where=None, **axes):
 
 
 def in_turns(candidates, turns):
-    """From each group of candidates that differ in ``turns`` only, that whose values were chosen least often so far."""
+    """Return from each group of candidates that differ only in ``turns`` the one whose values occurred least so far."""
     groups, counts = collections.defaultdict(list), collections.Counter()
     for one in candidates:
         fixed = tuple(_text(value) for axis, value in one.items() if axis not in turns)
@@ -41,7 +41,7 @@ def in_turns(candidates, turns):
 
 
 def _counted(combination, turns):
-    """Each (axis, value) of an axis in ``turns``, and its pairs with the others."""
+    """Return each (axis, value) of an axis in ``turns``, and its pairs with the other axes."""
     values = [(axis, _text(value)) for axis, value in combination.items()]
     pairs = [(one, other) for one, other in itertools.combinations(values, 2) if one[0] in turns or other[0] in turns]
     return [value for value in values if value[0] in turns] + pairs

@@ -1,4 +1,4 @@
-"""The one rule for how far a result may be from the exact one."""
+"""The error bounds of results."""
 
 import math
 
@@ -14,17 +14,17 @@ def epsilon(dtype):
 
 
 def direct_bound(exact, magnitude, terms, dtype):
-    """Elementwise: one rounding of the result, and the rounding of a sum of this many products.
+    """Return the elementwise bound: one rounding of the result, and the rounding of a sum of ``terms`` products.
 
-    ``magnitude`` is the same sum over the absolute values, sum |x| |w|. A random walk of K roundings is sqrt(K) long;
-    2 of them is what blocked sums stay within, and a complex product has four real ones.
+    ``magnitude`` is the same sum over the absolute values, sum |x| |w|. A random walk of K roundings has the length
+    sqrt(K). Blocked sums stay within twice that length, and a complex product has four real ones.
     """
     factor = 8 if named_dtype(dtype).kind == "c" else 2
     return epsilon(dtype) * np.abs(exact) + factor * math.sqrt(terms) * epsilon(_accumulator(dtype)) * magnitude
 
 
 def bound_of(algorithm, exact, magnitude, terms, dtype):
-    """The bound of an algorithm by name: for those that multiply transforms, relative to the largest of all results."""
+    """Return the bound of an algorithm; for products of transforms it is relative to the largest of all results."""
     if algorithm not in TRANSFORMS:
         return direct_bound(exact, magnitude, terms, dtype)
     return epsilon(dtype) * np.abs(exact) + 16 * epsilon(_accumulator(dtype)) * magnitude.max()
@@ -36,7 +36,7 @@ def _accumulator(dtype):
 
 
 def assert_within(result, exact, bound):
-    """Every element finite and within its bound; NaN fails."""
+    """Assert that every element is finite and within its bound."""
     result = result.astype(exact.dtype)
     assert result.shape == exact.shape
     error = np.abs(result - exact)

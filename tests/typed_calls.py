@@ -1,7 +1,7 @@
-"""Calls that mypy must accept, and calls that it must reject; it checks this file, and nothing runs it.
+"""Calls that mypy must accept, and calls that it must reject; mypy checks this file, which is never run.
 
-A wrong call says ``type: ignore`` with its error, and mypy reports an ``ignore`` that nothing needs
-(warn_unused_ignores), so that it fails where a right call is rejected and where a wrong one is accepted.
+A wrong call is marked ``type: ignore`` with its error, and mypy reports unused ``ignore`` comments
+(warn_unused_ignores). The check therefore fails if a correct call is rejected or a wrong one accepted.
 """
 
 from typing import Any

@@ -1,1 +1,1 @@
-"""What the command line runs: real layers, a float64 reference, timing, tables and plots."""
+"""Benchmarks and checks of the command line: real layers, a float64 reference, timing, tables and plots."""

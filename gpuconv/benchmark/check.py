@@ -1,4 +1,4 @@
-"""``gpuconv check``: every algorithm of this machine against the float64 reference."""
+"""``gpuconv check``: compare every available algorithm with the float64 reference."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ GEOMETRIES = tuple(
 
 
 class Outcome(NamedTuple):
-    """All geometries of one algorithm, direction, dtype and backend."""
+    """The results of all geometries for one algorithm, direction, dtype and backend."""
 
     backend: str
     algorithm: str
@@ -44,12 +44,15 @@ class Outcome(NamedTuple):
     dtype: str
     right: int
     refused: int
-    worst: float  # the largest error over its bound
+    worst: float  # the largest ratio of an error to its bound
     wrong: tuple[Geometry, ...]
 
 
 def backends() -> tuple[list[Backend], str]:
-    """The backends that this machine can compute on, and a word on what is missing."""
+    """Return the available backends, and why CuPy is unavailable, or an empty string.
+
+    Raises BackendError if the driver reports a device that CuPy cannot use.
+    """
     try:
         return [NUMPY, cupy_backend()], ""
     except BackendError as error:
@@ -59,7 +62,7 @@ def backends() -> tuple[list[Backend], str]:
 
 
 def outcomes(places: list[Backend]) -> Iterator[Outcome]:
-    """An outcome for every backend, algorithm, direction and dtype, but where an algorithm refuses all there is."""
+    """Yield one outcome per backend, algorithm, direction and dtype, unless the algorithm refuses every geometry."""
     for place, (name, module), direction, dtype in product(places, MODULES.items(), DIRECTIONS, dtypes.available()):
         outcome = _outcome(place, name, module, direction, dtype)
         if outcome.refused < len(GEOMETRIES):

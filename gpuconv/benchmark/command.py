@@ -1,4 +1,4 @@
-"""``gpuconv bench`` and ``gpuconv bench compare``: their options, and what they print."""
+"""``gpuconv bench``, ``gpuconv bench compare`` and ``gpuconv tune``: their options and their output."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from gpuconv.geometry import DIRECTIONS
 from gpuconv.select import MODULES
 from gpuconv.tuning import Tuned, tuned_geometry
 
-SAVE_SECONDS = 10  # how often the JSON file is brought up to date
+SAVE_SECONDS = 10  # the interval between two updates of the JSON file
 DEFAULT_SUITE = "quick"
-WIDE = 400  # columns where there is no terminal: no line is broken
-# Options of a command that say where its results go, and nothing of what they are.
+WIDE = 400  # columns if the output is not a terminal, so that no line is broken
+# Options that name output files, and --resume. They do not affect the results.
 FILES = re.compile(r" --(json|csv|markdown|plot)[ =]('[^']*'|\S+)| --resume")
 
 
 def add_bench(commands: Any) -> None:
-    """Declares ``gpuconv bench``."""
+    """Declare ``gpuconv bench``."""
     bench = commands.add_parser(
         "bench",
         help="verify and time real layers on this machine, beside what else computes them",
@@ -75,7 +75,7 @@ def add_bench(commands: Any) -> None:
 
 
 def _add_layers(parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Declares what says which layers, and where; returns what options of several names are declared with."""
+    """Declare the options that select layers and backend; return the settings of options that take several names."""
     some: dict[str, Any] = {"action": "append", "default": [], "type": _names}
     parser.add_argument(
         "suite", nargs="*", help=f"suites of layers, or all (default {DEFAULT_SUITE}); gpuconv bench --list shows them"
@@ -97,7 +97,7 @@ def _add_layers(parser: argparse.ArgumentParser) -> dict[str, Any]:
 
 
 def add_tune(commands: Any) -> None:
-    """Declares ``gpuconv tune``."""
+    """Declare ``gpuconv tune``."""
     parser = commands.add_parser(
         "tune",
         help="find the fastest algorithm for layers on this machine, and remember it",
@@ -113,7 +113,7 @@ def add_tune(commands: Any) -> None:
 
 
 def add_compare(commands: Any) -> None:
-    """Declares ``gpuconv bench compare``."""
+    """Declare ``gpuconv bench compare``."""
     parser = commands.add_parser(
         "bench compare",
         help="say of two results which rows are faster, slower or the same, from their samples",
@@ -156,7 +156,10 @@ def _percent(text: str) -> float:
 
 
 def _chosen(option: str, given: Sequence[Sequence[str]], known: Sequence[str]) -> list[str]:
-    """What was asked for of these names, without repetition; ValueError with the nearest names."""
+    """Return the names given for an option, without repetition.
+
+    Raises ValueError with the nearest names if one is unknown.
+    """
     names = list(dict.fromkeys(name for part in given for name in part))
     for name in names:
         if name not in known:
@@ -173,7 +176,7 @@ def _batches(given: Sequence[Sequence[str]]) -> list[int]:
 
 
 def tune_command(options: argparse.Namespace) -> int:
-    """``gpuconv tune``."""
+    """Run ``gpuconv tune``."""
     where = backend_named(options.backend)
     check_writable(options.json)
     schedule = run.Schedule(
@@ -211,7 +214,7 @@ def _tuned_line(name: str, layout: str, one: Tuned) -> str:
 
 
 def bench_command(options: argparse.Namespace) -> int:
-    """``gpuconv bench``."""
+    """Run ``gpuconv bench``."""
     if options.list:
         _print_list()
         return 0
@@ -223,7 +226,7 @@ def bench_command(options: argparse.Namespace) -> int:
 
 
 def bench(options: argparse.Namespace, place: Backend) -> int:
-    """Runs what the options say on a backend."""
+    """Run the benchmark that the options select on a backend, and write its output."""
     from gpuconv.benchmark import plots
 
     cases = layers.selected(options.suite or (() if options.case else (DEFAULT_SUITE,)), options.case)
@@ -270,7 +273,7 @@ def bench(options: argparse.Namespace, place: Backend) -> int:
 
 
 def _run(schedule: run.Schedule, cases: Sequence[layers.Case], options: argparse.Namespace) -> results.Results:
-    """The results, those till then where the run was interrupted."""
+    """Run a schedule and return its results, which are partial if the run was interrupted."""
     facts = results.machine() | {f"peer {name}": peers.module(name).about() for name in schedule.peers}
     command = FILES.sub("", shlex.join(["gpuconv", *sys.argv[1:]]))
     found = results.Results(facts, command=command, commit=results.commit())
@@ -326,13 +329,16 @@ def _run(schedule: run.Schedule, cases: Sequence[layers.Case], options: argparse
 
 
 def _earlier(path: Path, found: results.Results, schedule: run.Schedule) -> list[results.Row]:
-    """The rows of whole layers that an earlier run has left; ValueError where it was another command or machine."""
+    """Return the rows of the layers that an earlier run completed.
+
+    Raises ValueError if that run had another command, commit or machine.
+    """
     earlier = results.read_json(path)
     for name in ("command", "commit"):
         before, now = getattr(earlier, name), getattr(found, name)
         if before != now:
             raise ValueError(f"--resume needs the {name} of {path}: it was {before!r} and is now {now!r}")
-    for name in {*earlier.machine, *found.machine} - {"nvidia-smi"}:  # whose clocks and temperatures change
+    for name in {*earlier.machine, *found.machine} - {"nvidia-smi"}:  # its clocks and temperatures change
         before, now = earlier.machine.get(name), found.machine.get(name)
         if before != now:
             raise ValueError(f"--resume needs the machine of {path}: its {name} was {before!r} and is now {now!r}")
@@ -341,13 +347,13 @@ def _earlier(path: Path, found: results.Results, schedule: run.Schedule) -> list
 
 
 def _missing(jobs: Sequence[run.Job], rows: Sequence[results.Row], schedule: run.Schedule) -> list[run.Job]:
-    """The layers that have no rows in some direction."""
+    """Return the jobs that lack rows in some direction."""
     whole = _whole(rows, schedule)
     return [(case, batch, dtype) for case, batch, dtype in jobs if (case.name, case.text(batch), dtype) not in whole]
 
 
 def _whole(rows: Sequence[results.Row], schedule: run.Schedule) -> set[tuple[str, str, str]]:
-    """The layers and dtypes that have rows in every direction."""
+    """Return the case, specification and dtype of the layers that have rows in every direction."""
     directions: dict[tuple[str, str, str], set[str]] = {}
     for row in rows:
         directions.setdefault((row.case, row.spec, row.dtype), set()).add(row.direction)
@@ -356,7 +362,7 @@ def _whole(rows: Sequence[results.Row], schedule: run.Schedule) -> set[tuple[str
 
 @contextlib.contextmanager
 def _terminated_is_interrupted() -> Iterator[None]:
-    """``timeout`` and the like send SIGTERM: what was measured till then is kept."""
+    """Convert SIGTERM, which ``timeout`` sends, to KeyboardInterrupt, so that the results so far are kept."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -428,7 +434,7 @@ def _print_list() -> None:
 
 
 def compare_command(options: argparse.Namespace) -> int:
-    """``gpuconv bench compare``."""
+    """Run ``gpuconv bench compare``."""
     from rich.console import Console
 
     before, after = results.read_json(options.before), results.read_json(options.after)
@@ -453,7 +459,7 @@ def compare_command(options: argparse.Namespace) -> int:
 
 
 def check_writable(path: Path | None) -> None:
-    """Notices before the run that a file cannot be written."""
+    """Raise ValueError if a file cannot be written, before the run rather than after it."""
     if path is None:
         return
     existed = path.exists()

@@ -1,4 +1,4 @@
-"""Which of two sets of samples is faster, and ``gpuconv bench compare``."""
+"""Comparison of samples by medians and quartiles, and ``gpuconv bench compare``."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from gpuconv.benchmark.results import OURS, Results, Row
 
 Verdict: TypeAlias = Literal["FAST", "SLOW", "SAME", "AMBIGUOUS"]
 
-MARGIN = 0.02  # medians closer than this are the same
+MARGIN = 0.02  # medians whose relative difference is at most this are the same
 
 
 def verdict(samples: Sequence[float], other: Sequence[float]) -> Verdict:
-    """How these samples compare with the other ones, by medians and quartiles.
+    """Return how samples compare with other samples, by medians and quartiles.
 
-    FAST: the medians differ by more than 2 %, and the upper quartile is below the other's lower one. Of fewer than five
-    samples the extremes stand for the quartiles.
+    SAME: the medians differ by at most 2 %. FAST: they differ by more, and the upper quartile is below the lower
+    quartile of the other samples. SLOW: the reverse. AMBIGUOUS: otherwise. With fewer than five samples the minimum and
+    the maximum are used instead of the quartiles.
 
     >>> verdict([1.0, 1.1, 1.0, 1.1, 1.0], [2.0, 2.1, 2.2, 2.0, 2.1])
     'FAST'
@@ -42,7 +43,7 @@ def _box(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 class Ratio(NamedTuple):
-    """One of gpuconv's rows against a peer's faster memory format."""
+    """Comparison of a row of gpuconv with the row of a peer, in the peer's faster memory format."""
 
     row: Row
     peer: Row
@@ -51,7 +52,7 @@ class Ratio(NamedTuple):
 
 
 def ratios(rows: Sequence[Row]) -> list[Ratio]:
-    """Each of gpuconv's timed rows against each peer that was timed beside it."""
+    """Return the ratio of each timed row of gpuconv to each peer that was timed for the same problem."""
     peers: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if row.by != OURS and row.timed:
@@ -69,18 +70,18 @@ def ratios(rows: Sequence[Row]) -> list[Ratio]:
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """The geometric mean; NaN of nothing."""
+    """Return the geometric mean, or NaN if there are no values."""
     logs = [math.log(value) for value in values]
     return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
 
 class Change(NamedTuple):
-    """One row then and now."""
+    """Comparison of one row of two results."""
 
     before: Row | None
     after: Row | None
-    verdict: str  # that of now against then, or what is missing or WRONG
-    slowdown: float  # now over then, NaN where one is missing
+    verdict: str  # of ``after`` relative to ``before``, or which one is missing, or WRONG
+    slowdown: float  # median of ``after`` divided by that of ``before``; NaN if one is missing
 
     @property
     def ours(self) -> bool:
@@ -89,7 +90,7 @@ class Change(NamedTuple):
 
 
 def changes(before: Results, after: Results) -> list[Change]:
-    """Every row of either result, in the order of the first."""
+    """Return the comparison of every row that is in either result, in the order of the first."""
     old, new = ({row.key: row for row in results.rows} for results in (before, after))
     found = []
     for key in dict.fromkeys([*old, *new]):
@@ -107,7 +108,7 @@ def changes(before: Results, after: Results) -> list[Change]:
 
 
 def differences(before: Results, after: Results) -> list[str]:
-    """What else changed between two results and may explain a row: machine, versions, method."""
+    """Return the facts that differ between two results and may explain a change: machine, versions, method."""
     facts = {name: (before.machine.get(name), after.machine.get(name)) for name in before.machine | after.machine}
     facts |= {"cold caches": (before.cold, after.cold), "complete": (before.complete, after.complete)}
     facts.pop("nvidia-smi", None)  # clocks and temperature always differ

@@ -1,4 +1,4 @@
-"""Layers of real networks by name, out of layers.ini, and any other in the words of cutlass_profiler."""
+"""Layers: those of real networks, by name, from layers.ini; any other, by the words that cutlass_profiler uses."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ WORDS = (*COUNTS, *EXTENTS, *KERNELS, *OUTPUTS, *PER_AXIS, *(f"{word}_{a}" for w
 class Case:
     """One layer, without its batch size.
 
-    For a transposed layer ``channels`` go in and ``filters`` come out; its padding is that of the convolution which it
-    transposes.
+    For a transposed layer ``channels`` is the number of input channels and ``filters`` that of output channels. Its
+    padding is that of the convolution that it transposes.
     """
 
     name: str
@@ -46,18 +46,18 @@ class Case:
     suites: tuple[str, ...] = ()
 
     def x_shape(self, batch: int, layout: Layout = "channels_first") -> Shape:
-        """The shape of what goes in."""
+        """Return the shape of the input."""
         return (batch, *self.input, self.channels) if layout == "channels_last" else (batch, self.channels, *self.input)
 
     def w_shape(self, layout: Layout = "channels_first") -> Shape:
-        """The shape of the weight, as gpuconv.conv or gpuconv.conv_transpose wants it."""
+        """Return the shape of the weight, as gpuconv.conv or gpuconv.conv_transpose expects it."""
         outer, inner = (self.channels, self.filters) if self.transposed else (self.filters, self.channels)
         if layout == "channels_last":
             return (*self.kernel, inner // self.groups, outer)
         return (outer, inner // self.groups, *self.kernel)
 
     def settings(self) -> dict[str, Any]:
-        """The options of gpuconv.conv or gpuconv.conv_transpose."""
+        """Return the options of gpuconv.conv or gpuconv.conv_transpose."""
         settings = {
             "stride": self.stride,
             "padding": self.padding,
@@ -67,12 +67,12 @@ class Case:
         return {**settings, "output_padding": self.output_padding} if self.transposed else settings
 
     def geometry(self, batch: int, layout: Layout = "channels_first") -> Geometry:
-        """The convolution, or for a transposed layer the one that it transposes."""
+        """Return the convolution, or for a transposed layer the convolution that it transposes."""
         infer = Geometry.infer_transposed if self.transposed else Geometry.infer
         return infer(self.x_shape(batch, layout), self.w_shape(layout), layout=layout, **self.settings())
 
     def text(self, batch: int) -> str:
-        """What ``--case`` takes for this layer.
+        """Return the specification of this layer that ``--case`` accepts.
 
         >>> parsed("c=3 h=32 w=32 k=16 r=3 s=3 pad=1 stride=2").text(8)
         'n=8 c=3 h=32 w=32 k=16 r=3 s=3 stride=2 pad=1'
@@ -96,7 +96,7 @@ class Case:
 
 
 def _joined(value: Any) -> str:
-    """One word for all axes where they agree, else one for each."""
+    """Return one word if the values of all axes are equal, otherwise one word per axis, separated by commas."""
     if not isinstance(value, tuple):
         return str(value)
     words = [f"{v[0]}:{v[1]}" if isinstance(v, tuple) and v[0] != v[1] else str(v[0] if isinstance(v, tuple) else v)
@@ -105,20 +105,21 @@ def _joined(value: Any) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """A word on the nearest valid names, for errors."""
+    """Return a hint with the nearest valid names, for error messages."""
     names = list(names)
     close = get_close_matches(name, names, 3, 0.5) or names[:12]
     return f"nearest: {', '.join(close)}"
 
 
 def parsed(text: str, name: str = "") -> Case:
-    """A layer from words such as "n=32 c=64 h=56 w=56 k=64 r=3 s=3 pad=1".
+    """Return the layer that words such as "n=32 c=64 h=56 w=56 k=64 r=3 s=3 pad=1" specify.
 
-    n batch, c in-channels, k filters; w, h w or d h w the input; s, r s or t r s the kernel; stride, pad, dilation and
-    output_padding as one int, one for each axis with commas between them, or by axis as in stride_h; pad also as
-    LOW:HIGH or by name; groups; transposed=1. q, p q or z p q, the output, may be given and must be right.
+    n is the batch size, c the input channels, k the filters; w, h w or d h w the input extents; s, r s or t r s the
+    kernel extents. stride, pad, dilation and output_padding are one int, or one int per axis separated by commas, or
+    are given by axis as in stride_h; pad may also be LOW:HIGH or a name. groups and transposed=1 are optional, and so
+    are the output extents q, p q or z p q, which must be correct if they are given.
 
-    Raises ValueError that names the word.
+    Raises ValueError with the word that is invalid.
     """
     words: dict[str, str] = {}
     for word in text.split():
@@ -174,7 +175,7 @@ def parsed(text: str, name: str = "") -> Case:
 
 
 def _per_axis(words: dict[str, str], key: str, default: int, rank: int, text: str) -> Pairs:
-    """A pair for each axis; LOW:HIGH differ for pad alone."""
+    """Return a pair (low, high) per axis; the two ints can differ only for pad."""
     given = words.get(key, str(default)).split(",")
     if len(given) not in (1, rank):
         raise ValueError(f"{key} must have one int, or one for each of {rank} axes, got {words[key]!r}, in {text!r}")
@@ -190,7 +191,7 @@ def _per_axis(words: dict[str, str], key: str, default: int, rank: int, text: st
 
 @cache
 def suites() -> dict[str, tuple[Case, ...]]:
-    """The layers of every suite of layers.ini, in the file's order."""
+    """Return the layers of every suite of layers.ini, in the order of the file."""
     file = ConfigParser(delimiters=("=",), comment_prefixes=("#",), inline_comment_prefixes=None, interpolation=None)
     file.optionxform = str  # type: ignore[assignment, method-assign]
     file.read_string((Path(__file__).parent / "layers.ini").read_text(encoding="utf-8"))
@@ -217,10 +218,13 @@ def _network(name: str, lines: dict[str, str]) -> dict[str, Case]:
 
 
 def selected(names: Sequence[str], asked: Sequence[str]) -> list[Case]:
-    """The layers of these suites that a word of ``asked`` is part of, and those that it spells, with "=" in it.
+    """Return the layers of suites whose names contain a word of ``asked``, and the layers that ``asked`` specifies.
 
-    "all" stands for every suite, and so do no names beside words. Each layer comes once, with the suites that were
-    asked for and have it. Raises ValueError with the nearest valid names.
+    An item of ``asked`` that contains "=" specifies a layer; other items are words. "all" selects every suite, and so
+    does an empty ``names`` if there are words. If ``asked`` is empty, all layers of the suites are returned. Each layer
+    of a suite is returned once, with the selected suites that contain it.
+
+    Raises ValueError with the nearest valid names.
     """
     if "" in asked:
         raise ValueError("a case has words of a layer's name, or spells one; got ''")

@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured: a copy and matrix products give the roofline.
+"""Limits of the machine, for the roofline: the measured rates of a copy and of matrix products.
 
 The roofline model is Williams, Waterman and Patterson 2009, doi:10.1145/1498765.1498785.
 """
@@ -22,19 +22,19 @@ SAMPLES = 5
 
 
 class Limits(NamedTuple):
-    """Bytes a second of a copy, read and written; operations a second of a matrix product, by dtype."""
+    """Bytes per second of a copy, reads plus writes, and operations per second of a matrix product, by dtype."""
 
     bandwidth: float
     peaks: dict[str, float]
 
     def seconds(self, flops: int, moved: int, dtype: str) -> float | None:
-        """The least time of so many operations and bytes; None where the dtype's product was not measured."""
+        """Return the minimum seconds for a number of operations and bytes; None if the dtype was not measured."""
         peak = self.peaks.get(dtype)
         return None if peak is None else max(flops / peak, moved / self.bandwidth)
 
 
 def measured(place: Backend, names: Sequence[str], clock: Clock) -> Limits:
-    """The limits of a backend for these dtypes ("tf32" is one)."""
+    """Return the limits of a backend for dtypes, which may include "tf32"."""
     peaks = {}
     for name in names:
         with contextlib.suppress(TypeError, ValueError, RuntimeError, NotImplementedError):  # CuPy lacks some dtypes
@@ -43,7 +43,7 @@ def measured(place: Backend, names: Sequence[str], clock: Clock) -> Limits:
 
 
 def bandwidth(place: Backend, clock: Clock) -> float:
-    """Bytes a second that a copy reads and writes, at its best."""
+    """Return the bytes per second that a copy reads and writes, of the fastest sample."""
     source = place.xp.ones(COPY_BYTES[place.kind] // 8, numpy.float64)
     target = place.xp.empty_like(source)
     seconds = min(clock.samples(lambda: place.xp.copyto(target, source), SAMPLES))
@@ -51,9 +51,9 @@ def bandwidth(place: Backend, clock: Clock) -> float:
 
 
 def product_rate(place: Backend, name: str, clock: Clock) -> float:
-    """Operations a second of a product of random square matrices, at its best.
+    """Return the operations per second of a product of random square matrices, of the fastest sample.
 
-    NumPy has no fast product of half precision: there it is that of float32, in which gpuconv computes.
+    NumPy has no fast product in half precision. There the rate of float32 is used, in which gpuconv computes.
     """
     dtype = dtypes.named("float32" if name == "tf32" else name)
     if place.kind == "numpy":

@@ -1,4 +1,4 @@
-"""Two pictures of results: the speed of each layer, relative to peers if there are any, and the roofline."""
+"""Plots of results: the speed of each layer, relative to peers if there are any, and the roofline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpuconv.geometry import DIRECTIONS
 
 
 def check_format(path: Path) -> None:
-    """ValueError where a plot cannot have this file's format."""
+    """Raise ValueError if a plot cannot be saved in the format of this file."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     formats = FigureCanvasBase.get_supported_filetypes()
@@ -24,12 +24,12 @@ def check_format(path: Path) -> None:
 
 
 def paths(path: Path) -> tuple[Path, Path]:
-    """The files that ``--plot path`` writes."""
+    """Return the files that ``--plot path`` writes."""
     return path.with_stem(f"{path.stem}-layers"), path.with_stem(f"{path.stem}-roofline")
 
 
 def plot(results: Results, path: Path) -> None:
-    """Draws both."""
+    """Draw both plots and save them."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -47,9 +47,9 @@ def _title(results: Results, rows: Sequence[Row]) -> str:
 
 
 def _layers(results: Results, pyplot: Any) -> Any:
-    """A panel for each direction, a line for each layer in the order of the table, and a dot for each measurement.
+    """Return a figure with a panel per direction, a row per layer in the order of the table, and a dot per measurement.
 
-    A dot is the peer's time over gpuconv's, or without peers gpuconv's time.
+    A dot is the time of the peer divided by that of gpuconv; without peers it is the time of gpuconv.
     """
     found = compare.ratios(results.rows)
     dots = [(ratio.row, ratio.peer.by, ratio.value) for ratio in found]
@@ -90,7 +90,7 @@ def _layers(results: Results, pyplot: Any) -> Any:
 
 
 def _label(axis: Any) -> None:
-    """Labels a logarithmic axis at 1, 1.5, 2, 3, 5 and 7 times powers of 10."""
+    """Label a logarithmic axis at 1, 1.5, 2, 3, 5 and 7 times powers of 10."""
     from matplotlib.ticker import LogLocator
 
     axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
@@ -99,10 +99,13 @@ def _label(axis: Any) -> None:
 
 
 def _roofline(results: Results, pyplot: Any) -> Any:
-    """Every layer of gpuconv at its intensity, under the roof of its dtype; layers are named along the top."""
+    """Return a figure with the rate of every layer at its arithmetic intensity, below the roofline of its dtype.
+
+    The names of the layers are along the top.
+    """
     rows = [row for row in results.rows if row.timed and row.by == OURS]
     fastest: dict[tuple[str, ...], Row] = {}
-    for row in rows:  # of both layouts and all algorithms the best
+    for row in rows:  # only the fastest of all layouts and algorithms is shown
         key = row.contest
         if key not in fastest or row.summary.median < fastest[key].summary.median:
             fastest[key] = row
@@ -153,7 +156,7 @@ def _roofs(results: Results, rows: Sequence[Row], axes: Any) -> None:
 
 
 def _names_along_the_top(axes: Any, names: Sequence[tuple[str, str, float]]) -> None:
-    """Names at equal distances, in the order of their intensity, each with a thin line down to its place."""
+    """Draw equidistant names in the order of their intensity, each with a thin line down to its position."""
     low, high = map(math.log10, axes.get_xlim())
     bottom, top = axes.get_ylim()
     axes.set_ylim(bottom, top * (top / bottom) ** 0.12)  # room for the lines

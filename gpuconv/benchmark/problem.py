@@ -1,4 +1,4 @@
-"""One convolution with its arrays: the calls that compute it, and how far a result is from the exact one."""
+"""A convolution with its arrays: the calls that compute it, and the error of a result."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SEED = 0
 
 
 class Verdict(NamedTuple):
-    """How a result compares with the exact one; right where it is within its bound everywhere."""
+    """The error of a result. The result is right if every element is within its bound."""
 
-    error: float  # the largest, over the largest exact element
-    of_bound: float  # the largest error over its bound
-    checked: int  # elements
+    error: float  # the largest error divided by the largest exact element
+    of_bound: float  # the largest ratio of an error to its bound
+    checked: int  # the number of elements that were compared
 
     @property
     def right(self) -> bool:
@@ -32,8 +32,8 @@ class Verdict(NamedTuple):
 class Problem:
     """A convolution or transposed convolution, channels_first with one batch axis, with random x, w and dy.
 
-    ``geometry`` is the convolution, or for a transposed one that which it transposes. The exact results are computed
-    when they are first asked for, and kept.
+    ``geometry`` is the convolution, or for a transposed convolution the one that it transposes. Exact results are
+    computed on first use and cached.
     """
 
     def __init__(
@@ -63,14 +63,14 @@ class Problem:
 
     @classmethod
     def of(cls, case: Case, batch: int, dtype: numpy.dtype, xp: Any = numpy, precision: str = "ieee") -> Problem:
-        """A layer at a batch size."""
+        """Return the problem of a layer at a batch size."""
         options = {"precision": precision, "transposed": case.transposed, "settings": case.settings()}
         return cls(case.geometry(batch), dtype, xp, **options)  # type: ignore[arg-type]
 
     def call(
         self, direction: Direction, layout: Layout = "channels_first", algorithm: str = "auto"
     ) -> Callable[[], Any]:
-        """The public call that computes a direction, on arrays that lie in memory as the layout has them."""
+        """Return the public call that computes a direction, on arrays with the memory layout ``layout``."""
         x, w, dy = self.x, self.w, self.dy
         if layout == "channels_last":
             x, w, dy = _channels_last(x, (0,)), _channels_last(w, (), (1, 0)), _channels_last(dy, (0,))
@@ -88,9 +88,9 @@ class Problem:
         return lambda: api.conv_weight_grad(dy, x, w.shape, **options)
 
     def inner(self, direction: Direction) -> tuple[Direction, Array, Array]:
-        """The direction of ``geometry`` that gives this one's result, and what it reads.
+        """Return the direction of ``geometry`` that computes a direction of this problem, and its two operands.
 
-        A transposed convolution is data_grad without the conjugate, and its gradients are the adjoints of that.
+        A transposed convolution is data_grad without the conjugate. Its gradients are the adjoints of that operation.
         """
         if not self.transposed:
             operands = {"forward": (self.x, self.w), "data_grad": (self.dy, self.w), "weight_grad": (self.dy, self.x)}
@@ -103,7 +103,7 @@ class Problem:
         return "weight_grad", conjugate(self.x), conjugate(self.dy)
 
     def exact(self, direction: Direction) -> reference.Exact:
-        """The exact result, or as much of a large one as part_of says."""
+        """Return the exact result, or the part of a large one that :func:`reference.part_of` selects."""
         if direction not in self._exact:
             inner, first, second = self.inner(direction)
             self._exact[direction] = reference.exact_part(inner, first, second, self.geometry, self.xp)
@@ -112,7 +112,7 @@ class Problem:
     def verdict(
         self, result: Array, direction: Direction, layout: Layout = "channels_first", *, loose: bool = False
     ) -> Verdict:
-        """A result in this layout against the exact one; ``loose`` grants what Winograd or Fourier methods need."""
+        """Compare a result with the exact one; ``loose`` permits the errors of Winograd and Fourier methods."""
         xp, geometry, expected = self.xp, self.geometry, self.exact(direction)
         inner = self.inner(direction)[0]
         if layout == "channels_last":
@@ -132,7 +132,7 @@ class Problem:
 
 
 def _random(rng: Any, shape: tuple[int, ...], dtype: numpy.dtype) -> Array:
-    """Standard normal numbers, of complex ones both parts."""
+    """Return standard normal numbers; real and imaginary parts of complex numbers are drawn independently."""
     drawn = numpy.dtype(numpy.float64 if dtype in (numpy.float64, numpy.complex128) else numpy.float32)
     values = rng.standard_normal(shape, dtype=drawn)
     if dtype.kind == "c":
@@ -141,7 +141,7 @@ def _random(rng: Any, shape: tuple[int, ...], dtype: numpy.dtype) -> Array:
 
 
 def _channels_last(array: Array, before: tuple[int, ...], after: tuple[int, ...] = (1,)) -> Array:
-    """The same numbers with the spatial axes moved between these, in new memory."""
+    """Return a contiguous copy whose axes are ``before``, the spatial axes, then ``after``."""
     return array.transpose((*before, *range(2, array.ndim), *after)).copy()
 
 

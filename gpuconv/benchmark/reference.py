@@ -1,7 +1,7 @@
-"""A convolution that is right by looking at it: float64, one tap at a time, one einsum per tap.
+"""Reference convolution in float64: one matrix product per tap, simple enough to be verified by reading.
 
-It shares nothing with the algorithms, so that they can be held against it. Arrays are channels_first with one batch
-axis, float64 or complex128, NumPy's or CuPy's.
+It shares no code with the algorithms, so that they can be compared with it. Arrays are channels_first with one batch
+axis, of dtype float64 or complex128, of NumPy or CuPy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gpuconv.types import Direction
 
 
 def exact(direction: Direction, first: Array, second: Array, geometry: Geometry, xp: Any = numpy) -> Array:
-    """The result of a direction: of x and w, dy and w, or dy and x."""
+    """Return the result of a direction, computed from x and w, dy and w, or dy and x."""
     if direction == "forward":
         return _forward(first, second, geometry, xp)
     if direction == "data_grad":
@@ -30,7 +30,7 @@ def exact(direction: Direction, first: Array, second: Array, geometry: Geometry,
 
 
 class Part(NamedTuple):
-    """A share of a result: these images, these groups, these filters and channels of each group; None for all."""
+    """The indices of a part of a result: images, groups, and filters and channels of each group; None for all."""
 
     images: numpy.ndarray | None = None
     groups: numpy.ndarray | None = None
@@ -38,13 +38,13 @@ class Part(NamedTuple):
     channels: numpy.ndarray | None = None
 
     def of_images(self, array: Array, groups: int, inner: numpy.ndarray | None, xp: Any) -> Array:
-        """This part of x (inner: its channels) or y (inner: its filters)."""
+        """Return this part of x or y; ``inner`` is the channels of x or the filters of y."""
         array = array.reshape(len(array), groups, -1, *array.shape[2:])
         array = _taken(_taken(_taken(array, self.images, 0, xp), self.groups, 1, xp), inner, 2, xp)
         return array.reshape(len(array), -1, *array.shape[3:])
 
     def of_weight(self, w: Array, groups: int, xp: Any) -> Array:
-        """This part of w."""
+        """Return this part of w."""
         w = w.reshape(groups, -1, *w.shape[1:])
         w = _taken(_taken(_taken(w, self.groups, 0, xp), self.filters, 1, xp), self.channels, 2, xp)
         return w.reshape(-1, *w.shape[2:])
@@ -58,9 +58,10 @@ MOST_PRODUCTS, LEAST_RESULTS = 2 * 10**8, 10_000
 
 
 def part_of(geometry: Geometry, direction: Direction) -> Part:
-    """All of a result, or as much of it as 200 million products give, 10,000 elements at least.
+    """Return the part of a result that about 200 million products give, at least 10,000 elements, or all of it.
 
-    Whole images, whole rows of taps: borders are in it. The first and the last of every axis are in it, others drawn.
+    Spatial axes and taps are complete, so the borders are included. On the other axes the first and the last index are
+    included, and the rest is drawn at random.
     """
     groups, filters, channels = geometry.groups, geometry.group_filters, geometry.group_channels
     sizes = {"images": math.prod(geometry.batch), "groups": groups, "filters": filters, "channels": channels}
@@ -80,7 +81,7 @@ def part_of(geometry: Geometry, direction: Direction) -> Part:
 
 
 class Exact(NamedTuple):
-    """A part of a result in float64 or complex128, and the sums of the absolute products."""
+    """A part of a result in float64 or complex128, and the sums of the absolute values of its products."""
 
     part: Part
     value: Array
@@ -92,7 +93,7 @@ class Exact(NamedTuple):
 
 
 def exact_part(direction: Direction, first: Array, second: Array, geometry: Geometry, xp: Any = numpy) -> Exact:
-    """As much of a direction's result as :func:`part_of` says; the arrays may have any dtype."""
+    """Return the part of a direction's result that :func:`part_of` selects; the arrays may have any dtype."""
     part = part_of(geometry, direction)
     inside, outside = (geometry.groups, part.channels, xp), (geometry.groups, part.filters, xp)
     wide = numpy.dtype(numpy.complex128 if is_complex(first.dtype) else numpy.float64)
@@ -112,32 +113,35 @@ def exact_part(direction: Direction, first: Array, second: Array, geometry: Geom
 
 
 def bound(expected: Exact, direction: Direction, geometry: Geometry, dtype: numpy.dtype, xp: Any = numpy) -> Array:
-    """How far a direct algorithm may be from the exact result, elementwise.
+    """Return the elementwise error bound of a direct algorithm.
 
-    One rounding of the result and a random walk of the roundings of K products, eps |y| + 2 sqrt(K) eps sum|x||w|; a
-    complex product has four real ones.
+    The bound is one rounding of the result plus a random walk of the roundings of K products:
+    eps |y| + 2 sqrt(K) eps sum|x||w|. A complex product has four real ones.
     """
     factor = (8 if is_complex(dtype) else 2) * math.sqrt(geometry.reduction_length(direction))
     return epsilon(dtype) * xp.abs(expected.value) + factor * epsilon(accumulator(dtype)) * expected.size
 
 
 def loose_bound(expected: Exact, dtype: numpy.dtype, xp: Any = numpy) -> Array:
-    """How far a Winograd or Fourier algorithm may be off: eps |y| + 16 eps times the largest sum|x||w|."""
+    """Return the error bound of a Winograd or Fourier algorithm: eps |y| + 16 eps times the largest sum|x||w|."""
     return epsilon(dtype) * xp.abs(expected.value) + 16 * epsilon(accumulator(dtype)) * expected.size.max()
 
 
 def deviation(error: Array, bound: Array, expected: Exact, xp: Any = numpy) -> tuple[float, float]:
-    """The largest error over the largest exact element, and over its bound, elementwise; NaN counts as infinite."""
+    """Return the largest error divided by the largest exact element, and the largest ratio of an error to its bound.
+
+    NaN counts as infinite.
+    """
     if not bool(xp.isfinite(error).all()):
         return math.inf, math.inf
     relative = float(error.max()) / (expected.largest or 1.0)
     if bool(((bound == 0) & (error > 0)).any()):
         return relative, math.inf
-    return relative, float((error / xp.where(bound > 0, bound, 1)).max())  # the error is 0 where the bound is
+    return relative, float((error / xp.where(bound > 0, bound, 1)).max())  # where the bound is 0, so is the error
 
 
 def _taps(geometry: Geometry) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
-    """Every tap, in the order of w's memory, with the slices of padded x that it meets."""
+    """Yield every tap, in the order of w's memory, with the slices of padded x that it reads."""
     for tap in product(*(range(k) for k in geometry.kernel)):
         place = tuple(k - 1 - t for k, t in zip(geometry.kernel, tap, strict=True)) if geometry.flip else tap
         axes = zip(place, geometry.dilation, geometry.stride, geometry.output, strict=True)
@@ -158,7 +162,7 @@ def _padded(x: Array, geometry: Geometry, xp: Any) -> Array:
 
 
 def _grouped(images: Array, groups: int) -> Array:
-    """(N, C, *spatial) as (G, N, positions, C/G)."""
+    """Return images (N, C, *spatial) as an array (G, N, positions, C/G)."""
     n, channels = images.shape[:2]
     split = images.reshape(n, groups, channels // groups, -1)
     return split.transpose(1, 0, 3, 2)
@@ -170,7 +174,7 @@ def _ungrouped(images: Array, extent: tuple[int, ...]) -> Array:
 
 
 def _tap_weight(w: Array, tap: tuple[int, ...], groups: int) -> Array:
-    """w of one tap as (G, 1, C/G, F/G)."""
+    """Return w of one tap as an array (G, 1, C/G, F/G)."""
     at = w[(slice(None), slice(None), *tap)]
     return at.reshape(groups, 1, at.shape[0] // groups, at.shape[1]).swapaxes(-1, -2)
 

@@ -1,4 +1,4 @@
-"""What is printed of results: one table for the terminal and for Markdown, summaries, losses."""
+"""Text output of results: the table for the terminal and for Markdown, summaries, losses."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from gpuconv.geometry import DIRECTIONS
 
 WORST = 5
 SIDES: tuple[Any, Any] = ("left", "right")
-DISPENSABLE = ("GB/s", "noise", "error", "GFLOP/s", "N", "algorithm", "other")  # the first ones first
+DISPENSABLE = ("GB/s", "noise", "error", "GFLOP/s", "N", "algorithm", "other")  # in order of omission
 
 
 class Table:
-    """Titles and lines of text; numbers are aligned to the right."""
+    """A table of strings. Columns of numbers are aligned to the right."""
 
     def __init__(self, titles: Sequence[str], words: int) -> None:
         self.titles, self.words = list(titles), words  # the first ``words`` columns are not numbers
         self.lines: list[list[str]] = []
 
     def markdown(self) -> str:
-        """The table in Markdown."""
+        """Return the table in Markdown."""
         rule = ["---"] * self.words + ["--:"] * (len(self.titles) - self.words)
         return "\n".join("| " + " | ".join(line) + " |" for line in [self.titles, rule, *self.lines])
 
     def rich(self, width: int) -> Any:
-        """The table for a terminal, with a gap between cases; without some columns where it is too narrow for all."""
+        """Return the table for a terminal, with a gap between cases; columns that do not fit its width are omitted."""
         from rich import box
         from rich.table import Table as RichTable
 
@@ -53,7 +53,7 @@ class Table:
 
 
 def table(results: Results) -> Table:
-    """gpuconv's rows, with each peer's better time, ratio and verdict beside them."""
+    """Return a table of the rows of gpuconv, with the better time, the ratio and the verdict of each peer."""
     rows = [row for row in results.rows if row.by == OURS]
     peers = list(dict.fromkeys(row.by for row in results.rows if row.by != OURS))
     against = {(ratio.row.key, ratio.peer.by): ratio for ratio in ratios(results.rows)}
@@ -99,7 +99,7 @@ def _against(ratio: Ratio | None) -> list[str]:
 
 
 def milliseconds(seconds: float) -> str:
-    """Three digits at least.
+    """Return seconds as a number of milliseconds with at least three digits.
 
     >>> [milliseconds(seconds) for seconds in (1.2345, 0.012345, 0.0000123)]
     ['1234', '12.3', '0.0123']
@@ -109,7 +109,7 @@ def milliseconds(seconds: float) -> str:
 
 
 def means(found: Sequence[Ratio]) -> Table:
-    """The geometric mean of the ratios for each suite, direction and kind of row, and how many are won and lost."""
+    """Return the geometric mean ratio for each suite, direction and kind of row, and the number of each verdict."""
     titles = ["suite", "dtype", "layout", "algorithm", "peer", *DIRECTIONS]
     table = Table([*titles, "FAST", "SLOW", "other"], 5)
     groups: dict[tuple[str, ...], list[Ratio]] = {}
@@ -128,7 +128,7 @@ def means(found: Sequence[Ratio]) -> Table:
 
 
 def of_product(runs: Iterable[Results]) -> Table:
-    """The share of a matrix product's rate that gpuconv's rows reach, geometric means for each suite and direction."""
+    """Return gpuconv's rate relative to that of a matrix product, as geometric means per suite and direction."""
     table = Table(["suite", "dtype", "layout", "algorithm", *DIRECTIONS], 4)
     groups: dict[tuple[str, ...], dict[str, list[float]]] = {}
     for run in runs:
@@ -147,12 +147,12 @@ def of_product(runs: Iterable[Results]) -> Table:
 
 
 def worst(found: Iterable[Ratio]) -> list[Ratio]:
-    """The five rows in which gpuconv loses most."""
+    """Return the five rows with the lowest ratio, out of those in which gpuconv is slower."""
     return sorted((ratio for ratio in found if ratio.value < 1), key=lambda ratio: ratio.value)[:WORST]
 
 
 def losses(found: Sequence[Ratio]) -> list[str]:
-    """A line for each of the worst rows, with the command that gives it."""
+    """Return one line for each of the worst rows, with the command that reproduces it."""
     return [
         f"{ratio.value:.2f} of {ratio.peer.by}'s speed: {ratio.row.case}, {ratio.row.direction}, {ratio.row.dtype},"
         f" {ratio.row.layout}\n    {ratio.row.command} --peer {ratio.peer.by}"
@@ -161,7 +161,7 @@ def losses(found: Sequence[Ratio]) -> list[str]:
 
 
 def refusals(rows: Iterable[Row]) -> list[str]:
-    """Why rows are missing: who refuses, why, and how often."""
+    """Return one line for each reason why rows were refused, with the library and the number of rows."""
     counts = Counter(
         (row.by, row.layout if row.by != OURS else row.algorithm, row.refusal) for row in rows if row.refusal
     )
@@ -169,7 +169,7 @@ def refusals(rows: Iterable[Row]) -> list[str]:
 
 
 def notes(found: Results, compared: Sequence[Ratio]) -> list[str]:
-    """What the tables do not say: losses, refusals, where the time went, what is missing."""
+    """Return the lines below the tables: losses, refusals, the time spent, and what is missing."""
     lost = losses(compared)
     spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in found.spent.items())
     return [
@@ -181,7 +181,7 @@ def notes(found: Results, compared: Sequence[Ratio]) -> list[str]:
 
 
 def markdown(found: Results) -> str:
-    """The tables and notes in Markdown, with the machine."""
+    """Return the machine, the tables and the notes in Markdown."""
     compared = ratios(found.rows)
     parts = [
         f"{found.device}, gpuconv {found.machine['gpuconv']}, commit {found.commit}, {found.date}",
@@ -193,7 +193,7 @@ def markdown(found: Results) -> str:
 
 
 def changed(found: Sequence[Change]) -> Table:
-    """What ``compare`` prints: a line for each row."""
+    """Return the table that ``compare`` prints, with one line per row."""
     table = Table(["case", "direction", "dtype", "by", "layout", "before ms", "now ms", "now / before", "verdict"], 5)
     for change in found:
         row = change.after or change.before

@@ -1,4 +1,4 @@
-"""Rows of a benchmark, and the files that keep them."""
+"""Rows of a benchmark, and the files that store them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gpuconv.types import Direction
 
 SCHEMA = 2
 OURS = "gpuconv"
-UNSTEADY = 0.1  # noise above which a row is marked
+UNSTEADY = 0.1  # rows with more noise than this are marked
 
 DEFINITIONS = {
     "samples": "seconds of each call, in turns with the peers; the first call and one before each turn do not count",
@@ -44,26 +44,26 @@ DEFINITIONS = {
 
 @dataclass(frozen=True)
 class Row:
-    """What one library made of one layer in one direction."""
+    """The measurement of one library for one layer in one direction."""
 
     case: str
     suites: Sequence[str]
-    spec: str  # as --case takes it
+    spec: str  # as --case accepts it
     batch: int
     direction: Direction
     dtype: str  # or "tf32"
     backend: str
     flops: int
     bytes: int
-    by: str  # gpuconv or a peer
+    by: str  # "gpuconv" or the name of a peer
     layout: str
-    asked: str  # "auto" or the name of an algorithm; "" of a peer
-    algorithm: str  # that was taken
-    command: str  # gives this row alone
+    asked: str  # "auto" or the name of an algorithm; "" for a peer
+    algorithm: str  # the one that was used
+    command: str  # measures this row only
     refusal: str | None = None
-    failure: str | None = None  # an error where there should be none
+    failure: str | None = None  # an unexpected error
     first_seconds: float | None = None
-    host_seconds: float | None = None  # that a call keeps the host of a GPU
+    host_seconds: float | None = None  # for which a call to a GPU occupies the host
     error: float | None = None
     of_bound: float | None = None
     checked: int = 0
@@ -84,18 +84,18 @@ class Row:
 
     @property
     def contest(self) -> tuple[str, str, str, str]:
-        """What rows of different libraries have in common."""
+        """What rows of different libraries for the same problem have in common."""
         return self.spec, self.direction, self.dtype, self.backend
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What rows of the same measurement at another time have in common."""
+        """What rows of the same measurement in different runs have in common."""
         return (*self.contest, self.by, self.layout, self.asked)
 
 
 @dataclass
 class Results:
-    """A run: what is known of the machine, its limits, and the rows so far."""
+    """One run: the machine, its limits, and the rows so far."""
 
     machine: dict[str, Any]
     limits: dict[str, Limits] = field(default_factory=dict)  # by backend
@@ -113,18 +113,18 @@ class Results:
 
     @property
     def device(self) -> str:
-        """The device that computed, by its name."""
+        """The name of the device that computed."""
         on_gpu = any(row.backend == "cupy" for row in self.rows)
         return str(self.machine["GPU" if on_gpu else "CPU"])
 
     def limit(self, row: Row) -> float | None:
-        """The least seconds that this machine could take for a row, by its measured limits."""
+        """Return the minimum seconds for a row according to the measured limits; None if they are missing."""
         limits = self.limits.get(row.backend)
         return limits.seconds(row.flops, row.bytes, row.dtype) if limits else None
 
 
 def write_json(path: Path, results: Results) -> None:
-    """Writes the file beside its place first: an interruption leaves the old one or the new one."""
+    """Write results to a temporary file and rename it, so that an interruption leaves the old or the new file."""
     document = {"schema": SCHEMA, "definitions": DEFINITIONS, **asdict(results)}
     document["limits"] = {place: limits._asdict() for place, limits in results.limits.items()}
     for row in document["rows"]:
@@ -136,7 +136,7 @@ def write_json(path: Path, results: Results) -> None:
 
 
 def read_json(path: Path) -> Results:
-    """What write_json wrote; ValueError where it is something else."""
+    """Return the results that :func:`write_json` wrote; raise ValueError if the file is anything else."""
     try:
         document = json.loads(path.read_text())
     except OSError as error:
@@ -153,7 +153,7 @@ def read_json(path: Path) -> Results:
 
 
 def write_csv(path: Path, results: Results) -> None:
-    """A line for each row, with its median and noise in the place of its samples."""
+    """Write one line per row, with the median and the noise instead of the samples."""
     names = [name.name for name in fields(Row) if name.name not in ("samples", "suites")]
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -165,7 +165,7 @@ def write_csv(path: Path, results: Results) -> None:
 
 
 def _blas_kernels() -> str | None:
-    """The CPU that the matrix products of NumPy are made for, as OpenBLAS calls it; None where nothing tells."""
+    """Return OpenBLAS's name of the CPU whose kernels NumPy's matrix products use; None if it is unknown."""
     try:
         from threadpoolctl import threadpool_info
     except ImportError:
@@ -173,13 +173,13 @@ def _blas_kernels() -> str | None:
     return next((library["architecture"] for library in threadpool_info() if "architecture" in library), None)
 
 
-FOLDERS = ("GPUCONV_CACHE_DIR", "GPUCONV_DUMP")  # where they are says nothing of a result
+FOLDERS = ("GPUCONV_CACHE_DIR", "GPUCONV_DUMP")  # not recorded: the paths do not affect a result
 
 
 def machine() -> dict[str, Any]:
-    """The versions, the devices and, where the driver's tool says so, clocks and power limit; no folders."""
+    """Return versions, devices and, if nvidia-smi reports them, clocks and power limit; no folders."""
     facts: dict[str, Any] = {name: value for name, value in config().items() if name not in FOLDERS}
-    if kernels := _blas_kernels():  # CPUs of one name may have others, and OPENBLAS_CORETYPE asks for some
+    if kernels := _blas_kernels():  # CPUs of one name may use different ones; OPENBLAS_CORETYPE sets them
         facts["CPU"] += f" with {kernels} kernels"
     query = (
         "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,power.draw,temperature.gpu,ecc.mode.current"
@@ -193,12 +193,12 @@ def machine() -> dict[str, Any]:
         facts["GPU"] = values.pop("name")
         facts["nvidia-smi"] = values
     except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
-        pass  # no NVIDIA driver, or one that does not say
+        pass  # no NVIDIA driver, or one that does not report these values
     return facts
 
 
 def commit() -> str | None:
-    """The commit of the checkout that runs, with "+" where files differ from it; None where it runs from a wheel."""
+    """Return the commit of the checkout, followed by "+" if files differ from it; None for an installed wheel."""
     folder = Path(gpuconv.__file__).parent.parent
     if not (folder / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""``gpuconv bench``: layers in every direction, verified first, then timed in turns with the peers."""
+"""``gpuconv bench``: verify layers in every direction, then time them, alternating with the peers."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ Job: TypeAlias = tuple[Case, int, str]  # a layer, its batch size and dtype
 
 DTYPES = (*dtypes.NAMES, "tf32")
 TURNS = 4
-SPIN_SECONDS = 0.15  # OpenBLAS's idle threads wait for 2^28 cycles before they sleep
+SPIN_SECONDS = 0.15  # idle threads of OpenBLAS spin for 2^28 cycles before they sleep
 
 
 def kind_and_precision(dtype: str) -> tuple[str, str]:
-    """The arrays' dtype and the precision of their products, for one of DTYPES."""
+    """Return the dtype of the arrays and the precision of their products, for one of DTYPES."""
     return ("float32", "tf32") if dtype == "tf32" else (dtype, "ieee")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What is run of every layer."""
+    """The measurements to make for every layer."""
 
     place: Backend
     directions: Sequence[Direction] = DIRECTIONS
-    dtypes: Sequence[str] = ()  # none: each layer's own
+    dtypes: Sequence[str] = ()  # empty: the dtype of each layer
     layouts: Sequence[Layout] = LAYOUTS[:1]
     algorithms: Sequence[str] = ("auto",)
-    batches: Sequence[int] = ()  # none: each layer's own for this backend
+    batches: Sequence[int] = ()  # empty: the batch size of each layer for this backend
     peers: Sequence[str] = ()
     seconds: float = 0.5
-    cold: bool | None = None  # None: the clock's own choice
+    cold: bool | None = None  # None: the default of the clock
 
     def jobs(self, cases: Iterable[Case]) -> list[Job]:
-        """Each layer with each batch size and dtype."""
+        """Return every combination of layer, batch size and dtype."""
         on_gpu = self.place.kind == "cupy"
         return [
             (case, batch, dtype)
@@ -63,27 +63,27 @@ class Schedule:
 
 @dataclass
 class Contender:
-    """One of those who take turns: its row as far as it is known, and how it takes samples."""
+    """One of the implementations that are timed alternately: its row so far, and the function that takes samples."""
 
     row: dict[str, object]
     take: Callable[[int], list[float]] = lambda number: []
-    call: timing.Call | None = None  # where it runs in this process
+    call: timing.Call | None = None  # None if it runs in another process
     first: float = math.inf
     samples: list[float] = field(default_factory=list)
 
 
 class Bench:
-    """Runs a schedule; ``spent`` says what the time went into."""
+    """The execution of a schedule. ``spent`` has the seconds of each activity."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
         self.clock = timing.clock_for(schedule.place, cold=schedule.cold)
         self.spent = dict.fromkeys(("first calls", "verifying", "peers", "measuring"), 0.0)
         self._workers: dict[str, Worker] = {}
-        self._quiet = False  # whether this process has had time to come to rest
+        self._quiet = False  # whether the idle threads of this process have stopped spinning
 
     def rows(self, jobs: Iterable[Job]) -> Iterator[list[Row]]:
-        """The rows of one layer in one direction after the other, gpuconv's first, then the peers'."""
+        """Yield the rows of one layer and direction at a time, those of gpuconv before those of the peers."""
         try:
             with self.clock.running():
                 for job in jobs:
@@ -124,7 +124,7 @@ class Bench:
             method = self._measure([contender for contender in contenders if math.isfinite(contender.first)])
             yield [Row(**contender.row, samples=tuple(contender.samples), method=method) for contender in contenders]  # type: ignore[arg-type]
         del problem
-        if place.kind == "cupy":  # the next layer may need all memory
+        if place.kind == "cupy":  # the next layer may need all the memory
             gpuconv.clear_cache()
             place.xp.get_default_memory_pool().free_all_blocks()
 
@@ -146,10 +146,10 @@ class Bench:
         contender.call = problem.call(direction, layout, algorithm)
         try:
             seconds, result = self.clock.first(contender.call)
-        except Exception as error:  # whatever it is, the rows before and after are worth having
+        except Exception as error:  # of any kind: the other rows are still useful
             contender.row["failure"] = f"{type(error).__name__}: {error}"
             if place.kind == "cupy":
-                place.xp.cuda.runtime.deviceSynchronize()  # raises where the device computes nothing any more
+                place.xp.cuda.runtime.deviceSynchronize()  # raises if the device is no longer usable
             return contender
         self.spent["first calls"] += seconds
         loose = choice.algorithm in TRANSFORMS
@@ -197,7 +197,7 @@ class Bench:
             contender.call = call = peer.call(problem, direction, form)
             seconds, result = self.clock.first(call)
             found = peer.array(result, problem)
-        except Exception as error:  # whatever another library says is its reason
+        except Exception as error:  # any error of a peer is a refusal
             raise ValueError(peers.reason(error)) from error
         contender.take = lambda number: self.clock.samples(call, number)
         return seconds, found
@@ -211,7 +211,7 @@ class Bench:
         self.spent["verifying"] += time.perf_counter() - start
 
     def _measure(self, contenders: list[Contender]) -> str:
-        """Samples of all contenders, in turns; what took them."""
+        """Take samples of all contenders, alternating between them, and return the method."""
         for contender in contenders:
             contender.samples = self._taken(contender, 1)
         if recorded := self._graphs(contenders):
@@ -225,7 +225,10 @@ class Bench:
         return self.clock.method
 
     def _graphs(self, contenders: list[Contender]) -> str:
-        """Samples of all contenders as CUDA graphs where one is short and all can be recorded, else "" and none."""
+        """Take samples of all contenders as CUDA graphs if one call is short and all can be captured.
+
+        Returns the method, or "" if no samples were taken.
+        """
         clock = self.clock
         if not isinstance(clock, GpuClock) or not any(contender.samples[0] < timing.SHORT for contender in contenders):
             return ""
@@ -240,7 +243,7 @@ class Bench:
                     contender.samples += clock.replays(graph, -(-timing.ENOUGH // TURNS))
             return "graph"
         finally:
-            workspace.clear()  # which was kept for the graphs
+            workspace.clear()  # it was kept for the graphs
 
     def _taken(self, contender: Contender, number: int) -> list[float]:
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""How long a call takes: on the CPU by the wall clock, on a GPU between events or as a CUDA graph."""
+"""Timing of calls: on the CPU by the wall clock, on a GPU between events or as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from gpuconv.arrays import Backend
 Call = Callable[[], Any]
 
 ENOUGH, MOST = 30, 100  # samples
-PATIENCE = 4  # a row may take this many times its seconds to get enough samples
-SHORT = 20e-6  # seconds below which a GPU's calls are timed as a graph of
-REPEATS = 20
+PATIENCE = 4  # a row may take this many times its seconds to reach ENOUGH samples
+SHORT = 20e-6  # seconds; shorter calls on a GPU are timed as a CUDA graph
+REPEATS = 20  # calls in such a graph
 
 
 class Summary(NamedTuple):
-    """What a row shows of its samples."""
+    """The statistics of samples that a row shows."""
 
     median: float  # seconds
     noise: float  # the interquartile range over the median
@@ -34,9 +34,10 @@ class Summary(NamedTuple):
 
 
 def count(estimate: float, seconds: float) -> int:
-    """How many samples to take of a call of about this length: 30 to 100 in this time.
+    """Return how many samples to take of a call, given its estimated and the available seconds: 30 to 100.
 
-    Where 30 take more than four times as long, as many as fit, one at least.
+    If 30 samples take more than four times the available seconds, return the number that fits in four times the
+    available seconds, at least 1.
     """
     if estimate <= 0:
         return MOST
@@ -45,7 +46,7 @@ def count(estimate: float, seconds: float) -> int:
 
 
 class Clock:
-    """The wall clock. With ``cold`` the caches are emptied before each sample, by writing elsewhere."""
+    """Timing by the wall clock. With ``cold`` the caches are emptied before each sample by writing to another array."""
 
     method = "wall clock"
 
@@ -54,17 +55,17 @@ class Clock:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """A context in which everything is timed."""
+        """Enter a context in which calls can be timed."""
         yield
 
     def first(self, call: Call) -> tuple[float, Any]:
-        """The seconds of one call till its result is there, and the result."""
+        """Return the seconds until the result of one call is available, and the result."""
         start = time.perf_counter()
         result = call()
         return time.perf_counter() - start, result
 
     def samples(self, call: Call, number: int) -> list[float]:
-        """The seconds of each of so many calls, after one that is not counted."""
+        """Return the seconds of each of a number of calls, after one warm-up call."""
         call()
         taken = []
         for _ in range(number):
@@ -77,10 +78,10 @@ class Clock:
 
 
 class GpuClock(Clock):
-    """Events on a stream of its own, which is kept busy while the host prepares the call.
+    """Timing by events on a separate stream, which is kept busy while the host prepares the call.
 
-    What keeps it busy empties the L2 cache, or for warm samples multiplies small matrices. So the host's time is not
-    in the samples, unless the call itself waits for the device.
+    The work that keeps it busy empties the L2 cache, or multiplies small matrices for warm samples. The samples
+    therefore exclude the time of the host, unless the call itself waits for the device.
     """
 
     method = "events"
@@ -119,7 +120,7 @@ class GpuClock(Clock):
         return self._between_events(call, number, hidden)
 
     def host(self, call: Call) -> float:
-        """The seconds that a call keeps the host, while its work goes on on the device."""
+        """Return the seconds for which a call occupies the host; its work on the device may still be in progress."""
         taken = []
         for _ in range(4):  # the first is a warm-up
             self._stream.synchronize()
@@ -130,7 +131,7 @@ class GpuClock(Clock):
         return float(numpy.median(taken[1:]))
 
     def graph(self, call: Call) -> Any:
-        """Calls recorded as a CUDA graph; its replay, as one sample each. None where they cannot be recorded."""
+        """Return a CUDA graph of REPEATS calls, or None if they cannot be captured."""
         call()
         self._stream.synchronize()
         try:
@@ -140,12 +141,12 @@ class GpuClock(Clock):
                     call()
             finally:
                 graph = self._stream.end_capture()
-        except Exception:  # whatever CuPy, the driver or a peer says: the call needs the host
+        except Exception:  # of any kind, from CuPy, the driver or a peer: the call needs the host
             return None
         return graph
 
     def replays(self, graph: Any, number: int) -> list[float]:
-        """The seconds of one call, of so many replays."""
+        """Return the seconds of one call for each of a number of replays."""
         graph.launch(self._stream)
         taken = self._between_events(lambda: graph.launch(self._stream), number, lambda: None)
         return [seconds / REPEATS for seconds in taken]
@@ -161,20 +162,20 @@ class GpuClock(Clock):
         return [float(self._xp.cuda.get_elapsed_time(before, after)) / 1e3 for before, after in pairs]
 
     def _delays_that_hide(self, call: Call) -> int:
-        """How much other work lets the host be ahead of the device by one call."""
+        """Return how many delays keep the device busy while the host prepares one call."""
         (once,) = self._between_events(lambda: [self._delay() for _ in range(10)], 1, lambda: None)
         return max(1, math.ceil((1.5 * self.host(call) + 20e-6) / max(once / 10, 1e-6)))
 
 
 def clock_for(place: Backend, *, cold: bool | None = None) -> Clock:
-    """What times a backend's calls; by default a GPU's L2 cache is emptied before each sample, a CPU's are not."""
+    """Return the clock of a backend; by default the cache of a GPU is emptied before each sample, that of a CPU not."""
     if place.name == "cupy":
         return GpuClock(place.xp, cold=cold is not False)
     return Clock(cold=bool(cold))
 
 
 def last_cache_bytes() -> int:
-    """The size of the CPU's last cache, 64 MiB where the system does not say."""
+    """Return the bytes of the largest cache of the CPU, or 64 MiB if the system does not report them."""
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         with contextlib.suppress(OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Modules with the function names of existing programs: only an import changes."""
+"""Modules with the function names of other libraries, so that existing programs change only an import."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def named(**names: str) -> Iterator[None]:
-    """A context in which error messages call arguments by the caller's names."""
+    """Enter a context in which error messages use the caller's names of arguments."""
     try:
         yield
     except (TypeError, ValueError) as error:

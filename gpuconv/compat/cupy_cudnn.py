@@ -1,17 +1,17 @@
-"""The convolution functions that CuPy had from cuDNN until version 13, with their names and arguments.
+"""The cuDNN convolution functions that CuPy had until version 13, with their names and arguments.
 
 Existing code changes one import::
 
     from gpuconv.compat import cupy_cudnn as cudnn  # was: from cupy import cudnn
 
-Every function writes into an array of the caller and returns None. Arrays are of CuPy or NumPy, real or complex, with
-one to three spatial axes and any strides. In layout 0 x is (N, C, *spatial), W (F, C/G, *kernel) and y (N, F, *output);
-in layout 1 x is (N, *spatial, C), W (F, *kernel, C/G) and y (N, *output, F). ``d_layout`` is the layout of x and y,
-``w_layout`` that of W. pad, stride and dilation are ints, or one int per spatial axis.
+Every convolution function writes into an array of the caller and returns None. Arrays are of CuPy or NumPy, real or
+complex, with one to three spatial axes and any strides. In layout 0 x is (N, C, *spatial), W (F, C/G, *kernel) and y
+(N, F, *output); in layout 1 x is (N, *spatial, C), W (F, *kernel, C/G) and y (N, *output, F). ``d_layout`` is the
+layout of x and y, ``w_layout`` that of W. pad, stride and dilation are ints, or one int per spatial axis.
 
 ``tensor_core`` is "never", "always", which permits TensorFloat-32, or "auto", which reads GPUCONV_PRECISION.
-``deterministic`` is that of :func:`gpuconv.conv`. ``auto_tune`` has no effect: no call times anything, and results of
-``gpuconv tune`` are used in any case. (After cupyx/cudnn.pyx of CuPy 13.6.)
+``deterministic`` is that of :func:`gpuconv.conv`. ``auto_tune`` has no effect: no call measures algorithms, and results
+of ``gpuconv tune`` are used in any case. (After cupyx/cudnn.pyx of CuPy 13.6.)
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CUDNN_TENSOR_NCHW = 0
 CUDNN_TENSOR_NHWC = 1
 
 PRECISIONS: dict[str, Precision | None] = {"auto": None, "always": "tf32", "never": "ieee"}
-PACKAGES = ("cupy", "cupyx", "cupy.cuda")  # whose module cudnn programs look for
+PACKAGES = ("cupy", "cupyx", "cupy.cuda")  # programs import a module cudnn from these
 
 
 def convolution_forward(
@@ -219,7 +219,7 @@ def convolution_backward_data(
 
 
 def get_max_workspace_size() -> int:
-    """Return the bytes that a call may take beside its result: GPUCONV_WORKSPACE_LIMIT.
+    """Return GPUCONV_WORKSPACE_LIMIT, the bytes that a call may allocate in addition to its result.
 
     Returns
     -------
@@ -245,7 +245,7 @@ def set_max_workspace_size(size: int) -> None:
     Raises
     ------
     ValueError
-        If size is no such number.
+        If size is not an int of at least 0.
     """
     if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 0:
         raise ValueError(f"size must be a number of bytes, at least 0; got {size!r}")
@@ -260,7 +260,7 @@ def install() -> None:
     ImportError
         If CuPy is not installed.
     RuntimeError
-        If CuPy has the real module, which is not replaced.
+        If CuPy has a module of this name, which is not replaced.
     """
     try:
         packages: list[Any] = [importlib.import_module(package) for package in PACKAGES]
@@ -288,7 +288,7 @@ def uninstall() -> None:
 
 
 def _is_free(package: Any) -> bool:
-    """Whether a package of CuPy has no module cudnn, or this one."""
+    """Return whether a package of CuPy has no module cudnn, or has this module as cudnn."""
     place = f"{package.__name__}.cudnn"
     found = sys.modules.get(place) or getattr(package, "cudnn", None)
     if found is None:

@@ -1,4 +1,4 @@
-"""db: the sum of dy over all but the channels."""
+"""db: the sum of dy over all axes except the channels."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from gpuconv.views import View
 
 
 def bias_grad(dy: Operand, db: View, planner: Planner) -> None:
-    """Adds up a block at a time where dy is read through an activation."""
+    """Compute db; dy is summed in blocks if it is read through an activation."""
     positions, (groups, channels) = dy.view.shape[:-2], dy.view.shape[-2:]
     axes = tuple(range(len(positions)))
-    # Long sums of like terms drift in float32; float64 costs little here.
+    # The rounding errors of long float32 sums of similar terms drift; float64 costs little here.
     sums = dtypes.promoted(planner.dtype, numpy.dtype(numpy.float64))
     total, term = (
         space.shaped((groups, channels)) for space in planner.workspace(*(groups * channels,) * 2, dtype=sums)

@@ -1,12 +1,13 @@
-"""col2im: im2col's transpose, for data_grad where x has few channels, as in the first layer of a network.
+"""col2im: the transpose of im2col, for data_grad of x with few channels, as in the first layer of a network.
 
-One matrix product makes all that a block of outputs adds to x, and its taps are added up one after the other:
+One matrix product computes all that a block of outputs contributes to dx; its taps are accumulated one by one:
 
     dcols[t, c, o] = sum over f of w[t, c, f] dy[o, f]          dx[o * stride + t * dilation - low, c] += dcols[t, c, o]
 
-Inputs that lie a stride apart are kept side by side, in a plane for each residue of the stride, so that every addition
-goes over long runs. The planes are put together in the end. By residues, as im2col does it elsewhere, each product
-would have as few columns as x has channels, and take more to gather than to multiply.
+The inputs of each phase of the stride, which are a stride apart in x, are stored contiguously in a plane of their own,
+so that every addition covers long contiguous runs. Finally the planes are interleaved into dx. With one product per
+phase, as im2col does otherwise, each product would have only as many columns as x has channels, and gathering its
+operands would take longer than the multiplication.
 """
 
 from __future__ import annotations
@@ -22,37 +23,37 @@ from gpuconv.operands import Index, Operand, Result
 from gpuconv.plan import Planner
 from gpuconv.views import View
 
-BLOCK_BYTES = 1 << 20  # of dcols, which should stay in the cache
-MOST_TAPS = 64  # added up one after the other: more terms that are alike would drift
+BLOCK_BYTES = 1 << 20  # of dcols, which should fit in the cache
+MOST_TAPS = 64  # accumulated one by one: the rounding errors of more similar terms would drift
 FEW = 8  # channels
 
 
 def suits(geometry: Geometry) -> bool:
-    """Whether x has few channels beside y."""
+    """Return whether the algorithm is applicable: x has few channels compared with y."""
     few = geometry.group_channels <= min(FEW, geometry.group_filters // 2)
     return few and 1 < geometry.taps <= MOST_TAPS
 
 
 def nanoseconds(geometry: Geometry, is_complex: bool) -> float:
-    """An estimate: one product, and the additions of what it makes."""
+    """Estimate the time of one product and of the additions of its elements."""
     product = cost_model.product(geometry.group_filters, geometry.group_channels * geometry.taps, is_complex)
     added = geometry.reduction_length("weight_grad") * geometry.channels * geometry.taps
     return geometry.multiply_adds() * product + added * cost_model.ACCUMULATE
 
 
 def pays(dy: Operand, dx: Result, geometry: Geometry, planner: Planner) -> bool:
-    """Whether it suits, and there is room for the planes."""
+    """Return whether the algorithm is applicable and its planes fit the workspace."""
     return suits(geometry) and _sizes(geometry, *_room(dy, dx, geometry, planner)) is not None
 
 
 def _room(dy: Operand, dx: Result, geometry: Geometry, planner: Planner) -> tuple[int, int, int]:
-    """Elements for each thread, beside the weights, and the temporaries of what is read and what is finished."""
+    """Return the elements for each thread beside the weights, and the temporaries of reading dy and of finishing dx."""
     shared = planner.budget - math.prod(geometry.w_shape)
     return shared // planner.team(geometry).shares, dy.temporaries, dx.temporaries
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
-    """dx[o * stride + t * dilation - low, c] += dcols[t, c, o], image by image."""
+    """Compute ``dx[o * stride + t * dilation - low, c] += dcols[t, c, o]``, image by image."""
     rank, team = geometry.rank, planner.team(geometry)
     sizes = _sizes(geometry, *_room(dy, dx, geometry, planner))
     assert sizes is not None
@@ -80,7 +81,7 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: 
 
 
 def _add(dcols: View, index: Index, planes: View, sizes: _Sizes, geometry: Geometry, planner: Planner) -> None:
-    """Adds what every tap makes of a block of outputs."""
+    """Accumulate the contributions of a block of outputs in the planes, tap by tap."""
     extents = tuple(axis.stop - axis.start for axis in index)
     by_tap = dcols.reshape(geometry.groups, *geometry.kernel, geometry.group_channels, *extents)
     for tap in Places(geometry.kernel):
@@ -94,7 +95,7 @@ def _add(dcols: View, index: Index, planes: View, sizes: _Sizes, geometry: Geome
 
 
 def _store(planes: View, residue: Shape, dx: Result, sizes: _Sizes, geometry: Geometry, planner: Planner) -> None:
-    """Puts the plane of a residue into dx."""
+    """Store the plane of one phase of the stride in dx."""
     axes = zip(residue, geometry.input, geometry.stride, sizes.before, strict=True)
     inside = [slice(before, before + len(range(start, n, s))) for start, n, s, before in axes]
     block = planes[(*residue, slice(None), slice(None), *inside)]
@@ -105,7 +106,7 @@ def _store(planes: View, residue: Shape, dx: Result, sizes: _Sizes, geometry: Ge
 
 
 class _Sizes(NamedTuple):
-    """The extents of a plane, the elements of it before the first input, a block of outputs, and the workspaces."""
+    """The extents of a plane, its elements before the first input, a block of outputs, and the workspace."""
 
     planes: Shape
     before: Shape
@@ -114,7 +115,7 @@ class _Sizes(NamedTuple):
 
 
 def _sizes(geometry: Geometry, budget: int, read: int, finished: int) -> _Sizes | None:
-    """None where the planes have no room."""
+    """Return the sizes, or None if the planes do not fit the budget."""
     planes, before = [], []
     axes = zip(
         geometry.input, geometry.output, geometry.window, geometry.stride, geometry.padding, strict=True

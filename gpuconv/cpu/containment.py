@@ -1,7 +1,7 @@
-"""NaN and Inf stay where they belong in algorithms that multiply transforms.
+"""Non-finite fallback of algorithms that multiply transforms.
 
-A transform mixes what lies near each other, and would spread NaN to results that no direct sum takes it to. Those
-are recognised, since they are not finite, and computed again by im2col: images of y and dx, or the whole of dw.
+A transform mixes neighbouring elements, and would spread NaN to results whose direct sum does not contain it. Such
+results are detected, since they are non-finite, and recomputed by im2col: images of y and dx, or the whole of dw.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from gpuconv.operands import Operand, Result
 from gpuconv.plan import Planner
 from gpuconv.views import View
 
-# Computes y, and makes the flags of images, with the shape of the batch, 0 where some of y is not finite.
+# Computes y, and sets the flags of images with non-finite results to 0. The flags have the shape of the batch.
 Forward = Callable[[Operand, Operand, Result, Geometry, View, Planner], None]
 
 
 def forward(compute: Forward, x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
-    """Computes y."""
+    """Compute y, and recompute its non-finite images by im2col."""
 
     def again(image: Shape, planner: Planner) -> None:
         im2col.forward(x.of_images(image), w, y.part(image), replace(geometry, batch=()), planner)
@@ -35,7 +35,10 @@ def forward(compute: Forward, x: Operand, w: Operand, y: Result, geometry: Geome
 
 
 def data_grad(compute: Forward, dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
-    """Computes dx, for a stride of 1: the forward convolution of dy with w turned round, C and F exchanged."""
+    """Compute dx for stride 1, and recompute its non-finite images by im2col.
+
+    This is the forward convolution of dy with w rotated by 180 degrees, C and F exchanged.
+    """
     turned, inverse = as_forward(w, geometry)
 
     def again(image: Shape, planner: Planner) -> None:
@@ -45,7 +48,7 @@ def data_grad(compute: Forward, dy: Operand, w: Operand, dx: Result, geometry: G
 
 
 def as_forward(w: Operand, geometry: Geometry) -> tuple[Operand, Geometry]:
-    """The weight and the geometry by which a forward convolution of dy gives dx, for a stride of 1."""
+    """Return the weight and the geometry of the forward convolution of dy that gives dx, for stride 1."""
     return w.part(w.view[(slice(None, None, -1),) * geometry.rank].swapaxes(-1, -2)), geometry.inverse
 
 
@@ -57,7 +60,7 @@ def weight_grad(
     geometry: Geometry,
     planner: Planner,
 ) -> None:
-    """Computes dw."""
+    """Compute dw, and recompute it by im2col if it is non-finite."""
     compute(dy, x, dw, geometry, planner)
     if_finite(dw.view, _nothing, partial(im2col.weight_grad, dy, x, dw, geometry), planner)
 
@@ -68,7 +71,7 @@ def _computed(
     geometry: Geometry,
     planner: Planner,
 ) -> None:
-    """Computes all images, and once more those that are not finite."""
+    """Compute all images, and compute those that are non-finite again."""
     images = Places(geometry.batch)
     (flat,) = planner.workspace(len(images), dtype=numpy.dtype(bool))
     flags = flat.shaped(geometry.batch)
@@ -82,4 +85,4 @@ def _computed(
 
 
 def _nothing(planner: Planner) -> None:
-    """The steps where none are missing."""
+    """Plan no steps."""

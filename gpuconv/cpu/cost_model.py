@@ -1,43 +1,46 @@
-"""What NumPy takes for the parts of a convolution: the measure by which algorithms are compared.
+"""Costs of the parts of a convolution on NumPy, by which algorithms are compared.
 
-Nanoseconds of one core of an AMD EPYC with AVX-512 and NumPy 2.4 (OpenBLAS), in float32. On other machines they differ;
-it is their proportions that decide, and these differ less. bench/results has the times of all algorithms beside each
-other on a machine without AVX-512 (sweep.json), and tests/test_choice.py holds the choice against them.
+The unit is nanoseconds of one core of an AMD EPYC with AVX-512 and NumPy 2.4 (OpenBLAS), in float32. Other machines
+differ, but the choice depends only on the ratios, which differ less. bench/results has the times of all algorithms on
+a machine without AVX-512 (sweep.json), and tests/test_choice.py compares the choice with them.
 """
 
 from __future__ import annotations
 
-PRODUCT = 0.022  # a multiplication and addition in a long matrix product
-COPY = 0.4  # an element that is copied in another order
-ADD = 0.5  # an element that a tap multiplies and adds, or adds
-ACCUMULATE = 2.5  # an element of a product that is added to a plane
-FOURIER = 0.9  # an element of a transform, for each doubling of its length
-MULTIPLY = 10.0  # two complex elements of spectra multiplied and added
-TRANSFORM = 0.32  # an element that a small matrix makes: 0.25 with AVX-512, 0.5 without
-STEP = 2000  # a function called, and what Python does for it
-COMPLEX = 4  # times as long for a product of complex numbers
+PRODUCT = 0.022  # a multiply-add in a long matrix product
+COPY = 0.4  # an element copied in another order
+ADD = 0.5  # an element that is multiplied by a tap and added, or only added
+ACCUMULATE = 2.5  # an element of a product that is added to a plane of col2im
+FOURIER = 0.9  # an element of a Fourier transform, for each doubling of its length
+MULTIPLY = 10.0  # a multiply-add of two complex elements of spectra
+TRANSFORM = 0.32  # an element of a product with a small matrix: 0.25 with AVX-512, 0.5 without
+STEP = 2000  # a function call, with the overhead of Python
+COMPLEX = 4  # ratio of a complex product to a real one
 
 
 def product(depth: int, width: int, is_complex: bool = False) -> float:
-    """A multiplication and addition of sums of this length, so many of which share their factors."""
+    """Return the cost of a multiply-add in sums of length ``depth``, of which ``width`` share their factors."""
     return PRODUCT * (1 + 4 / max(1, min(depth, width))) * (COMPLEX if is_complex else 1)
 
 
 def copied(run: float) -> float:
-    """An element copied in another order, so many of which lie side by side."""
+    """Return the cost of copying an element in another order, in contiguous runs of this length."""
     return COPY * (1 + 8 / run)
 
 
 def transform(run: int, is_whole: bool) -> float:
-    """An element that a small matrix makes, so many of which lie side by side, whole lines of them or parts."""
+    """Return the cost of an element of a product with a small matrix, in contiguous runs of this length.
+
+    ``is_whole``: whether the runs make up whole lines, which can be read in place.
+    """
     return TRANSFORM * (1 + (64 if is_whole else 96) / run)
 
 
 def exchanged(elements: int) -> float:
-    """So many elements copied with their channels to the other side of their pixels."""
+    """Return the cost of copying elements between channels_first and channels_last."""
     return 2.5 * COPY * elements
 
 
 def added(run: int) -> float:
-    """An element added to others, so many of which lie side by side."""
+    """Return the cost of adding an element to another, in contiguous runs of this length."""
     return ADD * (1 + 64 / run)

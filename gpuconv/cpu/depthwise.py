@@ -1,18 +1,18 @@
 """depthwise: one filter per channel, as products of rows of x with banded matrices.
 
-With one channel there is nothing to add up over channels, and a product must find its length along the image: m
-outputs of a row, side by side, are made of the same L = (m - 1) * stride + window inputs. So the taps become a matrix T
-for each channel, and the convolution one of kernels L wide with m filters, m * stride apart, which im2col computes:
+With one channel per group there is no sum over channels, so the reduction of a matrix product must be along the image:
+m adjacent outputs of a row depend on the same L = (m - 1) * stride + window inputs. The taps of each channel become a
+matrix T, and the convolution becomes one of m filters of width L at a stride of m * stride, which im2col computes:
 
-    T[r, j * stride + s * dilation, j] = w[r, s]        r: taps of all axes but the last, s: of the last one
+    T[r, j * stride + s * dilation, j] = w[r, s]        r: taps of all axes except the last, s: of the last
 
     forward      y[o, j]  = sum over r and l of x[r, l] T[r, l, j]
-    data_grad    the same of dy, with w turned round, for a stride of 1
+    data_grad    the same of dy, with w rotated by 180 degrees, for stride 1
     weight_grad  dw[r, s] = sum over j of the gradient in T[r, j * stride + s * dilation, j]
 
-Most of T is zeros, and yet a product is several times as fast as to multiply and add tap by tap, where every tap goes
-through memory. NaN and Inf times these zeros would be NaN: where there are some, taps are taken one by one; and so they
-are in data_grad with a stride, where few of them meet.
+Most elements of T are zero, but a product is still several times as fast as multiplying and adding tap by tap, where
+every tap is a pass through memory. NaN and Inf times these zeros would be NaN, so non-finite operands are computed tap
+by tap (slices.py). So is data_grad with a stride, where few taps reach each input.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from gpuconv.plan import Body, Planner, Team
 from gpuconv.request import Request
 from gpuconv.views import View
 
-FEWEST, MOST = 7, 16  # outputs of a row that are done at once: m
-BLOCK_BYTES = 1 << 20  # of windows, which should stay in the cache
+FEWEST, MOST = 7, 16  # outputs of a row that are computed at once: m
+BLOCK_BYTES = 1 << 20  # of windows, which should fit in the cache
 SUM_BYTES = 2 << 20  # of windows and sums of weight_grad
-CHUNKS = 16  # of the channels, for threads to share
+CHUNKS = 16  # of the channels, shared by threads
 
 
 def why_not(request: Request) -> str | None:
-    """A reason unless a group has one channel and one filter."""
+    """Return a reason unless a group has one channel and one filter and the workspace suffices."""
     geometry = request.geometry
     if not geometry.group_channels == geometry.group_filters == 1:
         return f"it is for one filter per channel, not {geometry.group_channels} channels and {geometry.group_filters}"
@@ -53,12 +53,12 @@ def _is_tap_by_tap(request: Request) -> bool:
 
 
 def nanoseconds(request: Request) -> float:
-    """An estimate: the windows of tiles copied, and multiplied by the matrices of taps."""
+    """Estimate the time to copy the windows of tiles and to multiply them by the matrices of taps."""
     if _is_tap_by_tap(request):
         return slices.nanoseconds(request)
     geometry = request.as_forward().geometry
     images = geometry.channels * math.prod(geometry.batch)
-    product = 4 * cost_model.PRODUCT * (cost_model.COMPLEX if request.is_complex else 1)  # a short one
+    product = 4 * cost_model.PRODUCT * (cost_model.COMPLEX if request.is_complex else 1)  # a short product
     windows = sum(part.windows * (1.4 * cost_model.COPY + part.m * product) for part in _parts(geometry))
     planes = math.prod(geometry.input) + math.prod(geometry.output) if geometry.layout == "channels_last" else 0
     return images * windows + cost_model.exchanged(images * planes)
@@ -75,21 +75,21 @@ class _Part:
 
     @property
     def length(self) -> int:
-        """L: the inputs that a tile sees."""
+        """L: the number of inputs that a tile reads."""
         return (self.m - 1) * self.geometry.stride[-1] + self.geometry.window[-1]
 
     @property
     def bands(self) -> int:
-        """Elements of T of a channel."""
+        """The number of elements of T of one channel."""
         return math.prod(self.geometry.kernel[:-1]) * self.length * self.m
 
     @property
     def windows(self) -> int:
-        """Elements of the windows of a channel of one image."""
+        """The number of elements of the windows of one channel of one image."""
         return math.prod((*self.geometry.output[:-1], self.tiles, *self.geometry.kernel[:-1], self.length))
 
     def of(self, groups: int) -> Geometry:
-        """The convolution of so many channels that has the tiles' outputs as filters."""
+        """Return the convolution of this many channels whose filters are the outputs of a tile."""
         geometry, step, (low, _) = self.geometry, self.geometry.stride[-1], self.geometry.padding[-1]
         low -= self.start * step
         high = (self.tiles - 1) * self.m * step + self.length - low - geometry.input[-1]
@@ -105,11 +105,11 @@ class _Part:
         )
 
     def shaped(self, flat: View, groups: int) -> View:
-        """T (G, *kernel but the last axis, L, m) of so many channels."""
+        """Return workspace as T of this many channels: (G, *kernel except the last axis, L, m)."""
         return flat.shaped((groups, *self.geometry.kernel[:-1], self.length, self.m))
 
     def diagonals(self, bands: View) -> View:
-        """Where the taps stand in T: (G, *kernel, m)."""
+        """Return the view of the taps in T: (G, *kernel, m)."""
         along_length, along_m = bands.strides[-2:]
         return bands.strided(
             (*bands.shape[:-2], self.geometry.kernel[-1], self.m),
@@ -121,14 +121,14 @@ class _Part:
         )
 
     def outputs(self, view: View) -> View:
-        """(*batch, *output, G, 1) as far as the part goes, with the outputs of a tile as filters."""
+        """Return the part's outputs of a view (*batch, *output, G, 1), with the outputs of a tile as filters."""
         part = view[..., self.start : self.start + self.tiles * self.m, :, 0]
         return part.reshape(*part.shape[:-2], self.tiles, self.m, part.shape[-1]).swapaxes(-1, -2)
 
 
 @lru_cache(maxsize=1024)
 def _parts(geometry: Geometry) -> tuple[_Part, ...]:
-    """Tiles of an extent that divides a row, or of the largest and one of the rest."""
+    """Return tiles of an extent that divides a row; otherwise tiles of the largest extent and one of the rest."""
     row = geometry.output[-1]
     m = next((m for m in range(MOST, FEWEST - 1, -1) if row % m == 0), min(MOST, row))
     parts = [_Part(geometry, 0, row // m, m)]
@@ -138,13 +138,13 @@ def _parts(geometry: Geometry) -> tuple[_Part, ...]:
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
-    """y[o, j] = sum over r and l of x[r, l] T[r, l, j]."""
+    """Compute ``y[o, j] = sum over r and l of x[r, l] T[r, l, j]``."""
     by_rows, by_taps = (partial(way, x, w, y, geometry) for way in (_forward, slices.forward))
     _if_finite([x.view, x.y, w.view], by_rows, by_taps, planner)
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
-    """The forward convolution of dy with w turned round; with a stride, tap by tap."""
+    """Compute dx: the forward convolution of dy with w rotated by 180 degrees; with a stride, tap by tap."""
     by_taps = partial(slices.data_grad, dy, w, dx, geometry)
     if set(geometry.stride) == {1}:
         turned, inverse = containment.as_forward(w, geometry)
@@ -154,7 +154,7 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: 
 
 
 def _if_finite(views: Sequence[View | None], by_rows: Body, by_taps: Body, planner: Planner) -> None:
-    """One way where neither NaN nor Inf is in any of the arrays, else the other."""
+    """Plan ``by_rows`` if all arrays are finite, else ``by_taps``."""
     first, *others = views
     way = partial(_if_finite, others, by_rows, by_taps) if others else by_rows
     if first is None:
@@ -186,7 +186,7 @@ def _forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Pla
 
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
-    """dw[r, s] = sum over j of the gradient in T[r, j * stride + s * dilation, j]."""
+    """Compute ``dw[r, s] = sum over j of the gradient in T[r, j * stride + s * dilation, j]``."""
     parts, chunks, limit = _work(geometry, planner, SUM_BYTES)
     band_size, tap_size = _spaces(parts, chunks)
 
@@ -211,7 +211,7 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
 
 
 def _work(geometry: Geometry, planner: Planner, most: int) -> tuple[tuple[_Part, ...], list[slice], int]:
-    """The parts, the channels that are done at a time, and the bytes that im2col may take in each thread."""
+    """Return the parts, the chunks of channels, and the bytes of workspace that im2col may use in each thread."""
     parts, team = _parts(geometry), _team(geometry, planner)
     limit = planner.limit // team.shares // 2
     fitting = min(BLOCK_BYTES, limit) // planner.dtype.itemsize // max(max(part.windows, part.bands) for part in parts)
@@ -224,17 +224,17 @@ def _team(geometry: Geometry, planner: Planner) -> Team:
 
 
 def _least(part: _Part) -> int:
-    """Elements that a thread needs for one channel: half of them for im2col."""
+    """Return the elements that a thread needs for one channel; half of them are for im2col."""
     matrices = part.bands + 2 * part.geometry.taps
     return 2 * max(matrices, smallest(part.of(1), "weight_grad"))
 
 
 def _spaces(parts: Sequence[_Part], chunks: Sequence[slice]) -> tuple[int, int]:
-    """Elements of T, and of the taps, of the channels that are done at a time."""
+    """Return the elements of T and of the taps of a chunk of channels."""
     groups = chunks[0].stop - chunks[0].start
     return groups * max(part.bands for part in parts), groups * parts[0].geometry.taps
 
 
 def _as_weight(bands: View) -> View:
-    """T as im2col takes a weight: (*kernel but the last axis, L, G, 1, m)."""
+    """Return T as a weight of im2col: (*kernel except the last axis, L, G, 1, m)."""
     return bands.transpose(*range(1, bands.ndim - 1), 0, bands.ndim - 1)[..., None, :]

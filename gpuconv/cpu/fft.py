@@ -1,18 +1,18 @@
-"""fft: large kernels by products of spectra, in time that hardly depends on their extent.
+"""fft: large kernels by products of spectra, in a time that hardly depends on the kernel extent.
 
-A correlation of x with w is, frequency by frequency, the product of their spectra, the second one conjugated:
+A correlation of x with w is the product of their spectra at each frequency, the second one conjugated:
 
     forward      y[o]  = sum over t of x[o + t * dilation - low] w[t]      Y = X conj(FFT(conj(w)))
     data_grad    the same of dy, with w rotated by 180 degrees
-    weight_grad  dw[t] = sum over o of x[o + t * dilation - low] dy[o]     the same of x, with dy in the place of w
+    weight_grad  dw[t] = sum over o of x[o + t * dilation - low] dy[o]     the same of x, with dy in place of w
 
-It is a circular correlation of tiles: L inputs give those L - window + 1 outputs whose windows do not reach round the
-end (overlap and save, Stockham 1966). L has small primes only. Tiles are chosen by an estimate of time among those that
+The correlation of each tile is circular: L inputs give the L - window + 1 outputs whose windows do not wrap around
+(overlap-save, Stockham 1966). L has small prime factors only. Tiles are chosen by an estimate of time among those that
 fit the workspace. If no tile fits for the whole kernel, the kernel is cut into segments: in forward and data_grad the
 products of spectra are summed over segments, as over channels; in weight_grad each segment is computed by itself. NaN
-and Inf would spread over a tile: what holds some is computed again by im2col.
+and Inf would spread over a tile, so non-finite results are recomputed by im2col.
 
-NumPy arrays are transformed by scipy.fft where SciPy is installed, since it is faster, else by numpy.fft.
+NumPy arrays are transformed by scipy.fft if SciPy is installed, since it is faster, else by numpy.fft.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from gpuconv.request import Request
 from gpuconv.types import Direction
 from gpuconv.views import View
 
-SHARES = 4  # of the workspace, where several parts are computed at the same time
+SHARES = 4  # of the workspace, for parts that are computed concurrently
 
 
 def why_not(request: Request) -> str | None:
-    """A reason for strides, of whose outputs most would be computed in vain, and for tiles beyond the workspace."""
+    """Return a reason if a stride is not 1, as most outputs would be discarded, or if no tile fits the workspace."""
     if set(request.geometry.stride) != {1}:
         return f"it is for stride 1, not {request.geometry.stride}"
     correlation = _Correlation.of(request)
@@ -55,7 +55,7 @@ def why_not(request: Request) -> str | None:
 
 
 def nanoseconds(request: Request) -> float:
-    """An estimate: the transforms of x, w and y, and the products of spectra."""
+    """Estimate the time of the transforms of x, w and y and of the products of spectra."""
     correlation = _Correlation.of(request)
     cut = _cut(correlation, request.budget)
     assert cut is not None
@@ -63,17 +63,17 @@ def nanoseconds(request: Request) -> float:
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
-    """Y = X conj(FFT(conj(w)))."""
+    """Compute ``Y = X conj(FFT(conj(w)))``."""
     containment.forward(_forward, x, w, y, geometry, planner)
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
-    """The forward convolution of dy with w rotated, C and F exchanged."""
+    """Compute dx: the forward convolution of dy with w rotated by 180 degrees, C and F exchanged."""
     containment.data_grad(_forward, dy, w, dx, geometry, planner)
 
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
-    """DW = X conj(FFT(conj(dy)))."""
+    """Compute ``DW = X conj(FFT(conj(dy)))``."""
     containment.weight_grad(_weight_grad, dy, x, dw, geometry, planner)
 
 
@@ -100,40 +100,40 @@ def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planne
 
 
 class _Tile(NamedTuple):
-    """How many inputs and taps, along each axis, are transformed at once."""
+    """The numbers of inputs and taps, along each axis, that are transformed at once."""
 
     extent: Shape  # L
-    taps: Shape  # of a segment of the kernel: all of them where there is room
+    taps: Shape  # of a segment of the kernel: all taps if there is room
 
 
 class _Cut(NamedTuple):
-    """How a correlation is cut up, and into how many parts the workspace is divided for several threads."""
+    """The tile of a correlation, and the number of shares into which the workspace is divided for several threads."""
 
     tile: _Tile
     shares: int
 
 
 class _Correlation(NamedTuple):
-    """What decides the tiles of a correlation."""
+    """Everything that determines the tiles of a correlation."""
 
     geometry: Geometry
     direction: Direction  # data_grad is a forward convolution
     is_complex: bool
     temporaries: int  # of reading x or dy
-    copies: int  # that a transform takes beside what it transforms
+    copies: int  # arrays that a transform allocates beside its input
 
     @classmethod
     def of(cls, request: Request) -> _Correlation:
-        """That of a request, for operands that need all temporaries that there are."""
+        """Return the correlation of a request, for operands that need MOST_TEMPORARIES."""
         forward = request.as_forward()
         copies = _copies(request.backend.xp)
         return cls(forward.geometry, forward.direction, request.is_complex, MOST_TEMPORARIES, copies)
 
     def elements(self, tile: _Tile, filters: int = 1) -> int:
-        """Elements of all arrays that are alive at once, for one group and so many of its filters.
+        """Return the elements of all arrays that are alive at once, for one group and this many of its filters.
 
-        What reading and transforming take comes on top of the spaces that hold spectra. What transforms take outside of
-        arrays, a few lines for each thread, is not counted.
+        The temporaries of reads and transforms are counted in addition to the spectra. The memory that transforms use
+        outside of arrays, a few lines for each thread, is not counted.
         """
         channels, read = self.geometry.group_channels, max(self.copies, self.temporaries)
         if self.direction == "weight_grad":  # all sums, dy and x
@@ -146,11 +146,11 @@ class _Correlation(NamedTuple):
         return size * arrays
 
     def nanoseconds(self, tile: _Tile, share: int) -> float:
-        """An estimate for this tile; ``share`` is how many elements a part may take."""
+        """Estimate the time for this tile; ``share`` is the number of elements that a part may use."""
         geometry, size = self.geometry, math.prod(tile.extent)
         tiles = math.prod((*geometry.batch, *map(_count, geometry.output, _steps(tile, geometry))))
         segments = math.prod(map(_count, geometry.kernel, tile.taps))
-        passes = _count(geometry.group_filters, max(1, share // self.elements(tile)))  # over x
+        passes = _count(geometry.group_filters, max(1, share // self.elements(tile)))  # passes over x
         weights = geometry.channels * geometry.group_filters
         spectra = tiles * (passes * segments * geometry.channels + geometry.filters)
         spectra += weights * (1 if segments == 1 else tiles * segments)
@@ -160,19 +160,19 @@ class _Correlation(NamedTuple):
         return (transforms + products) * size * (1 + self.is_complex) + called
 
     def whole(self) -> Iterator[_Tile]:
-        """Tiles for the whole kernel: along each axis of all the outputs, a half of them, a quarter and so on."""
+        """Return tiles for the whole kernel: on each axis for all outputs, half of them, a quarter and so on."""
         axes = map(_lengths, self.geometry.output, self.geometry.window)
         return (_Tile(extent, self.geometry.kernel) for extent in product(*axes))
 
     def segmented(self) -> Iterator[_Tile]:
-        """Tiles for segments of the kernel, with as many outputs as a segment is wide."""
+        """Return tiles for segments of the kernel, with at most as many outputs as the window of a segment is wide."""
         axes = map(_segments, self.geometry.output, self.geometry.kernel, self.geometry.dilation)
         return (_Tile(*zip(*axes_of, strict=True)) for axes_of in product(*axes))
 
 
 @lru_cache(maxsize=1024)
 def _cut(correlation: _Correlation, budget: int) -> _Cut | None:
-    """The fastest tiles that fit the budget, or None.
+    """Return the fastest tiles that fit the budget, or None.
 
     The number of shares does not depend on the number of threads, so the tiles do not either. The kernel is cut only if
     no tile fits for the whole kernel.
@@ -180,7 +180,7 @@ def _cut(correlation: _Correlation, budget: int) -> _Cut | None:
     shares = max(1, min(SHARES, correlation.geometry.groups * correlation.geometry.group_filters))
 
     def cost(cut: _Cut) -> tuple[float, list[int]]:
-        """Its time with two threads; of those that take as long, long last axes lie best in memory."""
+        """Return the time with two threads; ties are decided by long last axes, which have the best memory order."""
         nanoseconds = correlation.nanoseconds(cut.tile, budget // cut.shares) / min(cut.shares, 2)
         return nanoseconds, [-n for n in cut.tile.extent[::-1]]
 
@@ -193,7 +193,7 @@ def _cut(correlation: _Correlation, budget: int) -> _Cut | None:
 
 
 def _steps(tile: _Tile, geometry: Geometry) -> Shape:
-    """Outputs of a tile."""
+    """Return the extents of the outputs of a tile."""
     axes = zip(tile.extent, tile.taps, geometry.dilation, strict=True)
     return tuple(length - d * (k - 1) for length, k, d in axes)
 
@@ -203,7 +203,7 @@ def _count(extent: int, size: int) -> int:
 
 
 def _lengths(outputs: int, window: int) -> tuple[int, ...]:
-    """Lengths of tiles along an axis; the last ones compute an eighth of what they transform."""
+    """Return lengths of tiles along an axis, down to one with fewer outputs than an eighth of the window."""
     lengths = []
     for halvings in range(outputs.bit_length()):
         step = -(-outputs // 2**halvings)
@@ -214,7 +214,10 @@ def _lengths(outputs: int, window: int) -> tuple[int, ...]:
 
 
 def _segments(outputs: int, kernel: int, dilation: int) -> tuple[tuple[int, int], ...]:
-    """Lengths of tiles along an axis and the taps of their segments: all taps, a half of them and so on down to 16."""
+    """Return lengths of tiles along an axis and the taps of their segments.
+
+    The segments have all taps, half of them and so on down to 16.
+    """
     found = []
     for halvings in range(kernel.bit_length()):
         taps = -(-kernel // 2**halvings)
@@ -226,15 +229,15 @@ def _segments(outputs: int, kernel: int, dilation: int) -> tuple[tuple[int, int]
 
 
 class _Space(NamedTuple):
-    """Memory for a spectrum, and for what it is the transform of."""
+    """Memory shared by a spectrum and the block of which it is the transform."""
 
     block: View  # (*channels, *L)
-    spectrum: View  # (*channels, *L), the last extent being L // 2 + 1 for real numbers
+    spectrum: View  # (*channels, *L), with a last extent of L // 2 + 1 for real numbers
 
 
 @dataclass(frozen=True)
 class _Tiling:
-    """A convolution cut into tiles of inputs, and into groups and filters that memory has room for."""
+    """A convolution cut into tiles of inputs, and into groups and filters that fit the workspace."""
 
     geometry: Geometry
     dtype: numpy.dtype
@@ -243,7 +246,7 @@ class _Tiling:
     groups: int
     filters: int
     workers: int
-    transforms: tuple[Callable[..., Any], Callable[..., Any]]  # forth and back
+    transforms: tuple[Callable[..., Any], Callable[..., Any]]  # forward and inverse
 
     @classmethod
     def of(cls, geometry: Geometry, direction: Direction, temporaries: int, planner: Planner) -> _Tiling:
@@ -255,7 +258,7 @@ class _Tiling:
         share = planner.budget // workers
         filters = largest_fitting(geometry.group_filters, share, lambda filters: correlation.elements(tile, filters))
         groups = largest(geometry.groups, share, correlation.elements(tile, filters))
-        if groups == geometry.groups and workers > 1:  # something for each of them
+        if groups == geometry.groups and workers > 1:  # a part for each worker
             groups = _count(geometry.groups, workers)
         if geometry.groups == 1 and filters == geometry.group_filters:
             filters = _count(geometry.group_filters, workers)
@@ -263,12 +266,12 @@ class _Tiling:
         return cls(geometry, planner.dtype, xp, tile, groups, filters, workers, transforms)
 
     def parts(self) -> list[tuple[slice, slice]]:
-        """Groups, and filters of each of them, that are computed at a time."""
+        """Return the groups, and the filters of each of them, that are computed at a time."""
         filters = list(pieces(self.geometry.group_filters, self.filters))
         return [(groups, some) for groups in pieces(self.geometry.groups, self.groups) for some in filters]
 
     def _over_tiles(self, body: Callable[[Shape, Index, Planner], None], planner: Planner) -> None:
-        """The steps of a body for the outputs of every tile of every image."""
+        """Plan ``body`` for the outputs of every tile of every image."""
         images, blocks = Places(self.geometry.batch), Blocks(self.geometry.output, _steps(self.tile, self.geometry))
 
         def some_outputs(number: int, planner: Planner) -> None:
@@ -279,11 +282,11 @@ class _Tiling:
 
     @property
     def _segments(self) -> Blocks:
-        """The taps, so many at a time."""
+        """The segments of the kernel."""
         return Blocks(self.geometry.kernel, self.tile.taps)
 
     def forward(self, x: Operand, w: Operand, y: Result, flags: View, planner: Planner) -> None:
-        """Computes y, and makes the flags of images 0 that NaN or Inf is in."""
+        """Compute y, and set the flags of images with non-finite results to 0."""
         groups, channels, filters = w.view.shape[-3:]
         segments, is_whole = self._segments, self.tile.taps == self.geometry.kernel
         spaces = self._spaces((groups, filters), channels if is_whole else 1, planner)
@@ -315,7 +318,7 @@ class _Tiling:
         self._over_tiles(some_outputs, planner)
 
     def weight_grad(self, dy: Operand, x: Operand, dw: View, planner: Planner) -> None:
-        """Computes dw, a segment of the kernel at a time."""
+        """Compute dw, one segment of the kernel at a time."""
         groups, channels, filters = dw.shape[-3:]
 
         def some_taps(segment: Index, planner: Planner) -> None:
@@ -343,10 +346,10 @@ class _Tiling:
 
         planner.loop(self._segments, some_taps)
 
-    # The steps.
+    # Steps.
 
     def _spaces(self, channels: Shape, number: int, planner: Planner) -> list[_Space]:
-        """Workspace for so many spectra of these channels."""
+        """Return workspace for this many spectra of these channels."""
         extent = self.tile.extent
         half = extent if dtypes.is_complex(self.dtype) else (*extent[:-1], extent[-1] // 2 + 1)
         spectra, spaces = numpy.result_type(self.dtype, numpy.complex64), []
@@ -358,7 +361,10 @@ class _Tiling:
     def _read_x(
         self, x: Operand, channel: int, at: tuple[Shape, Index, Index], space: _Space, planner: Planner
     ) -> None:
-        """The spectrum (G, *L) of the inputs of a channel that some taps of the kernel meet for a tile's outputs."""
+        """Compute the spectrum (G, *L) of some inputs of a channel.
+
+        They are the inputs that the outputs of a tile read through a segment of the kernel.
+        """
         into, seen, g, (image, outputs, segment) = [], [], self.geometry, at
         axes = zip(outputs, self.tile.extent, segment, g.input, strict=True)
         for axis, (output, size, taps, n) in enumerate(axes):
@@ -369,19 +375,19 @@ class _Tiling:
         self._transform(x, (*image, *seen, slice(None), channel), tuple(into), space, False, planner)
 
     def _read_w(self, w: Operand, channel: int, segment: Index, space: _Space, planner: Planner) -> None:
-        """The conjugate spectrum (G, F, *L) of a segment of the weights of a channel, as dilation spreads them."""
+        """Compute the conjugate spectrum (G, F, *L) of a segment of the dilated weights of a channel."""
         index = (*segment, slice(None), channel, slice(None))
         self._transform(w, index, self._spread_taps(segment), space, True, planner)
 
     def _spread_taps(self, segment: Index) -> Index:
-        """Where the taps of a segment are in a tile."""
+        """Return the positions of the taps of a segment in a tile."""
         axes = zip(segment, self.geometry.dilation, strict=True)
         return tuple(slice(0, d * (taps.stop - taps.start - 1) + 1, d) for taps, d in axes)
 
     def _transform(
         self, operand: Operand, index: Index, into: Index, space: _Space, conjugate: bool, planner: Planner
     ) -> None:
-        """The spectrum of a piece of an operand with zeros around it, in the memory of its block."""
+        """Compute the spectrum of a piece of an operand, padded with zeros, in the memory of its block."""
         block, rank = space.block, self.geometry.rank
         channels = range(block.ndim - rank)
         planner.copy(block, 0)
@@ -393,7 +399,7 @@ class _Tiling:
         planner.call(_transform, space.spectrum, block, self.transforms[0], conjugate, self.xp)
 
     def _add(self, total: View, inputs: _Space, weights: _Space, is_first: bool, planner: Planner) -> None:
-        """Adds the product of two spectra, or puts it there."""
+        """Accumulate the product of two spectra in ``total``, or store it if it is the first."""
         factors = inputs.spectrum[:, None], weights.spectrum
         if is_first:
             planner.call(self.xp.multiply, *factors, out=total)
@@ -401,14 +407,14 @@ class _Tiling:
             planner.call(_add_product, total, *factors)
 
     def _invert(self, space: _Space, inside: Index, planner: Planner) -> View:
-        """A part of what a spectrum is the transform of, in the memory of that."""
+        """Return a part of the inverse transform of a spectrum, in the memory of its block."""
         block = space.block.shaped(space.block[(..., *inside)].shape)
         planner.call(_invert, block, space.spectrum, self.transforms[1], inside)
         return block
 
 
 def _transform(spectrum: Array, block: Array, transform: Any, conjugate: bool, xp: Any) -> None:
-    """spectrum = transform(block), conjugated or not; they may share memory."""
+    """Compute ``spectrum = transform(block)``, conjugated or not; the two may share memory."""
     found = transform(block)
     if conjugate:
         xp.conjugate(found, out=spectrum)
@@ -417,17 +423,17 @@ def _transform(spectrum: Array, block: Array, transform: Any, conjugate: bool, x
 
 
 def _add_product(total: Array, inputs: Array, weights: Array) -> None:
-    """total += inputs * weights."""
+    """Compute ``total += inputs * weights``."""
     total += inputs * weights
 
 
 def _invert(block: Array, spectrum: Array, transform: Any, inside: Index) -> None:
-    """block = a part of transform(spectrum); they may share memory."""
+    """Store a part of ``transform(spectrum)`` in ``block``; the two may share memory."""
     block[...] = transform(spectrum)[(..., *inside)]
 
 
 def _transforms(xp: Any, is_complex: bool, extent: Shape, workers: int) -> tuple[Any, Any]:
-    """The transforms of tiles forth and back; those of SciPy with so many threads, which parts leave idle."""
+    """Return the forward and inverse transforms of tiles; SciPy uses ``workers`` threads, which parts leave idle."""
     module, options = xp.fft, dict[str, Any](axes=tuple(range(-len(extent), 0)))
     if xp is numpy and _has_scipy():
         import scipy.fft
@@ -440,21 +446,21 @@ def _transforms(xp: Any, is_complex: bool, extent: Shape, workers: int) -> tuple
 
 @lru_cache(maxsize=1)
 def _has_scipy() -> bool:
-    """Whether SciPy is installed; it is not imported before something is transformed."""
+    """Return whether SciPy is installed; it is imported only when it is needed for a transform."""
     return bool(sys.modules["scipy"] if "scipy" in sys.modules else importlib.util.find_spec("scipy"))
 
 
 def _copies(xp: Any) -> int:
-    """Arrays that a transform takes beside what it transforms, its result among them: measured, and rounded up.
+    """Return how many arrays a transform allocates beside its input, including its result: measured, rounded up.
 
-    NumPy transforms float32 in double precision; what CuPy takes is a guess from above.
+    NumPy transforms float32 in double precision. The number for CuPy is a guess on the high side.
     """
     return 2 if xp is numpy and _has_scipy() else 6
 
 
 @lru_cache(maxsize=4096)
 def smooth(size: int) -> int:
-    """The smallest number of no primes but 2, 3 and 5 that is not below this one, which is at least 1."""
+    """Return the smallest number >= size with no prime factors other than 2, 3 and 5; size is at least 1."""
     best = 1 << (size - 1).bit_length()
     fives = 1
     while fives < best:

@@ -1,4 +1,4 @@
-"""Whether NaN or Inf is in an array."""
+"""Checks whether arrays contain NaN or Inf."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpuconv.views import View
 
 
 def is_finite(array: Array) -> bool:
-    """Whether neither NaN nor Inf is in an array.
+    """Return whether an array contains neither NaN nor Inf.
 
     If its sum is finite, so is every element. Otherwise the sum may have overflowed, and max and min decide.
     """
@@ -26,7 +26,7 @@ def is_finite(array: Array) -> bool:
 
 
 def is_finite_block(block: Array) -> bool:
-    """The same of a contiguous block in the dtype of the sums, quicker."""
+    """Return the same as is_finite for a contiguous block in the dtype of the sums, but faster."""
     flat = block.reshape(-1)
     with numpy.errstate(over="ignore", invalid="ignore"):
         square = flat.dot(flat)
@@ -34,16 +34,16 @@ def is_finite_block(block: Array) -> bool:
 
 
 def if_finite(view: View, yes: Body, no: Body, planner: Planner) -> None:
-    """The steps of ``yes`` where neither NaN nor Inf is in an array when the plan runs, else of ``no``."""
+    """Plan ``yes`` for the case that an array is finite when the plan runs, and ``no`` for the other case."""
     flat = view.flat() if in_place(view, planner.dtype) else None
     question, seen = (is_finite, view) if flat is None else (is_finite_block, flat)
     planner.choose(question, seen, yes, no)
 
 
 def note(flag: View, block: View, question: Callable[[Array], bool], planner: Planner) -> None:
-    """A step that makes the flag 0 where NaN or Inf is in a block: on NumPy where the answer to a question is no.
+    """Plan a step that sets the flag to 0 if a block is non-finite: on NumPy, if ``question(block)`` is false.
 
-    On a GPU the device decides: an answer for every block would have the host wait as often.
+    On a GPU the device decides, since otherwise the host would wait for the answer for every block.
     """
     if planner.backend.kind == "cupy":
         planner.call(_note_on_device, flag, block, planner.xp)
@@ -58,12 +58,12 @@ def _note(flag: Array, block: Array, question: Callable[[Array], bool]) -> None:
 
 def _note_on_device(flag: Array, block: Array, xp: Any) -> None:
     for part in (block.real, block.imag) if block.dtype.kind == "c" else (block,):
-        for extreme in (part.max(), part.min()):  # which are NaN if an element is
+        for extreme in (part.max(), part.min()):  # both are NaN if an element is
             xp.logical_and(flag, xp.isfinite(extreme), out=flag)
 
 
 def _has_finite_extremes(array: Array) -> bool:
-    """Whether max and min are finite; both are NaN if an element is."""
+    """Return whether max and min are finite; both are NaN if an element is."""
     if array.dtype.kind == "c":
         return _has_finite_extremes(array.real) and _has_finite_extremes(array.imag)
     return math.isfinite(float(array.max())) and math.isfinite(float(array.min()))

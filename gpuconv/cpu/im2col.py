@@ -1,11 +1,11 @@
 """im2col: the windows of x laid out as a matrix, and one matrix product for all filters.
 
-Works in blocks of outputs, so that the unfolded windows never exist as a whole, and accepts every convolution.
-Each direction is a product with unfolded windows ``cols``, K = C / G * T * R * S long:
+It works in blocks of outputs, so that the im2col matrix never exists as a whole, and accepts every convolution.
+Each direction is a product with the unfolded windows ``cols``, of K = C / G * T * R * S elements each:
 
     forward      y  = cols(x) w         over blocks of outputs
-    data_grad    dx = cols(dy) w        with w turned round; for each residue of the stride with some of the taps
-                 cols(dx) = dy w'       where windows do not overlap
+    data_grad    dx = cols(dy) w        with w rotated by 180 degrees; for each phase of the stride with its taps
+                 cols(dx) = dy w'       if windows do not overlap
     weight_grad  dw = cols(x)' dy       summed over blocks of outputs
 """
 
@@ -28,27 +28,27 @@ from gpuconv.request import Request
 from gpuconv.types import Direction
 from gpuconv.views import View
 
-# Of weight_grad's outputs or channels where threads share it, and how many make one of them worth while.
+# Splits of the outputs or channels in weight_grad for several threads, and the fewest outputs and channels of a split.
 SLICES, SHORT_SLICE, FEW_CHANNELS = 8, 512, 128
-LONGEST = 1 << 16  # sum of a product of weight_grad: more terms that are alike would drift
+LONGEST = 1 << 16  # sum in a product of weight_grad: the rounding errors of more similar terms would drift
 
 
 def why_not(request: Request) -> str | None:
-    """None: im2col accepts everything."""
+    """Return None, since im2col accepts everything."""
     return None
 
 
 def exceeds(request: Request) -> str | None:
-    """A note where the smallest piece may take more than the limit allows."""
+    """Return a note if the smallest piece may exceed the limit."""
     part = largest_part(request)
     pieces = [smallest(part, request.direction)]
     if request.direction == "data_grad":
-        pieces.append(slices.least(part, "data_grad"))  # which takes over where w is not finite
+        pieces.append(slices.least(part, "data_grad"))  # the fallback if w is non-finite
     return request.lacks(max(pieces), "its smallest piece")
 
 
 def nanoseconds(request: Request) -> float:
-    """An estimate: products, and windows copied out of x, or of dy, and for data_grad weights."""
+    """Estimate the time of products, of copying windows of x or dy and, for data_grad, of copying weights."""
     geometry, direction, is_complex = request.geometry, request.direction, request.is_complex
     if direction == "data_grad" and col2im.suits(geometry):
         return col2im.nanoseconds(geometry, is_complex)
@@ -61,7 +61,7 @@ def nanoseconds(request: Request) -> float:
 
 
 def _unfolded(geometry: Geometry, direction: Direction) -> int:
-    """Elements of the windows that are unfolded, of x or of dy."""
+    """Return the number of elements of the unfolded windows of x or dy."""
     if geometry.is_pointwise:
         return 0
     if direction != "data_grad":
@@ -75,7 +75,7 @@ def _unfolded(geometry: Geometry, direction: Direction) -> int:
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
-    """y[o] = sum over taps t and channels c of x[o * stride + t * dilation - low, c] w[t, c]."""
+    """Compute ``y[o] = sum over taps t and channels c of x[o * stride + t * dilation - low, c] w[t, c]``."""
     if lines.pays(x, y, geometry, planner):
         lines.forward(x, w, y, geometry, planner)
         return
@@ -109,7 +109,7 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Plan
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
-    """dx[i] = sum over the taps t and outputs o with o * stride + t * dilation - low = i of dy[o] w[t]'."""
+    """Compute ``dx[i] = sum over taps t and outputs o with o * stride + t * dilation - low = i of dy[o] w[t]'``."""
     if geometry.is_pointwise:
         _data_grad_by_residues(dy, w, dx, geometry, planner)
     elif _lie_apart(geometry):
@@ -119,20 +119,20 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: 
     elif _has_many_residues(geometry):
         slices.data_grad(dy, w, dx, geometry, planner)
     else:
-        # By residues, NaN and Inf in w would meet zeros beyond dy, and NaN spread where none belongs.
+        # A product per phase would multiply NaN and Inf in w by the zero padding of dy, and so spread NaN.
         by_residues = _data_grad_by_residues if residues.products_of(geometry) is None else residues.data_grad
         by_taps = partial(slices.data_grad, dy, w, dx, geometry)
         if_finite(w.view, partial(by_residues, dy, w, dx, geometry), by_taps, planner)
 
 
 def _lie_apart(geometry: Geometry) -> bool:
-    """Whether windows lie inside x and do not overlap."""
+    """Return whether all windows are in bounds and do not overlap."""
     axes = zip(geometry.stride, geometry.window, geometry.output, strict=True)
     return not geometry.reaches_beyond and all(s >= k or m == 1 for s, k, m in axes)
 
 
 def _has_many_residues(geometry: Geometry) -> bool:
-    """Whether taking taps one at a time is fewer steps than taking residues of the stride."""
+    """Return whether computing tap by tap takes fewer steps than computing each phase of the stride."""
     return math.prod(min(s, n) for s, n in zip(geometry.stride, geometry.input, strict=True)) > 4 * geometry.taps
 
 
@@ -151,7 +151,7 @@ def _data_grad_by_residues(dy: Operand, w: Operand, dx: Result, geometry: Geomet
 
 
 def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
-    """Windows that do not overlap, as in patch embeddings and their transposes: each is a product of its own."""
+    """Compute ``cols(dx) = dy w'`` for windows that do not overlap, as in patch embeddings and their transposes."""
     order = order_of(dy.view, dy.view, geometry, stack=False)
     team = planner.team(geometry, smallest(geometry, "data_grad"))
     per_channel = geometry.filters * geometry.taps if order.weights.copies(w, planner) else 0
@@ -191,7 +191,7 @@ def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, pl
 
 
 def _inputs_of(index: Index, geometry: Geometry) -> Index:
-    """The inputs from a block of outputs to the next one, where windows do not overlap."""
+    """Return the inputs from a block of outputs up to the next block, for windows that do not overlap."""
     batch, inputs = len(geometry.batch), []
     for axis, (outputs, n, m) in enumerate(zip(index[batch:], geometry.input, geometry.output, strict=True)):
         start = geometry.position(axis, outputs.start, 0) if outputs.start else 0
@@ -200,14 +200,14 @@ def _inputs_of(index: Index, geometry: Geometry) -> Index:
 
 
 def _covers(geometry: Geometry) -> bool:
-    """Whether windows that do not overlap leave nothing of x out."""
+    """Return whether windows that do not overlap cover all of x."""
     axes = zip(geometry.input, geometry.output, geometry.kernel, geometry.stride, strict=True)
     whole = all(n == (m - 1) * s + k and (s == k or m == 1) for n, m, k, s in axes)
     return whole and not any(map(any, geometry.padding))
 
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
-    """dw[t, c] = sum over outputs o of x[o * stride + t * dilation - low, c] dy[o]."""
+    """Compute ``dw[t, c] = sum over outputs o of x[o * stride + t * dilation - low, c] dy[o]``."""
     if lines.pays(x, dy, geometry, planner, math.prod(geometry.w_shape)):
         lines.weight_grad(dy, x, dw, geometry, planner)
         return
@@ -216,7 +216,7 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
         _weight_grad(dy, x, dw, geometry, planner, team)
         return
 
-    # Each task has some channels: their sums are whole, and no matrix product gets shorter than it is.
+    # Each task computes some channels, so that no sum is split and no matrix product becomes shorter.
     def some_channels(channels: slice, planner: Planner) -> None:
         part = replace(geometry, channels=geometry.groups * (channels.stop - channels.start))
         result = dw.part((..., channels, slice(None)))
@@ -227,7 +227,7 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
 
 
 def _has_short_slices(geometry: Geometry, planner: Planner) -> bool:
-    """Whether slices of the outputs would be short, or their sums large, and slices of the channels would not."""
+    """Return whether splits of the outputs would be short or have large sums, and splits of the channels would not."""
     weights = math.prod(geometry.w_shape)
     if is_small(geometry):
         return False
@@ -236,7 +236,7 @@ def _has_short_slices(geometry: Geometry, planner: Planner) -> bool:
 
 
 def _slices(geometry: Geometry) -> int:
-    """How many slices of the outputs have sums of their own, however many threads there are."""
+    """Return the number of splits of the outputs with their own partial sums, for any number of threads."""
     slices = 1 if is_small(geometry) else SLICES
     while slices > 1 and geometry.reduction_length("weight_grad") < slices * SHORT_SLICE:
         slices //= 2
@@ -244,13 +244,13 @@ def _slices(geometry: Geometry) -> int:
 
 
 def _weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner, team: Team) -> None:
-    """The outputs in slices, which are added up in order, however many threads there are."""
+    """Compute dw in splits of the outputs, whose partial sums are added in order for any number of threads."""
     add, order = planner.xp.add, order_of(x.view, dy.view, geometry, stack=False)
     copies_dy = order.images.copies(dy, planner)
     per_filter, copies = geometry.channels * geometry.taps, _slices(geometry) + team.shares
     filters_at_once = largest(geometry.group_filters, planner.budget // 2, copies * per_filter)
     weights = per_filter * filters_at_once
-    # Each block adds a whole dw to the sum: it should be worth that.
+    # Each block adds a whole dw to the sum, so a block must be large enough to be worth this addition.
     limit = (planner.budget - copies * weights) // team.shares
     limit = min(limit, max(BLOCK_BYTES // planner.dtype.itemsize, 4 * weights))
     most = min(LONGEST, -(-geometry.reduction_length("weight_grad") // _slices(geometry)))

@@ -1,9 +1,9 @@
-"""lines: im2col along the last axis only, where x has few channels, as in the first layer of a network.
+"""lines: im2col along the last axis only, for x with few channels, as in the first layer of a network.
 
-Each line of x is laid out as the windows that a line of outputs sees in it: a matrix with a row for every tap of the
-last axis and channel. The lines that a kernel reaches over lie one after the other, so that the windows of a line of
-outputs are a matrix as they lie, and those of the next line overlap them: nothing is copied for each tap of the other
-axis, which with few channels takes longer than to multiply.
+Each line of x is unfolded into the windows of a line of outputs: a matrix with a row for each tap of the last axis and
+each channel. The unfolded lines are contiguous in memory, so that the windows of a line of outputs, over all lines of
+a kernel, are a matrix in place, and those of the next line overlap them. Nothing is copied for each tap of the other
+axis; with few channels, such copies would take longer than the multiplication.
 
     lines[h, s, c, q] = x[h, q * stride + s * dilation - low, c]
     forward      y[p, q]     = sum over r, s and c of lines[p * stride - low + r, s, c, q] w[r, s, c]
@@ -25,15 +25,18 @@ from gpuconv.plan import Planner
 from gpuconv.views import View
 
 FEW = 64  # rows of a line's matrix: taps of the last axis times channels
-LONG = 56  # outputs of a line, from which on its products are worth their call
-FEW_WEIGHTS = 1 << 16  # of which a line's products are added up
-BLOCK_BYTES = 1 << 20  # of lines, which should stay in the cache
-SEEN = 1 << 16  # elements of the lines that a line of outputs sees: with more, each would be laid out again and again
-SLICES = 8  # of weight_grad's sum
+LONG = 56  # fewest outputs of a line for which its products are worth their overhead
+FEW_WEIGHTS = 1 << 16  # the most weights: weight_grad sums products of this size, one per line
+BLOCK_BYTES = 1 << 20  # of lines, which should fit in the cache
+SEEN = 1 << 16  # elements of the lines that a line of outputs reads: with more, lines would be unfolded repeatedly
+SLICES = 8  # splits of the sum of weight_grad
 
 
 def suits(geometry: Geometry) -> bool:
-    """Whether windows of a line are few and long, and a kernel reaches over several lines that lie side by side."""
+    """Return whether the algorithm is applicable.
+
+    The matrix of a line must have few, long rows, and a kernel must span several adjacent lines.
+    """
     if geometry.rank != 2 or geometry.groups > 1 or geometry.dilation[0] > 1:
         return False
     few = geometry.kernel[1] * geometry.channels <= FEW and math.prod(geometry.w_shape) <= FEW_WEIGHTS
@@ -42,21 +45,21 @@ def suits(geometry: Geometry) -> bool:
 
 
 def elements(geometry: Geometry) -> int:
-    """Of all lines laid out."""
+    """Return the number of elements of all unfolded lines."""
     return math.prod(geometry.batch) * _lines_seen(geometry.output[0], geometry) * _line(geometry)
 
 
 def pays(images: Operand, results: Operand | Result, geometry: Geometry, planner: Planner, products: int = 0) -> bool:
-    """Whether it suits, with nothing to be made of what is read or written, and there is room.
+    """Return whether it is applicable, reads and writes need no temporaries, and the workspace suffices.
 
-    ``products``: elements that each line makes in weight_grad.
+    ``products``: elements of the product of each line in weight_grad.
     """
     plain = not images.temporaries and not results.temporaries
     return suits(geometry) and plain and _rows(geometry, _budget(geometry, planner), products) > 0
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
-    """y = lines(x) w, some lines of outputs of one image at a time."""
+    """Compute ``y = lines(x) w``, some lines of outputs of one image at a time."""
     team, by_rows = planner.team(geometry), channels_innermost(y.view)
     weights_order = Arrangement((2, 0, 1, 3, 4), 3, 1) if by_rows else Arrangement((2, 4, 0, 1, 3), 1, 3)
     results_order = Arrangement((2, 0, 1, 3), 1, 1) if by_rows else Arrangement((2, 0, 3, 1), 1, 1)
@@ -81,7 +84,7 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Plan
 
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
-    """dw = lines(x)' dy: products of single lines, which are added up in slices, in the same order in any thread."""
+    """Compute ``dw = lines(x)' dy``: products of single lines, accumulated in splits in a fixed order."""
     xp, weights = planner.xp, math.prod(geometry.w_shape)
     gradients_order = Arrangement((2, 0, 1, 3), 1, 1)
     size = max(1, min(_rows(geometry, _budget(geometry, planner), weights), BLOCK_BYTES // 4 // weights))
@@ -116,9 +119,9 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
 
 
 def _windows(image: Operand, rows: slice, geometry: Geometry, space: View, planner: Planner) -> View:
-    """The windows of some lines of outputs: (1, lines, taps * channels, outputs of a line)."""
+    """Return the windows of some lines of outputs: (1, lines, taps * channels, outputs of a line)."""
     step, kernel = geometry.stride[0], geometry.kernel
-    seen = slice(rows.start * step, (rows.stop - 1) * step + kernel[0])  # lines, the padding before x among them
+    seen = slice(rows.start * step, (rows.stop - 1) * step + kernel[0])  # lines, including the padding before x
     lines = space.shaped((seen.stop - seen.start, kernel[1], geometry.channels, geometry.output[1]))
     unfolded = _unfolded(geometry)
     for tap in range(kernel[1]):
@@ -132,7 +135,7 @@ def _windows(image: Operand, rows: slice, geometry: Geometry, space: View, plann
 
 
 def _unfolded(geometry: Geometry) -> Geometry:
-    """One image whose outputs are windows of single lines, of all lines of x with the padding before and behind."""
+    """Return the geometry of one image with windows of single lines: all lines of x, and the padding at both ends."""
     before = geometry.padding[0][0]
     behind = _lines_seen(geometry.output[0], geometry) - before - geometry.input[0]
     return replace(
@@ -146,7 +149,7 @@ def _unfolded(geometry: Geometry) -> Geometry:
 
 
 def _line(geometry: Geometry) -> int:
-    """Elements of a line's matrix."""
+    """Return the number of elements of a line's matrix."""
     return geometry.kernel[1] * geometry.channels * geometry.output[1]
 
 
@@ -155,13 +158,13 @@ def _lines_seen(rows: int, geometry: Geometry) -> int:
 
 
 def _budget(geometry: Geometry, planner: Planner) -> int:
-    """Elements that each thread may take, beside the sums of slices and a term of each thread."""
+    """Return the elements that each thread may use, beside the sums of the splits and a term of each thread."""
     shares = planner.team(geometry).shares
     return (planner.budget - (SLICES + shares) * math.prod(geometry.w_shape)) // shares
 
 
 def _rows(geometry: Geometry, budget: int, products: int) -> int:
-    """How many lines of outputs are done at a time; 0 where the budget has no room for one."""
+    """Return how many lines of outputs are computed at a time; 0 if the budget does not suffice for one."""
     line, results = _line(geometry), geometry.output[1] * geometry.filters
     first, further = _lines_seen(1, geometry) * line + results, geometry.stride[0] * line + results
     if first + products > budget:

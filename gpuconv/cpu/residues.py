@@ -1,12 +1,12 @@
-"""data_grad of a stride: what all its residues see of dy, unfolded once for all of them.
+"""data_grad with a stride: dy is unfolded once for all phases of the stride (polyphase decomposition).
 
-The inputs i = u * stride + residue are reached by other taps for each residue, but from outputs around the same u. So
-the outputs around u that any residue sees are one row of a matrix; each residue multiplies its part of every row by
-its own taps (Geometry.residues), and what it gets are the inputs that lie a stride apart:
+The code calls a phase a residue: it consists of the inputs i = u * stride + residue. Each phase is reached by different
+taps, but from outputs around the same u. All outputs around u that any phase reads are therefore one row of a matrix.
+Each phase multiplies its part of every row by its own taps (Geometry.residues); the results are inputs a stride apart:
 
     dx[u * stride + residue] = cols(dy)[u, outputs of the residue] w[taps of the residue]
 
-Under a kernel of 3 and a stride of 2, four outputs are read for each u in two dimensions, where residues on their own
+For a kernel of 3 and a stride of 2 in two dimensions, four outputs are read for each u; phases computed separately
 would read nine.
 """
 
@@ -29,7 +29,7 @@ from gpuconv.views import View
 
 
 class Stretch(NamedTuple):
-    """Outputs that lie side by side: the first in a row of the matrix, the first of a residue's own, and how many."""
+    """Adjacent outputs: the first in a row of the matrix, the first among those of a phase, and their number."""
 
     row: int
     own: int
@@ -37,40 +37,40 @@ class Stretch(NamedTuple):
 
 
 class ResidueRun(NamedTuple):
-    """Residues of an axis that lie side by side and see the same outputs around u."""
+    """Adjacent phases of an axis that read the same outputs around u."""
 
-    inputs: slice  # of the first of them
-    taps: tuple[slice, ...]  # of each
+    inputs: slice  # of the first phase
+    taps: tuple[slice, ...]  # of each phase
     seen: slice
 
 
 class ResidueProduct(NamedTuple):
-    """Residues that see the same outputs: one product. Where what they see lies in a row of the matrix."""
+    """Phases that read the same outputs and are one product, and where these outputs are in a row of the matrix."""
 
     runs: tuple[ResidueRun, ...]
     stretches: tuple[Stretch, ...]
 
     @property
     def widths(self) -> Shape:
-        """How many residues on each axis."""
+        """The number of phases on each axis."""
         return tuple(len(run.taps) for run in self.runs)
 
 
 class ResidueProducts(NamedTuple):
-    """The residues that any tap reaches, and a forward convolution of dy that sees what all of them see."""
+    """The phases that any tap reaches, and a forward convolution of dy that reads all outputs that they read."""
 
     gathered: Geometry
     parts: tuple[ResidueProduct, ...]
 
     @property
     def widest(self) -> int:
-        """The most residues of a part."""
+        """The largest number of phases of a part."""
         return max(math.prod(part.widths) for part in self.parts)
 
 
 @lru_cache(maxsize=1024)
 def products_of(geometry: Geometry) -> ResidueProducts | None:
-    """How residues share what they see; None where there is one, or where they see outputs that lie between others'."""
+    """Return how phases share outputs; None if there is only one phase, or if the outputs of phases interleave."""
     reached = [[of for of in geometry.axis_residues(axis) if of.reaching] for axis in range(geometry.rank)]
     axes = [_runs(residues) for residues in reached]
     if not all(axes) or math.prod(map(len, reached)) == 1:
@@ -96,11 +96,11 @@ def products_of(geometry: Geometry) -> ResidueProducts | None:
 
 
 def _runs(residues: Sequence[AxisResidue]) -> list[ResidueRun]:
-    """The residues of an axis, those together that see the same; none where some see outputs between others'."""
+    """Return the phases of an axis, grouped by the outputs that they read; [] if the outputs of phases interleave."""
     alike: list[list[ResidueRun]] = []
     most = max((of.padding[0] for of in residues), default=0)
     for residue in residues:
-        # Tap t of a residue meets output u + t * dilation - low.
+        # Tap t of a phase reads output u + t * dilation - low.
         first, between = divmod(most - residue.padding[0], residue.dilation)
         if between:
             return []
@@ -113,7 +113,7 @@ def _runs(residues: Sequence[AxisResidue]) -> list[ResidueRun]:
 
 
 def _are_alike(before: Sequence[ResidueRun], run: ResidueRun) -> bool:
-    """Whether a residue comes next to others, has as many inputs, and sees the same."""
+    """Return whether a phase is adjacent to others, has as many inputs, and reads the same outputs."""
     first = before[0]
     is_next = run.inputs.start == first.inputs.start + len(before)
     lengths = {len(range(of.inputs.start, of.inputs.stop, of.inputs.step)) for of in (first, run)}
@@ -121,7 +121,7 @@ def _are_alike(before: Sequence[ResidueRun], run: ResidueRun) -> bool:
 
 
 def _stretches(runs: tuple[ResidueRun, ...], kernel: Shape) -> Iterator[Stretch]:
-    """What residues see of all that is unfolded, as stretches of outputs."""
+    """Yield the unfolded outputs that phases read, as stretches of adjacent outputs."""
     extents, axis = [run.seen.stop - run.seen.start for run in runs], len(kernel) - 1
     while axis and extents[axis] == kernel[axis]:
         axis -= 1
@@ -134,7 +134,7 @@ def _stretches(runs: tuple[ResidueRun, ...], kernel: Shape) -> Iterator[Stretch]
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
-    """dx[u * stride + residue] = cols(dy)[u] w, for the residues of a block of u one after the other."""
+    """Compute ``dx[u * stride + residue] = cols(dy)[u] w``, phase by phase for each block of u."""
     shared = products_of(geometry)
     assert shared is not None
     gathered, team = shared.gathered, planner.team(geometry, smallest(geometry, "data_grad"))
@@ -176,7 +176,10 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: 
 
 
 class _Order(NamedTuple):
-    """How the inputs (*batch, *u, *residues, G, C/G) of a part and its taps (*kernel, *residues, G, F/G, C/G) lie."""
+    """Memory order of the inputs and taps of a part.
+
+    The inputs are (*batch, *u, *residues, G, C/G), the taps (*kernel, *residues, G, F/G, C/G).
+    """
 
     by_rows: bool
     images: Arrangement
@@ -205,7 +208,7 @@ def _order(batch: int, rank: int, by_rows: bool, stack: bool) -> _Order:
 def _weights(
     w: Operand, channels: slice, shared: ResidueProducts, order: _Order, space: View, planner: Planner
 ) -> list[View]:
-    """The taps of each part, turned round, as matrices; what lies side by side stays so."""
+    """Return the taps of each part, rotated by 180 degrees, as matrices; contiguous elements of w stay contiguous."""
     turn = order.by_rows == (not lies_by_filters(w.view))
     lying = order.weights.turned if turn else order.weights
     weights, start = [], 0
@@ -224,7 +227,7 @@ def _weights(
 
 
 def _inputs(images: View, part: ResidueProduct, index: Index, geometry: Geometry) -> View:
-    """The inputs (*batch, *u, *residues, G, C/G) of a part in a block of u, of those that it has."""
+    """Return the inputs (*batch, *u, *residues, G, C/G) of a part in a block of u, as far as they exist."""
     batch, rank = len(geometry.batch), geometry.rank
     ranges = (
         range(run.inputs.start, run.inputs.stop, run.inputs.step)[positions]
@@ -238,7 +241,7 @@ def _inputs(images: View, part: ResidueProduct, index: Index, geometry: Geometry
 
 
 def _factors(cols: View, weights: View, part: ResidueProduct, by_rows: bool) -> Iterator[tuple[View, View]]:
-    """What a residue sees of cols, and its taps: matrices for each stretch of outputs."""
+    """Yield the part of cols that a phase reads and its taps, as matrices for each stretch of outputs."""
     channels = (weights.shape[-2] if by_rows else weights.shape[-1]) // sum(one.length for one in part.stretches)
     for row, own, length in part.stretches:
         seen = slice(row * channels, (row + length) * channels)
@@ -247,7 +250,7 @@ def _factors(cols: View, weights: View, part: ResidueProduct, by_rows: bool) -> 
 
 
 def _add_up(factors: Iterable[tuple[View, View]], sums: View, space: View, planner: Planner) -> None:
-    """sums = the sum of products of matrices."""
+    """Store the sum of products of matrices in ``sums``."""
     for number, pair in enumerate(factors):
         term = sums if number == 0 else space.shaped(sums.shape)
         planner.matmul(*pair, term)

@@ -1,14 +1,14 @@
-"""Tap by tap, by strided slices: the scatter-add on an array module, and what im2col falls back on.
+"""Convolution tap by tap with strided slices: scatter-add on an array module, and the fallback of im2col.
 
-One tap of the kernel at a time: all outputs meet the inputs that this tap shows them, which lie a stride apart, so
-that a tap is one product and one addition to a strided slice. Nothing is unfolded. The sums of a block are formed in
-the workspace, tap after tap in a fixed order, and stored once.
+The inputs that all outputs read through one tap of the kernel are a stride apart, so that a tap is one product and one
+addition to a strided slice. Nothing is unfolded. The sums of a block are accumulated in the workspace, tap by tap in a
+fixed order, and stored once.
 
     forward      y[o]          += x[o * stride + t * dilation - low] w[t]
     data_grad    dx[o * stride + t * dilation - low] += dy[o] w[t]'
     weight_grad  dw[t]         += x[o * stride + t * dilation - low]' dy[o]
 
-With one filter per channel there is nothing for a matrix product to do, and this is the faster way on NumPy.
+With one filter per channel, elementwise multiplications take the place of matrix products, which is faster on NumPy.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ from gpuconv.request import Request
 from gpuconv.types import Direction
 from gpuconv.views import View
 
-# A tap passes over the whole block: smaller ones stay in the cache, larger ones make longer inner loops.
+# Each tap passes over the whole block: smaller blocks stay in the cache, larger blocks have longer inner loops.
 BLOCK_BYTES = 4 << 20
-# Up to this many taps are added up one after the other.
+# Up to this many taps are accumulated in one run.
 ONE_RUN = 64
-COUNTED_TAPS = 256  # of an axis, for the estimate
+COUNTED_TAPS = 256  # of an axis, in the estimate
 
 
 def why_not(request: Request) -> str | None:
-    """A reason where one output (or input), with the weights of one filter of every group, does not fit the limit."""
+    """Return a reason if one output (or input), with the weights of one filter of every group, exceeds the limit."""
     return request.lacks(least(largest_part(request), request.direction), "the sums and weights of one position")
 
 
 def least(geometry: Geometry, direction: Direction) -> int:
-    """Elements of workspace for one filter (or channel) of every group and one output (or input)."""
+    """Return the elements of workspace for one filter (or channel) of every group and one output (or input)."""
     channels, filters, sums = geometry.channels, geometry.filters, 3 + MOST_TEMPORARIES
     read = 1 + MOST_TEMPORARIES
     if direction == "forward":
@@ -67,7 +67,7 @@ def least(geometry: Geometry, direction: Direction) -> int:
 
 
 def nanoseconds(request: Request) -> float:
-    """An estimate: products of the outputs that a tap shows some input, and their additions, tap by tap."""
+    """Estimate the time of products and additions, tap by tap, for the outputs that read an input in bounds."""
     geometry, direction, is_complex = request.geometry, request.direction, request.is_complex
     met = math.prod(geometry.batch) * math.prod(_outputs_met(geometry))
     if geometry.group_channels == geometry.group_filters == 1:
@@ -77,18 +77,18 @@ def nanoseconds(request: Request) -> float:
     product = 1.1 * cost_model.product(geometry.group_channels, geometry.group_filters, is_complex)  # one tap is short
     moved = geometry.filters if direction == "forward" else geometry.channels
     copied = geometry.channels + (geometry.filters if geometry.layout == "channels_first" else 0)
-    # Where channels are innermost, those of a group lie side by side, and products and x are moved in such short runs.
+    # If channels are innermost, products and x are copied in runs of the channels of one group.
     is_cut = geometry.layout == "channels_last" and geometry.groups > 1
     run = min(geometry.group_channels, geometry.group_filters) if is_cut else math.inf
     added = moved * (cost_model.added(moved) + 2 * cost_model.copied(run) * is_cut) + copied * cost_model.copied(run)
-    # Taps that lie side by side are taken apart, and gradients of weights added to weights.
+    # Weights are copied if their taps are contiguous, and dw is accumulated tap by tap.
     moves_weights = direction == "weight_grad" or (geometry.layout == "channels_first" and geometry.taps > 1)
     around = 5 * cost_model.COPY * math.prod(geometry.w_shape) * moves_weights + 4 * geometry.taps * cost_model.STEP
     return met * (geometry.channels * geometry.group_filters * product + added) + around
 
 
 def _outputs_met(geometry: Geometry) -> Iterator[float]:
-    """For each axis, the number of (tap, output) pairs that meet an input; estimated where there are many taps."""
+    """Yield for each axis the number of (tap, output) pairs that read an input; estimated if there are many taps."""
     for axis, (n, m, k) in enumerate(zip(geometry.input, geometry.output, geometry.kernel, strict=True)):
         taps = range(0, k, -(-k // COUNTED_TAPS))
         met = sum(len(geometry.outputs_reading(axis, t, slice(0, m), slice(0, n))) for t in taps)
@@ -96,12 +96,12 @@ def _outputs_met(geometry: Geometry) -> Iterator[float]:
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
-    """Adds to y what each tap of w makes of x."""
+    """Accumulate the products of x with each tap of w in y."""
     order = _order_of(x.view, geometry.group_channels)
     summed = not in_place(y.view, planner.dtype)
     batch, everything = len(geometry.batch), (slice(None),) * len(geometry.batch)
     team = planner.team(geometry, least(geometry, "forward"))
-    per_filter = geometry.channels * geometry.taps  # weights, of a filter of every group
+    per_filter = geometry.channels * geometry.taps  # weights of one filter of every group
     share = Share.of(geometry.group_filters, per_filter, planner)
 
     def buffers_of(box: Shape) -> Buffers:
@@ -141,13 +141,13 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Plan
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
-    """Adds each tap's share of dy to the inputs that the tap read."""
+    """Accumulate the products of dy with each tap of w in the inputs that the tap reads."""
     order = _order_of(dy.view, geometry.group_filters)
     summed = not in_place(dx.view, planner.dtype)
     w = w.part(w.view.swapaxes(-1, -2))
     team = planner.team(geometry, least(geometry, "data_grad"))
     batch, everything = len(geometry.batch), (slice(None),) * len(geometry.batch)
-    per_channel = geometry.filters * geometry.taps  # weights, of a channel of every group
+    per_channel = geometry.filters * geometry.taps  # weights of one channel of every group
     share = Share.of(geometry.group_channels, per_channel, planner)
 
     def buffers_of(box: Shape) -> Buffers:
@@ -191,12 +191,12 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: 
 
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
-    """Adds to each tap of dw the products of dy with what the tap read."""
+    """Accumulate the products of dy with the inputs that each tap reads in that tap of dw."""
     order = _by_groups(len(geometry.batch) + geometry.rank)
     team = planner.team(geometry, least(geometry, "weight_grad"))
     batch, everything = len(geometry.batch), (slice(None),) * len(geometry.batch)
     summed = not in_place(dw.view, planner.dtype) or as_matrix(dw.view[(0,) * geometry.rank], 1, 1) is None
-    per_filter = geometry.channels * geometry.taps  # weights, of a filter of every group
+    per_filter = geometry.channels * geometry.taps  # weights of one filter of every group
     each = (1 + summed) * per_filter + team.shares * geometry.channels
     filters_at_once = largest(geometry.group_filters, planner.budget // 2, each)
     term, sums = geometry.channels * filters_at_once, summed * per_filter * filters_at_once
@@ -246,7 +246,7 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
 def _blocks(
     extents: Shape, buffers_of: Callable[[Shape], Buffers], share: Share, team: Team, planner: Planner
 ) -> Blocks:
-    """Blocks for which all threads have room beside the weights."""
+    """Return blocks for which all threads have workspace beside the weights."""
     limit = share.rest(planner, team.shares, BLOCK_BYTES)
     return Blocks.fitting(extents, limit, buffers_of, team.share(math.prod(extents)))
 
@@ -254,9 +254,9 @@ def _blocks(
 def _add_up(
     add: Callable[[Shape, View, Planner], None], total: View, space: View, geometry: Geometry, planner: Planner
 ) -> None:
-    """total = the sum of what all taps add, in runs about as many as they are long where there are many taps.
+    """Compute the sum over all taps in ``total``; K taps, if many, are summed in about sqrt(K) runs of equal length.
 
-    Adding up K terms in runs keeps the rounding of like terms, which drifts one way, to the order of sqrt(K).
+    The rounding errors of similar terms drift in one direction; summing in runs keeps them of the order of sqrt(K).
     """
     taps = Places(geometry.kernel)
     planner.copy(total, 0)
@@ -276,7 +276,7 @@ def _add_up(
 def _product(
     images: View, weight: View, order: Arrangement, slice_space: View, term_space: View, planner: Planner
 ) -> View:
-    """images (*box, G, I) times weight (G, I, J): the box's (*box, G, J), in the workspace."""
+    """Return images (*box, G, I) times weight (G, I, J) as an array (*box, G, J) in the workspace."""
     term, matrix = order.empty((*images.shape[:-1], weight.shape[-1]), term_space)
     if weight.shape[-2] == 1:
         planner.call(planner.xp.multiply, images, weight[:, 0], out=term)
@@ -287,7 +287,7 @@ def _product(
 
 
 def _as_rows(images: View, order: Arrangement, space: View, planner: Planner) -> View:
-    """images (*box, G, I) as matrices (G, positions, I), copied where they do not lie so."""
+    """Return images (*box, G, I) as matrices (G, positions, I), copied unless they have this form in place."""
     rows = order.matrix(images)
     if rows is None:
         block, rows = order.empty(images.shape, space)
@@ -296,7 +296,7 @@ def _as_rows(images: View, order: Arrangement, space: View, planner: Planner) ->
 
 
 def _loaded_weights(w: Operand, index: Index, space: View, planner: Planner) -> View:
-    """Some of the weights (*kernel, G, I, J), where they lie if each tap is a matrix there, else in the workspace."""
+    """Return weights (*kernel, G, I, J), in place if each tap is a matrix there, else copied to the workspace."""
     piece = w.view[index]
     if w.is_plain(planner.dtype) and as_matrix(piece[(0,) * (piece.ndim - 3)], 1, 1) is not None:
         return piece
@@ -306,7 +306,7 @@ def _loaded_weights(w: Operand, index: Index, space: View, planner: Planner) -> 
 
 
 def _lying_like(weights: View, space: View) -> View:
-    """Workspace in the shape of weights, tap after tap, with the channels and filters of a tap as they lie."""
+    """Return workspace in the shape of weights, tap by tap, with channels and filters in their memory order."""
     *taps, channels, filters = weights.shape
     if lies_by_filters(weights):
         return space.shaped((*taps, filters, channels)).swapaxes(-1, -2)
@@ -314,7 +314,7 @@ def _lying_like(weights: View, space: View) -> View:
 
 
 def _loaded(operand: Operand, index: Index, space: View, planner: Planner, order: Arrangement | None = None) -> View:
-    """A piece of an operand in the dtype of the sums: where it lies if that will do, else in this order of axes."""
+    """Return a piece of an operand in the dtype of the sums, in place if possible, else copied in this order."""
     piece = operand.view[index]
     if operand.is_plain(planner.dtype) or not piece.size:
         return piece
@@ -324,7 +324,10 @@ def _loaded(operand: Operand, index: Index, space: View, planner: Planner, order
 
 
 def _order_of(images: View, channels: int) -> Arrangement:
-    """How blocks of these images lie: matrices (G, positions, I) for products, their own order for multiplications."""
+    """Return the memory order of blocks of these images.
+
+    It is that of matrices (G, positions, I) for matrix products, and that of the images for multiplications.
+    """
     positions = images.ndim - 2
     if channels == 1 and channels_innermost(images):
         return Arrangement(tuple(range(images.ndim)), positions, 2)

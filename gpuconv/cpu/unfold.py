@@ -1,7 +1,7 @@
 """The windows of x unfolded into a matrix, a block of outputs at a time.
 
-A block lies in memory the way x does: with a row of ``cols`` per output where the channels of x are innermost, with
-a column per output where space is. So neither memory order is ever transposed.
+A block has the memory order of x: ``cols`` has a row per output if the channels of x are innermost, and a column per
+output if a spatial axis is. So neither memory order is transposed.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from gpuconv.plan import Planner
 from gpuconv.types import Direction
 from gpuconv.views import View
 
-# Larger blocks make longer products, smaller ones stay in the cache.
+# Larger blocks have longer products, smaller blocks stay in the cache.
 BLOCK_BYTES = 8 << 20
 # Below this many outputs per image, the images of a block share one product, and the result is copied into place.
 SHORT_PRODUCT = 256
 
 
 class Order(NamedTuple):
-    """How x's windows (*batch, *output, *kernel, G, C/G), y and w lie as matrices, G of them in a stack."""
+    """Arrangements of the windows (*batch, *output, *kernel, G, C/G) of x, of y and of w as stacks of G matrices."""
 
     by_rows: bool  # a row of cols per output, else a column
     windows: Arrangement
@@ -43,7 +43,10 @@ class Order(NamedTuple):
     weights: Arrangement
 
     def load_weights(self, w: Operand, flat: View, planner: Planner) -> View:
-        """w as matrices: where it lies, else copied by all threads, what lies side by side staying so."""
+        """Return w as matrices, in place if possible, else copied by all threads.
+
+        A copy keeps contiguous elements contiguous.
+        """
         if not self.weights.copies(w, planner):
             return self.weights.load(w, (...,), flat, planner)
         turn = self.by_rows == lies_by_filters(w.view)
@@ -75,26 +78,26 @@ def _order(batch: int, rank: int, by_rows: bool, stack: bool, taps_first: bool) 
 
 
 def order_of(x: View, y: View, geometry: Geometry, stack: bool, taps_first: bool = False) -> Order:
-    """By rows where the channels of x are innermost; with one channel in a group, where the filters of y are.
+    """Return the order, by rows if the channels of x are innermost (with one channel per group, the filters of y).
 
-    By rows cols have all channels of a tap side by side; by columns all taps of a channel, as w has, or as told.
+    By rows, the channels of a tap are adjacent in cols; by columns, the taps of a channel, as in w, unless taps_first.
     """
     by_rows = channels_innermost(y if geometry.group_channels == 1 < geometry.group_filters else x)
     return _order(len(geometry.batch), geometry.rank, by_rows, stack, taps_first)
 
 
 def smallest(geometry: Geometry, direction: Direction) -> int:
-    """Elements of workspace for one output, and one filter of every group, by one thread: at most 20 K.
+    """Return the elements of workspace for one output and one filter of every group on one thread: at most 20 K.
 
-    K is how many products the sums of all groups have, C * T * R * S, or F * T * R * S for data_grad. Weights take K,
-    windows K and 4 K more where they are read with an activation, weight_grad's sums of slices 8 K and their terms K
-    for each of 4 threads: 18 K, and what the sums of one output take.
+    K is the number of products in the sums of all groups: C * T * R * S, or F * T * R * S for data_grad. Weights take
+    K; windows take K, and 4 K more if they are read with an activation; the partial sums of the splits of weight_grad
+    take 8 K, and their terms K for each of 4 threads. This makes 18 K, and the sums of one output are added.
     """
     return 20 * (geometry.filters if direction == "data_grad" else geometry.channels) * geometry.taps
 
 
 class Unfolding:
-    """The windows of x as matrices cols, a block of outputs at a time."""
+    """The windows of x as matrices ``cols``, a block of outputs at a time."""
 
     def __init__(self, x: Operand, geometry: Geometry, order: Order, planner: Planner) -> None:
         self.x, self.geometry, self.order = x, geometry, order
@@ -104,7 +107,7 @@ class Unfolding:
         self._is_by_tap = False  # cols are read tap by tap, without a patch
 
     def blocks(self, limit: int, most: float, rest: Callable[[int], Buffers]) -> Blocks:
-        """Blocks that fit the limit; their buffers are a patch, cols and the rest for so many outputs."""
+        """Return blocks that fit the limit; their buffers are a patch, cols, and ``rest`` of the number of outputs."""
         geometry, extents = self.geometry, (*self.geometry.batch, *self.geometry.output)
 
         def buffers(box: Shape) -> Buffers:
@@ -119,13 +122,13 @@ class Unfolding:
             )
 
         blocks = Blocks.fitting(extents, limit, buffers, most)
-        if self._needs_patch and blocks.sizes[0] > blocks.sizes[1]:  # far more lies between the taps than under them
+        if self._needs_patch and blocks.sizes[0] > blocks.sizes[1]:  # far more inputs are between the taps than at them
             self._is_by_tap = True
             blocks = Blocks.fitting(extents, limit, buffers, most)
         return blocks
 
     def cols(self, index: Index, patch_space: View, cols_space: View, planner: Planner) -> View:
-        """The windows of a block of outputs as matrices."""
+        """Return the windows of a block of outputs as matrices."""
         x, geometry, order = self.x, self.geometry, self.order
         if self._is_by_tap:
             sizes = (axis.stop - axis.start for axis in index)

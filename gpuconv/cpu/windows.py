@@ -1,4 +1,4 @@
-"""The windows of x that a block of outputs sees, with zeros where they reach beyond x."""
+"""The windows of x that a block of outputs reads, with zeros out of bounds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpuconv.views import View
 
 
 def region_elements(geometry: Geometry, box: Shape) -> int:
-    """Elements of x, padding included, from the first to the last that a block of outputs sees."""
+    """Return the elements of x, padding included, from the first to the last that a block of outputs reads."""
     batch = len(geometry.batch)
     axes = zip(box[batch:], geometry.stride, geometry.window, strict=True)
     return math.prod(box[:batch]) * geometry.channels * math.prod((size - 1) * s + window for size, s, window in axes)
@@ -22,9 +22,9 @@ def region_elements(geometry: Geometry, box: Shape) -> int:
 def windows_of(
     x: Operand, index: Index, geometry: Geometry, order: Arrangement, patch_space: View, planner: Planner
 ) -> View:
-    """The windows (*batch, *outputs, *kernel, G, C/G) of a block of outputs, in the dtype of the sums.
+    """Return the windows (*batch, *outputs, *kernel, G, C/G) of a block of outputs, in the dtype of the sums.
 
-    A view of x where it can be, else of a patch in the workspace, whose axes lie in memory as ``order`` says.
+    They are a view of x if possible, else of a patch in the workspace, whose memory order is ``order``.
     """
     batch = len(geometry.batch)
     region = geometry.inputs_in_windows(index[batch:])
@@ -56,9 +56,9 @@ def _patch(
 
 
 def read_tap(x: Operand, tap: Shape, index: Index, geometry: Geometry, into: View, planner: Planner) -> None:
-    """Puts what one tap shows a block of outputs into an array (*batch, *outputs, G, C/G).
+    """Copy the inputs that a block of outputs reads through one tap into an array (*batch, *outputs, G, C/G).
 
-    Unlike windows_of it reads nothing between the taps, which under dilation may be far more than they are.
+    Unlike windows_of, it does not read the inputs between taps, which with dilation may be far more.
     """
     batch = len(geometry.batch)
     outputs, seen = meeting(tap, index[batch:], all_inputs(geometry), geometry)
@@ -69,7 +69,7 @@ def read_tap(x: Operand, tap: Shape, index: Index, geometry: Geometry, into: Vie
 
 
 def meeting(tap: Shape, outputs: Index, inputs: Index, geometry: Geometry) -> tuple[Index, Index]:
-    """Which outputs of a block a tap shows inputs of another block, and those inputs: slices of either block."""
+    """Return the outputs of a block that read inputs of another block through a tap, and these inputs, as slices."""
     meeting, seen = [], []
     for axis, (t, block, region) in enumerate(zip(tap, outputs, inputs, strict=True)):
         found = geometry.outputs_reading(axis, t, block, region)
@@ -80,12 +80,12 @@ def meeting(tap: Shape, outputs: Index, inputs: Index, geometry: Geometry) -> tu
 
 
 def all_inputs(geometry: Geometry) -> Index:
-    """The spatial axes of x as a block."""
+    """Return all spatial positions of x as a block."""
     return tuple(slice(0, n) for n in geometry.input)
 
 
 def sliding(source: View, geometry: Geometry, outputs: Shape) -> View:
-    """The overlapping windows of a region of x, as a view of it."""
+    """Return the overlapping windows of a region of x as a view of it."""
     batch, rank = len(geometry.batch), geometry.rank
     spatial = source.strides[batch : batch + rank]
     steps = (s * step for s, step in zip(geometry.stride, spatial, strict=True))

@@ -1,21 +1,21 @@
 """winograd: kernels of extent 3 and stride 1 with fewer products, as matrix products on views of x.
 
-A tile of m x m outputs comes from a x a inputs, a = m + 2. Polynomials that are multiplied at a points instead of
-coefficient by coefficient need a products for m outputs of three taps, along each axis:
+A tile of m x m outputs depends on a x a inputs, a = m + 2. If polynomials are multiplied at a points instead of
+coefficient by coefficient, m outputs of three taps take a products along each axis:
 
     forward      y  = AT [ (G w G') * (BT x B) ] A         * at each point: a matrix product over channels
-    data_grad    the same of dy, with w turned round
-    weight_grad  dw = G' [ sum over tiles of (BT x B)' * (A dy A') ] G         the transpose of all that
+    data_grad    the same of dy, with w rotated by 180 degrees
+    weight_grad  dw = G' [ sum over tiles of (BT x B)' * (A dy A') ] G         the transpose of forward
 
 (Winograd 1980; Lavin and Gray 2015, arXiv:1509.09308.) Nothing is unfolded: each transform is a product of a small
-matrix with a strided view whose innermost axis is long, and is written where the next step reads it.
+matrix with a strided view whose innermost axis is long, and is stored in the layout that the next step reads.
 
     x rows --BT--> U (a, tile rows, columns, C) --BT--> V (a * a, tiles, C) --w--> M (a * a, tiles, F)
                                    y rows <--AT-- Z (a, tile rows, columns, F) <--AT--
 
-Tiles are done in units of a few rows of tiles of one image, and units in blocks. Where there are many tiles a thread
-takes a block through all steps, so that it stays in its cache; where there are few, all threads share each step, so
-that the products remain long. NaN and Inf would spread over a tile: what holds some is done again by im2col.
+Tiles are computed in units of a few rows of tiles of one image, and units in blocks. If there are many tiles, a thread
+computes all steps of a block, so that the block stays in its cache; if there are few, all threads share each step, so
+that the products remain long. NaN and Inf would spread over a tile, so non-finite results are recomputed by im2col.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ from gpuconv.views import View
 
 
 def why_not(request: Request) -> str | None:
-    """A reason but for real 1-D and 2-D convolutions of kernel extent 3, stride 1 and even dilations."""
+    """Return a reason except for real 1-D and 2-D convolutions of kernel extent 3 and stride 1.
+
+    Dilations must divide the extents and the low padding, and the workspace must suffice for a row of tiles.
+    """
     geometry = request.geometry
     if geometry.rank > 2:
         return f"it is for one or two spatial axes, not {geometry.rank}"
@@ -54,24 +57,24 @@ def why_not(request: Request) -> str | None:
 
 
 def _tiled(request: Request) -> Request:
-    """The convolution that is cut into tiles."""
+    """Return the request for the convolution that is cut into tiles."""
     return request._replace(geometry=_undilated(request.geometry)).as_forward()
 
 
 def nanoseconds(request: Request) -> float:
-    """An estimate: the products at all points, and the transforms into tiles, out of them, and of weights."""
-    # Lines of x can be read where they lie.
+    """Estimate the time of the products at all points, and of the transforms into and out of tiles and of weights."""
+    # Whether lines of x can be read in place.
     is_whole = request.geometry.groups == math.prod(_steps(request.geometry)) == 1
     geometry, direction = _tiled(request).geometry, _tiled(request).direction
     rows, columns = axes(geometry)
     points, tiles = rows.a * columns.a, math.prod(geometry.batch) * rows.tiles * columns.tiles
     weights = geometry.channels * geometry.group_filters
-    lines = rows.a * columns.m  # elements of a tile half transformed
+    lines = rows.a * columns.m  # elements of a half-transformed tile
     cut = sizes(geometry, direction, request.budget, 1, 4, MOST_TEMPORARIES)
-    passes = -(-geometry.group_filters // cut.filters)  # over x
+    passes = -(-geometry.group_filters // cut.filters)  # passes over x
     into = passes * geometry.channels * cost_model.transform(geometry.group_channels, is_whole)
     out = geometry.filters * cost_model.transform(geometry.group_filters, is_whole)
-    # Transformed weights are too many for the cache.
+    # Transformed weights do not fit in the cache.
     transformed = tiles * (points + lines) * (into + out) + 4 * points * weights * cost_model.TRANSFORM
     product = cost_model.product(geometry.group_channels, geometry.group_filters)
     if geometry.rank == 1:  # a line is not cut into blocks, and does not stay in the cache
@@ -84,25 +87,25 @@ def nanoseconds(request: Request) -> float:
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
-    """y = AT [ (G w G') * (BT x B) ] A, tile by tile."""
+    """Compute ``y = AT [ (G w G') * (BT x B) ] A``, tile by tile."""
     apart, plain = partial(_every_dth, geometry=geometry), _undilated(geometry)
     containment.forward(_forward, x.seen(apart), w, replace(y, view=apart(y.view)), plain, planner)
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
-    """The forward convolution of dy with w turned round, C and F exchanged."""
+    """Compute dx: the forward convolution of dy with w rotated by 180 degrees, C and F exchanged."""
     apart, plain = partial(_every_dth, geometry=geometry), _undilated(geometry)
     containment.data_grad(_forward, dy.seen(apart), w, replace(dx, view=apart(dx.view)), plain, planner)
 
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
-    """dw = G' [ sum over tiles of (BT x B)' * (A dy A') ] G."""
+    """Compute ``dw = G' [ sum over tiles of (BT x B)' * (A dy A') ] G``."""
     apart, plain = partial(_every_dth, geometry=geometry), _undilated(geometry)
     containment.weight_grad(_weight_grad, dy.seen(apart), x.seen(apart), dw, plain, planner)
 
 
-# With dilation d every d-th pixel is a convolution of dilation 1, and where d divides all extents these are alike: so
-# many images, that lie in one another.
+# With dilation d, every d-th pixel belongs to one convolution of dilation 1. If d divides all extents, these d
+# convolutions have the same geometry, and are computed as d interleaved images.
 
 
 def _is_even(geometry: Geometry) -> bool:
@@ -111,7 +114,7 @@ def _is_even(geometry: Geometry) -> bool:
 
 
 def _steps(geometry: Geometry) -> Shape:
-    """The dilation, where there is any to it."""
+    """Return the dilation of each axis, or 1 if the axis has only one tap."""
     return tuple(d if k > 1 else 1 for d, k in zip(geometry.dilation, geometry.kernel, strict=True))
 
 
@@ -130,7 +133,7 @@ def _undilated(geometry: Geometry) -> Geometry:
 
 
 def _every_dth(view: View, geometry: Geometry) -> View:
-    """Images (*batch, *positions, G, C) as (*batch, *steps, *positions of each, G, C)."""
+    """Return images (*batch, *positions, G, C) as (*batch, *steps, *positions of each, G, C)."""
     steps, batch, rank = _steps(geometry), len(geometry.batch), geometry.rank
     if set(steps) == {1}:
         return view

@@ -1,6 +1,6 @@
-"""How winograd cuts a convolution up: axes into tiles, rows of tiles into units, units into blocks.
+"""Partition of a convolution for winograd: axes into tiles, rows of tiles into units, units into blocks.
 
-A unit is some rows of tiles of one image, which are brought into tiles at once. A block is some units, which share the
+A unit is some rows of tiles of one image, which are transformed at once. A block is some units, which share the
 products at each point.
 """
 
@@ -18,39 +18,39 @@ from gpuconv.geometry import Geometry
 from gpuconv.operands import MOST_TEMPORARIES
 from gpuconv.types import Direction
 
-# Outputs along an axis from which tiles of 4 waste little.
+# Fewest outputs along an axis for which tiles of 4 waste little.
 WIDE = 12
-# Tiles of a block: fewer make short products, more do not stay in the cache. The further numbers are for where the
-# first leaves too few blocks for each thread to have some of its own, or takes more memory than there is.
+# Tiles of a block: fewer make short products, more do not stay in the cache. The later numbers are used if the first
+# leaves too few blocks for each thread to have some of its own, or exceeds the workspace.
 TILES = 128, 96, 64, 32
 BLOCKS = 8
-UNIT_BYTES = 1 << 20  # of a unit, half transformed
-APART = 16  # elements between channels that are copied, lest they lie a multiple of a page apart
+UNIT_BYTES = 1 << 20  # of a half-transformed unit
+APART = 16  # elements between copied channels, so that they are not a multiple of a page apart
 WEIGHTS = 1 << 13  # weights of a tap that are transformed at a time
-TERM = 1 << 16  # elements of weight_grad's products that are added at a time
-FILTERS = 32  # done at a time: with fewer, x would be transformed too often
-SLICES = 8  # of weight_grad's sum at the most; they are added up in order, however many threads there are
+TERM = 1 << 16  # elements of the products of weight_grad that are added at a time
+FILTERS = 32  # computed at a time: with fewer, x would be transformed too often
+SLICES = 8  # the most splits of the sum of weight_grad; they are added in order for any number of threads
 
 
 class Axis(NamedTuple):
-    """A spatial axis in tiles of m outputs; a 1-D convolution has rows too: one."""
+    """A spatial axis in tiles of m outputs; a 1-D convolution has a single row."""
 
     m: int
     r: int  # taps
     tiles: int
-    inputs: slice  # those of x that no negative padding crops
+    inputs: slice  # of x, without those that negative padding crops
     low: int  # zeros before them
     output: int
 
     @property
     def a(self) -> int:
-        """Points, and inputs that a tile sees."""
+        """The number of points, and of inputs that a tile reads."""
         return self.m + self.r - 1
 
 
 @lru_cache(maxsize=1024)
 def axes(geometry: Geometry) -> tuple[Axis, Axis]:
-    """Rows and columns."""
+    """Return the axes of rows and columns."""
     found = [Axis(1, 1, 1, slice(0, 1), 0, 1)] * (2 - geometry.rank)
     of_geometry = zip(geometry.input, geometry.kernel, geometry.padding, geometry.output, strict=True)
     for n, k, (low, high), output in of_geometry:
@@ -61,7 +61,7 @@ def axes(geometry: Geometry) -> tuple[Axis, Axis]:
 
 
 class Unit(NamedTuple):
-    """Some rows of tiles of one image, and where these tiles stand in the block."""
+    """Some rows of tiles of one image, and the positions of these tiles in the block."""
 
     image: Shape  # its index on the batch axes
     rows: slice
@@ -69,9 +69,9 @@ class Unit(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """How the work is cut up."""
+    """The sizes of the parts into which the work is divided."""
 
-    filters: int  # done at a time
+    filters: int  # computed at a time
     unit: int  # rows of tiles
     block: int  # units
     shared: bool  # whether all threads work on one block, step by step
@@ -79,26 +79,26 @@ class Sizes(NamedTuple):
 
 
 class _Room(NamedTuple):
-    """Elements of workspace that one group takes."""
+    """The elements of workspace for one group."""
 
     geometry: Geometry
     direction: Direction
     temporaries: int  # of lines that are read or finished
 
     def lines(self, unit: int, filters: int) -> int:
-        """Of U or Z, and of lines copied twice."""
+        """Return the elements of U or Z, and of lines copied twice."""
         rows, columns = axes(self.geometry)
         width, channels = columns.tiles * columns.m + columns.r - 1, max(self.geometry.group_channels, filters)
         copied = (2 + self.temporaries) * (unit * rows.m + rows.r - 1)
         return (unit * rows.a + copied) * width * channels + APART * channels
 
     def weights(self, filters: int) -> int:
-        """Of weights half transformed."""
+        """Return the elements of half-transformed weights."""
         rows, columns = axes(self.geometry)
         return rows.r * columns.a * min(WEIGHTS, self.geometry.group_channels * filters)
 
     def term(self, filters: int) -> int:
-        """Of products of weight_grad before they are added."""
+        """Return the elements of products of weight_grad before they are added."""
         weights = self.geometry.group_channels * filters
         return 0 if self.direction == "forward" else weights * points_at_once(self.points, weights)
 
@@ -112,13 +112,13 @@ class _Room(NamedTuple):
         return rows.a * columns.a
 
     def together(self, filters: int, unit: int = 1, block: int = 1, workers: int = 1) -> int:
-        """Where threads share a block."""
+        """Return the elements if threads share a block."""
         own = self.lines(unit, filters) + self.weights(filters) + self.term(filters)
         weights = self.geometry.group_channels * filters * (self.points + self.geometry.taps)
         return weights + self.tiles(unit, block, filters) + workers * own
 
     def alone(self, filters: int, unit: int, block: int, workers: int) -> int:
-        """Where each thread has a block of its own."""
+        """Return the elements if each thread has a block of its own."""
         weights = self.geometry.group_channels * filters
         own = self.lines(unit, filters) + self.weights(filters) + self.tiles(unit, block, filters)
         if self.direction == "forward":
@@ -128,7 +128,7 @@ class _Room(NamedTuple):
 
 
 def least(geometry: Geometry, direction: Direction) -> int:
-    """Elements of workspace for one row of tiles and as few filters as are worth transforming x for."""
+    """Return the elements of workspace for one row of tiles and the fewest filters worth transforming x for."""
     return _Room(geometry, direction, MOST_TEMPORARIES).together(min(FILTERS, geometry.group_filters))
 
 
@@ -149,10 +149,10 @@ def sizes(
         block = max(1, min(units, -(-tiles_of_block // (unit * columns.tiles))))
         if -(-units // block) >= BLOCKS and room.alone(filters, unit, block, threads) <= budget:
             return Sizes(filters, unit, block, False, threads)
-    unit = -(-unit // 2)  # where threads share a block, what each of them takes for itself shortens it
+    unit = -(-unit // 2)  # if threads share a block, the workspace of each thread leaves less for the block
     units = math.prod(geometry.batch) * -(-rows.tiles // unit)
     block = _most(units, budget, lambda block: room.together(filters, unit, block, workers))
-    # Products of longer blocks are worth more than threads, each of which takes room of its own.
+    # Longer blocks are worth more than additional threads, each of which needs workspace of its own.
     if workers > 1 and 2 * block < _most(units, budget, lambda block: room.together(filters, unit, block)):
         return sizes(geometry, direction, budget, workers // 2, itemsize, temporaries)
     return Sizes(filters, unit, block, True, workers)
@@ -163,12 +163,12 @@ def points_at_once(points: int, term: int) -> int:
 
 
 def _most(extent: int, limit: int, cost: Callable[[int], int]) -> int:
-    """The largest number up to an extent whose cost is within the limit; at least 1."""
+    """Return the largest number up to an extent whose cost is within the limit; at least 1."""
     return max(1, bisect_right(range(1, extent + 1), limit, key=cost))
 
 
 def blocks(geometry: Geometry, unit: int, block: int) -> tuple[tuple[Unit, ...], ...]:
-    """All units, in blocks."""
+    """Return all units, in blocks."""
     rows, columns = axes(geometry)
     places = [(image, part) for image in Places(geometry.batch) for part in pieces(rows.tiles, unit)]
     blocks = []

@@ -1,4 +1,4 @@
-"""The steps of winograd: into tiles, a matrix product at each point, out of tiles; and the transforms of weights."""
+"""Steps of winograd: transforms into tiles, a matrix product at each point, and transforms of products and weights."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from gpuconv.plan import Planner
 from gpuconv.types import Direction
 from gpuconv.views import View
 
-# The points of F(m, r) beside infinity. 1/sqrt(2) and sqrt(2) in the place of 1 and 2 make the error a fourth.
+# The finite points of F(m, r). With 1/sqrt(2) and sqrt(2) instead of 1 and 2 the error is a fourth.
 POINTS = {1: (), 2: (0.0, 1.0, -1.0), 4: (0.0, 2**-0.5, -(2**-0.5), 2**0.5, -(2**0.5))}
 PAGE = 4096  # bytes
-FEW_WEIGHTS = 1 << 16  # of a tap, up to which copying them in another order is quick
+FEW_WEIGHTS = 1 << 16  # of a tap, up to which copying them in another order is fast
 
 
 class Transforms(NamedTuple):
-    """y = AT [(G w) * (BT x)]: m outputs of r taps."""
+    """The matrices of ``y = AT [(G w) * (BT x)]``: m outputs of r taps."""
 
     AT: Array  # (m, a)
     G: Array  # (a, r)
@@ -38,9 +38,9 @@ class Transforms(NamedTuple):
 
 @lru_cache(maxsize=64)
 def matrices(m: int, r: int, dtype: numpy.dtype) -> Transforms:
-    """Those of F(m, r), a = m + r - 1, by Toom and Cook.
+    """Return the matrices of F(m, r), a = m + r - 1, by the Toom-Cook method.
 
-    In float64 until the end, since the points are irrational.
+    They are computed in float64 and converted at the end, since the points are irrational.
     """
     points, a = POINTS[m], m + r - 1
     AT, G, BT = numpy.zeros((m, a)), numpy.zeros((a, r)), numpy.zeros((a, a))
@@ -55,22 +55,22 @@ def matrices(m: int, r: int, dtype: numpy.dtype) -> Transforms:
 
 
 class _Images(NamedTuple):
-    """x, or dy, and how it becomes tiles: windows of some length, m apart, times a matrix, along either axis."""
+    """x or dy, and its transform into tiles: windows of some length, m apart, times a matrix, along either axis."""
 
     operand: Operand
-    rows: Array  # (a, length), the same in every call, as the columns are
+    rows: Array  # (a, length); rows and columns are the same in every call
     columns: Array
     low: tuple[int, int]  # zeros before the images
     inside: tuple[slice, slice]  # of the operand
 
 
 class _Taps(NamedTuple):
-    """A weight as it lies in memory."""
+    """A weight in its memory order."""
 
     view: View  # (*kernel, C, F), or F before C
     swapped: bool
-    steps: tuple[int, int]  # -1 where an axis of the kernel is turned round
-    lines: View | None  # (R, S, C * F), if that takes no copy
+    steps: tuple[int, int]  # -1 if an axis of the kernel is reversed
+    lines: View | None  # (R, S, C * F), or None if that would need a copy
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ class Tiling:
 
     @classmethod
     def of(cls, geometry: Geometry, direction: Direction, planner: Planner, temporaries: int) -> Tiling:
-        team = planner.team(geometry)  # its shares decide the blocks, lest bits depend on the number of threads
+        # The shares of the team determine the blocks, so that bits do not depend on the number of threads.
+        team = planner.team(geometry)
         dtype = planner.dtype
         sizes = plan.sizes(geometry, direction, planner.budget, team.shares, dtype.itemsize, temporaries)
         sizes = sizes._replace(workers=min(sizes.workers, team.workers))
@@ -99,7 +100,7 @@ class Tiling:
         return self.rows.a * self.columns.a
 
     def forward(self, x: Operand, w: Operand, y: Result, flags: View, planner: Planner) -> None:
-        """Computes y, and makes the flags of images 0 that NaN or Inf is in."""
+        """Compute y, and set the flags of images with non-finite results to 0."""
         images = self._x(x)
 
         def some_filters(filters: slice, planner: Planner) -> None:
@@ -118,7 +119,7 @@ class Tiling:
         planner.loop(self.blocks, through, 1 if self.sizes.shared else self.sizes.workers)
 
     def weight_grad(self, dy: Operand, x: Operand, dw: Result, planner: Planner) -> None:
-        """Computes dw."""
+        """Compute dw."""
         images = self._x(x)
 
         def some_filters(filters: slice, planner: Planner) -> None:
@@ -160,24 +161,24 @@ class Tiling:
             planner.copy(taps.view, sums[0].shaped(taps.view.shape))
 
     def _share(self, tasks: Sequence[Any], step: Callable[[Any, Planner], None], planner: Planner) -> None:
-        """A step of a block: by all threads where these share the block, else by the one that has it."""
+        """Plan a step of a block, for all threads if they share the block, else for the thread that computes it."""
         planner.loop(tasks, step, self.sizes.workers if self.sizes.shared else 1)
 
-    # What tiles lie in.
+    # Memory of tiles.
 
     def _tiles(self, block: Sequence[Unit], channels: Sequence[int], planner: Planner) -> list[View]:
-        """Tiles (a, a, tiles, channels) of a block, once for each of these numbers of channels."""
+        """Return workspace for tiles (a, a, tiles, channels) of a block, for each of these numbers of channels."""
         most = max(block[-1].tiles.stop for block in self.blocks)
         spaces = planner.workspace(*(self.points * most * number for number in channels))
         shape = self.rows.a, self.columns.a, block[-1].tiles.stop
         return [space.shaped((*shape, number)) for space, number in zip(spaces, channels, strict=True)]
 
     def _by_rows(self, tiles: View, unit: Unit) -> View:
-        """The tiles of a unit as (a, rows of tiles, tiles of a row, a, channels)."""
+        """Return the tiles of a unit as (a, rows of tiles, tiles of a row, a, channels)."""
         part = tiles[:, :, unit.tiles]
         return part.reshape(*part.shape[:2], -1, self.columns.tiles, part.shape[-1]).transpose(0, 2, 3, 1, 4)
 
-    # Into tiles.
+    # Transforms into tiles.
 
     def _x(self, x: Operand) -> _Images:
         rows, columns = self._matrices("BT")
@@ -188,7 +189,7 @@ class Tiling:
         return _Images(dy, rows, columns, (0, 0), (slice(0, self.rows.output), slice(0, self.columns.output)))
 
     def _into(self, images: _Images, tiles: View, unit: Unit, planner: Planner) -> None:
-        """Brings a unit of images into its tiles."""
+        """Transform a unit of images into its tiles."""
         channels, column = tiles.shape[-1], self.columns
         width = (column.tiles - 1) * column.m + images.columns.shape[1]
         before, inside = images.low[1], images.inside[1].stop - images.inside[1].start
@@ -208,13 +209,13 @@ class Tiling:
         planner.matmul(images.columns, windows[:, :count], self._by_rows(tiles, unit))
 
     def _rows_into(self, images: _Images, unit: Unit, U: View, space: View, planner: Planner) -> None:
-        """The first half: windows of rows, times the matrix, into U (a, rows of tiles, columns * channels)."""
+        """Multiply windows of rows by the matrix of rows, into U (a, rows of tiles, columns * channels)."""
         m, length = self.rows.m, images.rows.shape[1]
         low, extent, top = images.low[0], images.inside[0].stop - images.inside[0].start, images.inside[0].start
         start = min(extent, max(0, unit.rows.start * m - low))
         stop = max(start, min(extent, (unit.rows.stop - 1) * m - low + length))
         lines = self._lines(images, unit.image, slice(top + start, top + stop), space, planner)
-        # Windows inside the image are one product; over its edges, columns of the matrix that have no line drop out.
+        # Windows in bounds are one product; at the edges, columns of the matrix without a line are omitted.
         first = min(max(unit.rows.start, -(-low // m)), unit.rows.stop)
         last = max(first, min(unit.rows.stop, (extent + low - length) // m + 1))
         if first < last:
@@ -233,7 +234,7 @@ class Tiling:
                 planner.copy(target, 0)
 
     def _lines(self, images: _Images, image: Shape, rows: slice, space: View, planner: Planner) -> View:
-        """Lines (rows, columns * channels) of an image: where they lie if that will do, else in the workspace."""
+        """Return lines (rows, columns * channels) of an image, in place if possible, else copied to the workspace."""
         index = self._index(image, rows, images.inside[1])
         piece = images.operand.view[index]
         lines = self._as_lines(piece) if images.operand.is_plain(self.dtype) else None
@@ -244,10 +245,10 @@ class Tiling:
         return lines
 
     def _read(self, images: Operand, index: Index, block: View, space: View, planner: Planner) -> None:
-        """Reads a block (*pixels, 1, C) of images.
+        """Read a block (*pixels, 1, C) of images.
 
-        Where the channels of a pixel lie apart by multiples of a page they share few lines of the cache, and drive each
-        other out: such a block is first copied as it lies, with the channels less far apart.
+        If the channels of a pixel are multiples of a page apart, they share few cache lines and evict each other. Such
+        a block is first copied in its memory order, with the channels closer together.
         """
         channels = block.shape[-1]
         if block.size and images.view.strides[-1] % PAGE == 0 and channels > 1:
@@ -266,10 +267,10 @@ class Tiling:
         lines = as_matrix(piece[None] if self.geometry.rank == 1 else piece, 1, 3)
         return lines if lines is not None and lines.strides[1] == lines.itemsize else None
 
-    # At the points.
+    # Products at the points.
 
     def _some_points(self, term: int = 0) -> list[slice]:
-        """The points that are done by one product of stacks, where each takes a term of so many elements."""
+        """Return ranges of points that are computed by one product each; a point has a term of ``term`` elements."""
         most = plan.points_at_once(self.points, term)
         if self.sizes.shared:
             most = min(most, -(-self.points // (9 * self.sizes.workers)))
@@ -280,7 +281,7 @@ class Tiling:
         planner.matmul(factors, weights[points], products)
 
     def _accumulate(self, V: View, D: View, E: View, add: bool, points: slice, planner: Planner) -> None:
-        """E (a * a, C, F) = or += V' D."""
+        """Compute ``E = V' D``, or ``E += V' D`` if ``add``; E is (a * a, C, F)."""
         V, D = (tiles.reshape(-1, *tiles.shape[2:])[points] for tiles in (V, D))
         (space,) = planner.workspace(E[0].size * plan.points_at_once(self.points, E[0].size))
         sums = E[points]
@@ -289,10 +290,10 @@ class Tiling:
         if add:
             planner.call(self.xp.add, sums, terms, out=sums)
 
-    # Out of tiles.
+    # Transforms out of tiles.
 
     def _out(self, M: View, y: Result, flags: View, unit: Unit, planner: Planner) -> None:
-        """Brings a unit of products into y, and notes whether NaN or Inf is in its image."""
+        """Transform a unit of products into y, and set the flag of its image to 0 if a result is non-finite."""
         (row, column), F = (self.rows, self.columns), M.shape[-1]
         AT_rows, AT_columns = self._matrices("AT")
         shape, width = (row.a, self.sizes.unit, column.tiles * column.m * F), column.output * F
@@ -314,14 +315,14 @@ class Tiling:
         note(flags[unit.image], lines, is_finite_block, planner)
         y.store(block, target, planner)
 
-    # Weights, transformed along columns and along rows: less work than by the Kronecker product of the matrices.
+    # Transforms of weights along columns and along rows: less work than with the Kronecker product of the matrices.
 
     @property
     def kernel(self) -> tuple[int, int]:
         return self.rows.r, self.columns.r
 
     def _as_taps(self, w: View, swap: bool = True) -> _Taps:
-        """w (*kernel, C, F) as it lies in memory, but for the order of C and F where that should not be swapped."""
+        """Return w (*kernel, C, F) in its memory order; C and F keep their order unless ``swap``."""
         rank = self.geometry.rank
         steps = tuple(-1 if step < 0 else 1 for step in w.strides[:rank])
         view = w[tuple(slice(None, None, step) for step in steps)]
@@ -333,7 +334,7 @@ class Tiling:
     def _transformed(self, w: Operand, planner: Planner) -> View:
         """G w G' as (a * a, C, F)."""
         view = w.view[..., 0, :, :]
-        # Swapped factors make matrix products slower, but to exchange the axes of many weights takes even longer.
+        # Swapped factors make matrix products slower, but exchanging the axes of many weights takes even longer.
         taps = self._as_taps(view, swap=view.shape[-1] * view.shape[-2] > FEW_WEIGHTS)
         lines = taps.lines if w.is_plain(self.dtype) else None
         channels = taps.view.shape[-2:]
@@ -349,7 +350,7 @@ class Tiling:
         return weights.swapaxes(-1, -2) if taps.swapped else weights
 
     def _forth(self, lines: View, taps: _Taps, weights: View, part: slice, planner: Planner) -> None:
-        """weights (a, a, C * F) = G w G', w being (R, S, C * F)."""
+        """Compute ``weights = G w G'``: (a, a, C * F) from w (R, S, C * F)."""
         rows, columns = self._G(taps.steps)
         (space,) = planner.workspace(self.rows.r * self.columns.a * min(WEIGHTS, lines.shape[2]))
         half = space.shaped((self.rows.r, self.columns.a, part.stop - part.start))
@@ -357,7 +358,7 @@ class Tiling:
         planner.matmul(rows, half.swapaxes(0, 1), weights[:, :, part].swapaxes(0, 1))
 
     def _back(self, points: View, taps: _Taps, lines: View, part: slice, planner: Planner) -> None:
-        """The transpose of _forth: dw (R, S, C * F) = G' points G."""
+        """Compute ``dw = G' points G`` (R, S, C * F), the transpose of _forth."""
         rows, columns = (G.swapaxes(0, 1) for G in self._G(taps.steps))
         (space,) = planner.workspace(self.rows.r * self.columns.a * min(WEIGHTS, lines.shape[2]))
         half = space.shaped((self.rows.r, self.columns.a, part.stop - part.start))
@@ -368,6 +369,6 @@ class Tiling:
         return [G[:, ::step] for G, step in zip(self._matrices("G"), steps, strict=True)]
 
     def _matrices(self, name: str) -> list[Array]:
-        """The matrices of this name for rows and columns."""
+        """Return the matrices of this name for rows and columns."""
         axes = (getattr(matrices(axis.m, axis.r, self.dtype), name) for axis in (self.rows, self.columns))
         return [self.xp.asarray(matrix) for matrix in axes]

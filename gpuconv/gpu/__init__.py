@@ -1,11 +1,11 @@
-"""Algorithms that consist of CUDA kernels, one file each, and the road from their sources to a launch.
+"""Algorithms that consist of CUDA kernels, one file each, and the modules that compile and launch the kernels.
 
-implicit_gemm   gemm_layout.py: matrices in arrays; gemm_tiles.py, gemm_table.py: the choice of tiles
+implicit_gemm   gemm_layout.py: memory layout of the matrices; gemm_tiles.py, gemm_table.py: selection of tiles
 direct, scatter, scatter_plain
-params.py, structs.py          arguments of kernels
+params.py, structs.py          kernel arguments
 kernel.py, compiler.py, cache.py, launch.py    source, NVRTC, compiled kernels on disk, launch
 cublas.py       matrix products of the algorithms of gpuconv/cpu
-device.py, occupancy.py, report.py             devices, blocks for each multiprocessor, ``gpuconv kernels``
+device.py, occupancy.py, report.py             devices, blocks per multiprocessor, ``gpuconv kernels``
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def kernels_folder() -> Path:
-    """The folder of the ``.cu`` files: in the package in a wheel, beside it in a checkout or an editable install."""
+    """Return the folder of the ``.cu`` files: in the package (wheel) or beside it (checkout, editable install)."""
     package = Path(__file__).parents[1]
     for folder in (package / "kernels", package.parent / "kernels"):
         if folder.is_dir():

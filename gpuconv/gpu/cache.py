@@ -1,8 +1,9 @@
-"""Compiled kernels on disk, so that a process compiles only what no process before it has.
+"""Cache of compiled kernels on disk, so that a process compiles only kernels that no earlier process has compiled.
 
-An entry is one file, ``<key>-<digest>.cubin``: the key says what it was made from, the digest what it holds. So an
-entry that was cut short, damaged or put there by someone else is not taken, and is made again. Entries are written
-under another name and renamed, and whoever writes last wins: both wrote the same.
+An entry is one file, ``<key>-<digest>.cubin``. The key is a hash of the compiler's input, the digest a hash of the
+content. An entry that is truncated, damaged or of other origin does not match its digest; it is ignored and compiled
+again. Entries are written under a temporary name and renamed. If two processes write the same entry, the last one
+wins, which does no harm because both write the same content.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from gpuconv.gpu.kernel import Module, source
 
 
 def cubin_path(module: Module, architecture: str) -> Path:
-    """The file of the compiled module, which is compiled now if no sound one is there."""
+    """Return the file of the compiled module; compile the module if the cache has no valid entry."""
     parts = (source(module), architecture, *compiler.OPTIONS, *map(str, compiler.version()))
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     folder = settings.cache_folder() / "kernels"
@@ -32,7 +33,7 @@ def cubin_path(module: Module, architecture: str) -> Path:
     name = f"{key}-{_digest(cubin)}.cubin"
     try:
         return files.write(folder / name, cubin)
-    except OSError:  # a folder that is read-only, or full, only costs the next process its time
+    except OSError:  # with a read-only or full folder, the next process compiles again
         return files.write(_own_folder() / name, cubin)
 
 
@@ -50,7 +51,7 @@ def _sound_entry(folder: Path, key: str) -> Path | None:
 
 @lru_cache(maxsize=1)
 def _own_folder() -> Path:
-    """A folder of this process, for cubins that the cache could not take."""
+    """Return a temporary folder of this process, for cubins that cannot be written to the cache."""
     folder = tempfile.mkdtemp(prefix="gpuconv-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)

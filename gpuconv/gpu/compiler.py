@@ -1,6 +1,6 @@
-"""NVRTC: from source to a cubin for one architecture, on any machine that has the library, with a GPU or without.
+"""Compilation with NVRTC: from source to a cubin for one architecture. The machine needs the library, but no GPU.
 
-CuPy's own compiler is not used, because it appends ``-arch=sm_90`` where ``sm_90a`` is wanted, and ``-ftz=true``.
+CuPy's own compiler is not used, because it appends ``-arch=sm_90`` where ``sm_90a`` is required, and ``-ftz=true``.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Any
 from gpuconv.arrays import INSTALL_HINT, BackendError
 from gpuconv.gpu.kernel import Module, source
 
-OPTIONS = ("--std=c++17", "--ptxas-options=-v")  # the second puts registers and spills into the log
+OPTIONS = ("--std=c++17", "--ptxas-options=-v")  # the second writes registers and spills to the log
 
-OLDEST = (12, 1)  # whose PTX, 8.1, adds several float32 to memory at once
+OLDEST = (12, 1)  # its PTX, 8.1, has vectorized float32 additions to memory
 
-# Architectures whose own features need to be asked for by an "a".
+# Architectures whose specific features require the suffix "a".
 _WITH_FEATURES = ("90", "100")
 
 
 class CompileError(RuntimeError):
-    """A kernel that does not compile. ``log`` is the compiler's, ``module`` says which file with which constants."""
+    """Raised when a kernel does not compile. ``log`` is the compiler's log, ``module`` the file and its constants."""
 
     def __init__(self, module: Module | str, architecture: str, log: str) -> None:
         super().__init__(f"{module} does not compile for {architecture}:\n{log.strip()}")
@@ -29,7 +29,7 @@ class CompileError(RuntimeError):
 
 
 def nvrtc() -> Any:
-    """CuPy's NVRTC module, once it has been seen to find the library."""
+    """Return CuPy's NVRTC module; raise BackendError if the library cannot be loaded."""
     try:
         from cupy.cuda import nvrtc
 
@@ -43,7 +43,7 @@ def nvrtc() -> Any:
 
 @lru_cache(maxsize=1)
 def version() -> tuple[int, int]:
-    """NVRTC's version; BackendError where it is too old."""
+    """Return NVRTC's version; raise BackendError if it is too old."""
     major, minor = nvrtc().getVersion()
     if (major, minor) < OLDEST:
         raise BackendError(
@@ -54,7 +54,9 @@ def version() -> tuple[int, int]:
 
 @lru_cache(maxsize=16)
 def architecture_for(capability: str) -> str:
-    """What to compile for: "90" gives "sm_90a". An architecture that NVRTC does not know yet gets PTX of an older one.
+    """Return the architecture to compile for, for example "sm_90a" for the compute capability "90".
+
+    If NVRTC does not know the capability yet, it is PTX ("compute_...") of the newest older one.
 
     >>> architecture_for("86")
     'sm_86'
@@ -73,12 +75,12 @@ def architecture_for(capability: str) -> str:
 
 
 def compiled(module: Module, architecture: str) -> tuple[bytes, str]:
-    """The cubin (or the PTX, for a ``compute_`` architecture) and the compiler's log."""
+    """Return the cubin (PTX for a ``compute_`` architecture) and the compiler's log."""
     return compiled_text(source(module), f"{module.stem}.cu", architecture, module)
 
 
 def compiled_text(text: str, name: str, architecture: str, module: Module | None = None) -> tuple[bytes, str]:
-    """The same for a source text."""
+    """Compile a source text; return the cubin (PTX for a ``compute_`` architecture) and the compiler's log."""
     compiler = nvrtc()
     program = compiler.createProgram(text, name, (), ())
     try:
@@ -95,12 +97,12 @@ def compiled_text(text: str, name: str, architecture: str, module: Module | None
 
 
 def _whole(cubin: bytes) -> bytes:
-    """The cubin with its last byte, which is 0: CuPy takes it for the end of a text and drops it."""
+    """Return the cubin with its last byte, a 0, which CuPy removes as if it terminated a string."""
     return cubin.ljust(elf_size(cubin), b"\0")
 
 
 def elf_size(cubin: bytes) -> int:
-    """How many bytes the headers of an ELF file say that it has."""
+    """Return the size of an ELF file in bytes, according to its headers."""
     program_headers, section_headers = struct.unpack_from("<QQ", cubin, 0x20)
     program_header, programs, section_header, sections = struct.unpack_from("<HHHH", cubin, 0x36)
     return int(max(program_headers + program_header * programs, section_headers + section_header * sections))

@@ -1,7 +1,7 @@
-"""Matrix products on a GPU, by cuBLAS on matrices where they lie.
+"""Matrix products on a GPU by cuBLAS. Strided matrices are copied only if cuBLAS cannot read them.
 
-CuPy's own matmul makes contiguous copies of stacks of matrices and of results, where cuBLAS takes any matrix one axis
-of which has its elements side by side; and its precision is set for the whole process.
+CuPy's own matmul makes contiguous copies of stacks of matrices and of results, although cuBLAS accepts any matrix with
+one contiguous axis. Moreover, the precision of CuPy's matmul is a setting of the whole process.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from gpuconv.views import View
 
 NAMES = ("tf32", "float32", "float64", "complex64", "complex128")
 
-TF32_CAPABILITY = 80  # 8.0, the first that has TensorFloat-32
+TF32_CAPABILITY = 80  # compute capability 8.0 is the first with TensorFloat-32
 
-# cudaDataType and cublasComputeType_t of NVIDIA's documentation.
+# Values of cudaDataType and cublasComputeType_t in NVIDIA's documentation.
 _TYPES = {"f": 0, "d": 1, "F": 4, "D": 5}
 _COMPUTE_TYPES = {"f": 68, "d": 70, "F": 68, "D": 70}
 _COMPUTE_TF32 = 77
@@ -31,14 +31,14 @@ _DEFAULT_ALGORITHM = -1
 
 
 class Matrix(NamedTuple):
-    """How cuBLAS, which has matrices column by column, reads the transpose of one."""
+    """A matrix as cuBLAS reads it. cuBLAS is column-major, so it reads the transpose."""
 
     operation: int
-    step: int  # elements from one column to the next
+    step: int  # leading dimension: elements from one column to the next
 
 
 class Product(NamedTuple):
-    """The numbers of a call of cuBLAS."""
+    """The parameters of a cuBLAS call."""
 
     rows: int
     columns: int
@@ -46,14 +46,14 @@ class Product(NamedTuple):
     left: Any  # Matrix
     right: Any  # Matrix
     result_step: int
-    stack: int  # of so many products
-    apart: Shape  # elements from one left matrix, right matrix and result to the next
+    stack: int  # number of products
+    apart: Shape  # batch strides of left matrix, right matrix and result, in elements
     type: int
     compute_type: int
 
 
 def matmul(left: Any, right: Any, out: View, planner: Planner) -> None:
-    """Steps that form the products of stacks of matrices, as numpy.matmul does; operands are views or arrays."""
+    """Plan the products of stacks of matrices, as numpy.matmul computes them; operands are views or arrays."""
     result = _matrix(out)
     if result is None:
         raise ValueError(f"no axis of {out} has its elements side by side, so cuBLAS cannot write it")
@@ -79,7 +79,7 @@ def matmul(left: Any, right: Any, out: View, planner: Planner) -> None:
 
 
 def multiply(numbers: Product, left: Any, right: Any, out: Any) -> None:
-    """A call of cuBLAS: the transpose of the result is that of the right matrices times that of the left ones."""
+    """Call cuBLAS for one product or a strided batch. It is column-major and computes ``result' = right' left'``."""
     from cupy.cuda import cublas, get_cublas_handle
 
     n, kind, (one, zero) = numbers, numbers.type, _ADDRESSES[numbers.type]
@@ -95,7 +95,7 @@ def multiply(numbers: Product, left: Any, right: Any, out: Any) -> None:
 
 
 def of_squares(extent: int, name: str) -> Callable[..., None]:
-    """A function ``f(left, right, out)`` of square C-contiguous matrices of a dtype, or of float32 by TF32."""
+    """Return ``f(left, right, out)`` for square C-contiguous matrices of a dtype, or of float32 by TF32 for "tf32"."""
     matrix = Matrix(_AS_IT_LIES, extent)
     dtype = numpy.dtype("float32" if name == "tf32" else name)
     compute_type = _COMPUTE_TF32 if name == "tf32" else _COMPUTE_TYPES[dtype.char]
@@ -108,14 +108,14 @@ _ADDRESSES = {number: (two.ctypes.data, two.ctypes.data + two.itemsize) for numb
 
 
 def _compute_type(dtype: numpy.dtype, planner: Planner) -> int:
-    """TF32 for float32 where it is asked for and there is one."""
+    """Return the compute type: TF32 for float32 if the precision permits it and the device has it."""
     if planner.precision == "tf32" and dtype.char == "f" and planner.backend.device().capability >= TF32_CAPABILITY:
         return _COMPUTE_TF32
     return _COMPUTE_TYPES[dtype.char]
 
 
 def _steps(operand: Any) -> Shape:
-    """Strides in elements; 0 along axes of one element."""
+    """Return the strides in elements, 0 for axes of one element."""
     return tuple(
         0 if size == 1 else step // operand.dtype.itemsize
         for size, step in zip(operand.shape, operand.strides, strict=True)
@@ -123,7 +123,7 @@ def _steps(operand: Any) -> Shape:
 
 
 def _matrix(operand: Any) -> Matrix | None:
-    """How cuBLAS reads the transposes of the last two axes, None where neither has its elements side by side."""
+    """Return how cuBLAS reads the last two axes, or None if neither of them is contiguous."""
     (rows, columns), (down, along) = operand.shape[-2:], _steps(operand)[-2:]
     if along in (0, 1) and (along or columns == 1) and (rows == 1 or down >= columns):
         return Matrix(_AS_IT_LIES, max(down, columns))
@@ -133,7 +133,7 @@ def _matrix(operand: Any) -> Matrix | None:
 
 
 def _stacked(operand: Any, stack: Shape) -> Any:
-    """The operand with the axes of the stack, along which the same matrix may be there again and again."""
+    """Return the operand broadcast to the axes of the stack, with stride 0 where a matrix is repeated."""
     missing = len(stack) + 2 - len(operand.shape)
     shape, strides = (1,) * missing + operand.shape, (0,) * missing + operand.strides
     strides = tuple(0 if size == 1 else step for size, step in zip(shape, strides, strict=True))
@@ -143,7 +143,7 @@ def _stacked(operand: Any, stack: Shape) -> Any:
 
 
 def _readable(operand: Any, planner: Planner) -> Any:
-    """The operand, or a copy of it that cuBLAS can read."""
+    """Return the operand, or a copy in the workspace if cuBLAS cannot read the operand."""
     if _matrix(operand) is not None:
         return operand
     steps = _steps(operand)
@@ -155,9 +155,9 @@ def _readable(operand: Any, planner: Planner) -> Any:
 
 
 def _together(stack: Shape, steps: list[Shape]) -> tuple[int, int, Shape]:
-    """The first axis of the stack from which on one call covers the rest.
+    """Return the first axis such that one strided batched call covers it and all later axes of the stack.
 
-    With it come the number of its products, and each operand's step from one to the next.
+    Also return the number of products of such a call and the batch stride of each operand.
     """
     count, apart = 1, (0,) * len(steps)
     for axis in reversed(range(len(stack))):

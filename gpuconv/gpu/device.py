@@ -1,4 +1,4 @@
-"""What kernels are chosen by: the current device's compute capability and multiprocessors."""
+"""The properties of the current device by which kernels are selected: compute capability and multiprocessors."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import NamedTuple
 
 
 class Device(NamedTuple):
-    """A GPU, as far as the choice of a kernel goes."""
+    """The properties of a GPU that affect the selection of kernels."""
 
     capability: int  # 90 for 9.0
     multiprocessors: int
 
 
-# In the place of a GPU where there is none: an H200, by its data sheet.
+# Used on machines without a GPU: an H200, according to its data sheet.
 MODEL = Device(90, 132)
 
 
 def current() -> Device:
-    """CuPy's current device."""
+    """Return the properties of CuPy's current device."""
     import cupy
 
     return _device(int(cupy.cuda.Device().id))

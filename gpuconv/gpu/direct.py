@@ -1,7 +1,7 @@
-"""direct: every sum by one thread of a CUDA kernel (kernels/direct.cu), gathered in a fixed order.
+"""Algorithm direct: one thread of a CUDA kernel (kernels/direct.cu) computes each sum, in a fixed order.
 
-The plain twin of the faster kernels: it accepts every convolution of one to three axes, in every direction, takes
-arrays of any strides and mixed dtypes as they are, and gives the same bits at every call.
+It is the reference kernel of the faster ones. It accepts every convolution of one to three axes in every direction, and
+arrays of any strides and mixed dtypes without a copy. Its results have the same bits at every call.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from gpuconv.request import Request
 from gpuconv.views import View
 
 THREADS = 128
-# weight_grad: as many threads as keep a large GPU busy, unless slices of the outputs would be too short or too many:
-# one thread adds all slices of a weight.
+# weight_grad splits the sum over the outputs (split-K) into enough threads to fill a large GPU, unless the splits would
+# be too short or too many. One thread adds all splits of a weight.
 MOST_THREADS = 1 << 18
 SHORTEST_SLICE = 64
 MOST_SLICES = 1024
 
 
 def why_not(request: Request) -> str | None:
-    """A reason on NumPy, and for more than three spatial axes."""
+    """Return a reason on NumPy, for more than three spatial axes, or if weight_grad lacks workspace; else None."""
     if reason := params.why_not_here(request.geometry, request.backend):
         return reason
     if request.direction != "weight_grad":
         return None
-    sums = 4 * request.geometry.channels * request.geometry.taps  # those of a slice, and of all, in half of the limit
+    sums = 4 * request.geometry.channels * request.geometry.taps  # of a split, and totals, in half of the limit
     return request.lacks(sums, "the sums of a filter of every group")
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
-    """y[o] = sum over taps t and channels c of x[o * stride + t * dilation - low, c] w[t, c]."""
+    """Compute ``y[o] = sum over taps t and channels c of x[o * stride + t * dilation - low, c] w[t, c]``."""
     _gather("forward", x, w, y, geometry, planner)
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
-    """dx[i] = sum over the taps t and outputs o with o * stride + t * dilation - low = i of dy[o] w[t]'."""
+    """Compute ``dx[i] = sum of dy[o] w[t]'`` over taps t and outputs o with ``o * stride + t * dilation - low = i``."""
     _gather("data_grad", dy, w, dx, geometry, planner)
 
 
 def _gather(direction: str, first: Operand, w: Operand, result: Result, geometry: Geometry, planner: Planner) -> None:
-    """One thread for each element of the result."""
+    """Plan launches with one thread for each element of the result."""
     pieces = params.Images([first], [result.view], geometry, planner)
 
     def some_images(number: int, planner: Planner) -> None:
@@ -72,7 +72,7 @@ def _gather(direction: str, first: Operand, w: Operand, result: Result, geometry
 
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
-    """dw[t, c] = sum over outputs o of x[o * stride + t * dilation - low, c] dy[o], slice by slice of the outputs."""
+    """Compute ``dw[t, c] = sum over outputs o of x[o * stride + t * dilation - low, c] dy[o]`` with split-K."""
 
     def some_filters(part: slice, planner: Planner) -> None:
         weights = dw.view[..., part]
@@ -100,7 +100,7 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
 def _add_slices(
     gradients: Operand, images: Operand, weights: View, into: tuple[View, View], geometry: Geometry, planner: Planner
 ) -> None:
-    """One thread for each weight and slice of the outputs, then one for each weight."""
+    """Plan two launches: one thread for each weight and split of the outputs, then one for each weight."""
     sums, total = into
     y_x_w = gradients.view, images.view, weights
     wide = params.is_wide(geometry, *y_x_w)
@@ -129,7 +129,7 @@ def _add_slices(
 
 
 def _slices(geometry: Geometry, weights: int, budget: int) -> int:
-    """How many slices of the outputs have sums of their own: a matter of the shapes, and of the workspace."""
+    """Return the number of splits of the outputs, which depends only on the shapes and the workspace."""
     outputs = math.prod((*geometry.batch, *geometry.output))
     room = min(budget // 2, params.NARROW) // weights - 1
     return max(1, min(MOST_SLICES, outputs // SHORTEST_SLICE, MOST_THREADS // weights, room))

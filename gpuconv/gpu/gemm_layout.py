@@ -1,7 +1,7 @@
-"""How the matrices of an implicit GEMM lie in memory: which way the lines of their tiles go, and what moves at once.
+"""Memory layout of the matrices of an implicit GEMM: the direction of the lines of a tile, and the vector width.
 
-Kernels move 16 bytes at a time where so many lie side by side and begin at a multiple of 16 bytes, wherever a line
-begins; else one element at a time.
+Kernels load and store 16 bytes at a time if every line consists of contiguous, 16-byte aligned chunks of 16 bytes, and
+single elements otherwise.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from gpuconv.geometry import Geometry
 from gpuconv.types import Direction
 from gpuconv.views import View, merged
 
-BYTES = 16  # of a chunk: what a thread moves at once
-BY_TAP, MOST_TAPS = 4, 32  # in the place of axes: a bit for each tap says whether it is in the image
+BYTES = 16  # of a vector: what a thread loads or stores at a time
+# BY_TAP replaces the number of axes: a bit mask of at most MOST_TAPS taps tells which of them are in bounds.
+BY_TAP, MOST_TAPS = 4, 32
 
 
 def together(view: View, length: int, others: Iterable[int]) -> int:
-    """How many elements move at once along an axis of this length whose elements lie side by side.
+    """Return the vector width, in elements, along a contiguous axis of this length.
 
-    ``others`` are the axes along which lines begin elsewhere.
+    ``others`` are the other axes; their strides determine where lines begin.
     """
     chunk = BYTES // view.itemsize
     steps = (view.steps[axis] for axis in others if view.shape[axis] > 1)
@@ -30,14 +31,14 @@ def together(view: View, length: int, others: Iterable[int]) -> int:
 
 
 def _channels_together(images: View) -> int:
-    """The same along the channels of images."""
+    """Return the vector width along the channels of images."""
     if images.shape[-1] > 1 and images.steps[-1] != 1:
         return 1
     return together(images, images.shape[-1], range(images.ndim - 1))
 
 
 def _positions_together(images: View) -> int:
-    """The same along all positions of one image."""
+    """Return the vector width along all positions of one image."""
     positions = merged(images.shape[1:-2], images.steps[1:-2])
     if positions is None or positions[1] != 1:
         return 1
@@ -45,25 +46,25 @@ def _positions_together(images: View) -> int:
 
 
 class Lines(NamedTuple):
-    """Which way the lines of a tile go, and how many elements move at once; 0: each is converted on its way."""
+    """The direction of the lines of a tile and the vector width. Width 0: each element is converted on load."""
 
     along_depth: bool
     vector: int
 
 
 class GemmMatrices(NamedTuple):
-    """The matrices of one direction of a convolution, as constants of its kernel."""
+    """Layout of the matrices of one direction of a convolution, as compile-time constants of its kernel."""
 
     left: Lines
     right: Lines
     result_along_rows: bool
     result_vector: int
-    axes: int  # on which windows may reach over the image, or BY_TAP
-    taps_innermost: bool  # whether the depth counts taps before channels
+    axes: int  # number of axes on which windows may be out of bounds, or BY_TAP
+    taps_innermost: bool  # whether taps vary faster than channels along the depth
 
 
 def matrices_of(direction: Direction, geometry: Geometry, first: View, second: View, result: View) -> GemmMatrices:
-    """Those of views as the algorithms take them: x and w, dy and w, or dy and x; result: y, dx, or sums of dw."""
+    """Return the matrices of canonical views: x and w, dy and w, or dy and x; the result is y, dx, or sums of dw."""
     if direction == "weight_grad":
         return _of_weight_grad(geometry, first, second, result)
     pointwise = geometry.is_pointwise
@@ -90,14 +91,17 @@ def _of_weight_grad(geometry: Geometry, dy: View, x: View, sums: View) -> GemmMa
 
 
 def _lines(images: View, along_depth: bool, has_positions: bool) -> Lines:
-    """Of images: along their channels where these are innermost, else along their positions, if these are in a row."""
+    """Return the lines of images: along the channels if these are innermost, else along contiguous positions."""
     if channels_innermost(images):
         return Lines(along_depth, _channels_together(images))
     return Lines(along_depth, _positions_together(images) if has_positions else 1)
 
 
 def _weight_lines(w: View, depth_axis: int, column_axis: int, taps_innermost: bool, all_taps: bool) -> Lines:
-    """Of weights; the depth counts the channels of one axis and the taps, all of which are in order or some."""
+    """Return the lines of weights, whose depth consists of one axis of channels and the taps.
+
+    ``all_taps`` tells whether the depth contains all taps in order, or only some of them.
+    """
     taps = range(len(w.shape) - 3)
     inner = [axis for axis in taps if w.shape[axis] > 1] if taps_innermost else []
     depth_step = w.steps[inner[-1]] if inner else w.steps[depth_axis]

@@ -1,6 +1,6 @@
-"""The tiles of implicit GEMM that measurements on a GPU chose: gemm_table.json, written by bench/tune_tiles.py.
+"""Tiles of implicit GEMM selected by measurements on a GPU: gemm_table.json, written by bench/tune_tiles.py.
 
-An entry holds for one device and one problem exactly. All others are left to the model of gemm_tiles.py.
+An entry applies to exactly one device and one problem. The model of gemm_tiles.py selects the tiles of all others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ FILE = Path(__file__).with_suffix(".json")
 
 
 def entry(key: Any, tile: Iterable[int], slices: int, microseconds: float, source: str) -> dict[str, Any]:
-    """What the file holds of a measurement; ``source`` names the result under bench/results."""
+    """Return the entry of a measurement; ``source`` names the result under bench/results."""
     device, work, matrices, products = key
     return {
         "device": device,
@@ -31,18 +31,18 @@ def entry(key: Any, tile: Iterable[int], slices: int, microseconds: float, sourc
 
 @cache
 def measured() -> dict[Any, dict[str, Any]]:
-    """The entries of the file."""
+    """Return the entries of the file by their keys."""
     return {tuples([e[part] for part in ("device", "work", "matrices", "products")]): e for e in read()}
 
 
 def read() -> list[dict[str, Any]]:
-    """The file as it is."""
+    """Return the entries in the order of the file."""
     entries: list[dict[str, Any]] = json.loads(FILE.read_text())
     return entries
 
 
 def write(entries: Iterable[dict[str, Any]]) -> None:
-    """Writes the file anew, one entry a line."""
+    """Overwrite the file, one entry per line."""
     FILE.write_text("[" + ",".join(f"\n{json.dumps(e)}" for e in entries) + "\n]\n")
     measured.cache_clear()
 

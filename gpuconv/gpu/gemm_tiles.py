@@ -1,10 +1,11 @@
-"""The tiles of implicit GEMM, and which of them a convolution takes: that with the least time by a model.
+"""Tiles of implicit GEMM, and the performance model that selects the fastest one for a convolution.
 
-The model counts, for the busiest multiprocessor, the clocks that its units need for its tiles: multiplying, reading
-shared memory, copying tiles from the L2 cache, and issuing the instructions that find the elements; the unit that needs
-most decides. A multiprocessor with few warps waits for its own results, and every block begins and ends with clocks in
-which it multiplies nothing. What the model does not know (clocks, caches, how well the parts overlap) is the same for
-all tiles of a kind, so it ranks tiles, and is no promise of a speed.
+The model counts the clock cycles that the busiest multiprocessor needs for its tiles in each of its units:
+multiplication, reads of shared memory, copies of tiles from the L2 cache, and instructions that compute addresses of
+elements. The slowest unit determines the time. A multiprocessor with few warps stalls on the latency of its own
+results, and each block has a prologue and an epilogue without multiplications. The effects that the model omits (clock
+rates, caches, how well the units overlap) are the same for all tiles of a kind. The model therefore ranks tiles, but
+does not predict speed.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from gpuconv.gpu.gemm_layout import BYTES, GemmMatrices
 from gpuconv.gpu.launch import blocks
 
 WARP = 32
-TENSOR_TERMS = 4096  # of a sum on tensor cores, which cut off what does not fit
-SPLIT_TERMS = 512  # the same of tf32x3, three products in the place of one
-PLAIN_TERMS = 128  # so that equal terms, too, whose roundings all go one way, stay within the bound of a direct sum
+# The number of terms after which an accumulator is flushed to a total.
+TENSOR_TERMS = 4096  # tensor cores truncate during accumulation
+SPLIT_TERMS = 512  # tf32x3 computes three products for one
+PLAIN_TERMS = 128  # sums of equal terms, whose rounding errors have one sign, stay within the bound of a direct sum
 ASYNCHRONOUS_STAGES, STAGES = 4, 2
 
 
 class GemmTile(NamedTuple):
-    """What a block computes, and what each of its warps does."""
+    """The tile of a thread block, and the part of it that each warp computes."""
 
     rows: int
     columns: int
@@ -41,21 +43,21 @@ class GemmTile(NamedTuple):
 
 
 class Products(NamedTuple):
-    """How a block multiplies: the dtype of its tiles, and on tensor cores how many products make one (0: without)."""
+    """How a block multiplies: dtype of its tiles, and tensor-core products for each product (0: no tensor cores)."""
 
     element: numpy.dtype
     tensor_products: int
-    terms: int  # of a sum before it is added to a total; 0: all
+    terms: int  # after which an accumulator is flushed to a total; 0: never
 
     @property
     def depth(self) -> int:
-        """Steps of a tile."""
+        """The extent of a tile along the reduction axis."""
         size = self.element.itemsize
         return {2: 32, 4: 16, 8: 16}[size] if self.tensor_products else {4: 16, 8: 8, 16: 4}[size]
 
     @property
     def tiles(self) -> tuple[GemmTile, ...]:
-        """The tiles there are."""
+        """The available tiles."""
         if not self.tensor_products:
             return _PLAIN_TILES[self.element.itemsize]
         if self.element.itemsize == 8:
@@ -75,7 +77,7 @@ _TENSOR_TILES = (
     GemmTile(32, 128, 32, 32),
     GemmTile(32, 32, 16, 16),
 )
-# Totals take as many registers as sums.
+# Totals take as many registers as accumulators, so the largest warp tiles are excluded.
 _SETTLING_TENSOR_TILES = tuple(tile for tile in _TENSOR_TILES if tile.warp_rows * tile.warp_columns <= 64 * 32)
 _DOUBLE_TENSOR_TILES = (GemmTile(64, 64, 32, 32), GemmTile(32, 32, 16, 16))
 _PLAIN_TILES = {
@@ -92,34 +94,34 @@ _PLAIN_TILES = {
 
 
 class Work(NamedTuple):
-    """What there is to do: rows and columns of one group (and residue), and how many steps each sum has, on average."""
+    """Problem size: rows and columns of one group (and phase of the stride), and the average length of a sum."""
 
     rows: int
     columns: int
     groups: int
     depth: int
-    residues: int = 1  # of the stride
+    residues: int = 1  # phases of the stride
 
 
 class GemmProblem(NamedTuple):
-    """What a tile is chosen by."""
+    """Everything by which a tile is selected."""
 
     work: Work
     matrices: GemmMatrices
     products: Products
     device: Device
-    most_slices: int  # that the depth may be cut into
+    most_slices: int  # bounds of the number of splits of the depth (split-K)
     least_slices: int = 1
 
     @property
     def key(self) -> Any:
-        """What a measurement is found by: all but how many slices the workspace has room for."""
+        """The key of a measurement: everything but the bounds of the number of splits, which vary with workspace."""
         products = (self.products.element.name, *self.products[1:])
         return gemm_table.tuples((self.device, self.work, self.matrices, products))
 
 
 class TileChoice(NamedTuple):
-    """A tile, in how many slices the depth is cut, and the microseconds that it takes, by the model or measured."""
+    """A tile, the number of splits of the depth, and the time in microseconds, modelled or measured."""
 
     tile: GemmTile
     slices: int
@@ -133,12 +135,12 @@ class TileChoice(NamedTuple):
 
 
 def chosen(problem: GemmProblem) -> TileChoice:
-    """The tile that the table of measurements names, or else the fastest by the model."""
+    """Return the tile in the table of measurements, or else the fastest according to the model."""
     return ranked(problem)[0]
 
 
 def ranked(problem: GemmProblem) -> list[TileChoice]:
-    """Every tile with the best number of slices for it: the measured one if there is one, then by the model."""
+    """Return every tile with its best number of splits: first the measured one, if any, then all by modelled time."""
     found = []
     measured = gemm_table.measured().get(problem.key)
     if measured is not None:
@@ -159,20 +161,20 @@ def _modelled(problem: GemmProblem) -> Iterator[TileChoice]:
 
 
 def is_split_faster(device: Device) -> bool:
-    """Whether tf32x3 is faster than float32: on GeForce, tensor cores are not three times as fast as the others."""
+    """Whether tf32x3 is faster than float32. On GeForce it is not: tensor cores are less than three times as fast."""
     rates = _rates(device.capability)
     return rates["tensor 4"] / 3 > rates["plain 4"]
 
 
 def stages(problem: GemmProblem) -> int:
-    """Tiles in shared memory at a time: more where copies go on by themselves."""
+    """Return the number of tiles in shared memory at a time (pipeline stages): more if copies are asynchronous."""
     _, matrices, products, device, *_ = problem
     most = max(matrices.left.vector, matrices.right.vector) * products.element.itemsize
     return ASYNCHRONOUS_STAGES if device.capability >= 80 and most >= 4 else STAGES
 
 
 def shared_bytes(problem: GemmProblem, tile: GemmTile) -> int:
-    """Dynamic shared memory of a block: its tiles and, later in their place, the slabs in which sums leave."""
+    """Return the dynamic shared memory of a block: its tiles, whose memory the epilogue reuses as staging buffer."""
     _, matrices, products, *_ = problem
     size = products.element.itemsize
     tiles = stages(problem) * products.depth * (tile.rows + tile.columns) * size
@@ -185,8 +187,8 @@ def shared_bytes(problem: GemmProblem, tile: GemmTile) -> int:
 
 # ------------------------------------------------------------------------------------------------- the model
 
-# Fused multiply-adds of a multiprocessor in a clock, by compute capability; a later one counts as the last before it.
-# From NVIDIA's data sheets; mma.sync reaches 0.63 of what sm_90 can do (arXiv 2501.12084).
+# Fused multiply-adds per clock cycle of a multiprocessor, by compute capability. A newer one uses the last before it.
+# From NVIDIA's data sheets; mma.sync reaches 0.63 of the peak of sm_90 (arXiv 2501.12084).
 _RATES = {
     75: {"plain 4": 64, "plain 8": 2},
     80: {"tensor 2": 1024, "tensor 4": 512, "tensor 8": 64, "plain 4": 64, "plain 8": 32},
@@ -194,14 +196,14 @@ _RATES = {
     90: {"tensor 2": 1290, "tensor 4": 645, "tensor 8": 128, "plain 4": 128, "plain 8": 64},
     120: {"tensor 2": 512, "tensor 4": 256, "tensor 8": 2, "plain 4": 128, "plain 8": 2},
 }
-_SHARED_BYTES = 128  # that a multiprocessor reads in a clock
+_SHARED_BYTES = 128  # that a multiprocessor reads per clock cycle
 _L2_BYTES = 40
-_ISSUED = 4 * WARP  # instructions of single threads in a clock
-_INSTRUCTIONS_OF_VECTOR, _INSTRUCTIONS_OF_ELEMENT = 20, 11  # to find and copy it
-_TABLES = 4 << 10  # static shared memory, about
-_BUSY_WARPS = 2.0  # beside which a warp's own waiting counts as much as its work
-_START_AND_END = 1500.0  # clocks of a block
-_CLOCKS = 1700.0  # in a microsecond
+_ISSUED = 4 * WARP  # instructions of single threads per clock cycle
+_INSTRUCTIONS_OF_VECTOR, _INSTRUCTIONS_OF_ELEMENT = 20, 11  # to compute its address and copy it
+_TABLES = 4 << 10  # bytes of static shared memory, approximately
+_BUSY_WARPS = 2.0  # with this many warps, latency doubles the time
+_START_AND_END = 1500.0  # clock cycles of prologue and epilogue of a block
+_CLOCKS = 1700.0  # per microsecond
 _LAUNCH = 3.0  # microseconds
 
 
@@ -222,7 +224,7 @@ def _microseconds(problem: GemmProblem, tile: GemmTile, slices: int) -> float:
 
 
 def _clocks_of_turn(problem: GemmProblem, tile: GemmTile) -> float:
-    """What the busiest unit needs for one tile of each matrix."""
+    """Return the clock cycles of the slowest unit in one main-loop iteration: one tile of each matrix."""
     _, matrices, products, device, *_ = problem
     size, depth = products.element.itemsize, products.depth
     multiplying = tile.rows * tile.columns * depth * max(1, products.tensor_products) / _rate(products, device)
@@ -255,7 +257,7 @@ def _rate(products: Products, device: Device) -> float:
 
 
 def _blocks_at_once(problem: GemmProblem, tile: GemmTile) -> int:
-    """Blocks that a multiprocessor has room for, by registers about as many as the compiler takes."""
+    """Return how many blocks fit a multiprocessor, by an estimate of the registers that the compiler uses."""
     _, _, products, device, *_ = problem
     sums = tile.rows * tile.columns // tile.threads * max(1, products.element.itemsize // 4)
     registers = min(255, sums * (2 if products.terms else 1) + 90)
@@ -265,6 +267,6 @@ def _blocks_at_once(problem: GemmProblem, tile: GemmTile) -> int:
 
 @cache
 def _architecture(capability: int) -> str:
-    """The last one that is known up to a compute capability."""
+    """Return the newest known architecture up to a compute capability."""
     numbers = {int("".join(filter(str.isdigit, name))): name for name in occupancy.ARCHITECTURES}
     return numbers[max(number for number in numbers if number <= max(capability, min(numbers)))]

@@ -1,8 +1,9 @@
-"""implicit_gemm: tiles of a matrix product, gathered as they are needed (kernels/implicit_gemm.cu).
+"""Algorithm implicit_gemm: a tiled matrix product whose tiles are gathered on load (kernels/implicit_gemm.cu).
 
-Nothing is laid out in memory but the sums of weight_grad's slices of the outputs, which a second kernel adds up in
-their order. So all directions give the same bits at every call, and forward and data_grad those of an image alone.
-Half precision, float64, and float32 where TF32 is permitted, are multiplied on tensor cores.
+No matrix is stored in memory except the sums of weight_grad's splits of the outputs (split-K), which a second kernel
+adds in a fixed order. All directions therefore give the same bits at every call; in forward and data_grad, the bits of
+an image do not depend on the other images of the batch. Half precision, float64 and, if TF32 is permitted, float32 are
+multiplied on tensor cores.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from gpuconv.types import Direction
 from gpuconv.views import View, contiguous_strides
 
 SMALLEST = 32  # rows and columns of the smallest tile
-FEWEST_TURNS = 4  # of a slice: as many tiles as it is worth to begin for
+FEWEST_TURNS = 4  # main-loop iterations of a split, below which it is not profitable
 
 
 def why_not(request: Request) -> str | None:
-    """A reason on NumPy, and for more than three spatial axes."""
+    """Return a reason on NumPy, for more than three spatial axes, or if weight_grad lacks workspace; else None."""
     geometry = request.geometry
     if reason := params.why_not_here(geometry, request.backend):
         return reason
@@ -43,9 +44,9 @@ def why_not(request: Request) -> str | None:
 
 
 def fills_a_tile(geometry: Geometry, direction: Direction) -> bool:
-    """Whether half of the smallest tile or more would be used by the rows of one image, or else all of its columns.
+    """Whether one image uses at least half of the smallest tile, or all of its columns.
 
-    The number of images has no say, so that one alone is computed as it is in a batch.
+    The number of images is ignored, so that a single image is computed as it is in a batch.
     """
     rows, columns = geometry.group_channels, geometry.group_filters
     if direction == "weight_grad":
@@ -57,19 +58,19 @@ def fills_a_tile(geometry: Geometry, direction: Direction) -> bool:
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
-    """y = x w, a row for each output and a step for each tap and channel."""
+    """Compute ``y = x w``: a row for each output, a term for each tap and channel."""
     _gather("forward", x, w, y, geometry, planner)
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
-    """dx = dy w', residue by residue of the stride: a row for each input, a step for each tap that reaches it."""
+    """Compute ``dx = dy w'`` for each phase of the stride: a row for each input, a term for each tap reaching it."""
     _gather("data_grad", dy, w, dx, geometry, planner)
 
 
 def _gather(
     direction: Direction, first: Operand, w: Operand, result: Result, geometry: Geometry, planner: Planner
 ) -> None:
-    """One block for each tile of the result."""
+    """Plan launches with one thread block for each tile of the result."""
     pieces_of_images = params.Images([first], [result.view], geometry, planner)
 
     def some_images(number: int, planner: Planner) -> None:
@@ -97,7 +98,7 @@ def _gather(
 
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
-    """dw = x' dy, slice by slice of the outputs: a row for each tap and channel, a step for each output."""
+    """Compute ``dw = x' dy`` with split-K: a row for each tap and channel, a term for each output."""
 
     def some_filters(part: slice, planner: Planner) -> None:
         weights = dw.view[..., part]
@@ -113,12 +114,12 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
 def _add_slices(
     pieces: params.Images, total: View, weights: View, geometry: Geometry, number: int, planner: Planner
 ) -> None:
-    """Two launches: the sums of the slices, and what they add up to, with the total of the images before."""
+    """Plan two launches: the sums of the splits, then their total, to which that of earlier images is added."""
     (gradients, images), _ = pieces.read(number, planner)
     y_x_w = gradients.view, images.view, weights
     wide = params.is_wide(geometry, *y_x_w)
     arrays = Arrays("weight_grad", geometry, gradients, images, weights, planner.dtype)
-    room = min(planner.budget, params.NARROW) // weights.size - 1  # beside the totals
+    room = min(planner.budget, params.NARROW) // weights.size - 1  # one is for the totals
     plan = planned(arrays, planner.precision, planner.backend.device(), wide, room)
     convolution, dy_at, x_at, dw_at = params.described(geometry, *y_x_w, wide)
     index = structs.index_dtype(wide).type
@@ -151,7 +152,7 @@ def plans(
     precision: str = "ieee",
     limit: int = 64 << 20,
 ) -> list[GemmPlan]:
-    """What could be launched for contiguous arrays, a plan for each tile: first the one that is taken."""
+    """Return the plans for contiguous arrays, one for each tile; the first one is the one that is used."""
     first, second, result = (contiguous(role, dtype, geometry) for role in ROLES[direction])
     sums = dtypes.accumulator(dtype)
     room = limit // (sums.itemsize * math.prod(result.shape)) - 1
@@ -164,7 +165,7 @@ def plans(
 
 
 class Arrays(NamedTuple):
-    """A direction of a convolution, and how its arrays lie in memory."""
+    """A direction of a convolution and the memory layout of its arrays."""
 
     direction: Direction
     geometry: Geometry
@@ -175,7 +176,7 @@ class Arrays(NamedTuple):
 
 
 class GemmPlan(NamedTuple):
-    """What the shapes decide, and how arrays lie in memory."""
+    """The launch parameters, which depend only on shapes and memory layouts."""
 
     problem: GemmProblem
     choice: TileChoice
@@ -183,11 +184,11 @@ class GemmPlan(NamedTuple):
     blocks: int
     shared_bytes: int
     row_tiles: int
-    length: int  # of a slice of weight_grad
+    length: int  # outputs of a split of weight_grad
 
     @property
     def kernels(self) -> dict[str, int]:
-        """The kernels that are launched, and their dynamic shared memory."""
+        """The kernels that are launched, with the bytes of their dynamic shared memory."""
         direction = DIRECTIONS[dict(self.module.constants)["DIRECTION"]]
         found = {f"implicit_gemm_{direction}": self.shared_bytes}
         if direction == "weight_grad":
@@ -196,7 +197,7 @@ class GemmPlan(NamedTuple):
 
 
 def planned(arrays: Arrays, precision: str, device: Device, wide: bool, room: int = 0) -> GemmPlan:
-    """The plan that is taken; ``room`` is for the sums of so many slices."""
+    """Return the plan to use; ``room`` is the number of splits for whose sums there is workspace."""
     problem = _problem(arrays, precision, device, room)
     return _made(arrays, problem, gemm_tiles.chosen(problem), wide)
 
@@ -236,7 +237,7 @@ def _problem(arrays: Arrays, precision: str, device: Device, room: int) -> GemmP
     if direction != "weight_grad":
         return GemmProblem(work, matrices, products, device, most_slices=1)
     most = max(1, min(room, work.depth // (FEWEST_TURNS * products.depth)))
-    enough = blocks(work.depth, gemm_tiles.TENSOR_TERMS)  # that no sum on tensor cores needs a total
+    enough = blocks(work.depth, gemm_tiles.TENSOR_TERMS)  # splits with which no accumulator has to be flushed
     if products.terms != gemm_tiles.TENSOR_TERMS or enough > most:
         return GemmProblem(work, matrices, products, device, most)
     return GemmProblem(work, matrices, products._replace(terms=0), device, most, enough)
@@ -251,18 +252,18 @@ def _work(direction: Direction, geometry: Geometry, images: int, result: View) -
         return Work(images * math.prod(geometry.output), columns, groups, geometry.reduction_length(direction))
     longest = math.prod(blocks(n, s) for n, s in zip(geometry.input, geometry.stride, strict=True))
     residues = math.prod(map(min, geometry.input, geometry.stride))
-    # Each tap belongs to one residue.
+    # Each tap belongs to one phase.
     return Work(images * longest, columns, groups, blocks(geometry.taps * geometry.group_filters, residues), residues)
 
 
 def _products(
     first: Operand, second: Operand, depth: int, sums: numpy.dtype, precision: str, device: Device
 ) -> Products:
-    """Tensor cores where they lose nothing, or nothing but what the precision permits."""
+    """Return how to multiply: on tensor cores if they lose no accuracy, or only as much as the precision permits."""
     tensor_products, element = 0, sums
     if device.capability >= 80:
         halves = first.view.dtype == second.view.dtype != dtypes.accumulator(first.view.dtype)
-        # The derivative of ReLU is 0 or 1; a product with another one would have to be rounded to half precision.
+        # The derivative of ReLU is 0 or 1. A product with any other derivative would be rounded to half precision.
         exact = {first.activation, second.activation} <= {None, "relu"}
         if halves and exact:
             tensor_products, element = 1, first.view.dtype

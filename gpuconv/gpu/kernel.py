@@ -1,7 +1,7 @@
-"""A kernel: which file and function, and the constants that it is compiled with. Its source, and what it may be given.
+"""Kernels: file, function and compile-time constants; generation of the source and checks of the arguments.
 
-The source is one text without an ``#include``: primitives.cuh, the constants and structs, common.cuh, what else the
-file needs, and the file.
+The source is one text without an ``#include``: primitives.cuh, the constants and structs, common.cuh, further headers
+of the file, and the file.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ CUDA_TYPES = {
     "complex128": "Complex<double>",
 }
 
-_HEADERS = {"implicit_gemm": ("tiles.cuh", "products.cuh")}  # what some files need beside common.cuh
+_HEADERS = {"implicit_gemm": ("tiles.cuh", "products.cuh")}  # in addition to common.cuh
 
 
 class Module(NamedTuple):
-    """A file of kernels with its constants, which are compiled together."""
+    """A file of kernels and the constants with which it is compiled."""
 
     stem: str
     types: tuple[tuple[str, str], ...]  # (alias, name of a dtype)
@@ -59,12 +59,12 @@ class Parameter(NamedTuple):
     type: str  # "float", "Convolution", or what a pointer points to
     name: str
     is_pointer: bool
-    is_constant: bool  # what it points to is only read
+    is_constant: bool  # whether it points to const
 
 
 @lru_cache(maxsize=256)
 def source(module: Module, primitives: str | None = None) -> str:
-    """The text that is compiled; ``primitives`` goes in the place of primitives.cuh."""
+    """Return the text that is compiled; ``primitives`` replaces primitives.cuh."""
     constants = [
         *(f"using {alias} = {CUDA_TYPES[dtype]};" for alias, dtype in module.types),
         f"using Index = {'long long' if module.wide else 'int'};",
@@ -81,12 +81,12 @@ def source(module: Module, primitives: str | None = None) -> str:
 
 
 def files_of(stem: str) -> tuple[str, ...]:
-    """What a file of kernels is compiled with, in order, behind the primitives and constants; itself is the last."""
+    """Return the files that follow the primitives and constants in a source, in order; the kernels' own is the last."""
     return ("common.cuh", *_HEADERS.get(stem, ()), f"{stem}.cu")
 
 
 def dump(module: Module) -> None:
-    """Writes the source to the folder of GPUCONV_DUMP, where one is named."""
+    """Write the source to the folder GPUCONV_DUMP, if it is set."""
     folder = settings.dump_folder()
     if folder is None:
         return
@@ -107,7 +107,7 @@ def _read(name: str) -> str:
 
 @lru_cache(maxsize=64)
 def parameters(stem: str, name: str) -> tuple[Parameter, ...]:
-    """What a kernel takes, read from its source."""
+    """Return the parameters of a kernel, parsed from its source."""
     match = re.search(rf"__global__[^;{{]*?\b{name}\s*\(([^)]*)\)", _read(f"{stem}.cu"))
     if match is None:
         raise ValueError(f"{stem}.cu has no kernel {name}")
@@ -121,12 +121,12 @@ def parameters(stem: str, name: str) -> tuple[Parameter, ...]:
 
 
 def check_arguments(kernel: Kernel, arguments: Sequence[Any]) -> None:
-    """TypeError unless the arguments are what the kernel takes; CUDA itself would take any bytes."""
+    """Raise TypeError unless the arguments match the parameters of the kernel; CUDA itself accepts any bytes."""
     module, expected = kernel.module, parameters(kernel.module.stem, kernel.name)
     if len(arguments) != len(expected):
         raise TypeError(f"{kernel.name} takes {len(expected)} arguments, but {len(arguments)} were given")
     for parameter, argument in zip(expected, arguments, strict=True):
-        if argument is None and parameter.is_pointer and parameter.is_constant:  # optional, as only operands are
+        if argument is None and parameter.is_pointer and parameter.is_constant:  # only inputs are optional
             continue
         is_value = isinstance(argument, (numpy.generic, numpy.ndarray)) and argument.ndim == 0
         found = getattr(argument, "dtype", None)

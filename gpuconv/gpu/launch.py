@@ -1,4 +1,4 @@
-"""Launching a kernel on CuPy's arrays, on the current device and its current stream."""
+"""Kernel launches on CuPy arrays, on the current device and its current stream."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from gpuconv.gpu import compiler
 from gpuconv.gpu.cache import cubin_path
 from gpuconv.gpu.kernel import Kernel, Module, check_arguments, dump
 
-UNASKED = 48 << 10  # bytes of shared memory, static and dynamic, that a block has without asking
-MOST_BLOCKS = 2**31 - 1  # of a grid's first axis, the only one that is used
-_loading = threading.RLock()  # held while a function is loaded and configured: no thread may launch it before
+UNASKED = 48 << 10  # bytes of shared memory, static and dynamic, of a block without opt-in
+MOST_BLOCKS = 2**31 - 1  # of the first axis of a grid, the only one that is used
+_loading = threading.RLock()  # held until a function is loaded and configured: no thread may launch it before
 
 
 def prepared(
     kernel: Kernel, grid: int, block: int, arguments: Sequence[Any], shared_memory: int = 0
 ) -> Callable[..., None]:
-    """A function that launches ``grid`` blocks of ``block`` threads on the current device, with arguments like these.
+    """Return a function that launches ``grid`` blocks of ``block`` threads on the current device.
 
-    Arrays, scalars of NumPy and structs are what kernels take. TypeError where the arguments are not what the kernel's
-    source declares; views count as arrays.
+    The function takes arguments of the same types as these: arrays, NumPy scalars and structs. Raises TypeError if they
+    do not match the declaration in the kernel's source; views count as arrays.
     """
     check(kernel, grid, arguments)
     with _loading:
@@ -36,7 +36,7 @@ def _launch(function: Any, grid: tuple[int], block: tuple[int], shared_memory: i
 
 
 def check(kernel: Kernel, grid: int, arguments: Sequence[Any]) -> None:
-    """TypeError or ValueError where a launch would go wrong; writes the source where GPUCONV_DUMP asks for it."""
+    """Raise TypeError or ValueError if a launch would fail; write the source if GPUCONV_DUMP is set."""
     check_arguments(kernel, arguments)
     if grid > MOST_BLOCKS:
         raise ValueError(f"{kernel.name} would need {grid} blocks, and a grid has at most {MOST_BLOCKS}")
@@ -44,7 +44,7 @@ def check(kernel: Kernel, grid: int, arguments: Sequence[Any]) -> None:
 
 
 def blocks(count: int, per_block: int) -> int:
-    """How many blocks it takes."""
+    """Return the number of blocks: ``count / per_block``, rounded up."""
     return -(-count // per_block)
 
 
@@ -55,13 +55,13 @@ def _device() -> int:
 
 
 class _Loaded:
-    """A kernel on a device, and the dynamic shared memory that its launches may have."""
+    """A kernel loaded on a device, and the dynamic shared memory that its launches may use."""
 
     def __init__(self, function: Any) -> None:
         self.function, self._granted = function, 0
 
     def grant(self, size: int) -> None:
-        """Asks the driver for so many bytes where it does not grant them by itself."""
+        """Permit this many bytes of dynamic shared memory; beyond the default limit the driver requires an opt-in."""
         if size <= self._granted:
             return
         import cupy
@@ -83,6 +83,6 @@ def _module(module: Module, device: int) -> Any:
     import cupy
 
     architecture = compiler.architecture_for(cupy.cuda.Device(device).compute_capability)
-    loaded = cupy.cuda.Module()  # RawModule would keep it for ever
+    loaded = cupy.cuda.Module()  # RawModule would keep it loaded forever
     loaded.load_file(str(cubin_path(module, architecture)))
     return loaded

@@ -1,25 +1,25 @@
-"""How many threads of a multiprocessor a kernel can keep busy, by what its blocks take of registers and shared memory.
+"""Occupancy: the threads of a multiprocessor that a kernel can use, given the registers and shared memory of a block.
 
-The limits of CUDA's own occupancy calculator (cuda_occupancy.h of CUDA 13.0), with all of the memory that the L1 cache
-and shared memory have between them given to shared memory as far as it may be.
+The limits are those of CUDA's occupancy calculator (cuda_occupancy.h of CUDA 13.0). Of the memory that L1 cache and
+shared memory have in common, shared memory gets as much as is permitted.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-_REGISTERS = 65536  # of a multiprocessor, in four parts; a warp takes them 256 at a time
+_REGISTERS = 65536  # of a multiprocessor, in four partitions; allocated to warps in units of 256
 _PARTS, _REGISTER_UNIT = 4, 256
 
 
 class _Limits(NamedTuple):
-    """What a multiprocessor has."""
+    """The resources of a multiprocessor."""
 
     threads: int
     blocks: int
     shared_bytes: int
-    reserved: int  # bytes of shared memory that the system takes for each block
-    unit: int  # bytes that shared memory is given in
+    reserved: int  # bytes of shared memory that the system reserves for each block
+    unit: int  # allocation unit of shared memory in bytes
 
 
 _KIB = 1024
@@ -36,7 +36,7 @@ ARCHITECTURES = tuple(_LIMITS)
 
 
 def blocks(architecture: str, registers: int, threads: int, shared_bytes: int) -> int:
-    """How many blocks of a kernel fit a multiprocessor at a time.
+    """Return how many blocks of a kernel fit a multiprocessor at a time.
 
     >>> blocks("sm_90a", registers=128, threads=128, shared_bytes=48 * 1024)
     4
@@ -51,7 +51,7 @@ def blocks(architecture: str, registers: int, threads: int, shared_bytes: int) -
 
 
 def occupancy(architecture: str, registers: int, threads: int, shared_bytes: int) -> float:
-    """The share of a multiprocessor's threads that these blocks make up.
+    """Return the fraction of a multiprocessor's threads that these blocks use.
 
     >>> occupancy("sm_90a", registers=128, threads=128, shared_bytes=48 * 1024)
     0.25

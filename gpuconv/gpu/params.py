@@ -1,6 +1,6 @@
-"""What kernels are given: operands as images with one batch axis, and the structs that describe them.
+"""Kernel arguments: operands as images with one batch axis, and the structs that describe them.
 
-Kernels take any strides, so layouts, flips, zero and negative strides need no copy.
+Kernels accept any strides, so layouts, flips, zero and negative strides need no copy.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from gpuconv.plan import Planner
 from gpuconv.types import Activation
 from gpuconv.views import View, merged
 
-# Kernels count with 32 bits up to here; a block's own positions come on top.
+# Bound of 32-bit indices in kernels. The positions within a block, which are added to an index, still fit.
 NARROW = 2**31 - 2**16
 
 
 def why_not(geometry: Geometry) -> str | None:
-    """The reason why no kernel can do a convolution."""
+    """Return the reason why no kernel is applicable to a convolution, or None."""
     if geometry.rank > structs.AXES:
         return f"kernels take 1 to {structs.AXES} spatial axes, and this has {geometry.rank}"
     return None
 
 
 def why_not_here(geometry: Geometry, backend: Backend) -> str | None:
-    """The reason why an algorithm that is nothing but kernels cannot do it on a backend."""
+    """Return the reason why an algorithm that consists of kernels is not applicable on a backend, or None."""
     if backend.launch is None:
         return "it is a CUDA kernel, and NumPy's arrays are computed on the CPU"
     return why_not(geometry)
 
 
 class Images:
-    """Operands and results as views (N, *spatial, G, channels), in pieces of as many images as can be done at a time.
+    """Operands and results as views (N, *spatial, G, channels), in chunks of as many images as fit the workspace.
 
-    All at once, as a rule. Batch axes that lie in memory in no one order are taken one index at a time. Kernels
-    multiply by an activation's derivative as they read; where y lies in memory another way, or has another dtype, the
-    product is formed before, in at most half of the workspace.
+    Usually there is one chunk. Batch axes that cannot be merged are processed one index at a time. Kernels multiply by
+    an activation's derivative on load. If y has other strides or another dtype than the operand, the product is
+    computed beforehand, in at most half of the workspace.
     """
 
     def __init__(self, operands: list[Operand], results: list[View], geometry: Geometry, planner: Planner) -> None:
@@ -65,7 +65,7 @@ class Images:
         return len(self._batches) * len(self._pieces)
 
     def read(self, number: int, planner: Planner) -> tuple[list[Operand], list[View]]:
-        """The operands and results of a piece."""
+        """Return the operands and results of a chunk."""
         batch, piece = divmod(number, len(self._pieces))
         index, some = self._batches[batch], self._pieces[piece]
         read = [self._flat(operand, index).of_images(some) for operand in self._operands]
@@ -81,7 +81,7 @@ class Images:
         return operand.seen(lambda view: self._flat_view(view, index))
 
     def _flat_view(self, view: View, index: Shape) -> View:
-        """The images of an index of the batch axes that are not merged."""
+        """Return the images at an index of the batch axes that are not merged."""
         return view[index].reshape(-1, *view.shape[self._axes :])
 
 
@@ -94,19 +94,19 @@ def options(
     activation: Activation | None = None,
     fours: bool = False,
 ) -> structs.Options:
-    """How a kernel reads its operands, which elements the threads of a warp meet, and what becomes of the sums."""
+    """Return the options of a launch: how operands are read, which elements a warp accesses, and the epilogue."""
     reading = (first.conjugate, number(first.activation), second.conjugate, number(second.activation))
     return structs.Options(*reading, channels_innermost, bias is not None, number(activation), fours)
 
 
 def number(activation: Activation | None) -> int:
-    """The number by which kernels know an activation."""
+    """Return the number that stands for an activation in kernels, 0 for none."""
     return 0 if activation is None else 1 + NAMES.index(activation)
 
 
 def is_wide(geometry: Geometry, y: View, x: View, w: View) -> bool:
-    """Whether an index or an offset may not fit into 32 bits, for views with these strides."""
-    # Windows that begin in the padding reach further than x itself.
+    """Whether 64-bit indices are required: an index or offset may not fit 32 bits, for views with these strides."""
+    # Windows that begin in the padding reach beyond x itself.
     padded = (n + abs(low) + abs(high) for n, (low, high) in zip(geometry.input, geometry.padding, strict=True))
     reaches = _reach(y.shape, y), _reach((x.shape[0], *padded, *x.shape[-2:]), x), _reach(w.shape, w)
     return max(*reaches, geometry.largest_index) >= NARROW
@@ -120,15 +120,15 @@ ALIASES = "First", "Second", "Result", "Sum", "Element"
 
 
 def module(stem: str, dtypes: Sequence[numpy.dtype], wide: bool, **constants: int) -> Module:
-    """The module for the dtypes of the operands, the result and the sums, and of tiles where a kernel has them."""
+    """Return the module for the dtypes of the operands, the result, the sums and, if a kernel has them, the tiles."""
     types = tuple((alias, dtype.name) for alias, dtype in zip(ALIASES, dtypes, strict=False))
     return Module(stem, types, wide, tuple(constants.items()))
 
 
 def described(geometry: Geometry, y: View, x: View, w: View, wide: bool) -> tuple[numpy.ndarray, ...]:
-    """Convolution and the strides of y, x and w, as every kernel takes them; extents are those of the views.
+    """Return the structs that every kernel takes: the convolution, and the strides of y, x and w.
 
-    y is a view (N, *output, G, F/G), x (N, *input, G, C/G), w (*kernel, G, C/G, F/G).
+    Extents are those of the views: y is a view (N, *output, G, F/G), x (N, *input, G, C/G), w (*kernel, G, C/G, F/G).
     """
     return (
         _convolution(geometry, y.shape[0], w.shape[-3:], wide),
@@ -156,5 +156,5 @@ def _weight_strides(steps: Shape, wide: bool) -> numpy.ndarray:
 
 
 def lift(values: Shape, fill: int) -> Shape:
-    """Values of one to three axes as those of three."""
+    """Return the values of one to three axes as those of three, with ``fill`` in front."""
     return (fill,) * (structs.AXES - len(values)) + values

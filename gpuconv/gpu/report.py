@@ -1,7 +1,7 @@
-"""What the compiler makes of the kernels, for any architecture, without a GPU: ``gpuconv kernels``.
+"""Resource usage of the compiled kernels for any architecture, without a GPU: ``gpuconv kernels``.
 
 The modules are those that the algorithms launch for a list of convolutions, with every dtype and with 32-bit and
-64-bit offsets: their host code runs with a backend that remembers launches in the place of making them.
+64-bit indices. To find them, the host code runs with a backend that records launches instead of executing them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from gpuconv.operands import ROLES, Operand, Result, contiguous
 from gpuconv.plan import WORKSPACE, Planner, Scope
 from gpuconv.types import Direction, Layout
 
-# Real layers that reach all tiles, one to three axes, and the largest regions of shared memory: x, w, settings.
+# Real layers that cover all tiles, one to three axes, and the largest regions of shared memory: x, w, settings.
 CONVOLUTIONS: tuple[tuple[Shape, Shape, dict[str, Any]], ...] = (
     ((1, 3, 224, 224), (64, 3, 7, 7), {"stride": 2, "padding": 3}),
     ((1, 64, 56, 56), (64, 64, 3, 3), {"padding": 1}),
@@ -46,22 +46,22 @@ CONVOLUTIONS: tuple[tuple[Shape, Shape, dict[str, Any]], ...] = (
     ((1, 64, 3199), (64, 64, 3), {"stride": 2}),
     ((1, 16, 16, 28, 28), (16, 16, 3, 3, 3), {"padding": 1}),
 )
-FAR = 2**30  # padding on one side, cropped on the other, makes positions too large for 32 bits
+FAR = 2**30  # padding on one side and cropping on the other, which makes positions too large for 32 bits
 
 _GRADIENTS: tuple[Direction, ...] = ("data_grad", "weight_grad")
-# The algorithms whose kernels are found by launching them, and for which directions they have one.
+# The algorithms whose kernels are found by launching them, with the directions that have a kernel.
 _LAUNCHED: dict[ModuleType, tuple[Direction, ...]] = {
     direct: DIRECTIONS,
     scatter: _GRADIENTS,
     scatter_plain: _GRADIENTS,
     implicit_gemm: DIRECTIONS,
 }
-MOST_STEPS = 1 << 12  # of a plan: more than any of these has
-_TURING = Device(75, 72)  # which multiplies half precision and float64 without tensor cores
+MOST_STEPS = 1 << 12  # of a plan: more than any of these plans has
+_TURING = Device(75, 72)  # half precision and float64 are multiplied without tensor cores
 
 
 class CompiledKernel(NamedTuple):
-    """One kernel, compiled for one architecture with one set of constants."""
+    """A kernel compiled for one architecture with one set of constants."""
 
     kernel: str
     arch: str
@@ -72,24 +72,24 @@ class CompiledKernel(NamedTuple):
     registers: int  # of a thread
     spill_stores: int  # bytes
     spill_loads: int
-    shared_bytes: int  # of a block: static, and the most that a launch asked for
+    shared_bytes: int  # of a block: static, plus the largest dynamic size of a launch
     static_shared_bytes: int
     dynamic_shared_bytes: int
-    occupancy: float  # the share of a multiprocessor's threads that fit at a time
-    compile_seconds: float  # of the module, which holds several kernels
+    occupancy: float  # the fraction of a multiprocessor's threads that fit at a time
+    compile_seconds: float  # of the module, which contains several kernels
     nvrtc: str
 
     @property
     def variant(self) -> tuple[Any, ...]:
-        """What tells it from the other rows."""
+        """The fields that distinguish it from other rows."""
         return self.kernel, self.arch, self.dtype, self.index_bits, *self.tile.values()
 
 
 @cache
 def modules() -> dict[Module, dict[str, int]]:
-    """The modules that are compiled, as :func:`launched` gives them: all that CONVOLUTIONS take of every dtype.
+    """Return the modules to compile, in the form of :func:`launched`: all that CONVOLUTIONS launch with every dtype.
 
-    Of implicit_gemm, whose modules are many, every tile, and every way to read, multiply and store.
+    implicit_gemm has too many modules; a selection of them covers every tile and every way to load, multiply and store.
     """
     convolutions = []
     for dtype in dtypes.available():
@@ -139,7 +139,7 @@ def _laid_out(x: Shape, w: Shape, layout: Layout) -> tuple[Shape, Shape]:
 def launched(
     convolutions: Iterable[tuple[Geometry, numpy.dtype]], algorithms: Iterable[ModuleType] = tuple(_LAUNCHED)
 ) -> dict[Module, dict[str, int]]:
-    """The modules that the algorithms launch for these; the most dynamic shared memory of their kernels, in bytes."""
+    """Return the modules that the algorithms launch, with the largest dynamic shared memory of each kernel in bytes."""
     found: dict[Module, dict[str, int]] = {}
     backend = recording(Backend("recorded", numpy, None), found)
     for geometry, dtype in convolutions:
@@ -149,7 +149,7 @@ def launched(
 
 
 def recording(backend: Backend, found: dict[Module, dict[str, int]]) -> Backend:
-    """The backend with launches that only add to ``found``: modules in order, with the shared memory of each kernel."""
+    """Return a backend that only records launches in ``found``: modules in order, with shared memory of each kernel."""
 
     def remember(
         kernel: Kernel, grid: int, block: int, arguments: Sequence[Any], shared_memory: int = 0
@@ -170,7 +170,7 @@ def _launch(algorithm: ModuleType, geometry: Geometry, dtype: numpy.dtype, backe
 
 
 def known(asked: Sequence[str] | None) -> list[str]:
-    """The architectures to compile for, by default all that this NVRTC knows; ValueError for one that it cannot."""
+    """Return the architectures to compile for, by default all known ones that NVRTC supports; ValueError for others."""
     numbers = {str(number) for number in compiler.nvrtc().getSupportedArchs()}
     possible = [name for name in occupancy.ARCHITECTURES if re.sub(r"\D", "", name) in numbers]
     for name in asked or ():
@@ -180,7 +180,7 @@ def known(asked: Sequence[str] | None) -> list[str]:
 
 
 def rows(architecture: str, chosen: Iterable[Module] | None = None) -> Iterator[CompiledKernel | compiler.CompileError]:
-    """A row for each kernel of each module, or the error of a module that does not compile."""
+    """Yield a row for each kernel of each module, or the error of a module that does not compile."""
     every = modules()
     chosen = [module for module in (every if chosen is None else chosen) if is_meant_for(module, architecture)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -189,7 +189,7 @@ def rows(architecture: str, chosen: Iterable[Module] | None = None) -> Iterator[
 
 
 def is_meant_for(module: Module, architecture: str) -> bool:
-    """Whether an architecture has the instructions of a module; calls take another one where it has not."""
+    """Whether an architecture has the instructions of a module. If not, calls on it use another module."""
     constants = dict(module.constants)
     return architecture != "sm_75" or not (constants.get("TENSOR_PRODUCTS") or constants.get("STAGES", 0) > STAGES)
 
@@ -240,7 +240,7 @@ _ENTRY = re.compile(
 
 
 def parsed(log: str) -> dict[str, dict[str, int]]:
-    """What each kernel uses, by name, from the log of ptxas with ``-v``."""
+    """Return the resource usage of each kernel by name, parsed from the log of ptxas with ``-v``."""
     entries = {}
     for match in _ENTRY.finditer(log):
         name, *numbers = match.groups()
@@ -258,7 +258,7 @@ HEADER = (
 
 
 def lines(rows: Iterable[CompiledKernel]) -> Iterator[str]:
-    """A line for each kernel and architecture, with the ranges over dtypes, tiles and widths of offsets."""
+    """Yield a line for each kernel and architecture, with the ranges over dtypes, tiles and index widths."""
     groups: dict[tuple[str, str], list[CompiledKernel]] = {}
     for row in rows:
         groups.setdefault((row.kernel, row.arch), []).append(row)
@@ -279,5 +279,5 @@ def _range(ordered: Sequence[str]) -> str:
 
 
 def write_json(path: Path, rows: Iterable[CompiledKernel]) -> None:
-    """A list with an object for each row, one a line."""
+    """Write a JSON list with an object for each row, one per line."""
     path.write_text("[\n" + ",\n".join(json.dumps(row._asdict()) for row in rows) + "\n]\n")

@@ -1,10 +1,11 @@
-"""scatter: each output gradient adds its products to the inputs and weights that it came from.
+"""Algorithm scatter: the products of each output gradient are added to the inputs and weights that they belong to.
 
-On a GPU by CUDA kernels (kernels/scatter.cu) with atomic additions, after a block has added up what it can in
-registers and in shared memory. Blocks come in any order, and so do the additions. Sums are formed in float32 at
-least: float16 and bfloat16 results are rounded once, from a workspace.
+On a GPU, CUDA kernels (kernels/scatter.cu) use atomic additions, after each block has accumulated in registers and in
+shared memory. Blocks run in any order, so the additions have no fixed order. Sums are accumulated in float32 at least:
+float16 and bfloat16 results are rounded once, from a workspace.
 
-On NumPy, and in the forward direction, tap by tap with strided slices (gpuconv/cpu/slices.py), in a fixed order.
+On NumPy, and in the forward direction, it computes tap by tap with strided slices (gpuconv/cpu/slices.py), in a fixed
+order.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ from gpuconv.request import Request
 from gpuconv.views import View
 
 THREADS = 128
-SHARED_MEMORY = 48 << 10  # bytes that a block may have without asking for more
-PAD = 4  # of the rows of a tile, as in scatter.cu
-# weight_grad: blocks enough to keep a large GPU busy, unless their slices would have fewer outputs than these chunks.
+SHARED_MEMORY = 48 << 10  # bytes of a block without opt-in
+PAD = 4  # padding of the rows of a tile, as in scatter.cu
+# weight_grad: enough blocks to fill a large GPU, unless their splits would have fewer than this many chunks of outputs.
 MOST_BLOCKS = 1024
 FEWEST_CHUNKS = 8
 
 
 class ScatterTile(NamedTuple):
-    """The constants of scatter.cu."""
+    """Compile-time constants of scatter.cu."""
 
     WIDTH: int  # channels (data_grad) or filters (weight_grad) of a tile
-    ROW: int  # numbers from one position of data_grad's region to the next, so that few of them share a bank
+    ROW: int  # elements from one position of data_grad's region to the next, chosen to reduce bank conflicts
     TILE_OUTPUTS: int
     CHUNK: int  # filters that data_grad loads at a time
     TILE_ROWS: int  # taps times channels
@@ -58,14 +59,17 @@ ONE, FEW, MANY = (
 
 
 def tile_for(channels: int, itemsize: int) -> ScatterTile:
-    """The tile for this many channels of a group; the widest one has no room for numbers of 16 bytes."""
+    """Return the tile for this many channels of a group; the widest one does not fit with elements of 16 bytes."""
     if channels == 1:
         return ONE
     return FEW if channels <= 8 or itemsize > 8 else MANY
 
 
 def why_not(request: Request) -> str | None:
-    """A reason on a GPU, where scattered additions have no fixed order and kernels take one to three axes."""
+    """Return the reason why the algorithm is not applicable, or None.
+
+    On a GPU the additions have no fixed order, kernels take one to three axes, and half precision needs workspace.
+    """
     geometry = request.geometry
     if request.backend.launch is None:
         return slices.why_not(request)
@@ -84,17 +88,17 @@ def why_not(request: Request) -> str | None:
 
 
 def nanoseconds(request: Request) -> float:
-    """An estimate, on NumPy."""
+    """Return the estimated time on NumPy."""
     return slices.nanoseconds(request)
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
-    """Adds to y what each tap of w makes of x."""
+    """Compute y by adding the products of x with each tap of w."""
     slices.forward(x, w, y, geometry, planner)
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
-    """Adds each product of dy to the input that it came from."""
+    """Compute dx by adding each product of dy and w to the input that it belongs to."""
     if planner.backend.launch is None:
         slices.data_grad(dy, w, dx, geometry, planner)
     else:
@@ -102,7 +106,7 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: 
 
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
-    """Adds each product of dy to the weight that it came from."""
+    """Compute dw by adding each product of dy and x to the weight that it belongs to."""
     if planner.backend.launch is None:
         slices.weight_grad(dy, x, dw, geometry, planner)
     else:
@@ -112,7 +116,7 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
 def add_to_images(
     launch: Callable[..., None], dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner
 ) -> None:
-    """Launches on sums that start as zeros: dx itself, or a workspace for some images and channels at a time."""
+    """Plan launches that add to zeros: dx itself, or a workspace for some images and channels at a time."""
     pieces_of_images = params.Images([dy], [dx.view], geometry, planner)
 
     def some_images(number: int, planner: Planner) -> None:
@@ -142,7 +146,7 @@ def add_to_images(
 
 
 def _finish(result: Result, target: View, planner: Planner) -> None:
-    """Bias and activation, where a whole array's temporaries may not fit the workspace."""
+    """Plan bias and activation in blocks, since the temporaries of a whole array may not fit the workspace."""
 
     def buffers_of(box: Shape) -> Buffers:
         return [Buffer(math.prod((*box, *target.shape[-2:])), False, result.temporaries)]
@@ -152,7 +156,7 @@ def _finish(result: Result, target: View, planner: Planner) -> None:
 
 
 def _like(view: View, space: View) -> View:
-    """Workspace in the shape of the view, channels innermost where the view's are."""
+    """Return workspace in the shape of the view, with the channels innermost if the view has them so."""
     if channels_innermost(view):
         return space.shaped(view.shape)
     images, *extent, groups, channels = view.shape
@@ -163,7 +167,7 @@ def _like(view: View, space: View) -> View:
 def add_to_weights(
     launch: Callable[..., None], dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner
 ) -> None:
-    """Launches on sums that start as zeros: dw itself, or a workspace for some filters at a time."""
+    """Plan launches that add to zeros: dw itself, or a workspace for some filters at a time."""
     filters = dw.view.shape[-1]
     per_filter = dw.view.size // filters
     summed = not in_place(dw.view, planner.dtype)
@@ -238,7 +242,7 @@ def _launch_weight_grad(dy: Operand, x: Operand, sums: View, geometry: Geometry,
 
 
 def _in_fours(sums: View, channels: int) -> bool:
-    """Whether four channels lie side by side at a multiple of 16 bytes, everywhere; only float32 is added in fours."""
+    """Whether additions can be vectorized by 4: only for float32, with channels contiguous and aligned to 16 bytes."""
     return bool(
         sums.dtype == numpy.float32
         and channels % 4 == 0
@@ -249,7 +253,7 @@ def _in_fours(sums: View, channels: int) -> bool:
 
 
 class Boxes(NamedTuple):
-    """The box of outputs and the box of taps of a block, and the region of x that they reach."""
+    """The extents of the outputs and taps of a block, and of the region of x that they reach."""
 
     outputs: Shape
     taps: Shape
@@ -258,9 +262,9 @@ class Boxes(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _boxes(geometry: Geometry, tile: ScatterTile, itemsize: int, wide: bool) -> Boxes:
-    """The box with most outputs whose region fits into shared memory, and of these the one with the smallest region.
+    """Return the box with the most outputs per block whose region fits shared memory; on a tie, the smallest region.
 
-    Where not even one output's region fits, as under a far dilation, a block takes fewer taps.
+    If not even the region of one output fits, as with a large dilation, a block computes fewer taps.
     """
     index = structs.index_dtype(wide).itemsize
     tiles = tile.CHUNK * (tile.TILE_OUTPUTS + 2 * PAD + tile.WIDTH) * itemsize + tile.TILE_OUTPUTS * (index + 4) + 64
@@ -286,11 +290,11 @@ def _boxes(geometry: Geometry, tile: ScatterTile, itemsize: int, wide: bool) -> 
 
 
 def _sizes(extent: int, most: int) -> list[int]:
-    """The sizes worth trying: the smallest of those that cut the extent into as many pieces."""
+    """Return the sizes to try: for each number of pieces of the extent, the smallest size that gives it."""
     sizes = {blocks(extent, blocks(extent, size)) for size in range(1, min(extent, most) + 1)}
     return [size for size in sorted(sizes) if size <= most]
 
 
 def _use(box: Shape, output: Any) -> float:
-    """How many outputs a block does on average: those at the end of an axis may do fewer."""
+    """Return the average number of outputs of a block; blocks at the end of an axis may have fewer."""
     return float(math.prod(n / blocks(n, m) for n, m in zip(output, box, strict=True)))

@@ -1,6 +1,6 @@
-"""The scatter-add with one atomic addition for every product: the plain twin of scatter, to read and to compare with.
+"""The reference kernel of scatter: one atomic addition for every product. It is simple to read and to compare with.
 
-It is no algorithm that a caller may name. Tests and the benchmark put it among the others.
+It is not an algorithm that a caller may name. Tests and the benchmark add it to the algorithms.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from gpuconv.views import View
 
 
 def why_not(request: Request) -> str | None:
-    """A reason on NumPy, for the forward direction, and wherever scatter has one."""
+    """Return a reason on NumPy, for the forward direction, and if scatter has one; else None."""
     if request.backend.launch is None or request.direction == "forward":
         return "it is a CUDA kernel for the gradients"
     return scatter.why_not(request)
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
-    """Adds each product of dy to the input that it came from, one by one."""
+    """Compute dx with one atomic addition for each product of dy and w."""
     scatter.add_to_images(_launch_data_grad, dy, w, dx, geometry, planner)
 
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
-    """Adds each product of dy to the weight that it came from, one by one."""
+    """Compute dw with one atomic addition for each product of dy and x."""
     scatter.add_to_weights(_launch_weight_grad, dy, x, dw, geometry, planner)
 
 
@@ -52,7 +52,7 @@ def _launch(
     geometry: Geometry,
     planner: Planner,
 ) -> None:
-    """One thread for each element of dy."""
+    """Plan a launch with one thread for each element of dy."""
     dy, second = operands
     wide = params.is_wide(geometry, *y_x_w)
     options = params.options(dy, second, channels_innermost(dy.view))

@@ -1,6 +1,6 @@
 """The structs that kernels take by value: one description for NumPy, which fills them, and for CUDA, which reads them.
 
-Extents and strides are of type Index: 32 bits wide, or 64 where a tensor needs it.
+Extents and strides are of type Index, which has 32 bits, or 64 bits if a tensor requires them.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import NamedTuple, TypeAlias
 
 import numpy
 
-AXES = 3  # kernels see three spatial axes; fewer are lifted by axes of extent 1 in front
+AXES = 3  # kernels have three spatial axes; if there are fewer, axes of extent 1 are put in front
 
-# Struct, field, how many (0: one, not an array), and whether the field is an Index or a plain int.
+# Struct, field, length of the array (0: not an array), and whether the type is Index (else int).
 _FIELDS: dict[str, tuple[tuple[str, int, bool], ...]] = {
     "Convolution": (
         *((name, 0, True) for name in ("N", "G", "C", "F")),  # images, groups, and channels and filters of a group
@@ -36,13 +36,13 @@ Value: TypeAlias = int | tuple[int, ...]
 
 
 def index_dtype(wide: bool) -> numpy.dtype:
-    """The dtype of Index."""
+    """Return the dtype of Index: 64-bit if ``wide``, else 32-bit."""
     return numpy.dtype(numpy.int64 if wide else numpy.int32)
 
 
 @cache
 def dtype_of(name: str, wide: bool) -> numpy.dtype:
-    """The struct as NumPy sees it."""
+    """Return the NumPy dtype of a struct."""
     index, plain = index_dtype(wide), numpy.dtype(numpy.int32)
     fields = [
         (field, index if is_index else plain, (count,) if count else ())
@@ -52,31 +52,31 @@ def dtype_of(name: str, wide: bool) -> numpy.dtype:
 
 
 def struct(name: str, wide: bool, *values: Value) -> numpy.ndarray:
-    """The struct with these values, in the order of its fields: an array without axes, as CuPy passes by value."""
+    """Return a struct with these values, in the order of its fields, as a 0-d array, which CuPy passes by value."""
     value = numpy.array(values, dtype_of(name, wide))
     value.setflags(write=False)
     return value
 
 
 class Options(NamedTuple):
-    """The choices that a kernel is launched with. Activations are numbered as in activations.NAMES, from 1 on."""
+    """Options of a launch. Activations are numbered in the order of activations.NAMES, from 1 on; 0 is none."""
 
     first_conjugated: bool
-    first_derivative: int  # of the activation that the first operand is multiplied by
+    first_derivative: int  # number of the activation whose derivative multiplies the first operand
     second_conjugated: bool
     second_derivative: int
-    channels_innermost: bool  # of the array that decides which elements the threads of a warp meet
+    channels_innermost: bool  # of the array that determines which elements the threads of a warp access
     has_bias: bool = False
     activation: int = 0
-    fours: bool = False  # whether results may be added to four at a time
+    fours: bool = False  # whether additions to results are vectorized by 4
 
     def struct(self, wide: bool) -> numpy.ndarray:
-        """What the kernel takes."""
+        """Return the struct that the kernel takes."""
         return struct("Options", wide, *self)
 
 
 def text() -> str:
-    """The structs as CUDA sees them."""
+    """Return the declarations of the structs in CUDA."""
     lines = []
     for name, fields in _FIELDS.items():
         members = (

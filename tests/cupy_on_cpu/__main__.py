@@ -1,4 +1,4 @@
-"""Builds CuPy for the CPU, or runs a command with it: see the package's text."""
+"""Build CuPy for the CPU, or run a command with it; see the docstring of the package."""
 
 import argparse
 import contextlib
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def environment(folder, mode):
-    """That of a command: caches of its own, since nothing that it compiles would run on a GPU."""
+    """Return the environment of a command, with separate caches, since compiled kernels would not run on a GPU."""
     emulation, caches = settings.cache_folder() / "emulation", build.caches(folder, mode)
     emulation.mkdir(parents=True, exist_ok=True)
     (caches / "gpuconv").mkdir(parents=True, exist_ok=True)

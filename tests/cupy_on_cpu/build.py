@@ -1,8 +1,8 @@
-"""Makes the build: CuPy's wheel, its module of the runtime compiled anew, and our libraries in the place of NVIDIA's.
+"""Make the build: CuPy's wheel, its module of the runtime recompiled, and replacements of NVIDIA's libraries.
 
-The wheel links NVIDIA's runtime into five of its modules. cupy_backends.cuda.api.runtime is compiled from CuPy's own
-source against our libcudart; the other four are replaced (libraries/cub.pyx, replaced.py). All other libraries are
-loaded by name, and ours are found first.
+Five modules of the wheel are linked with NVIDIA's runtime. cupy_backends.cuda.api.runtime is compiled from CuPy's
+source against the libcudart of libraries/; the other four are replaced (libraries/cub.pyx, replaced.py). All other
+libraries are loaded by name, and those of libraries/ are found first.
 """
 
 import concurrent.futures
@@ -24,8 +24,8 @@ from tests.emulation import loader
 
 HERE = Path(__file__).parent
 LIBRARIES = HERE / "libraries"
-FOLDER = "GPUCONV_CUPY_ON_CPU"  # the environment variable that says to a process where the build is
-# The module sitecustomize of the build, with which every Python process of a command begins.
+FOLDER = "GPUCONV_CUPY_ON_CPU"  # the environment variable with the folder of the build
+# The module sitecustomize of the build, which every Python process of a command imports at startup.
 AT_THE_START = """from tests.cupy_on_cpu import install
 
 install.install()
@@ -33,7 +33,7 @@ install.install()
 TOOLS = ("cython>=3.1", "nvidia-cuda-runtime-cu12>=12.9,<13")
 COMPILED = {"runtime": "cupy_backends.cuda.api.runtime", "cub": "cupy.cuda.cub"}
 
-# Our libraries by soname: the prefix of their functions, and the status that says "not supported".
+# The replaced libraries by soname: the prefix of their functions, and their status for "not supported".
 SONAMES = {
     "libcudart.so.12": ("cuda", None),
     "libcuda.so.1": ("cu", 801),
@@ -48,26 +48,26 @@ SONAMES = {
 }
 
 
-# CuPy's sources are compiled for the CPU by a compiler that they were not written for.
+# Flags for CuPy's sources, which were not written for g++.
 OF_CUPY = ("-std=gnu++17", "-w", "-fpermissive", "-mf16c", "-O1", "-g0")
 
 
 class BuildError(RuntimeError):
-    """Why there is no build, in one line."""
+    """The reason why there is no build, in one line."""
 
 
 def cupy_flags():
-    """How g++ compiles CuPy's sources."""
+    """Return the flags with which g++ compiles CuPy's sources."""
     return (*loader.KERNEL, *OF_CUPY, *loader.machine_flags())
 
 
 def folder():
-    """The build that this process runs with."""
+    """Return the folder of the build that this process uses."""
     return Path(os.environ[FOLDER])
 
 
 def version_at_hand():
-    """The CuPy that is installed here."""
+    """Return the version of the installed CuPy."""
     try:
         return importlib.metadata.version("cupy-cuda12x")
     except importlib.metadata.PackageNotFoundError:
@@ -75,16 +75,19 @@ def version_at_hand():
 
 
 def place(version):
-    """The folder of a build: its name depends on CuPy's version, Python, the compiler and our sources."""
+    """Return the folder of a build; its name depends on the versions of CuPy, Python and g++, and on our sources."""
     sources = [path for path in HERE.rglob("*") if path.suffix in (".cpp", ".hpp", ".h", ".pyx")]
     sources += [HERE / "build.py", *(loader.FOLDER / name for name in ("parameter.hpp", "launch.hpp", "cuda.hpp"))]
-    flags = cupy_flags()  # of the precompiled header, which g++ silently passes over under other ones
+    flags = cupy_flags()  # g++ silently ignores a precompiled header that was made with other flags
     key = _key(version, sys.version, loader.compiler(), *flags, *_texts(sources))
     return settings.cache_folder() / "cupy_on_cpu" / f"{version}-{key}"
 
 
 def caches(target, mode):
-    """The folder for what is compiled with a build: CuPy and gpuconv know their own sources, but not our compiler."""
+    """Return the folder for the kernel caches of a build.
+
+    The keys of CuPy's and gpuconv's caches depend on their own sources, but not on compiler.py and tests/emulation.
+    """
     sources = [HERE / "compiler.py", *loader.FOLDER.iterdir()]
     return target.with_name(f"{target.name}-{_key(mode, *_texts(path for path in sources if path.is_file()))}")
 
@@ -98,7 +101,7 @@ def _key(*parts):
 
 
 def made(version):
-    """The folder of the build for a version of CuPy, which is made now if there is none."""
+    """Return the folder of the build for a version of CuPy, which is made if it is missing."""
     if reason := loader.why_not():
         raise BuildError(reason)
     target = place(version)
@@ -113,13 +116,13 @@ def made(version):
         _make(version, work, result)
         try:
             os.replace(result, target)
-        except OSError:  # another process was faster
+        except OSError:  # another process has made it meanwhile
             check(target)
     return target
 
 
 def check(target):
-    """BuildError where a file of ours is not what was built."""
+    """Raise BuildError if a file that was built here has changed."""
     try:
         digests = json.loads((target / "digests.json").read_text())
         damaged = [name for name, digest in digests.items() if _digest(target / name) != digest]
@@ -158,7 +161,7 @@ def _make(version, work, result):
 
 
 def _install(version, work, result):
-    """CuPy with what it needs beside NumPy, and the tools."""
+    """Install CuPy with its requirements except NumPy, and the tools."""
     site = result / "site"
     _pip("install", "--no-deps", "--target", site, f"cupy-cuda12x=={version}")
     (metadata,) = site.glob("cupy_cuda12x-*.dist-info/METADATA")
@@ -168,7 +171,7 @@ def _install(version, work, result):
 
 
 def _source(version, work):
-    """CuPy's source, whose installer is told that nothing is to be compiled."""
+    """Download and extract CuPy's source; its installer is told not to compile anything."""
     environment = {**os.environ, "CUPY_INSTALL_USE_STUB": "1"}
     _pip("download", "--no-deps", "--no-binary", "cupy", "-d", work, f"cupy=={version}", env=environment)
     with tarfile.open(work / f"cupy-{version}.tar.gz") as archive:
@@ -179,7 +182,7 @@ def _source(version, work):
 
 
 def _extension(stem, source, tools, work):
-    """The object file of a module that is compiled anew."""
+    """Compile a module of CuPy and return the object file."""
     name = COMPILED[stem]
     code, made_object = work / f"{stem}.cpp", work / f"{stem}.o"
     settings_of_cupy = {
@@ -215,7 +218,7 @@ def _host_headers(tools):
 
 
 def _library(path, tools, work):
-    """The object file of a library of ours."""
+    """Compile a library of libraries/ and return the object file."""
     flags = ("-std=c++17", "-O3", "-fPIC", "-Wall", *loader.machine_flags())
     include = (f"-I{loader.FOLDER}", *_host_headers(tools))
     _run("g++", *flags, *include, "-c", path, "-o", work / f"{path.stem}.o")
@@ -223,7 +226,7 @@ def _library(path, tools, work):
 
 
 def _needed(site, source, runtime):
-    """The functions of each library that CuPy calls."""
+    """Return the functions that CuPy calls, by library."""
     needed = {soname: set() for soname in SONAMES}
     needed["libcudart.so.12"] |= {name for name in _undefined(runtime) if name.startswith("cuda")}
     for module in site.rglob("*.so"):
@@ -231,7 +234,7 @@ def _needed(site, source, runtime):
             function, _, soname = name.partition("@")
             if soname in needed:
                 needed[soname].add(function)
-    for path in source.glob("cupy_backends/cuda/**/*.p[xy]*"):  # what is loaded by name
+    for path in source.glob("cupy_backends/cuda/**/*.p[xy]*"):  # functions that are loaded by name
         for soname, (prefix, _) in SONAMES.items():
             if f"'{prefix}'" in path.read_text():
                 names = re.findall(r"\.get\(f?'(\w+)(?:\{version\})?'\)", path.read_text())
@@ -244,7 +247,7 @@ def _undefined(path):
 
 
 def _link(soname, made_object, needed, work, folder):
-    """A library, with a refusal for each function that CuPy calls and that it does not have."""
+    """Link a library; functions that CuPy calls and that the library lacks return "not supported"."""
     _, status = SONAMES[soname]
     defined = _run("nm", "--defined-only", made_object).split() if made_object else ()
     lines = ['extern "C" {', "int emulated_refusal();"]
@@ -263,7 +266,7 @@ def _link(soname, made_object, needed, work, folder):
 
 
 def _headers(result):
-    """cupy.hpp, which is in front of every source of CuPy's, beside what g++ makes of it beforehand."""
+    """Copy the headers and precompile cupy.hpp, which is included before every source of CuPy."""
     headers = result / "headers"
     shutil.copytree(HERE / "kernel_headers", headers)
     for name in ("parameter.hpp", "cuda.hpp"):

@@ -1,4 +1,4 @@
-"""NVRTC on the CPU: a source becomes a library, made by g++ as tests/emulation makes it."""
+"""NVRTC on the CPU: g++ compiles a source to a library, as in tests/emulation."""
 
 import _thread
 import ctypes
@@ -10,12 +10,12 @@ from tests.cupy_on_cpu import build
 from tests.emulation import launcher, loader
 
 SUCCESS, INVALID_OPTION, COMPILATION = 0, 5, 6
-# The constructs of CUDA that no header can give a meaning to.
+# The constructs of CUDA that a header cannot define.
 DYNAMIC_SHARED = re.compile(r"extern\s+__shared__\s+([\w:<>\s]+?)\s*\b(\w+)\s*\[\s*\]\s*;")
 PRIMITIVES = re.compile(r'#line 1 "primitives\.cuh"\n.*?(?=#line 1 ")', re.DOTALL)
 TEMPLATE = re.compile(r"template\s*<[^{;]*$")
 
-# What ptxas says of a kernel, without its figures.
+# The output of ptxas for a kernel, with fixed numbers.
 PTXAS = """ptxas info    : Compiling entry function '{0}' for 'sm_90a'
 ptxas info    : Function properties for {0}
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
@@ -30,7 +30,7 @@ _COMPILE = ctypes.CFUNCTYPE(
 
 
 def install(nvrtc):
-    """Makes the library of NVRTC compile by this module."""
+    """Make the replacement of NVRTC compile by this module."""
     nvrtc.emulated_compiled.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_char_p)
     nvrtc.emulated_lowered.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p)
 
@@ -47,7 +47,7 @@ def install(nvrtc):
         except loader.BuildError as error:
             nvrtc.emulated_compiled(program, b"", 0, str(error).encode())
             return COMPILATION
-        except BaseException as error:  # which would be lost: nobody above catches it
+        except BaseException as error:  # it would be lost, since the caller is not Python
             if isinstance(error, KeyboardInterrupt):
                 _thread.interrupt_main()
             nvrtc.emulated_compiled(program, b"", 0, f"{type(error).__name__}: {error}".encode())
@@ -59,7 +59,7 @@ def install(nvrtc):
         return SUCCESS
 
     nvrtc.emulated_compiler(compile_program)
-    return compile_program  # which lives as long as somebody keeps it
+    return compile_program  # must be referenced as long as it may be called
 
 
 def _is_known(option):
@@ -70,7 +70,7 @@ def _is_known(option):
 
 
 def compiled(source, options, expressions, headers):
-    """The library's bytes; of PTX, which nothing here could run, a line that names the source."""
+    """Return the bytes of the library; for PTX, which cannot be run here, return a placeholder line."""
     if any("=compute_" in option for option in options):
         return b"// PTX of a source that is compiled by g++\n"
     if PRIMITIVES.search(source):
@@ -89,13 +89,13 @@ def _primitives():
 
 
 def _before(text, name):
-    """What stands before the declaration of a kernel, back to the end of what came before it."""
+    """Return the text before the declaration of a kernel, back to the end of the previous declaration."""
     declaration = re.search(rf"__global__[^;{{(]*?(?:__launch_bounds__\([^)]*\)\s*)?\b{name}\s*\(", text).start()
     return re.split(r"[;}]", text[:declaration])[-1]
 
 
 def _flags(options):
-    """Those that g++ understands."""
+    """Return the options that g++ accepts, in its spelling."""
     flags, taken = [], iter(options)
     for option in taken:
         if option in ("-I", "-D", "-U"):
@@ -106,7 +106,7 @@ def _flags(options):
             flags.append("-D" + option.partition("=")[2])
         elif option.startswith(("-I", "--include-path=")):
             folder = option.removeprefix("-I").removeprefix("--include-path=")
-            if not (Path(folder) / "cuda_runtime.h").exists():  # ours are in its place
+            if not (Path(folder) / "cuda_runtime.h").exists():  # replaced by kernel_headers/
                 flags.append("-I" + folder)
         elif "std=" in option:
             flags.append("-std=gnu++" + option.rpartition("c++")[2])
@@ -114,7 +114,7 @@ def _flags(options):
 
 
 def _built(text, flags, headers):
-    """What g++ makes of a source of CuPy's, whose own cache keeps it."""
+    """Return the library that g++ makes of a source of CuPy; CuPy caches it."""
     with tempfile.TemporaryDirectory() as folder:
         for name, content in {**headers, "kernels.cpp": text}.items():
             (Path(folder) / name).write_text(content)

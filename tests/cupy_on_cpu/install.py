@@ -1,4 +1,4 @@
-"""In a process of a command: the build in front of what ``import cupy`` would find."""
+"""Precedence of the build in ``import cupy``, in a process of a command."""
 
 import ctypes
 import importlib.util
@@ -8,11 +8,11 @@ from pathlib import Path
 
 from tests.cupy_on_cpu import build, replaced
 
-_kept = []  # what the libraries call
+_kept = []  # objects that the libraries call and that must stay referenced
 
 
 class _Finder:
-    """Finds the modules of CuPy that are not the wheel's."""
+    """Finder of the modules of CuPy that are not taken from the wheel."""
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("cupy", "cupy_backends", "cupyx") and not _kept:
@@ -33,7 +33,7 @@ def install():
 
 
 def _wants_nvidias_libraries(package):
-    """Whether it is a build of PyTorch with CUDA: libraries of ours have the names of some that it is linked with."""
+    """Return whether this is a PyTorch with CUDA: it is linked with libraries whose names the replacements have."""
     found = importlib.util.find_spec(package)
     return (
         found is not None and found.has_location and (Path(found.origin).parent / "lib" / "libtorch_cuda.so").exists()
@@ -41,8 +41,8 @@ def _wants_nvidias_libraries(package):
 
 
 def _load():
-    """Our libraries, by the names under which CuPy looks for NVIDIA's, and the functions of Python that they call."""
-    _kept.append(None)  # once, whatever comes of it
+    """Load the replacements under the names of NVIDIA's libraries, and register the Python functions that they call."""
+    _kept.append(None)  # only one attempt, even if it fails
     lib = build.folder() / "lib"
     libraries = {soname: ctypes.CDLL(str(lib / soname), mode=ctypes.RTLD_GLOBAL) for soname in build.SONAMES}
     from tests.cupy_on_cpu import compiler, modules

@@ -1,4 +1,4 @@
-"""What a driver does with compiled kernels, as far as it takes their source or their symbols."""
+"""The functions of the driver that need the source or the symbols of compiled kernels."""
 
 import _thread
 import ctypes
@@ -12,7 +12,7 @@ from gpuconv.gpu.compiler import elf_size
 from tests.cupy_on_cpu import loaded
 from tests.emulation import loader
 
-ELF = b"\x7fELF"  # how a file of this format begins
+ELF = b"\x7fELF"  # the first bytes of a file of this format
 SUCCESS, INVALID_IMAGE, FILE_NOT_FOUND, NOT_FOUND, UNKNOWN = 0, 200, 301, 500, 999
 
 
@@ -44,7 +44,7 @@ class _Hooks(ctypes.Structure):
 
 
 def _reported(function):
-    """The function with an error of the driver where it raises one, which would be lost: nobody above catches it."""
+    """Return a function that prints an exception, which its caller would lose, and returns an error of the driver."""
 
     @functools.wraps(function)
     def called(*arguments):
@@ -60,8 +60,8 @@ def _reported(function):
 
 
 def install(driver):
-    """Makes the library of the driver load modules by this one."""
-    libraries, by_handle = [None], {}  # a module is its number
+    """Make the replacement of the driver load modules by this module."""
+    libraries, by_handle = [None], {}  # the handle of a module is its index
     folder = tempfile.TemporaryDirectory(prefix="gpuconv-modules-")
 
     def add(image, module):
@@ -116,4 +116,4 @@ def install(driver):
     )
     hooks = _Hooks(_LOAD_FILE(load_file), _LOAD_DATA(load_data), _FIND(find), _LOCATE(locate), *emulator)
     driver.emulated_hooks(ctypes.byref(hooks))
-    return hooks  # which lives as long as somebody keeps it
+    return hooks  # must be referenced as long as it may be called

@@ -1,5 +1,7 @@
-"""Modules of CuPy that NVIDIA's runtime is linked into, which would find no device: sorting and random numbers are
-NumPy's, the rest refuses."""
+"""Replacements of modules of CuPy that are linked with NVIDIA's runtime, which would find no device.
+
+Sorting and random numbers are computed by NumPy; all other functions raise an error.
+"""
 
 import ctypes
 import importlib.machinery
@@ -11,7 +13,7 @@ NOT_SUPPORTED = 801  # cudaErrorNotSupported
 
 
 class _Refusal:
-    """A class, and a function, that raises CuPy's own error for what is not supported."""
+    """A class that can also stand for a function; a call raises CuPy's error for unsupported functions."""
 
     def __new__(cls, *arguments, **options):
         from cupy_backends.cuda.api import runtime
@@ -20,7 +22,7 @@ class _Refusal:
 
 
 def refusing(name):
-    """A module that has nothing but refusals."""
+    """Return a module in which every name is a :class:`_Refusal`."""
     module = types.ModuleType(name)
 
     def attribute(name):
@@ -33,7 +35,7 @@ def refusing(name):
 
 
 def thrust():
-    """cupy.cuda.thrust, by NumPy."""
+    """Return a replacement of cupy.cuda.thrust that uses NumPy."""
     module = refusing("cupy.cuda.thrust")
     module.available = True
     module.get_build_version = lambda: 200800
@@ -42,7 +44,7 @@ def thrust():
 
 
 def _array(pointer, dtype, shape):
-    """The device's memory as an array of NumPy, once all work is done."""
+    """Return device memory as a NumPy array, after all work has finished."""
     from cupy.cuda import runtime
 
     runtime.deviceSynchronize()
@@ -67,14 +69,14 @@ def _lexsort(dtype, indices, keys, count, length):
 
 
 def generator_api():
-    """cupy.random._generator_api, with NumPy's numbers in the place of cuRAND's."""
+    """Return a replacement of cupy.random._generator_api that draws NumPy's numbers instead of cuRAND's."""
     module = refusing("cupy.random._generator_api")
     module.Generator, module.init_curand = _Generator, lambda *_: None
     return module
 
 
 class _Generator:
-    """cupy.random.Generator."""
+    """A replacement of cupy.random.Generator."""
 
     def __init__(self, bit_generator):
         self.bit_generator = bit_generator
@@ -88,7 +90,7 @@ class _Generator:
 
 
 class _Made:
-    """A loader of a module that is there already."""
+    """A loader of an existing module."""
 
     def __init__(self, module):
         self.module = module
@@ -108,5 +110,5 @@ MODULES = {
 
 
 def spec(name):
-    """How a module of these is imported."""
+    """Return the import specification of one of MODULES."""
     return importlib.machinery.ModuleSpec(name, _Made(MODULES[name]()))

@@ -1,7 +1,7 @@
-"""Runs a program of the GPU campaign in small: ``python -m tests.cupy_on_cpu.small PROGRAM [ARGUMENTS]``.
+"""Run a program of the GPU campaign on a small scale: ``python -m tests.cupy_on_cpu.small PROGRAM [ARGUMENTS]``.
 
-Layers and matrices are tiny and samples few, but everything else is what runs on a GPU, so that no bug in it costs a
-GPU's minutes. PyTorch for the CPU takes part as the peer, on the memory of the emulated device.
+Layers and matrices are tiny and samples few, but everything else is the same as on a GPU, so that bugs are found before
+they cost time on a GPU. PyTorch for the CPU is the peer; it computes on the memory of the emulated device.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ SMALLER = {
 
 
 def tiny(case):
-    """A layer of the same kind, with few channels and small images."""
+    """Return a layer of the same kind with few channels and small images."""
     groups = min(case.groups, 2)
     depthwise = case.groups == case.channels
     channels = groups if depthwise else groups * min(case.channels // case.groups, 2)
@@ -38,7 +38,7 @@ def tiny(case):
 
 @contextlib.contextmanager
 def small():
-    """Suites of one tiny layer each, limits in no time."""
+    """Enter a context in which suites have one tiny layer each and limits are measured quickly."""
     suites = {name: tuple(map(tiny, cases[:LAYERS])) for name, cases in layers.suites().items()}
     with (
         mock.patch.object(layers, "suites", return_value=suites),
@@ -52,7 +52,7 @@ def small():
 
 @contextlib.contextmanager
 def torch_on_the_device():
-    """PyTorch for the CPU takes arrays of CuPy and gives some back: it computes on the device's memory at once."""
+    """Enter a context in which PyTorch for the CPU exchanges arrays with CuPy, and computes on device memory at once."""
     if importlib.util.find_spec("torch") is None:
         yield
         return
@@ -86,7 +86,7 @@ def main():
 
 
 def run(program):
-    """The main function of a file, which finds the files beside it, with what makes it small."""
+    """Run the main function of a file with its SMALLER constants; it can import the files next to it."""
     sys.path.insert(0, str(Path(program).parent))
     spec = importlib.util.spec_from_file_location(Path(program).stem, program)
     module = importlib.util.module_from_spec(spec)

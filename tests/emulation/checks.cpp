@@ -1,9 +1,9 @@
-// What a GPU does in silence: the checks of every load and store of a kernel that was compiled with
-// -fsanitize=thread,undefined. The compiler calls the hooks below; no sanitizer's own library is linked.
+// Checks of every load and store of a kernel, for errors that a GPU does not report. The kernel is compiled with
+// -fsanitize=thread,undefined, so that it calls the hooks below; the libraries of the sanitizers are not linked.
 //
-// Races are found by happens-before, with one vector clock for each warp. Barriers join the clocks of a block's warps;
-// __syncwarp() lets a warp's clock tick; blocks of one launch are never ordered. An access is stamped with its
-// thread, the clock of its warp, and its block's serial.
+// Races are detected by the happens-before relation, with one vector clock per warp. Barriers join the clocks of a
+// block's warps, __syncwarp() increments the clock of a warp, and blocks of one launch are never ordered. The record of
+// an access has its thread, the clock of its warp, and the serial number of its block.
 #include "runtime.hpp"
 
 #include <algorithm>
@@ -35,7 +35,7 @@ void order_warps(unsigned warps) {
         if (warps >> w & 1) std::copy(joined, joined + MOST_WARPS, g.seen[w]);
 }
 
-// Whether an access of this block or another comes before what the thread does now.
+// Returns whether an access of this block or another happens before the current access of the thread.
 static bool comes_before(uint32_t serial, int thread, uint32_t clock, int now) {
     if (serial < g.first_serial) return true;
     if (serial != g.serial) return false;
@@ -74,7 +74,7 @@ static void check_shadow(Region& region, uintptr_t a, size_t bytes, int kind, co
             report_race(kind, name_of(region, at), s.write_atomic ? "atomic update" : "write", s.write_thread, s.write_serial,
                         s.write_pc, pc);
         if (kind == READ) {
-            // Keep this reader and, of the two before, one that is not ordered before it, of another warp if there is one.
+            // Keep this reader and one of the previous two that is concurrent with it, preferably of another warp.
             Shadow::Reader &last = s.readers[0], &other = s.readers[1];
             const auto concurrent = [&](const Shadow::Reader& r) {
                 return r.serial >= g.first_serial && r.thread != me && !comes_before(r.serial, r.thread, r.clock, me);
@@ -98,7 +98,7 @@ static void check_shadow(Region& region, uintptr_t a, size_t bytes, int kind, co
     }
 }
 
-// The region of an access, or nullptr where it is no business of ours (local variables, constants).
+// Returns the region of an access, or nullptr if it is not checked (local variables, constants).
 static Region* region_of(uintptr_t a, size_t bytes, int kind, const void* pc) {
     if (a - uintptr_t(g.stacks) < MOST_THREADS * STACK) return nullptr;
     if (a - uintptr_t(&g) < sizeof g || a == uintptr_t(&emulated_thread)) return nullptr;  // threadIdx and the like
@@ -142,7 +142,7 @@ static Region* region_of(uintptr_t a, size_t bytes, int kind, const void* pc) {
                     std::to_string(nearest->high - nearest->low) + " bytes");
 }
 
-// Numbers in global memory are unset where they still hold what the host filled them with: NaN that no arithmetic makes.
+// Numbers in global memory are unset if they still hold the fill value of the host, a NaN that no arithmetic produces.
 static bool is_unset(const Region& region, uintptr_t a, size_t bytes) {
     if (region.element == 0) return false;
     for (uintptr_t e = a; e + region.element <= a + bytes; e += region.element) {
@@ -152,7 +152,7 @@ static bool is_unset(const Region& region, uintptr_t a, size_t bytes) {
     return false;
 }
 
-// The region of the access, or nullptr.
+// Checks an access and returns its region, or nullptr.
 Region* check_access(const void* address, size_t bytes, int kind, const void* pc, int thread) {
     check_time();
     const uintptr_t a = uintptr_t(address);
@@ -175,7 +175,7 @@ extern "C" void emulated_atomic(const void* address, size_t bytes, int count, co
     if (g.profiled) profile_access(address, bytes, ATOMIC, shared, pc, g.current->index);
 }
 
-// An asynchronous copy may not meet anyone from its start on, and writes when it is waited for.
+// An asynchronous copy must not conflict with any access after its start; its write takes place when it is waited for.
 void check_copy_started(const Copy& copy, int thread) {
     if (copy.present) check_access(copy.from, copy.present, READ, copy.pc, thread);
     Region* const region = region_of(uintptr_t(copy.to), copy.bytes, WRITE, copy.pc);
@@ -226,7 +226,7 @@ void __tsan_func_exit() {}
 void __tsan_init() {}
 }
 
-// The handlers of undefined behaviour get a record that begins with where it is in the source.
+// The argument of the handlers of undefined behaviour is a record that begins with the source location.
 struct SourceLocation {
     const char* file;
     uint32_t line, column;

@@ -1,5 +1,5 @@
-// CUDA C++ as g++ understands it: included in front of a kernel's source, so that a .cu file compiles for the CPU.
-// What has state lives in the runtime (runtime.hpp); here are keywords, built-in types, variables and functions.
+// CUDA C++ for g++: included before the source of a kernel, so that a .cu file compiles for the CPU. This file has the
+// keywords, built-in types, variables and functions; everything with state is in the runtime (runtime.hpp).
 #pragma once
 
 #include <cstddef>
@@ -10,11 +10,11 @@
 
 #include "parameter.hpp"
 
-// The emulator's own functions are not part of the kernel: they are neither checked nor blamed.
+// The functions of the emulator are not part of the kernel: they are not checked and not named in reports.
 #define EMULATED_UNCHECKED __attribute__((no_sanitize("thread", "undefined")))
 #define EMULATED_INLINE EMULATED_UNCHECKED static inline
 
-// Inlined, so that the address they return to is the kernel's line to blame.
+// Inlined, so that the return address of the functions that they call is in the line of the kernel to report.
 #define EMULATED_IN_PLACE __attribute__((always_inline)) inline
 
 // ---------------------------------------------------------------------------------------------- keywords
@@ -23,7 +23,7 @@
 #define __device__
 #define __host__
 #define __constant__ static
-#define __shared__ static  // blocks run one after the other, so one copy will do; the loader finds it by its symbol
+#define __shared__ static  // blocks run in sequence, so one copy suffices; the loader finds it by its symbol
 #define __grid_constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
@@ -52,7 +52,7 @@ struct Thread {
     dim3 block_dim, grid_dim;
 };
 
-// What a warp does together: every lane brings a record, and the last one to arrive runs the operation over all.
+// An operation of a warp: every lane contributes a record, and the last lane to arrive runs the operation on all.
 struct Lanes {
     unsigned mask;
     void* record[32];
@@ -60,7 +60,7 @@ struct Lanes {
 using Operation = void (*)(Lanes&);
 
 extern "C" {
-extern const Thread* emulated_thread;  // the one that runs now
+extern const Thread* emulated_thread;  // the current thread
 int emulated_barrier(const char* file, int line, int number, int kind, int predicate);
 void emulated_sync_warp(unsigned mask);
 void emulated_collective(unsigned mask, Operation operation, void* record, const char* name);
@@ -86,7 +86,7 @@ template <class T, int kind> EMULATED_UNCHECKED void shuffle_operation(Lanes& la
         if (kind == XOR && (lane ^ r.operand) < end) from = lane ^ r.operand;
         if (lanes.mask >> from & 1) {
             r.result = static_cast<ShuffleRecord<T>*>(lanes.record[from])->value;
-        } else {  // undefined on the GPU
+        } else {  // undefined on a GPU
             std::memset(static_cast<void*>(&r.result), 0xff, sizeof(T));
             emulated_complain("a shuffle reads a lane that is not in its mask");
         }
@@ -143,8 +143,8 @@ EMULATED_IN_PLACE int __any_sync(unsigned mask, int predicate) { return __ballot
 EMULATED_IN_PLACE int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 
 // ---------------------------------------------------------------------------------------------- atomic operations
-// One thread of the CPU runs all threads of the GPU, so a plain update is atomic. These are not inlined, and what they
-// return to is the line to blame.
+// One thread of the CPU runs all threads of the GPU, so an ordinary update is atomic. These functions are not inlined;
+// their return address is in the line to report.
 
 #define EMULATED_ATOMIC(name, updated)                                                                      \
     template <class T> __attribute__((no_sanitize("thread", "undefined"), noinline)) static                 \
@@ -208,7 +208,8 @@ template <class... A> struct Parameters {
 template <class... A> EMULATED_INLINE const Parameter* parameters(void (*)(A...)) { return Parameters<A...>::value; }
 }  // namespace emulated
 
-// What the loader calls: the kernel with its arguments behind pointers, and its parameters, one of 0 bytes at the end.
+// Functions for the loader: a call of the kernel with pointers to its arguments, and its parameters, terminated by one
+// of 0 bytes.
 #define EMULATED_ENTRY(kernel)                                                                              \
     extern "C" __attribute__((visibility("default"))) EMULATED_UNCHECKED                                    \
     void emulated_call_##kernel(void** arguments) { emulated::call(&kernel, arguments); }                   \

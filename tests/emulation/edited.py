@@ -1,4 +1,4 @@
-"""Kernels of the package compiled from other texts than those in kernels/."""
+"""Compilation of kernels of the package from texts other than those in kernels/."""
 
 import contextlib
 import re
@@ -10,7 +10,7 @@ from tests.emulation import loader
 
 @contextlib.contextmanager
 def edited(file, text):
-    """While it lasts, a file of kernels has this text."""
+    """Enter a context in which a file of kernels has this text."""
     read = kernel._read
     with mock.patch.object(kernel, "_read", lambda name: text if name == file else read(name)):
         _forget()
@@ -26,14 +26,14 @@ def _forget():
 
 
 def body_of(text, name):
-    """Where a kernel is in the text of its file, from its parameters to what follows it."""
+    """Return the start and the end of a kernel in the text of its file, from its name to the next kernel."""
     start = re.search(rf"\b{name}\(", text).start()
     following = text.find("__global__", start)
     return start, len(text) if following < 0 else following
 
 
 def replaced(file, name, right, wrong):
-    """The text of a file with one change in one kernel."""
+    """Return the text of a file with one change in one kernel."""
     text = (kernels_folder() / file).read_text()
     start, end = body_of(text, name)
     body = text[start:end]

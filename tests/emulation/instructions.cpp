@@ -1,4 +1,4 @@
-// Instructions that work on more than one thread's registers: asynchronous copies, matrix loads and matrix products.
+// Asynchronous copies and the instructions on registers of a whole warp: matrix loads and matrix products.
 #include "runtime.hpp"
 
 #include <cmath>
@@ -8,8 +8,8 @@ namespace emulated {
 static Runtime& g = runtime;
 
 // ---------------------------------------------------------------------------------------------- cp.async
-// Late copies happen at the last legal moment, when they are waited for, and early ones at once. Both are what a GPU
-// may do, and a program that is right only under one of them is wrong.
+// Late copies take place at the last legal moment, when they are waited for; early copies take place immediately. A GPU
+// may do either, so a program that is right only under one of them is wrong.
 
 static void perform(const Copy& copy) {
     memcpy(copy.to, copy.from, copy.present);
@@ -82,7 +82,7 @@ extern "C" void emulated_load_matrices(unsigned* result, const void* row, bool t
 }
 
 // ---------------------------------------------------------------------------------------------- mma.sync
-// Lane = 4 g + t. The fragments of primitives.cuh put together, multiplied, and taken apart again.
+// Lane = 4 g + t. The fragments of primitives.cuh are assembled to matrices, multiplied, and split again.
 
 struct ProductRecord {
     float* d;
@@ -92,15 +92,15 @@ struct ProductRecord {
 
 static float half_value(unsigned bits) { return float(emulated_bits<_Float16>(uint16_t(bits))); }
 static float bfloat16_value(unsigned bits) { return emulated_bits<float>(bits << 16); }
-static float tf32_value(unsigned bits) { return emulated_bits<float>(bits & 0xffffe000u); }  // the hardware drops the rest
+static float tf32_value(unsigned bits) { return emulated_bits<float>(bits & 0xffffe000u); }  // other bits are ignored
 
-// Sums are cut off, not rounded, where they leave the tensor cores' exact sum of products.
+// Tensor cores compute an exact sum of products and truncate it, rather than round it, to float32.
 static float cut_off(double sum) {
     const float nearest = float(sum);
     return std::fabs(double(nearest)) > std::fabs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
-// PACKED elements share a register; a row of a holds K, in halves of PACKED * 4 columns.
+// A register holds PACKED elements; a row of a has K elements, in halves of PACKED * 4 columns.
 template <int K, int PACKED, float (*value)(unsigned)> void multiply_16x8(Lanes& lanes) {
     constexpr int HALF = 4 * PACKED, HALVES = K / HALF;
     float a[16][K], b[K][8];

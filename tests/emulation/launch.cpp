@@ -1,4 +1,4 @@
-// A launch: arrays between pages that fault, handlers for faults, a time limit, and the blocks one after the other.
+// A launch: arrays between guard pages, handlers of page faults, a time limit, and the blocks run in sequence.
 #include "runtime.hpp"
 
 #include <algorithm>
@@ -49,7 +49,7 @@ static void on_fault(int signal, siginfo_t* info, void* context) {
     siglongjmp(out_of_launch, 1);
 }
 
-// In the kernel's own code the launch can be left at once; elsewhere the next check does it.
+// In the code of the kernel the launch can be ended immediately; elsewhere the next check ends it.
 static void on_time(int, siginfo_t*, void* context) {
     g.out_of_time = true;
     const uintptr_t pc = uintptr_t(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
@@ -59,7 +59,7 @@ static void on_time(int, siginfo_t*, void* context) {
     siglongjmp(out_of_launch, 1);
 }
 
-// For the duration of a launch: handlers on a stack of their own, and a timer for this thread.
+// For the duration of a launch: signal handlers on a separate stack, and a timer for this thread.
 class Guard {
     struct sigaction old_segv, old_bus, old_fpe, old_time;
     stack_t old_stack;
@@ -88,7 +88,7 @@ public:
         struct itimerspec limit{};
         limit.it_value.tv_sec = time_t(seconds);
         limit.it_value.tv_nsec = long((seconds - double(time_t(seconds))) * 1e9);
-        limit.it_interval.tv_nsec = 50'000'000;  // until it finds the kernel's own code
+        limit.it_interval.tv_nsec = 50'000'000;  // repeated until it interrupts the code of the kernel
         timer_settime(timer, 0, &limit, nullptr);
     }
     ~Guard() {
@@ -103,17 +103,17 @@ public:
 
 // ---------------------------------------------------------------------------------------------- launching
 
-// An array of the caller: its memory, what of it the kernel is given, and which argument it is.
+// An array of the caller: its memory, the pointer into it that the kernel receives, and the index of the argument.
 struct Argument {
     char* memory;
     size_t bytes;
-    ptrdiff_t origin;  // of the pointer that the kernel gets, within the memory
+    ptrdiff_t origin;  // offset within the memory of the pointer that the kernel receives
     const char* name;
     int slot, read_only;
     size_t element;
 };
 
-// A copy of an argument between pages that fault: right in front of one, or right behind one.
+// A copy of an argument between guard pages: immediately before one, or immediately after one.
 class Guarded {
     const Argument& argument;
     char* mapping;
@@ -125,7 +125,7 @@ public:
     void* pointer;
 
     Guarded(const Argument& a, bool at_end) : argument(a) {
-        const size_t offset = uintptr_t(a.memory) % 16;  // vector accesses see the alignment that the array has
+        const size_t offset = uintptr_t(a.memory) % 16;  // keeps the alignment of the array for vector accesses
         const size_t pages = (a.bytes + offset + 15 + PAGE) / PAGE * PAGE;
         mapped = pages + 2 * PAGE;
         mapping = static_cast<char*>(mmap(nullptr, mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
@@ -140,7 +140,7 @@ public:
     Guarded(const Guarded&) = delete;
     ~Guarded() { munmap(mapping, mapped); }
 
-    // Back to the caller, unless something is wrong: then the report comes before the numbers.
+    // Copies the result back to the caller, unless there is an error, which is reported instead.
     void finish() {
         for (char* p = mapping + PAGE; p < mapping + mapped - PAGE; ++p)
             if ((p < copy || p >= copy + argument.bytes) && (unsigned char)(*p) != UNSET) {
@@ -209,7 +209,7 @@ Library* emulated_library(uintptr_t low, uintptr_t high, int checked, int count,
     return library;
 }
 
-// Runs a grid on memory that it may use, and returns how many reports there are.
+// Runs a grid on regions of memory that it may access, and returns the number of reports.
 int emulated_run(Library* library, void (*entry)(void**), const unsigned* grid, const unsigned* block, size_t shared_bytes,
                  void** arguments, Region** regions, int count, const LaunchOptions* options) {
     allocate();
@@ -234,7 +234,7 @@ int emulated_run(Library* library, void (*entry)(void**), const unsigned* grid, 
     return int(g.reports.size());
 }
 
-// The same on copies of arrays of the caller, each between pages that fault.
+// The same on copies of the caller's arrays, each between guard pages.
 int emulated_launch(Library* library, void (*entry)(void**), const unsigned* grid, const unsigned* block,
                     size_t shared_bytes, void** arguments, const Argument* given, int count, const LaunchOptions* options) {
     std::vector<Guarded*> guarded;

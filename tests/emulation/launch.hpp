@@ -1,4 +1,4 @@
-// What a launch is given: memory, a library of kernels, and how to run.
+// The inputs of a launch: memory, a library of kernels, and options.
 #pragma once
 
 #include <cstddef>
@@ -11,24 +11,24 @@
 namespace emulated {
 
 constexpr size_t PAGE = 4096;
-constexpr unsigned char UNSET = 0xff;  // fills what nobody has written: NaN in every float format
+constexpr unsigned char UNSET = 0xff;  // fills unwritten memory: NaN in every float format
 
-// What happened last to two neighbouring bytes. Serials count blocks over all launches; 0: nothing happened.
+// The last accesses to two adjacent bytes. Serial numbers count the blocks of all launches; 0: no access.
 struct Shadow {
     uint32_t write_serial, write_clock, write_pc;
     uint16_t write_thread;
     bool write_atomic;
-    uint32_t in_flight;  // serial of the block that has started an asynchronous copy into it
+    uint32_t in_flight;  // serial number of the block with a pending asynchronous copy to these bytes
     struct Reader { uint32_t serial, clock, pc; uint16_t thread; } readers[2];
 };
-constexpr int GRANULE = 2;  // bytes: elements of one byte that lie side by side count as one
+constexpr int GRANULE = 2;  // bytes: two adjacent elements of one byte count as one
 
-// Memory that a kernel may use: an array, the static shared memory, or the dynamic one.
+// Memory that a kernel may access: an array, the static or the dynamic shared memory.
 struct Region {
     uintptr_t low, high;
     std::string name;
     bool shared, read_only;
-    size_t element;  // bytes of a floating-point number, which tells what is unset; 0: other numbers
+    size_t element;  // bytes of a floating-point number, used to detect unset numbers; 0: other numbers
     std::vector<Shadow> shadow;
     bool contains(uintptr_t a) const { return a >= low && a < high; }
 };
@@ -38,7 +38,7 @@ struct SharedArray {
     std::string name;
 };
 
-// A library of kernels as it lies in memory.
+// The addresses of a loaded library of kernels.
 struct Library {
     uintptr_t low, high;
     bool checked;

@@ -1,4 +1,4 @@
-"""Launching kernels on the CPU: the same arguments as on a GPU, on NumPy's arrays."""
+"""Launches of kernels on the CPU: with the same arguments as on a GPU, on NumPy arrays."""
 
 import contextlib
 import ctypes
@@ -17,18 +17,18 @@ from gpuconv.gpu.launch import check
 from tests.emulation import loader
 
 ORDERS = ("natural", "reverse", "random")
-SECONDS = 30.0  # that a launch may take
+SECONDS = 30.0  # the time limit of a launch
 STATIC_MEMORY = 48 << 10  # bytes of shared memory that a kernel may declare
-SHARED_MEMORY = 227 << 10  # bytes that a block may ask for in all, on sm_90
+SHARED_MEMORY = 227 << 10  # bytes that a block may use in total, on sm_90
 
-_one_at_a_time = threading.Lock()  # the runtime is one for all threads
+_one_at_a_time = threading.Lock()  # all threads share the state of the runtime
 
 
 class Options:
-    """How launches run: the mode, the order of threads and blocks, when asynchronous copies happen, the time limit.
+    """The options of launches: mode, order of threads and blocks, time of asynchronous copies, time limit.
 
-    Without an order each launch takes the next of the three. ``launches`` lists what ran, with its atomics and, where
-    it is profiled (in checked mode), with its memory accesses.
+    If ``order`` is None, the launches cycle through the three orders. ``launches`` lists the launches, with their
+    atomic operations and, if they are profiled (in checked mode), with their memory accesses.
     """
 
     def __init__(self):
@@ -44,7 +44,7 @@ options = Options()
 
 @contextlib.contextmanager
 def using(**changes):
-    """Other options for a while; gives the list of the launches made meanwhile."""
+    """Enter a context with other options; its value is the list of the launches made in it."""
     before = {name: getattr(options, name) for name in (*changes, "launches")}
     options.launches = []
     for name, value in changes.items():
@@ -57,7 +57,7 @@ def using(**changes):
 
 
 class Access(NamedTuple):
-    """What the memory requests of one instruction cost, in wavefronts (shared) or sectors (global); see profile.cpp."""
+    """The cost of an instruction's memory requests, in wavefronts (shared) or sectors (global); see profile.cpp."""
 
     line: str  # "scatter.cu:27"
     memory: str  # "shared" or "global"
@@ -65,11 +65,11 @@ class Access(NamedTuple):
     width: int  # bytes of one lane
     requests: int
     cost: int
-    least: int  # without bank conflicts; in as few sectors as hold the bytes
+    least: int  # the cost without bank conflicts, or in the fewest sectors that hold the bytes
 
 
 class Launch(NamedTuple):
-    """What is remembered of a launch."""
+    """The record of a launch."""
 
     name: str
     grid: int | tuple
@@ -101,13 +101,13 @@ class LaunchOptions(ctypes.Structure):
 
 
 def prepared(kernel, grid, block, arguments, shared_memory=0):
-    """What a backend has in the place of gpuconv.gpu.launch.prepared."""
+    """Return a function that launches a kernel; the emulator's replacement of gpuconv.gpu.launch.prepared."""
     check(kernel, grid, arguments)
     return functools.partial(_launch, kernel, grid, block, shared_memory)
 
 
 def _launch(kernel, grid, block, shared_memory, *arguments):
-    """Runs a kernel of the package; EmulationError says what it did wrong, and where."""
+    """Run a kernel of the package; raise EmulationError with its errors and their source lines."""
     __tracebackhide__ = True
     library = loader.library_for(kernel.module, options.mode)
     names = parameters(kernel.module.stem, kernel.name)
@@ -115,7 +115,7 @@ def _launch(kernel, grid, block, shared_memory, *arguments):
 
 
 def run(library, name, grid, block, arguments, shared_memory=0, names=None):
-    """Runs a kernel of any library. ``names`` has the name of each parameter, and whether it is only read."""
+    """Run a kernel of any library. ``names`` has the name of each parameter, and whether it is read-only."""
     __tracebackhide__ = True
     entry, declared = library.kernel(name)
     sizes = [parameter.bytes for parameter in itertools.takewhile(lambda one: one.bytes, declared)]
@@ -166,12 +166,12 @@ def _accesses(library, text):
 
 
 def _element(dtype):
-    """The bytes of one floating-point number, half a complex one; 0 for other numbers."""
+    """Return the bytes of a floating-point number or of the real part of a complex one; 0 for other numbers."""
     return {"f": dtype.itemsize, "c": dtype.itemsize // 2, "V": dtype.itemsize}.get(dtype.kind, 0)
 
 
 def _aligned(value):
-    """The bytes in memory that a struct of any alignment may lie in."""
+    """Return a copy of the bytes in memory that is aligned for any struct."""
     memory = (ctypes.c_char * (len(value) + 64))()
     aligned = (ctypes.c_char * len(value)).from_buffer(memory, -ctypes.addressof(memory) % 64)
     aligned.raw = value
@@ -179,7 +179,7 @@ def _aligned(value):
 
 
 class _Numpy(types.ModuleType):
-    """NumPy, but for new memory: it is filled with NaN, so that what nobody sets is noticed."""
+    """NumPy, except that new memory is filled with NaN, so that missing writes are detected."""
 
     def __getattr__(self, name):
         return getattr(np, name)

@@ -1,7 +1,7 @@
-"""From a kernel's source to a library of the CPU: g++, and a cache of what it built.
+"""Compilation of kernels to libraries for the CPU by g++, with a cache of the libraries.
 
-Fast mode is fast to compile and to run; what it finds, guard pages and unset memory find. Checked mode lets the
-compiler call the hooks of checks.cpp at every load and store.
+Fast mode is fast to compile and to run; it detects errors by guard pages and by memory filled with NaN. In checked mode
+the compiler inserts a call of the hooks of checks.cpp at every load and store.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ COMMON = (
     "-std=c++17",
     "-fPIC",
     "-g1",
-    "-fno-var-tracking",  # of which lines need nothing
+    "-fno-var-tracking",  # source lines do not need it
     "-gdwarf-4",  # with version 5 addr2line may name the wrong file
     "-fno-gnu-unique",
     "-fno-strict-aliasing",
@@ -34,7 +34,7 @@ COMMON = (
     "-Wno-unknown-pragmas",
     "-Wno-psabi",
 )
-# Unset local variables hold a pattern, not what lay there before by luck.
+# Uninitialized local variables hold a pattern, not a previous value that may be right by chance.
 KERNEL = (
     *COMMON,
     "-fvisibility=hidden",
@@ -45,9 +45,9 @@ KERNEL = (
     "-Wno-attributes",
 )
 MODES = {
-    "fast": ("-Og",),  # with -O2 kernels run a sixth faster, but take half as long again to compile
+    "fast": ("-Og",),  # with -O2 kernels run a sixth faster, but compile half as long again
     "optimized": ("-O2",),
-    "debug": ("-O0", "-g3"),  # to step through
+    "debug": ("-O0", "-g3"),  # for a debugger
     "checked": (
         "-O1",
         "-fno-tree-sra",  # else a float4 is loaded in four parts, and its alignment goes unchecked
@@ -59,15 +59,15 @@ MODES = {
 
 
 class BuildError(RuntimeError):
-    """What g++ said of a source that it does not compile."""
+    """The errors of g++ for a source that does not compile."""
 
 
 class EmulationError(RuntimeError):
-    """What a launch did wrong: one line for each report, with source lines."""
+    """The errors of a launch: one line per report, with source lines."""
 
 
 def why_not():
-    """The reason why kernels cannot run on this machine's CPU, or None."""
+    """Return the reason why kernels cannot run on this machine's CPU, or None."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return f"kernels run on the CPU of x86-64 Linux only, and this is {platform.machine()} {sys.platform}"
     for program in ("g++", "nm", "addr2line"):
@@ -78,7 +78,7 @@ def why_not():
 
 @functools.cache
 def machine_flags():
-    """Fused multiply-adds, where the processor has them: a GPU has them too."""
+    """Return the flags that enable fused multiply-adds, as on a GPU, if the processor has them."""
     with open("/proc/cpuinfo") as facts:
         flags = next((line.split() for line in facts if line.startswith("flags")), [])
     return ("-march=x86-64-v3",) if {"avx2", "fma", "bmi2", "movbe"} <= set(flags) else ()
@@ -90,15 +90,15 @@ def compiler():
 
 
 def run(*command):
-    done = subprocess.run(command, capture_output=True, encoding="utf-8")  # in which g++ quotes
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")  # g++ prints quotation marks in UTF-8
     if done.returncode:
         raise BuildError(f"{' '.join(map(str, command[:3]))} ... failed:\n{done.stderr}")
     return done.stdout
 
 
 def _built(parts, build):
-    """The library of these parts, built now if it is not there: written under another name, and renamed."""
-    import fcntl  # which only the systems have that run kernels
+    """Return the path of the library with these parts; if it is missing, it is built elsewhere, then renamed."""
+    import fcntl  # missing on systems that cannot run kernels
 
     key = hashlib.sha256("\0".join((*parts, *machine_flags(), compiler())).encode()).hexdigest()[:24]
     folder = settings.cache_folder() / "emulation"
@@ -107,7 +107,7 @@ def _built(parts, build):
         return path
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{key[:2]}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until another thread or process has built it
+        fcntl.flock(lock, fcntl.LOCK_EX)  # waits until another thread or process has built it
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 build(Path(scratch))
@@ -117,7 +117,7 @@ def _built(parts, build):
 
 @functools.cache
 def runtime():
-    """The emulator itself, loaded."""
+    """Return the loaded library of the emulator itself."""
     parts = ("scheduler.cpp", "launch.cpp", "checks.cpp", "profile.cpp", "instructions.cpp")
     names = ("parameter.hpp", "cuda.hpp", "launch.hpp", "runtime.hpp", *parts)
     flags = (*COMMON, "-g", "-O2", "-Wextra", "-shared", "-Wl,-Bsymbolic")
@@ -127,7 +127,7 @@ def runtime():
         run("g++", *flags, *machine_flags(), "-o", folder / "library.so", *sources)
 
     path = _built((*flags, *((FOLDER / name).read_text() for name in names)), build)
-    library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)  # kernels find its functions wherever it lies
+    library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)  # kernels resolve its functions by their names
     library.emulated_library.restype = ctypes.c_void_p
     library.emulated_report.restype = ctypes.c_char_p
     library.emulated_profile.restype = ctypes.c_char_p
@@ -136,7 +136,7 @@ def runtime():
 
 
 def library_file(text, mode):
-    """The library of the kernels of one source text, compiled in one mode."""
+    """Return the path of the library of the kernels of a source text, compiled in a mode."""
     entries = "".join(f"EMULATED_ENTRY({name})\n" for name in kernel_names(text))
     content = f'{text}\n#line 1 "entries"\n{entries}'
     flags = (*KERNEL, *MODES[mode])
@@ -153,12 +153,12 @@ def library_file(text, mode):
 
 
 def library_of(text, mode):
-    """The library of a source text."""
+    """Return the library of a source text."""
     return Library(library_file(text, mode), mode)
 
 
 class Parameter(ctypes.Structure):
-    """A parameter of a kernel, as cuda.hpp has it."""
+    """A parameter of a kernel; the struct of parameter.hpp."""
 
     _fields_ = tuple((name, ctypes.c_uint) for name in ("bytes", "is_pointer", "is_constant", "element"))
 
@@ -172,17 +172,17 @@ class Library:
         self.handle = self._register()
 
     def kernel(self, name):
-        """The address of the function that calls a kernel, and the kernel's parameters, one of 0 bytes at the end."""
+        """Return the address of the function that calls a kernel, and the parameters, terminated by one of 0 bytes."""
         parameters = getattr(self._library, f"emulated_parameters_{name}")
         parameters.restype = ctypes.POINTER(Parameter)
         return ctypes.cast(getattr(self._library, f"emulated_call_{name}"), ctypes.c_void_p), parameters()
 
     def static_memory(self, name):
-        """The bytes of shared memory that a kernel declares."""
+        """Return the bytes of shared memory that a kernel declares."""
         return sum(size for _, size, array in self._arrays if re.match(rf"{name}\b", array))
 
     def _register(self):
-        """Tells the runtime where the library lies, and where its shared arrays are: statics of functions."""
+        """Register the addresses of the library and of its shared arrays (static variables) with the runtime."""
         self._arrays, self.names, end = [], [], 0
         for line in run("nm", "-C", "-S", "--defined-only", self.path).splitlines():
             address, size, kind, name = re.fullmatch(r"(\w+) (?:(\w+) )?(\w) (.*)", line).groups()
@@ -200,18 +200,18 @@ class Library:
         return ctypes.c_void_p(runtime().emulated_library(low, high, checked, count, offsets, sizes, names))
 
     def located(self, text):
-        """The text of a report with its addresses as source lines."""
+        """Return the text of a report with its addresses replaced by source lines."""
         return re.sub(r"\{(0x[0-9a-f]+)\}", lambda match: self._line(int(match[1], 16)), text)
 
     def _line(self, offset):
-        """The kernel's line, and in brackets that of the innermost function that it calls there."""
+        """Return the line of the kernel, and in parentheses that of the innermost function called there."""
         frames = self.frames(offset)
         kernels = [line for line in frames if ".cu:" in line]
         outermost = kernels[-1] if kernels else frames[0]
         return outermost if outermost == frames[0] else f"{outermost} ({frames[0]})"
 
     def frames(self, offset):
-        """The source lines of the instruction before an address, from the innermost function outwards."""
+        """Return the source lines of the instruction before an address, from the innermost function outwards."""
         return _frames(self.path, offset - 1)
 
 
@@ -232,7 +232,7 @@ class _DlInfo(ctypes.Structure):
 
 
 def _base_of(function):
-    """Where the library of a function begins in memory."""
+    """Return the base address of the library that contains a function."""
     info = _DlInfo()
     found = ctypes.CDLL(None).dladdr(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(info))
     assert found, "dladdr knows every loaded function"
@@ -240,16 +240,16 @@ def _base_of(function):
 
 
 def kernel_names(text):
-    """The kernels that a source defines."""
+    """Return the names of the kernels that a source defines."""
     return re.findall(r"__global__[^;{(]*?(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(", text)
 
 
 @functools.cache
 def library_for(module, mode):
-    """The library of a module of the package."""
+    """Return the library of a module of the package."""
     return library_of(emulated_source(module), mode)
 
 
 def emulated_source(module):
-    """The text of a module with the CPU's primitives in it."""
+    """Return the source of a module with the primitives for the CPU."""
     return source(module, (FOLDER / "primitives.hpp").read_text())

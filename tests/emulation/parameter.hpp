@@ -1,4 +1,4 @@
-// A parameter of a kernel; `element` is the bytes of a floating-point number that it points to, 0 for other numbers.
+// A parameter of a kernel. `element` is the size in bytes of the floating-point numbers it points to, or 0.
 #pragma once
 
 namespace emulated {

@@ -1,4 +1,4 @@
-"""Small kernels for the tests of the emulator: written in a test, run on the CPU."""
+"""Small kernels for the tests of the emulator: their source is in a test, and they run on the CPU."""
 
 import functools
 
@@ -12,7 +12,7 @@ def library(body, mode):
 
 
 def launch(body, arguments, grid=1, block=32, mode="fast", shared_memory=0, **how):
-    """Runs the kernel of a source of one kernel; gives what is remembered of the launch."""
+    """Run the only kernel of a source and return the record of the launch."""
     compiled = library(body, mode)
     (name,) = loader.kernel_names(body)
     declared = body[body.index(name) :].partition("(")[2].partition(")")[0].split(",")
@@ -23,11 +23,11 @@ def launch(body, arguments, grid=1, block=32, mode="fast", shared_memory=0, **ho
 
 
 def kernel(parameters, body):
-    """A kernel's source; the body begins in line 2."""
+    """Return the source of a kernel; its body begins in line 2."""
     return f'extern "C" __global__ void planted({parameters}) {{\n{body}\n}}'
 
 
-# The body of a kernel that copies x into shared memory; {wait} is where it should wait.
+# The body of a kernel that copies x into shared memory; {wait} is replaced by the statement that waits for the copies.
 COPY = """__shared__ __align__(16) float tile[128];
         copy_async<16>(&tile[4 * threadIdx.x], &x[4 * threadIdx.x], threadIdx.x < 20 ? 16 : 4);
         copy_async_commit();

@@ -1,6 +1,6 @@
-// The CPU's side of kernels/primitives.cuh: the same types and functions, in the place of its PTX.
+// The types and functions of kernels/primitives.cuh for the CPU, without PTX.
 
-#define __CUDA_ARCH__ 900  // which is emulated
+#define __CUDA_ARCH__ 900  // the emulated architecture
 #define DEVICE EMULATED_IN_PLACE
 #define DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(emulated::emulated_dynamic_shared())
 
@@ -29,7 +29,7 @@ enum ProductKind { F16_K8, F16_K16, BF16_K16, TF32_K8 };
 }  // namespace emulated
 
 // ---------------------------------------------------------------------------------------------- functions
-// By their built-in names: to read <cmath> takes g++ about as long as to compile a small kernel.
+// The built-in names are used because g++ takes about as long to read <cmath> as to compile a small kernel.
 
 EMULATED_INLINE float exp(float v) { return __builtin_expf(v); }
 EMULATED_INLINE float tanh(float v) { return __builtin_tanhf(v); }
@@ -49,7 +49,7 @@ EMULATED_INLINE bfloat16 to_bfloat16(float f) {
     const bool up = cut > 0x8000u || (cut == 0x8000u && odd);
     return {static_cast<unsigned short>((u >> 16) + up)};
 }
-// What the instruction makes of a NaN whose bits are all beyond TF32's is not documented; here it becomes Inf.
+// The result of the instruction for a NaN whose set bits are all below those of TF32 is undocumented; here it is Inf.
 EMULATED_INLINE unsigned to_tf32(float f) {
     const unsigned u = __float_as_uint(f);
     return __builtin_isfinite(f) ? (u + 0x1000u) & 0xffffe000u : u & 0xffffe000u;  // to the nearest, ties away from zero

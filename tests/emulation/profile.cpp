@@ -1,8 +1,8 @@
-// A model of what memory accesses cost: the k-th execution of an instruction by the lanes of a warp is one request.
+// A model of the cost of memory accesses: the k-th execution of an instruction by the lanes of a warp is one request.
 //
-// Shared memory has 32 banks of 4 bytes: a request takes as many wavefronts as one bank has different words in it, and
-// lanes that together want more than 128 bytes go in groups of 32 lanes of 4 bytes, 16 of 8 or 8 of 16. Global memory
-// is read and written in sectors of 32 bytes. Access widths are those of the CPU's compiler, so this is no measurement.
+// Shared memory has 32 banks of 4 bytes. A request takes as many wavefronts as the largest number of different words in
+// one bank; a request for more than 128 bytes is split into groups of 32 lanes of 4 bytes, 16 of 8 or 8 of 16. Global
+// memory is accessed in sectors of 32 bytes. Access widths are those of the CPU's compiler, so this is no measurement.
 #include "runtime.hpp"
 
 #include <algorithm>
@@ -22,7 +22,7 @@ struct Request {
     uintptr_t address[32];
 };
 
-// The requests of one warp that still wait for lanes; `first` is the number of the oldest one.
+// The requests of one warp that are still incomplete; `first` is the number of the oldest one.
 struct Open {
     std::deque<Request> requests;
     uint64_t first, count[32];
@@ -30,7 +30,7 @@ struct Open {
 
 struct Place {
     const void* pc;
-    int part;  // of an access of more than 16 bytes, which a GPU makes in several
+    int part;  // index within an access of more than 16 bytes, which a GPU splits
     bool shared;
     bool operator<(const Place& other) const {
         return std::tie(pc, part, shared) < std::tie(other.pc, other.part, other.shared);
@@ -46,7 +46,7 @@ struct Site {
 
 std::map<Place, Site> sites;
 
-// Wavefronts, and how many there would be without bank conflicts.
+// Returns the wavefronts of a request, and their number without bank conflicts.
 std::pair<uint64_t, uint64_t> wavefronts(const Request& request, size_t bytes) {
     const int group = bytes <= 4 ? 32 : int(128 / bytes);
     uint64_t cost = 0, least = 0;
@@ -65,7 +65,7 @@ std::pair<uint64_t, uint64_t> wavefronts(const Request& request, size_t bytes) {
     return {cost, least};
 }
 
-// Sectors, and into how few its different bytes would fit.
+// Returns the sectors of a request, and the fewest sectors that hold its distinct bytes.
 std::pair<uint64_t, uint64_t> sectors(const Request& request, size_t bytes) {
     std::set<uintptr_t> touched, pieces;
     for (int lane = 0; lane < 32; ++lane)
@@ -108,7 +108,7 @@ void profile_access(const void* address, size_t bytes, int kind, bool shared, co
         profile_part(uintptr_t(address) + done, std::min<size_t>(bytes - done, 16), kind, {pc, int(done / 16), shared}, thread);
 }
 
-// At the end of a block nobody comes any more.
+// At the end of a block no further lane can join a request.
 void profile_block_end() {
     for (auto& [place, site] : sites)
         for (Open& open : site.open) {
@@ -120,7 +120,7 @@ void profile_block_end() {
 
 void profile_start() { sites.clear(); }
 
-// A line for each instruction: where, in which memory, what, how wide, requests, cost, least cost.
+// Returns one line per instruction: address, memory, kind, width, requests, cost, least cost.
 std::string profile_text() {
     std::string text;
     for (const auto& [place, site] : sites) {

@@ -1,4 +1,4 @@
-// The emulator's state, shared by scheduler.cpp, launch.cpp, checks.cpp, profile.cpp and instructions.cpp.
+// The state of the emulator, shared by scheduler.cpp, launch.cpp, checks.cpp, profile.cpp and instructions.cpp.
 #pragma once
 
 #include "cuda.hpp"
@@ -24,13 +24,13 @@ struct Copy {
     const void* pc;
 };
 
-// A thread of the GPU: a stack, and where it is.
+// A thread of the GPU: its stack and its state.
 struct Fiber {
     Thread view;
-    void* stack_pointer;  // nullptr: it has not begun
+    void* stack_pointer;  // nullptr: not started
     State state;
     int index, lane, warp;
-    const char* waits_for;  // and where: a file and line, or the code's address
+    const char* waits_for;  // where it waits: a file and line, or a code address
     const char* file;
     int line;
     const void* pc;
@@ -48,7 +48,7 @@ struct Rendezvous {
 
 struct Warp {
     std::vector<Rendezvous> active;
-    unsigned present, live;  // lanes that the block has, and those that have not returned
+    unsigned present, live;  // lanes of the block, and those that have not returned
 };
 
 struct Runtime {
@@ -82,26 +82,26 @@ struct Runtime {
     std::vector<std::string> reports;
     uint64_t global_atomics;
 
-    uint32_t serial, first_serial;                     // of the block that runs, and of the launch's first one
+    uint32_t serial, first_serial;                     // of the current block, and of the first block of the launch
     uint32_t clock[MOST_WARPS], seen[MOST_WARPS][MOST_WARPS];  // happens-before, warp by warp
 };
 extern Runtime runtime;
 
 // scheduler.cpp
 uint64_t next_random();
-void report(const void* pc, const char* kind, const std::string& text);  // once for each kind and place
+void report(const void* pc, const char* kind, const std::string& text);  // once per kind and place
 [[noreturn]] void give_up(const void* pc, const std::string& text);       // ends the launch
 std::string name_of(const Fiber& fiber);
 std::string place(const void* pc);
 void check_time();
 constexpr const char* OUT_OF_TIME = "the launch takes longer than its time limit";
-// The lanes of the mask, but for those that the block does not have, meet here; pc is the kernel's line to blame.
+// Synchronizes the lanes of the mask that exist in the block; pc is in the line of the kernel to report.
 void meet_in_warp(unsigned mask, Operation operation, void* record, const char* name, const void* pc);
 void run_block(uint3 block, const Thread& launch);
 
 // checks.cpp
 void prepare_checks();
-void order_warps(unsigned warps);  // everything these warps did comes before what they do next
+void order_warps(unsigned warps);  // all earlier accesses of these warps happen before their later ones
 Region* check_access(const void* address, size_t bytes, int kind, const void* pc, int thread);
 void check_copy_started(const Copy& copy, int thread);
 void check_copy_done(const Copy& copy, int thread);

@@ -1,5 +1,5 @@
-// Threads as fibers: a block's threads take turns on one thread of the CPU, each running until it has to wait.
-// Blocks run one after the other. Which thread and which block comes next is natural, reversed or drawn at random.
+// GPU threads as fibers: the threads of a block share one thread of the CPU, and each runs until it has to wait. Blocks
+// run in sequence. The order of threads and blocks is natural, reversed or random.
 #include "runtime.hpp"
 
 #include <algorithm>
@@ -14,7 +14,7 @@ static Runtime& g = runtime;
 extern "C" {
 const Thread* emulated_thread = nullptr;
 
-// Saves the registers that a called function must keep, changes stacks, and restores them.
+// Saves the callee-saved registers, switches stacks, and restores the registers.
 void emulated_switch(void** from, void* to);
 asm(R"(
 .text
@@ -59,7 +59,7 @@ std::string name_of(const Fiber& fiber) {
     return text;
 }
 
-// The loader finds the source line of an address in the kernels' library.
+// Formats an address in the library of the kernels; the loader replaces it by its source line.
 std::string place(const void* pc) {
     const uintptr_t a = uintptr_t(pc);
     if (!g.library || a < g.library->low || a >= g.library->high) return "";
@@ -93,7 +93,7 @@ void give_up(const void* pc, const std::string& text) {
 
 extern "C" void emulated_complain(const char* text) { report(__builtin_return_address(0), "complaint", text); }
 
-// ---------------------------------------------------------------------------------------------- taking turns
+// ---------------------------------------------------------------------------------------------- scheduling
 
 void check_time() {
     if (g.out_of_time) give_up(nullptr, OUT_OF_TIME);
@@ -117,7 +117,7 @@ static std::string waiting_place(const Fiber& fiber) {
     return std::string(fiber.waits_for) + " at " + (slash ? slash + 1 : fiber.file) + ":" + std::to_string(fiber.line);
 }
 
-// Who waits where: threads in runs, as "threads 0-30 wait in a shuffle at ...".
+// Lists the threads by ranges, with where they wait, as in "threads 0-30 wait in a shuffle at ...".
 static std::string who_waits() {
     std::string text;
     for (int first = 0; first < g.threads;) {
@@ -138,8 +138,8 @@ static std::string who_waits() {
     return text;
 }
 
-// The current thread is queued, waits or has returned: the next one, which has the turn now. Does not return where the
-// block is done.
+// Returns the next thread to run; the current one is queued, waits or has returned. Does not return if the block is
+// complete.
 static Fiber& next_fiber() {
     check_time();
     if (g.next == g.ready.size()) {
@@ -160,7 +160,7 @@ static Fiber& next_fiber() {
 
 static void run_threads();
 
-// A stack that looks as if run_threads had been about to be called: six registers, and where to return to.
+// Returns a stack prepared as if run_threads were about to be called: six registers and the return address.
 static void* fresh_stack() {
     char* const stack = g.idle_stacks.back();
     g.idle_stacks.pop_back();
@@ -223,7 +223,7 @@ static std::string mask_text(unsigned mask) {
     return text;
 }
 
-// All lanes have arrived, or the last one that others waited for has returned: the operation, and on they go.
+// Performs the operation and resumes the lanes: all have arrived, or the last one they waited for has returned.
 static void complete(Warp& warp, size_t which) {
     const Rendezvous meeting = warp.active[which];
     warp.active.erase(warp.active.begin() + which);
@@ -239,13 +239,13 @@ static void complete(Warp& warp, size_t which) {
     make_ready(others);
 }
 
-// `waits_for`: the lanes without which it cannot go on.
+// `waits_for`: the lanes that must arrive before the operation is performed.
 static void meet(unsigned mask, unsigned waits_for, Operation operation, void* record, const char* name, const void* pc) {
     Fiber& fiber = *g.current;
     Warp& warp = g.warp[fiber.warp];
     if (!(mask >> fiber.lane & 1))
         give_up(pc, std::string(name) + " whose mask " + mask_text(mask) + " leaves out the calling lane");
-    // Lanes that are in another meeting may still come to this one: if they cannot, the deadlock says who waits where.
+    // Lanes that wait in another operation may still arrive here; if they cannot, the deadlock report lists all of them.
     size_t which = 0;
     while (which < warp.active.size() && warp.active[which].mask != mask) ++which;
     if (which == warp.active.size()) warp.active.push_back({mask, 0, operation, name, {}});
@@ -263,7 +263,7 @@ static void meet(unsigned mask, unsigned waits_for, Operation operation, void* r
         return;
     }
     complete(warp, which);
-    if (g.order == RANDOM) {  // the last to arrive need not go on first
+    if (g.order == RANDOM) {  // the lane that arrives last need not be resumed first
         std::vector<int> self{fiber.index};
         make_ready(self);
         switch_away();
@@ -280,8 +280,8 @@ extern "C" void emulated_collective(unsigned mask, Operation operation, void* re
 
 static void order_own_warp(Lanes&) { order_warps(1u << g.current->warp); }
 
-// A warp's threads share a clock, so __syncwarp() lets it tick; a shuffle does not: it orders no memory. Lanes that
-// have returned are not waited for.
+// The threads of a warp share a clock, which __syncwarp() increments. A shuffle does not, because it does not order
+// memory accesses. Lanes that have returned are not waited for.
 extern "C" void emulated_sync_warp(unsigned mask) {
     meet(mask, mask & g.warp[g.current->warp].live, order_own_warp, nullptr, "__syncwarp()", __builtin_return_address(0));
 }
@@ -313,7 +313,8 @@ static void finish_thread() {
         give_up(nullptr, "returned while the others wait: " + who_waits());
 }
 
-// One thread after another on one stack, until one has to wait, which keeps it, or one goes on that has its own.
+// Runs threads in sequence on one stack, until a thread has to wait, which keeps the stack, or a thread with its own
+// stack is resumed.
 static void run_threads() {
     char* const stack = g.stacks + (static_cast<char*>(__builtin_frame_address(0)) - g.stacks) / STACK * STACK;
     for (;;) {

@@ -1,7 +1,7 @@
-"""Makes the golden vectors on a GPU: ``python -m tests.golden.make_golden``.
+"""Make the golden vectors on a GPU: ``python -m tests.golden.make_golden``.
 
-Each kernel of primitives.cu runs once; the results are written beside this file, or to the folder that is named, with
-the device, the driver, the versions and the date. The tests hold the emulator against what is committed.
+Each kernel of primitives.cu runs once. The results are written to the folder of this file, or to a given folder, with
+the device, the driver, the versions and the date. The tests compare the emulator with the committed vectors.
 """
 
 import argparse
@@ -21,13 +21,13 @@ from tests.golden import vectors
 
 
 def source():
-    """What a GPU's compiler is given."""
+    """Return the source for the compiler of a GPU."""
     files = (kernels_folder() / "primitives.cuh", vectors.FOLDER / "primitives.cu")
     return "".join(f'#line 1 "{path.name}"\n{path.read_text()}' for path in files)
 
 
 def on_gpu(cupy):
-    """A launch of the kernels on the current device, and what is known of that device."""
+    """Return a function that launches kernels on the current device, and the facts about that device."""
     device = cupy.cuda.Device()
     architecture = compiler.architecture_for(device.compute_capability)
     cubin, log = compiler.compiled_text(source(), "primitives.cu", architecture)
@@ -60,7 +60,7 @@ def on_gpu(cupy):
 
 
 def made(launch, kernels):
-    """The results of these kernels, those that the architecture has, as vectors.write takes them."""
+    """Return the results of the kernels that the architecture supports, as vectors.write expects them."""
     results = {}
     for vector in vectors.VECTORS:
         if vector.kernel in kernels:

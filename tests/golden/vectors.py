@@ -1,7 +1,7 @@
-"""What the kernels of primitives.cu are given, and how their results are kept, run and compared.
+"""The inputs of the kernels of primitives.cu; running them, and storing and comparing their results.
 
-A golden vector is the result of one of these kernels on a GPU. make_golden.py writes a file for each device beside this
-one, and the tests hold the emulator against all that are there. float16 and bfloat16 are kept as integers, bit by bit.
+A golden vector is the result of one of these kernels on a GPU. make_golden.py writes a file for each device to this
+folder, and the tests compare the emulator with all of them. float16 and bfloat16 are stored as integers, bit by bit.
 """
 
 import json
@@ -18,14 +18,14 @@ FOLDER = Path(__file__).parent
 
 
 class Vector(NamedTuple):
-    """One kernel: the functions it stands for, what it reads, and the array that it writes or adds to."""
+    """One kernel: the functions that it tests, its inputs, and the array that it writes or adds to."""
 
     kernel: str
     functions: tuple[str, ...]  # as primitives.cuh declares them, without the names of parameters
     inputs: Callable[[], list[np.ndarray]]
     result: Callable[[], np.ndarray]  # before the launch
     counted: bool = False  # whether the kernel also takes the length of x
-    floats: str | None = None  # the results are the bits of these numbers: all NaN are the same
+    floats: str | None = None  # the format of which the results are the bits; all NaN compare equal
 
 
 def rng():
@@ -33,7 +33,7 @@ def rng():
 
 
 def floats_of_all_kinds():
-    """Every exponent with mantissas at, below and above the ties of all conversions, both signs; Inf and NaN."""
+    """Return every exponent with mantissas at, below and above the ties of all conversions, both signs, Inf and NaN."""
     mantissas = [0, 1]
     for cut in (13, 16):  # of float16 and TF32, and of bfloat16
         tie = 1 << (cut - 1)
@@ -57,16 +57,16 @@ def half_bits(values):
 
 
 def bfloat16_bits(values):
-    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)  # of small integers: exact
+    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)  # exact for small integers
 
 
 def packed(count, to_bits):
-    """Registers with two small integers each."""
+    """Return registers with two small integers each."""
     return to_bits(integers(2 * count, np.float32, 4)).view(np.uint32)
 
 
 def rows_of_matrices():
-    """Element (row, column) is 256 row + column."""
+    """Return matrices whose element (row, column) is 256 row + column."""
     return (256 * np.arange(32)[:, None] + np.arange(8)).astype(np.uint16).reshape(-1)
 
 
@@ -123,14 +123,14 @@ VECTORS = (
 
 
 def computed(vector, inputs, launch):
-    """The kernel's result for these inputs; ``launch(kernel, arguments)`` runs one warp and changes arrays in place."""
+    """Return the result of a kernel; ``launch(kernel, arguments)`` runs one warp and changes arrays in place."""
     result = vector.result()
     launch(vector.kernel, [*inputs, result, *([np.int32(inputs[0].size)] if vector.counted else [])])
     return result
 
 
 def write(path, results, about):
-    """Results as {kernel: (inputs, result)}."""
+    """Write results, given as {kernel: (inputs, result)}."""
     arrays = {"about": np.array(json.dumps(about))}
     for kernel, (inputs, result) in results.items():
         arrays |= {f"{kernel}.{i}": array for i, array in enumerate((*inputs, result))}
@@ -138,7 +138,7 @@ def write(path, results, about):
 
 
 def read(path):
-    """Results as they were written, and what is known of them."""
+    """Return results as they were written, and the facts about their device."""
     with np.load(path) as content:
         arrays = {name: content[name] for name in content.files}
     about = json.loads(str(arrays.pop("about")))
@@ -149,12 +149,12 @@ def read(path):
 
 
 def files():
-    """The golden vectors of all devices."""
+    """Return the files of golden vectors of all devices."""
     return sorted(FOLDER.glob("*.npz"))
 
 
 def differences(vector, found, golden):
-    """Where two results differ, bit by bit; NaN, where the bits are those of numbers, equals any other NaN."""
+    """Return where two results differ in any bit; if the bits represent floats, all NaN are equal."""
     assert (found.dtype, found.shape) == (golden.dtype, golden.shape)
     found, golden = (array.view(f"u{array.dtype.itemsize}") for array in (found, golden))
     differ = found != golden
@@ -170,14 +170,14 @@ def _is_nan(bits, floats):
 
 
 def unconfirmed():
-    """The functions of primitives.cuh that no golden vector stands for."""
+    """Return the functions of primitives.cuh that no golden vector tests."""
     kernels = {kernel for path in files() for kernel in read(path)[0]}
     confirmed = {name for vector in VECTORS if vector.kernel in kernels for name in vector.functions}
     return [name for name in declared() if name not in confirmed]
 
 
 def declared():
-    """The device functions of primitives.cuh: their names and the types of their parameters."""
+    """Return the names and parameter types of the device functions of primitives.cuh."""
     text = (kernels_folder() / "primitives.cuh").read_text()
     found = {}
     for name, parameters in re.findall(r"^(?:template <.*> )?DEVICE \w+ (\w+)\((.*)\) \{", text, re.MULTILINE):

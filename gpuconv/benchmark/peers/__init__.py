@@ -1,7 +1,8 @@
-"""What people would use in the place of gpuconv, on the same numbers.
+"""Peers: other libraries that compute the same results, measured on the same numbers.
 
 A peer is a module with ``FORMS`` (the layouts in which it is measured), ``about()`` (its version), ``why_not(problem,
-direction, form)`` and ``call(problem, direction, form)``, a function whose result ``array(result, problem)`` gives as a
+direction, form)`` (the reason why it cannot compute a problem, or None) and ``call(problem, direction, form)``, which
+returns a function without arguments. ``array(result, problem)`` converts the result of that function to a
 channels_first array of the problem's array module.
 """
 
@@ -14,7 +15,7 @@ from types import ModuleType
 
 from gpuconv.arrays import Backend
 
-# name: what it needs, and where it computes
+# name: the module that it needs, and the backends on which it computes
 PEERS = {
     "torch": ("torch", "numpy cupy"),
     "scipy": ("scipy", "numpy"),
@@ -24,12 +25,12 @@ PEERS = {
 
 
 def module(name: str) -> ModuleType:
-    """The module of a peer."""
+    """Return the module of a peer."""
     return importlib.import_module(f"gpuconv.benchmark.peers.{name}")
 
 
 def checked(names: Sequence[str], place: Backend) -> list[str]:
-    """These peers; ValueError where one is not installed or computes elsewhere than on this backend."""
+    """Return the peers; raise ValueError if one is not installed or does not compute on this backend."""
     for name in names:
         needed, kinds = PEERS[name]
         if place.kind not in kinds:
@@ -40,5 +41,5 @@ def checked(names: Sequence[str], place: Backend) -> list[str]:
 
 
 def reason(error: Exception) -> str:
-    """What a peer's error says, in one line."""
+    """Return the message of a peer's error as one line."""
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

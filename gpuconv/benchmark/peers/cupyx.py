@@ -1,4 +1,4 @@
-"""cupyx.scipy.signal.correlate on a GPU, by Fourier transforms: what CuPy has for arrays of several axes."""
+"""cupyx.scipy.signal.correlate on a GPU, by Fourier transforms: CuPy's function for arrays of several axes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ why_not, array = scipy.why_not, scipy.array
 
 
 def about() -> str:
-    """The version."""
+    """Return the version of CuPy."""
     import cupy
 
     return f"CuPy {cupy.__version__}"
 
 
 def call(problem: Problem, direction: Direction, form: str) -> Callable[[], Any]:
-    """As scipy's, with cupyx's function."""
+    """Return the correlations of the peer scipy, computed by the function of cupyx."""
     import cupyx.scipy.signal
 
     return scipy.correlations(problem, direction, cupyx.scipy.signal.correlate, "fft")

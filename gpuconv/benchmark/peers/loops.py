@@ -1,4 +1,4 @@
-"""The textbook: one loop for each image, filter and output, with a NumPy product inside."""
+"""The textbook algorithm: Python loops over images, filters and outputs, with a NumPy product inside."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from gpuconv.benchmark.problem import Problem
 from gpuconv.types import Direction
 
 FORMS = ("channels_first",)
-MOST_STEPS = 500_000  # that many take it seconds
+MOST_STEPS = 500_000  # these take seconds
 
 
 def about() -> str:
-    """What multiplies inside."""
+    """Return the version of NumPy, which computes the products."""
     return f"loops with NumPy {numpy.__version__}"
 
 
 def why_not(problem: Problem, direction: Direction, form: str) -> str | None:
-    """Books have no dilation and no groups, and nobody waits that long."""
+    """Return why the loops cannot compute a problem, or take too long for it; otherwise None."""
     geometry = problem.geometry
     if problem.transposed or geometry.groups > 1 or max(geometry.dilation) > 1:
         return "books have no dilation, groups or transposed convolutions"
@@ -33,7 +33,7 @@ def why_not(problem: Problem, direction: Direction, form: str) -> str | None:
 
 
 def call(problem: Problem, direction: Direction, form: str) -> Callable[[], Any]:
-    """The loops of a direction."""
+    """Return the function with the loops of a direction."""
     functions: dict[Direction, Callable[[Problem], Any]] = {
         "forward": _forward,
         "data_grad": _data_grad,
@@ -43,7 +43,7 @@ def call(problem: Problem, direction: Direction, form: str) -> Callable[[], Any]
 
 
 def array(result: Any, problem: Problem) -> Any:
-    """The result as it is."""
+    """Return the result unchanged."""
     return result
 
 
@@ -52,7 +52,7 @@ def _padded(problem: Problem) -> Any:
 
 
 def _steps(problem: Problem) -> Iterator[tuple[tuple[int, ...], tuple[Any, ...]]]:
-    """Every output, with the window of padded x that it sees."""
+    """Yield the index of every output, with the window of padded x that it depends on."""
     g = problem.geometry
     for output in product(*map(range, problem.dy.shape)):
         places = zip(output[2:], g.stride, g.kernel, strict=True)

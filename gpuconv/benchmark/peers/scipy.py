@@ -1,4 +1,4 @@
-"""scipy.signal.correlate, one image and one filter at a time, the channels as an axis more: what NumPy users have."""
+"""scipy.signal.correlate, called for each image and filter, with the channels as an additional axis."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from gpuconv.benchmark.problem import Problem
 from gpuconv.types import Direction
 
 FORMS = ("channels_first",)
-MOST_PRODUCTS = 4 * 10**9  # that many take it seconds
+MOST_PRODUCTS = 4 * 10**9  # these take seconds
 
 
 def about() -> str:
-    """The version."""
+    """Return the version of SciPy."""
     import scipy
 
     return f"SciPy {scipy.__version__}"
 
 
 def why_not(problem: Problem, direction: Direction, form: str) -> str | None:
-    """It has no stride, no dilation and no groups."""
+    """Return why correlate cannot compute a problem, or takes too long for it; otherwise None."""
     geometry = problem.geometry
     if max(geometry.stride) > 1 or max(geometry.dilation) > 1:
         return "correlate has no stride and no dilation"
@@ -38,7 +38,7 @@ def why_not(problem: Problem, direction: Direction, form: str) -> str | None:
 
 
 def call(problem: Problem, direction: Direction, form: str) -> Callable[[], Any]:
-    """The correlations directly or by Fourier transforms, as SciPy thinks best."""
+    """Return the correlations, computed directly or by Fourier transforms, as SciPy chooses."""
     import scipy.signal
 
     return correlations(problem, direction, scipy.signal.correlate, "auto")
@@ -47,7 +47,7 @@ def call(problem: Problem, direction: Direction, form: str) -> Callable[[], Any]
 def correlations(
     problem: Problem, direction: Direction, correlate: Callable[..., Any], method: str
 ) -> Callable[[], Any]:
-    """Every direction is a correlation of some volumes with some kernels, after padding."""
+    """Return a direction as correlations of padded volumes with kernels, computed by ``correlate``."""
     xp, x, w, dy, geometry = problem.xp, problem.x, problem.w, problem.dy, problem.geometry
     spatial = tuple(range(2, x.ndim))
 
@@ -62,10 +62,10 @@ def correlations(
         axes = zip(geometry.padding, geometry.window, strict=True)
         around = [(window - 1 - low, window - 1 - high) for (low, high), window in axes]
         return lambda: correlated(dy, xp.flip(w.swapaxes(0, 1), spatial), around)
-    # correlate conjugates its second argument, data gradients the weight, weight gradients x
+    # correlate conjugates its second argument. data_grad needs the conjugate of w, weight_grad that of x.
     return lambda: xp.conjugate(correlated(x.swapaxes(0, 1), dy.swapaxes(0, 1), geometry.padding)).swapaxes(0, 1)
 
 
 def array(result: Any, problem: Problem) -> Any:
-    """The result as it is."""
+    """Return the result unchanged."""
     return result

@@ -1,6 +1,6 @@
-"""PyTorch: oneDNN on the CPU; on a GPU cuDNN with ``benchmark=True``, TF32 only where it is asked for.
+"""PyTorch: oneDNN on the CPU; on a GPU cuDNN with ``benchmark=True``, and TF32 only if it is requested.
 
-On a GPU it reads the same memory as gpuconv, by DLPack, on the same stream.
+On a GPU it reads the same memory as gpuconv, through DLPack, on the same stream.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ FORMS = ("channels_first", "channels_last")
 
 
 def about() -> str:
-    """The version, and that of cuDNN where there is one."""
+    """Return the version of PyTorch and, if available, that of cuDNN."""
     cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
     return f"PyTorch {torch.__version__}" + (f", cuDNN {cudnn}" if cudnn else "")
 
 
 def why_not(problem: Problem, direction: Direction, form: str) -> str | None:
-    """PyTorch's channels_last is for two and three spatial axes."""
+    """Return why PyTorch cannot compute a problem, or None; its channels_last needs two or three spatial axes."""
     if problem.geometry.rank > 3:
         return "PyTorch convolves one to three axes"
     if problem.transposed and not _symmetric(problem):
@@ -35,7 +35,7 @@ def why_not(problem: Problem, direction: Direction, form: str) -> str | None:
 
 
 def call(problem: Problem, direction: Direction, form: str) -> Callable[[], Any]:
-    """The operator behind torch.conv and its gradients, on tensors in this memory format."""
+    """Return the operator behind torch.conv or one of its gradients, on tensors in a memory format."""
     if problem.xp is not numpy:
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = problem.precision == "tf32"
@@ -58,7 +58,7 @@ def call(problem: Problem, direction: Direction, form: str) -> Callable[[], Any]
 
     if direction == "forward":
         return forward
-    if problem.dtype.kind == "c":  # no operator has the gradients of complex convolutions, autograd has
+    if problem.dtype.kind == "c":  # no operator computes the gradients of complex convolutions; autograd does
         target = (x if direction == "data_grad" else w).requires_grad_()
         y = forward()
         return lambda: torch.autograd.grad(y, target, dy, retain_graph=True)[0]
@@ -84,7 +84,7 @@ def _symmetric(problem: Problem) -> bool:
 
 
 def array(result: Any, problem: Problem) -> Any:
-    """The result as the problem's kind of array."""
+    """Return the result as an array of the problem's array module."""
     result = result.detach().contiguous()
     if problem.xp is not numpy:
         whole = result.view(torch.int16) if result.dtype == torch.bfloat16 else result

@@ -1,9 +1,9 @@
-"""A peer in a process of its own: ``python -m gpuconv.benchmark.peers.worker NAME cold|warm``.
+"""A peer in a separate process: ``python -m gpuconv.benchmark.peers.worker NAME cold|warm``.
 
-Two pools of threads in one process slow each other, since idle threads wait by spinning. So a CPU peer runs here and
-takes turns with gpuconv: each line that comes in is a request in JSON, each line that goes out is its answer. While it
-is not its turn, the process is stopped. Parent and worker draw the same random numbers; a result goes through a file to
-be verified.
+Two thread pools in one process slow each other down, because idle threads spin. A CPU peer therefore runs in this
+process, alternating with gpuconv. Each line of the standard input is a request in JSON, each line of the standard
+output is its answer. The process is stopped (SIGSTOP) while it has no request. Parent and worker draw the same random
+numbers; a result is passed to the parent in a file, to be verified.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from gpuconv.benchmark.problem import Problem
 from gpuconv.benchmark.timing import Call, Clock
 from gpuconv.types import Direction
 
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 class Worker:
-    """The parent's side of it."""
+    """The worker process, as the parent controls it."""
 
     def __init__(self, name: str, *, cold: bool = False) -> None:
         command = [sys.executable, "-m", __spec__.name, name, "cold" if cold else "warm"]
@@ -40,7 +40,7 @@ class Worker:
         self._folder = tempfile.TemporaryDirectory(prefix="gpuconv-")
 
     def first(self, case: str, dtype: str, direction: Direction, form: str) -> tuple[float, numpy.ndarray]:
-        """The seconds of the first call, and its result; ValueError with the reason where the peer refuses."""
+        """Return the seconds and the result of the first call; raise ValueError with the reason if the peer refuses."""
         path = Path(self._folder.name) / "result.npy"
         answer = self._asked(case=case, dtype=dtype, direction=direction, form=form, result=str(path))
         if "refusal" in answer:
@@ -48,22 +48,22 @@ class Worker:
         return answer["seconds"], numpy.load(path)
 
     def samples(self, form: str, number: int) -> list[float]:
-        """The seconds of each of so many calls of what ``first`` called in this form."""
+        """Return the seconds of each of a number of calls of the function that ``first`` called in this form."""
         samples: list[float] = self._asked(form=form, number=number)["samples"]
         return samples
 
     def close(self) -> None:
-        """Ends the process."""
+        """Kill the process."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
-            with contextlib.suppress(BrokenPipeError):  # of what a dead process did not read
+            with contextlib.suppress(BrokenPipeError):  # from data that the dead process has not read
                 pipe.close()
         self._folder.cleanup()
 
     def _signal(self, name: str) -> None:
-        if hasattr(signal, name):  # Windows has neither
+        if hasattr(signal, name):  # Windows has neither SIGCONT nor SIGSTOP
             self._process.send_signal(getattr(signal, name))
 
     def _asked(self, **request: Any) -> dict[str, Any]:
@@ -81,15 +81,15 @@ class Worker:
 
 
 def work(name: str, *, cold: bool) -> None:
-    """Answers requests until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process when it is interrupted
-    if sys.platform == "linux":  # and where the parent is killed, the system does, which wakes a stopped process too
+    """Answer requests until the end of the standard input."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # if the parent is interrupted, it kills this process
+    if sys.platform == "linux":  # if the parent is killed, the kernel kills this process, even while it is stopped
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     peer, clock = peers.module(name), Clock(cold=cold)
     problem, of = None, None
     calls: dict[str, Call] = {}
     answers = sys.stdout
-    sys.stdout = sys.stderr  # what a peer prints is no answer
+    sys.stdout = sys.stderr  # the output of a peer must not be taken for an answer
     for line in sys.stdin:
         request = json.loads(line)
         form = request["form"]

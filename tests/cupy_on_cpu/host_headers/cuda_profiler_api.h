@@ -1,4 +1,4 @@
-// The two functions of NVIDIA's header of this name, which comes in a package of its own.
+// The two functions of NVIDIA's header of this name, which is in a separate package.
 #pragma once
 #include <cuda_runtime_api.h>
 extern "C" {

@@ -1,4 +1,4 @@
-// The part of NVIDIA's class of bfloat16 that CuPy's own headers use.
+// The part of NVIDIA's bfloat16 class that CuPy's headers use.
 #pragma once
 
 struct __nv_bfloat16 {

@@ -1,4 +1,4 @@
-// The part of NVIDIA's class of float16 that CuPy's own headers use.
+// The part of NVIDIA's float16 class that CuPy's headers use.
 #pragma once
 
 struct __half_raw {

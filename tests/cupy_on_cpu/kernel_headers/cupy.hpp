@@ -1,4 +1,4 @@
-// What CuPy's own kernels need beside tests/emulation/cuda.hpp: included in front of every source that is not gpuconv's.
+// What CuPy's kernels need in addition to tests/emulation/cuda.hpp; included before every source except gpuconv's.
 #pragma once
 
 #include <cassert>
@@ -76,14 +76,14 @@ EMULATED_INLINE double __hiloint2double(int high, int low) {
     return __longlong_as_double((long long)((unsigned long long)(unsigned)high << 32 | (unsigned)low));
 }
 
-// float16 as its bits: CuPy's float16.cuh builds a class on these.
+// float16 represented by its bits, as CuPy's class in float16.cuh needs it.
 EMULATED_INLINE unsigned short __float2half_rn(float f) { return emulated_bits<unsigned short>(_Float16(f)); }
 EMULATED_INLINE float __half2float(unsigned short bits) { return float(emulated_bits<_Float16>(bits)); }
 
 // ---------------------------------------------------------------------------------------------- functions
 
-// CUDA has the mathematical functions in the global namespace, for every type of number: C has them for one there, and
-// abs for int.
+// CUDA has overloads of the mathematical functions in the global namespace for every type of number. C has one type
+// there, and abs for int.
 using namespace std;
 using std::abs, std::fabs, std::fmod, std::fma, std::hypot, std::copysign, std::nextafter, std::pow, std::sqrt, std::cbrt;
 using std::acos, std::asin, std::atan, std::atan2, std::cos, std::cosh, std::exp, std::exp2, std::expm1, std::log;
@@ -129,7 +129,7 @@ template <class T, int NDIM, bool CONTIGUOUS, bool NARROW> struct ParameterOf<CA
 };
 }  // namespace emulated
 
-// A kernel that a name expression stands for, as expression_N.
+// The entry point expression_N of the kernel that a name expression denotes.
 #define EXPRESSION_ENTRY(number)                                                                            \
     extern "C" __attribute__((visibility("default"))) EMULATED_UNCHECKED                                    \
     void emulated_call_expression_##number(void** arguments) {                                              \

@@ -1,5 +1,5 @@
 # cython: language_level=3
-# In the place of cupy.cuda.cub, which NVIDIA's runtime is linked into: CuPy does without it.
+# Replaces cupy.cuda.cub, which is linked with NVIDIA's runtime. CuPy does not require it.
 from cupy._core.core cimport _ndarray_base
 
 available = False
@@ -17,7 +17,7 @@ def __getattr__(name):
 
 
 cpdef cub_reduction(_ndarray_base arr, op, axis=None, dtype=None, _ndarray_base out=None, keepdims=False):
-    return None  # which CuPy takes for "not by cub"
+    return None  # tells CuPy that cub did not compute the result
 
 
 cpdef cub_scan(_ndarray_base arr, op):

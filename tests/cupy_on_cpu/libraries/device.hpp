@@ -1,4 +1,4 @@
-// The device that CuPy finds: its memory, and its streams, whose work waits until somebody waits for it.
+// The emulated device: its memory, and its streams, whose work is deferred until it is waited for.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,25 +16,25 @@ namespace device {
 using emulated::Region;
 using Work = std::function<cudaError_t()>;
 
-// Held by every function of these libraries that touches what follows.
+// Held by every function of these libraries that accesses the state below.
 std::recursive_mutex& lock();
 
-// The device memory that an address lies in, or nullptr.
+// Returns the device memory that contains an address, or nullptr.
 Region* region_of(const void* address);
 
-// The device that an address of device memory belongs to.
+// Returns the device that an address of device memory belongs to.
 int device_of(const void* address);
 
-// Whether the bytes between the end of an allocation and the page behind it are as they were.
+// Returns whether the bytes between the end of an allocation and the next guard page are unchanged.
 bool is_intact(const Region& region);
 
-// Whether a stream belongs to the device of this thread.
+// Returns whether a stream belongs to the device of this thread.
 bool is_here(cudaStream_t stream);
 
-// Does a work now, later, or each time that a graph is launched, as the stream has it.
+// Performs an operation now, later, or at each launch of a graph, depending on the stream.
 cudaError_t enqueue(cudaStream_t stream, Work work);
 
-// Says why a launch failed, for the messages of errors that come later than it.
+// Returns the reason why a launch failed, for the messages of errors that are reported later.
 std::string& failure();
 
 }  // namespace device

@@ -1,4 +1,4 @@
-// libcublas: the matrix products that CuPy calls, in plain loops. float16 and bfloat16 are summed in float32.
+// libcublas: the matrix products that CuPy calls, as simple loops. float16 and bfloat16 are summed in float32.
 #include "device.hpp"
 
 #include <algorithm>
@@ -33,7 +33,7 @@ template <class T> std::complex<T> conjugate(std::complex<T> value) { return std
 
 enum Operation { NONE, TRANSPOSE, CONJUGATE };
 
-// Matrices lie column by column, as Fortran has them.
+// Matrices are in column-major order.
 struct Shape {
     int a_operation, b_operation, rows, columns, terms;
 };
@@ -81,7 +81,7 @@ int later(Handle* handle, Shape shape, const void* alpha, Matrix a, Matrix b, co
     });
 }
 
-// Whether columns lie apart by their length at least.
+// Returns whether the leading dimension is at least the length of a column.
 bool has_room(int operation, int rows, int columns, long step) { return step >= std::max(1, operation == NONE ? rows : columns); }
 
 int product(Handle* handle, int type, Shape shape, const void* alpha, Matrix a, Matrix b, const void* beta, void* c, long step) {
@@ -91,7 +91,7 @@ int product(Handle* handle, int type, Shape shape, const void* alpha, Matrix a, 
     std::lock_guard<std::recursive_mutex> guard(device::lock());
     const bool is_empty = shape.rows == 0 || shape.columns == 0 || shape.terms == 0;
     for (const void* data : {a.data, b.data, static_cast<const void*>(c)})
-        if (!is_empty && !device::region_of(data)) return EXECUTION_FAILED;  // memory of the host
+        if (!is_empty && !device::region_of(data)) return EXECUTION_FAILED;  // host memory
     switch (type) {
         case FLOAT: return later<float, float>(handle, shape, alpha, a, b, beta, c, step);
         case DOUBLE: return later<double, double>(handle, shape, alpha, a, b, beta, c, step);
@@ -109,7 +109,7 @@ enum Sums { SUMS_32 = 68, PEDANTIC_32, SUMS_64, PEDANTIC_64, FAST_16F = 74, FAST
 bool is_double(int type) { return type == DOUBLE || type == DOUBLE_COMPLEX; }
 int plain_sums(int type) { return is_double(type) ? SUMS_64 : SUMS_32; }
 
-// Whether the documentation lists these sums for matrices of this type; those of float16 in itself are not emulated.
+// Returns whether the documentation lists this compute type for this matrix type; sums in float16 are not emulated.
 bool sums_in(int compute, int type) {
     if (is_double(type)) return compute == SUMS_64 || compute == PEDANTIC_64;
     if (compute == SUMS_32 || compute == PEDANTIC_32) return true;
@@ -183,7 +183,7 @@ PRODUCTS_OF(Z, DOUBLE_COMPLEX)
 
 // ---------------------------------------------------------------------------------------------- vectors
 
-// A number goes to the host, which waits for it, or to the device.
+// Writes a scalar result to the host, which waits for it, or to the device.
 template <class Work> int reduced(Handle* handle, Work work) {
     std::lock_guard<std::recursive_mutex> guard(device::lock());
     const cudaError_t error = enqueue(handle->stream, [=] {

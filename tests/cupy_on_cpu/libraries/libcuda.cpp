@@ -1,6 +1,6 @@
-// libcuda: the documented functions of CUDA's driver that CuPy calls. A module is a library that g++ made of kernels.
+// libcuda: the documented functions of CUDA's driver that CuPy calls. A module is a library of kernels made by g++.
 //
-// What needs the text of a kernel, or the lines of its source, is done in Python (tests/cupy_on_cpu/modules.py).
+// Functions that need the text of a kernel or its source lines are in Python (tests/cupy_on_cpu/modules.py).
 #include <cuda.h>
 
 #include <algorithm>
@@ -18,11 +18,11 @@ struct Function {
     const emulated::Parameter* parameters;
     size_t static_memory;
     char name[256];
-    size_t granted = 0;  // dynamic shared memory that was asked for
+    size_t granted = 0;  // requested dynamic shared memory
 };
-constexpr size_t UNASKED = 48 << 10, MOST_SHARED = 227 << 10;  // shared memory that every kernel may have, or ask for
+constexpr size_t UNASKED = 48 << 10, MOST_SHARED = 227 << 10;  // shared memory without a request, and at most
 
-// The functions of Python, and those of the emulator that Python has loaded.
+// The functions of modules.py, and those of the emulator that Python has loaded.
 struct Hooks {
     int (*load_file)(const char* path, void** module);
     int (*load_data)(const void* image, void** module);
@@ -38,7 +38,7 @@ static emulated::LaunchOptions options{-1, 0, 1, 0, 30.0};  // -1: each launch t
 extern "C" __attribute__((visibility("default"))) void emulated_hooks(const Hooks* given) { hooks = *given; }
 extern "C" __attribute__((visibility("default"))) emulated::LaunchOptions* emulated_options() { return &options; }
 
-static int context;  // whose address stands for the only context
+static int context;  // its address is the handle of the only context
 
 // ---------------------------------------------------------------------------------------------- errors, context
 
@@ -83,7 +83,7 @@ API CUresult cuModuleLoad(CUmodule* module, const char* path) { return CUresult(
 API CUresult cuModuleLoadData(CUmodule* module, const void* image) {
     return CUresult(hooks.load_data(image, (void**)module));
 }
-API CUresult cuModuleUnload(CUmodule) { return CUDA_SUCCESS; }  // functions of it may be in graphs
+API CUresult cuModuleUnload(CUmodule) { return CUDA_SUCCESS; }  // nothing is unloaded: graphs may hold its functions
 API CUresult cuModuleGetFunction(CUfunction* handle, CUmodule module, const char* name) {
     auto* const function = new Function{};
     strncpy(function->name, name, sizeof function->name - 1);
@@ -128,7 +128,7 @@ struct Arguments {
 
     Arguments(const emulated::Parameter* parameter, void** given) {
         for (; parameter->bytes; ++parameter, ++given) {
-            // 64 bytes more: a struct may be aligned to as many
+            // 64 additional bytes, because a struct may have an alignment of 64.
             std::vector<char> value(parameter->bytes + 64);
             char* const aligned = value.data() + (64 - uintptr_t(value.data()) % 64) % 64;
             memcpy(aligned, *given, parameter->bytes);
@@ -144,7 +144,7 @@ static cudaError_t failed_launch(const std::string& text) {
     return cudaErrorLaunchFailure;
 }
 
-// The device memory that the pointers among the arguments lead to; a text where one leads elsewhere.
+// Finds the device memory that the pointers among the arguments point to; returns an error text for any other pointer.
 static std::string regions_of(const Function& function, const Arguments& arguments, int device,
                               std::vector<Region*>& regions) {
     for (size_t i = 0; i < arguments.pointers.size(); ++i) {

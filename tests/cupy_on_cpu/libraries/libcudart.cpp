@@ -1,8 +1,8 @@
-// libcudart: the documented functions of CUDA's runtime that CuPy calls, on the memory of the CPU.
+// libcudart: the documented functions of CUDA's runtime that CuPy calls, on host memory.
 //
-// Device memory lies between pages that fault, and is filled with bytes that are NaN in every float format. The default
-// stream works at once. Work on any other stream is put off until something waits for it, which is the latest moment
-// that CUDA allows: what forgets to wait reads old data.
+// Device memory lies between guard pages and is filled with bytes that are NaN in every float format. Work on the default
+// stream is performed immediately. Work on any other stream is deferred until something waits for it, the latest moment
+// that CUDA allows, so that code that lacks synchronization reads old data.
 #include "device.hpp"
 
 #include <sys/mman.h>
@@ -21,11 +21,11 @@ namespace device {
 using emulated::PAGE;
 using emulated::UNSET;
 
-constexpr size_t ALIGNMENT = 256;             // of what cudaMalloc gives
-constexpr size_t TOTAL = size_t(8) << 30;     // bytes of the device
+constexpr size_t ALIGNMENT = 256;             // of allocations of cudaMalloc
+constexpr size_t TOTAL = size_t(8) << 30;     // bytes of device memory
 constexpr int VERSION = 12090;
 constexpr int DEVICES = 2;
-constexpr int MULTIPROCESSORS = 132;          // gpuconv.gpu.device.MODEL
+constexpr int MULTIPROCESSORS = 132;          // as in gpuconv.gpu.device.MODEL
 
 std::recursive_mutex& lock() {
     static std::recursive_mutex mutex;
@@ -87,7 +87,7 @@ API cudaError_t cudaPeekAtLastError() { return last_error; }
 
 API cudaError_t cudaDriverGetVersion(int* version) { *version = VERSION; return cudaSuccess; }
 API cudaError_t cudaRuntimeGetVersion(int* version) { *version = VERSION; return cudaSuccess; }
-static thread_local int current;  // the device of a thread
+static thread_local int current;  // the current device of a thread
 
 API cudaError_t cudaGetDeviceCount(int* count) { *count = DEVICES; return cudaSuccess; }
 API cudaError_t cudaGetDevice(int* device) { *device = current; return cudaSuccess; }
@@ -165,7 +165,7 @@ struct Allocation {
     Region region;
 };
 static std::map<uintptr_t, Allocation> allocations;  // by the first address
-static std::map<uintptr_t, size_t> pinned;           // memory of the host that cudaHostAlloc gave
+static std::map<uintptr_t, size_t> pinned;           // host memory allocated by cudaHostAlloc
 static size_t used;
 
 template <class Value> static auto before(std::map<uintptr_t, Value>& map, const void* address) {
@@ -258,21 +258,21 @@ struct Graph {
 
 struct Stream {
     int device;
-    bool is_blocking;  // waits for the default stream, and the default stream for it
+    bool is_blocking;  // synchronizes with the default stream
     std::deque<Work> waiting;
     std::unique_ptr<Graph> capture;
-    size_t done = 0;  // works so far
+    size_t done = 0;  // operations so far
 };
 static std::set<Stream*> streams;
 
 struct Event {
     Stream* stream;
-    size_t works;  // of the stream, that have to be done first
+    size_t works;  // operations of the stream that precede the event
     double milliseconds;
 };
 static std::set<Event*> events;
 
-// The streams that are no object: the default one, under each of its names.
+// Returns whether this is one of the handles of the default stream, which is not an object.
 static bool is_default(cudaStream_t stream) { return uintptr_t(stream) <= 2; }
 
 static Stream* object(cudaStream_t stream) { return is_default(stream) ? nullptr : reinterpret_cast<Stream*>(stream); }
@@ -283,7 +283,7 @@ static double now() {
     return double(time.tv_sec) * 1e3 + double(time.tv_nsec) * 1e-6;
 }
 
-// Does the works of a stream, or as many as its first ones.
+// Performs all operations of a stream, or the first `works` of them.
 static cudaError_t finish(Stream& stream, size_t works = SIZE_MAX) {
     if (stream.capture) return failed(cudaErrorStreamCaptureUnsupported);
     cudaError_t first = cudaSuccess;
@@ -297,7 +297,7 @@ static cudaError_t finish(Stream& stream, size_t works = SIZE_MAX) {
     return failed(first);
 }
 
-// All streams that the default one waits for, or all there are.
+// Finishes all streams that the default stream waits for, or all streams.
 static cudaError_t finish_all(bool non_blocking_too) {
     cudaError_t first = cudaSuccess;
     for (Stream* stream : streams)
@@ -471,7 +471,7 @@ API cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t handle, uns
     return event->stream == object(stream) ? cudaSuccess : failed(cudaErrorNotSupported);  // a graph of two streams
 }
 
-// ---------------------------------------------------------------------------------------------- giving memory back
+// ---------------------------------------------------------------------------------------------- freeing memory
 
 API cudaError_t cudaFree(void* pointer) {
     Locked guard(lock());
@@ -494,7 +494,7 @@ static cudaError_t check_copy(const void* to, const void* from, size_t bytes, cu
     return failed(is_right ? cudaSuccess : cudaErrorInvalidValue);
 }
 
-static unsigned long reads;  // of memory of the device by the host, which waits for them
+static unsigned long reads;  // synchronous copies from device memory to the host
 extern "C" __attribute__((visibility("default"))) unsigned long emulated_reads() { return reads; }
 
 API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
@@ -502,7 +502,7 @@ API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMe
     if (const cudaError_t error = check_copy(to, from, bytes, kind)) return error;
     const bool from_host = !region_of(from) && !is_pinned(from), to_host = !region_of(to) && !is_pinned(to);
     reads += region_of(from) && !region_of(to);
-    if (from_host) {  // which may change as soon as this returns
+    if (from_host) {  // host memory may change as soon as this function returns
         const auto* const first = static_cast<const char*>(from);
         auto staged = std::make_shared<std::vector<char>>(first, first + bytes);
         return enqueue(stream, [=] { memcpy(to, staged->data(), bytes); return cudaSuccess; });

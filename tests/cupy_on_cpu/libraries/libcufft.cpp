@@ -1,4 +1,4 @@
-// libcufft: the plans that CuPy makes, in float64.
+// libcufft: the plans that CuPy makes, computed in float64.
 #include "device.hpp"
 
 #include <cmath>
@@ -14,7 +14,7 @@ enum Type { R2C = 0x2a, C2R = 0x2c, C2C = 0x29, D2Z = 0x6a, Z2D = 0x6c, Z2Z = 0x
 enum Kind { TO_COMPLEX, TO_REAL, COMPLEX };
 constexpr int SUCCESS = 0, INVALID_PLAN = 1, NOT_SUPPORTED = 16, MOST_AXES = 3;
 
-// How the lines of one side lie in memory: cuFFT's embed, stride and dist.
+// The memory layout of the input or the output: cuFFT's embed, stride and dist.
 struct Side {
     int embed[MOST_AXES];
     long step, apart;
@@ -50,7 +50,7 @@ int smallest_factor(int length) {
     return length;
 }
 
-// By transforms of a factor of the length (Cooley and Tukey 1965).
+// Mixed-radix transform (Cooley and Tukey 1965): splits the length by one of its factors.
 void transform_line(const Number* from, Number* to, int length, long step, int sign) {
     if (length == 1) {
         *to = *from;
@@ -80,7 +80,7 @@ void transform_axis(const Plan& plan, std::vector<Number>& image, int axis, long
     }
 }
 
-// An element of the input; of a real result's spectrum, the half that is not stored mirrors the other one.
+// Returns an element of the input. Half of the spectrum of a real result is not stored; it follows by symmetry.
 template <class Real> Number read(const Plan& plan, const void* from, int (&index)[MOST_AXES], int image, Kind kind) {
     const int last = plan.rank - 1;
     const bool is_mirrored = kind == TO_REAL && index[last] > plan.extent[last] / 2;

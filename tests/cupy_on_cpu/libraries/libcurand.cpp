@@ -1,4 +1,4 @@
-// libcurand: the generators that cupy.random makes, with the standard library's numbers in the place of cuRAND's.
+// libcurand: the generators that cupy.random makes, with numbers of the C++ standard library instead of cuRAND's.
 #include "device.hpp"
 
 #include <memory>
@@ -23,7 +23,7 @@ template <class T, class Draw> int fill(Generator* generator, T* to, size_t coun
     });
 }
 
-// In (0, 1], as cuRAND has it.
+// Returns a number in (0, 1], as cuRAND does.
 template <class T, int BITS> T uniform(std::mt19937_64& engine) { return std::ldexp(T((engine() >> (64 - BITS)) + 1), -BITS); }
 
 }  // namespace

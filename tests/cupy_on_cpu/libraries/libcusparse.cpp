@@ -1,4 +1,4 @@
-// libcusparse: the product of a matrix in rows (CSR) and a vector, which CuPy's sparse matrices call.
+// libcusparse: the product of a CSR matrix and a vector, which CuPy's sparse matrices call.
 #include "device.hpp"
 
 #include <complex>

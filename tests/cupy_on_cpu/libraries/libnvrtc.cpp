@@ -17,7 +17,7 @@ struct Program {
     std::map<std::string, std::string> lowered;
 };
 
-// Compiles a program, and says by emulated_compiled what came of it.
+// Compiles a program and returns the result by emulated_compiled.
 using Compile = int (*)(Program* program, const char* source, const char* name, int options, const char* const* option,
                         int expressions, const char* const* expression, int headers, const char* const* header_name,
                         const char* const* header);

@@ -1,4 +1,4 @@
-// What NVIDIA's headers want of a compiler; NVIDIA's own file of this name comes with nvcc only.
+// The compiler-specific macros that NVIDIA's headers need; NVIDIA's file of this name comes only with nvcc.
 #pragma once
 #define CUDARTAPI
 #define CUDARTAPI_CDECL
