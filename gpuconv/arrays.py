@@ -102,7 +102,7 @@ def _kind(name: str, array: Array) -> Kind:
         return "cupy"
     found = f"{type(array).__module__}.{type(array).__qualname__}".removeprefix("builtins.")
     raise TypeError(
-        f"{name} must be a numpy.ndarray or a cupy.ndarray, not {found}; numpy.asarray({name}) may make one of it"
+        f"{name} must be a numpy.ndarray or a cupy.ndarray, not {found}; numpy.asarray({name}) may convert it"
     )
 
 

@@ -57,7 +57,7 @@ def _parser() -> _Parser:
     command.add_compare(commands)
     command.add_tune(commands)
 
-    check = commands.add_parser("check", help="hold every algorithm of this machine against a float64 reference")
+    check = commands.add_parser("check", help="compare every available algorithm with a float64 reference")
     check.set_defaults(run=_check)
 
     info = commands.add_parser("info", help="versions, backend, devices, environment variables")
@@ -87,12 +87,12 @@ def _parser() -> _Parser:
         "kernels",
         help="compile every CUDA kernel, without a GPU: registers, spills, shared memory, occupancy",
         description="Compiles every CUDA kernel with NVRTC for each architecture, with all dtypes, tiles and widths of"
-        " offsets, without a GPU. Each line is the range over these. Exit status 1 on a spill or a compile error.",
+        " offsets, without a GPU. Each line gives the range over these. Exit status 1 on a spill or a compile error.",
     )
     kernels.add_argument(
         "--arch", type=_names, metavar="ARCH,ARCH", help=f"such as sm_80,sm_90a (default {','.join(ARCHITECTURES)})"
     )
-    kernels.add_argument("--json", type=Path, metavar="FILE", help="write a list with every kernel's figures")
+    kernels.add_argument("--json", type=Path, metavar="FILE", help="write the resource usage of every kernel as JSON")
     kernels.set_defaults(run=_kernels)
     return parser
 

@@ -71,7 +71,7 @@ class Explanation:
             f"{self.direction} of x {g.x_shape}, w {g.w_shape} -> y {g.y_shape}, {self.dtype} on {self.backend}",
             f"  stride {g.stride}, padding {g.padding}, dilation {g.dilation}, groups {g.groups}, {g.layout}",
             f"  {gflop:.3g} GFLOP in sums of {g.reduction_length(self.direction)} products",
-            f"takes {self.algorithm}: {self.reason}",
+            f"uses {self.algorithm}: {self.reason}",
             *(f"  {'by' if number == 0 else 'or'} {candidate}" for number, candidate in enumerate(self.candidates)),
             *(f"not {name}: {reason}" for name, reason in self.refused),
         ]
@@ -131,7 +131,7 @@ def explain(
     >>> explanation = explain((8, 64, 56, 56), (64, 64, 3, 3), padding=1, backend="numpy")
     >>> explanation.algorithm
     'winograd'
-    >>> "ms of one core by its estimate, the least" in explanation.reason
+    >>> "ms on one core (estimate), the smallest" in explanation.reason
     True
     """
     if direction not in get_args(Direction):

@@ -178,7 +178,7 @@ def conv_matrix(
     """
     kind = kind_of(w=w)
     if w.dtype.name not in _SPARSE_DTYPES:
-        hint = "w.astype('float32') makes one of it"
+        hint = "w.astype('float32') converts it"
         raise TypeError(
             f"w must be one of {', '.join(_SPARSE_DTYPES)} to become a sparse matrix, not {w.dtype}; {hint}"
         )

@@ -155,7 +155,7 @@ def _lines(steps: Steps, names: Sequence[str], indent: str) -> Iterator[str]:
                 given.append(f"out={_text(step.out, names)}")
             yield f"{indent}{step.name or _text(step.function, names)}({', '.join(given)})"
         elif isinstance(step, Loop):
-            yield f"{indent}in {step.workers} threads, {step.number} parts, the first of which is:"
+            yield f"{indent}in {step.workers} threads, {step.number} parts, of which the first is:"
             yield from _lines(next(iter(step.parts)), names, indent + "  ")
         elif isinstance(step, Branch):
             yield f"{indent}if {step.question.__name__}({_text(step.view, names)}):"
@@ -163,7 +163,7 @@ def _lines(steps: Steps, names: Sequence[str], indent: str) -> Iterator[str]:
             yield f"{indent}else:"
             yield from _lines([step.no], names, indent + "  ")
         else:
-            yield f"{indent}what is planned when it is needed"
+            yield f"{indent}steps that are planned when they are executed"
 
 
 def _text(value: Any, names: Sequence[str]) -> str:

@@ -42,7 +42,7 @@ class Request(NamedTuple):
             return None
         needed = elements * dtypes.accumulator(self.dtype).itemsize
         return (
-            f"it needs {_bytes(needed)} of workspace for {purpose}, and GPUCONV_WORKSPACE_LIMIT is {_bytes(self.limit)}"
+            f"it needs {_bytes(needed)} of workspace for {purpose}, but GPUCONV_WORKSPACE_LIMIT is {_bytes(self.limit)}"
         )
 
     @property

@@ -45,10 +45,10 @@ def choose(request: Request, algorithm: str) -> Choice:
     if algorithm != "auto":
         if reason := MODULES[algorithm].why_not(request):
             raise ValueError(f"algorithm={algorithm!r} cannot compute this {request.direction}: {reason}")
-        return Choice(algorithm, "asked for by name")
+        return Choice(algorithm, "requested by name")
     answer = tuned.recalled(request.backend, request.geometry, request.dtype, request.direction)
     if answer in MODULES and MODULES[answer].why_not(request) is None:
-        return Choice(answer, "the fastest on this machine, as gpuconv tune has found")
+        return Choice(answer, "the fastest on this machine, as measured by gpuconv tune")
     return untuned(request)
 
 
@@ -58,7 +58,7 @@ def untuned(request: Request) -> Choice:
     if request.backend.launch is None:
         expected = {name: MODULES[name].nanoseconds(request) for name in names}
         name = min(names, key=expected.__getitem__)
-        return Choice(name, f"{_milliseconds(expected[name])}, the least")
+        return Choice(name, f"{_milliseconds(expected[name])}, the smallest")
     return next(choice for choice in _preferences(request) if choice.algorithm in names)
 
 
@@ -75,24 +75,27 @@ def refused(request: Request, taken: str) -> Iterator[tuple[str, str]]:
         reason = module.why_not(request)
         if reason is None and request.backend.launch is None:
             reason = _milliseconds(module.nanoseconds(request))
-        yield name, reason or f"it can, but {taken} goes first here"
+        yield name, reason or f"it is applicable, but {taken} is preferred here"
 
 
 def _milliseconds(nanoseconds: float) -> str:
     milliseconds = nanoseconds / 1e6
-    return f"{milliseconds:{'.2g' if milliseconds < 10 else '.0f'}} ms of one core by its estimate"
+    return f"{milliseconds:{'.2g' if milliseconds < 10 else '.0f'}} ms on one core (estimate)"
 
 
 def _preferences(request: Request) -> list[Choice]:
     """Return algorithms for GPUs in order of preference, each with the reason; the last one accepts everything."""
     wanted = []
     if implicit_gemm.fills_a_tile(request.geometry, request.direction):
-        wanted.append(Choice("implicit_gemm", "there is enough of each group to fill half a tile or more"))
+        wanted.append(Choice("implicit_gemm", "each group fills half a tile or more"))
     elif request.geometry.groups > 1:
         wanted.append(
-            Choice("direct", "groups of few channels leave most of a tile empty, and are too many for products")
+            Choice(
+                "direct",
+                "groups of few channels leave most of a tile empty, and there are too many for one product each",
+            )
         )
-    wanted.append(Choice("im2col", "one matrix product does all filters at once"))
+    wanted.append(Choice("im2col", "one matrix product computes all filters at once"))
     return wanted
 
 

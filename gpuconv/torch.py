@@ -269,7 +269,7 @@ def _check(**tensors: Tensor | None) -> None:
             layout = "nested" if tensor.is_nested else tensor.layout
             raise TypeError(f"{name} must be dense and on the CPU or a CUDA device, not {layout} on {tensor.device}")
         if tensor.dtype not in DTYPES:
-            hint = f"; {name}.float() makes one of it" if tensor.dtype in INTS else ""
+            hint = f"; {name}.float() converts it" if tensor.dtype in INTS else ""
             raise TypeError(f"{name} must be one of {', '.join(dtypes.NAMES)}, not {tensor.dtype}{hint}")
         if device is not None and tensor.device != device:
             raise ValueError(f"tensors must be on one device, but x is on {device} and {name} on {tensor.device}")
@@ -318,7 +318,9 @@ def _array(tensor: Tensor) -> Array:
     try:
         return tensor.numpy(force=True)
     except RuntimeError:
-        raise TypeError("tensors must have memory of their own: no transforms of torch.func, no tracing") from None
+        raise TypeError(
+            "tensors must own their memory: transforms of torch.func and tracing are not supported"
+        ) from None
 
 
 def _tensor(array: Array) -> Tensor:

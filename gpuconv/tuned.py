@@ -72,9 +72,9 @@ def _answers(place: Path) -> Mapping[str, str]:
             return dict(answers)
     except (ValueError, TypeError, KeyError, AttributeError):
         pass
-    return _passed_over(place, "it does not hold what gpuconv tune writes")
+    return _passed_over(place, "it is not a file that gpuconv tune writes")
 
 
 def _passed_over(place: Path, reason: str) -> Mapping[str, str]:
-    warnings.warn(f"tuned answers in {place} are passed over: {reason}", RuntimeWarning, stacklevel=2)
+    warnings.warn(f"tuned answers in {place} are ignored: {reason}", RuntimeWarning, stacklevel=2)
     return {}

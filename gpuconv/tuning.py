@@ -127,7 +127,7 @@ def tune(
         directions = (directions,)
     for direction in directions:
         if direction not in DIRECTIONS:
-            raise ValueError(f"directions must be out of {', '.join(DIRECTIONS)}; got {direction!r}")
+            raise ValueError(f"directions must be among {', '.join(DIRECTIONS)}; got {direction!r}")
     if backend is not None and backend not in settings.BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(settings.BACKENDS)}; got {backend!r}")
     if not seconds > 0:

@@ -25,7 +25,7 @@ def checked(**arrays: Array) -> tuple[Kind, numpy.dtype]:
     kind = kind_of(**arrays)
     for name, array in arrays.items():
         if not dtypes.supported(array.dtype):
-            hint = f"; {name}.astype('float32') makes one of it" if array.dtype.kind in "iub" else ""
+            hint = f"; {name}.astype('float32') converts it" if array.dtype.kind in "iub" else ""
             raise TypeError(f"{name} must be one of {', '.join(dtypes.NAMES)}, not {array.dtype}{hint}")
     return kind, dtypes.promoted(*(array.dtype for array in arrays.values()))
 
@@ -78,10 +78,10 @@ def needed(needs: str | Sequence[str]) -> tuple[str, ...]:
     try:
         names = (needs,) if isinstance(needs, str) else tuple(needs)
     except TypeError:
-        raise TypeError(f"needs must be names out of {', '.join(NEEDS)}; got {needs!r}") from None
+        raise TypeError(f"needs must be among {', '.join(NEEDS)}; got {needs!r}") from None
     for name in names:
         if name not in NEEDS:
-            raise ValueError(f"needs must be names out of {', '.join(NEEDS)}; got {name!r}")
+            raise ValueError(f"needs must be among {', '.join(NEEDS)}; got {name!r}")
     return names
 
 

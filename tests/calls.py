@@ -166,7 +166,7 @@ class Call(NamedTuple):
         return {"conv_data_grad": [dx], "conv_weight_grad": [dw]}.get(self.function, [dx, dw, db])
 
     def compare(self, found, exact, magnitude):
-        """Assert that results are within twice the bound; derivatives of activations and their products are rounded too."""
+        """Assert that results are within twice the bound, since derivatives of activations are rounded too."""
         algorithm = "fft" if self.algorithm == "auto" else self.algorithm
         sums = [self.y_shape, self.x] if self.function == "conv_transpose_backward" else [self.y_shape]
         terms = max(int(np.prod(self.w)), *(int(np.prod(shape)) // shape[1] for shape in sums))

@@ -108,7 +108,7 @@ class Observed:
                 lines.setdefault(line, set()).update(name for name in names if name in self.seconds)
 
     def tests(self, mutant, likely):
-        """Return the tests that run a mutant's line: likely ones, plans, the fastest of each test function, then others."""
+        """Return the tests that run a mutant's line: likely ones, plans, the fastest of each function, others."""
         lines = self.tests_of_line.get(mutant.file, {})
         begun = max((line for line in lines if line <= mutant.line), default=0)  # a statement may have several lines
         reached = lines.get(begun, ())
@@ -202,7 +202,7 @@ def full(options):
         live = python_mutants.Live()
         observed = Observed(session, live, options.jobs)
         todo = [mutant for name, mutant in mutants.items() if not stands(verdicts.get(name), observed.items)]
-        todo.sort(key=lambda mutant: mutant.identity in verdicts)  # mutants without a verdict first, so that the record is complete early
+        todo.sort(key=lambda mutant: mutant.identity in verdicts)  # those without a verdict first
         with progress() as bar:
             task = bar.add_task("mutants", total=len(todo), survived=0)
 

@@ -33,7 +33,7 @@ class Session:
         self.reports.append(report)
 
     def first_failure(self, items, seconds=0):
-        """Run tests until one fails; return its name and message, or None. The process ends if a test takes too long."""
+        """Run tests until one fails; return its name and message, or None. The process ends if one takes too long."""
         for item, following in itertools.zip_longest(items, items[1:]):
             signal.alarm(seconds)
             item.ihook.pytest_runtest_protocol(item=item, nextitem=following)

@@ -256,7 +256,7 @@ def short(whole):
 
 @contextlib.contextmanager
 def as_on_any_machine():
-    """Enter a context that is independent of installed packages and tuning: with SciPy and a way to limit BLAS threads."""
+    """Enter a context that is independent of tuning and of installed packages: SciPy and threadpoolctl."""
     with (
         mock.patch.object(select.tuned, "recalled", return_value=None),
         mock.patch.object(fft, "_has_scipy", return_value=True),

@@ -156,7 +156,7 @@ class _ArrayCalls:
         return _adds_atomically and self.options.get("algorithm") in ("scatter", "scatter_plain")
 
     def _assert_close(self, first, other):
-        """Assert agreement within twice the bound of direct sums, with the magnitudes of the call for absolute values."""
+        """Assert agreement within twice the bound of direct sums; the magnitudes are those for absolute values."""
         terms = max(self._geometry().reduction_length(direction) for direction in DIRECTIONS)
         with np.errstate(all="ignore"):
             magnitudes = snapshot((self._called(mapped(self.given, absolute)), None))

@@ -1,4 +1,4 @@
-"""Gradients as adjoints, in real and complex numbers: <conv(x, w), dy> == <x, dx> == <w, dw>, without a reference."""
+"""Gradients are adjoints, for real and complex numbers: <conv(x, w), dy> == <x, dx> == <w, dw>, without a reference."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from tests.tolerances import epsilon
 CASES_IN_TURNS = combinations(
     arrays=BACKENDS,
     case=CASES,
-    algorithm=[name for name in gpuconv.ALGORITHMS if tiers.full or name != "implicit_gemm"],  # of many modules
+    algorithm=[name for name in gpuconv.ALGORITHMS if tiers.full or name != "implicit_gemm"],  # has many modules
     dtype=("float64", "complex128"),
     layout=("channels_first", "channels_last"),
     where=is_taken,
@@ -23,17 +23,17 @@ CASES_IN_TURNS = combinations(
 
 
 def inner(a, b):
-    """<a, b>, conjugating b."""
+    """Return the inner product <a, b>, which conjugates b."""
     return (a.astype(np.complex128) * np.conj(b)).sum()
 
 
 def assert_same(one, other, algorithm, magnitude):
-    """Equal, or almost where transforms are multiplied: as far as the sum of all absolute products says."""
+    """Assert equality; for products of transforms, equality up to rounding relative to the sum of absolute products."""
     assert abs(one - other) <= (16 * epsilon("float64") * magnitude if algorithm in TRANSFORMS else 0)
 
 
 def absolute_products(x, w, dy, settings):
-    """The sum of |x| |w| |dy|, over all products that a convolution and its gradients are sums of."""
+    """Return the sum of |x| |w| |dy| over all products of a convolution and its gradients."""
     y = gpuconv.conv(abs(x), abs(w), **{**settings, "algorithm": "im2col"})
     return (y * abs(dy)).sum()
 
@@ -93,7 +93,7 @@ def test_real_x_with_complex_w_gives_complex_dx(rng):
 
 @pytest.mark.parametrize("name", ["relu", "leaky_relu", "sigmoid", "tanh"])
 def test_gradients_are_the_slopes_of_the_forward_function(name, rng):
-    """A directional derivative by central differences, in float64, for conv and conv_transpose."""
+    """Compare with a directional derivative by central differences in float64, for conv and conv_transpose."""
     x, w, b = (rng.standard_normal(s) for s in ((2, 3, 6, 5), (3, 4, 3, 2), (4,)))
     for forward, backward, weight in (
         (gpuconv.conv, gpuconv.conv_backward, w.swapaxes(0, 1)),

@@ -30,13 +30,13 @@ GRADIENTS = (
 
 @pytest.fixture(params=[pytest.param("cupy", marks=pytest.mark.gpu)])
 def cupy(request):
-    """CuPy itself."""
+    """The module cupy."""
     return importlib.import_module(request.param)
 
 
 @pytest.fixture
 def broken_cupy(monkeypatch):
-    """A CuPy that imports and then fails, as without a driver."""
+    """A CuPy that can be imported and then fails, as it does without a driver."""
 
     def fail(*_):
         raise OSError("CUDA driver version is insufficient")
@@ -233,7 +233,7 @@ def test_bfloat16_names_the_package_that_has_it(monkeypatch):
 
 @pytest.mark.parametrize("name", dtypes.NAMES)
 def test_the_resolution_of_a_dtype(name):
-    """The least power of 2 that makes a difference when it is added to 1."""
+    """The resolution is the smallest power of 2 that changes 1 when it is added."""
     dtype = dtypes.named(name)
     one, eps = np.ones(1, dtype), dtypes.epsilon(dtype)
     assert one + np.array([eps], dtype) != one

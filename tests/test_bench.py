@@ -1,4 +1,4 @@
-"""``gpuconv bench``: its layers, that it verifies, takes turns, measures, keeps and compares."""
+"""``gpuconv bench``: layers, verification, alternating measurement, files and comparison."""
 
 import csv
 import importlib.util
@@ -44,13 +44,13 @@ def _on_the_cpu(monkeypatch):
 
 @pytest.fixture
 def _quick_limits(monkeypatch):
-    """The roofline of a machine that somebody made up, in no time."""
+    """Replace the measured roofline by constants, to save time."""
     monkeypatch.setattr(limits, "measured", lambda place, names, clock: limits.Limits(1e9, dict.fromkeys(names, 1e10)))
 
 
 @pytest.fixture
 def bench(tmp_path, _quick_limits):
-    """``gpuconv bench`` with some words: its results, and its status."""
+    """A function that runs ``gpuconv bench`` with arguments and returns its results and status."""
 
     def ran(*words):
         path = tmp_path / "bench.json"
@@ -157,7 +157,7 @@ def test_one_wrong_element_anywhere_that_is_checked_is_noticed(case, dtype, dire
         assert verdict.right
         assert 0 < verdict.checked <= result.size
         assert part or verdict.checked == result.size
-        for corner in (0, -1):  # the first and the last element are always among those that are checked
+        for corner in (0, -1):  # the first and the last element are always checked
             for bad in (np.nan, np.inf, 100):
                 broken = result.copy()
                 broken[(corner,) * result.ndim] += np.array(bad).astype(dtype)
@@ -262,7 +262,7 @@ def test_before_each_cold_sample_more_is_written_than_the_caches_hold():
     clock = timing.Clock(cold=True)
     seen = []
     clock.samples(lambda: seen.append(int(clock._elsewhere[-1])), 3)
-    assert seen == [0, 1, 2, 3]  # the first call does not count
+    assert seen == [0, 1, 2, 3]  # the first call is not counted
     assert (clock._elsewhere == 3).all()
     assert clock._elsewhere.nbytes >= 2 * timing.last_cache_bytes() > 2**16
     assert timing.Clock()._elsewhere.size == 0
@@ -369,9 +369,9 @@ exit(cli.main(["bench", "resnet50", "--seconds", "0.05", "--json", {str(path)!r}
 
 
 def test_an_interrupted_run_is_resumed(bench, tmp_path, monkeypatch):
-    """A layer that is there in some directions only is measured anew; nothing is measured twice or lost."""
+    """A layer that is recorded in some directions only is measured again; no row is duplicated or lost."""
     case = layers.parsed(SMALL)
-    twins = {"small": (replace(case, name="one"), replace(case, name="other"))}  # layers of one spec
+    twins = {"small": (replace(case, name="one"), replace(case, name="other"))}  # with the same specification
     monkeypatch.setattr(layers, "suites", lambda: twins)
     given = ("small", "--batch", "1", "--dtype", "float32,float64", "--resume")
     whole, _ = bench(*given)
@@ -440,7 +440,7 @@ def test_pytorch_computes_the_same():
         (SMALL, "bfloat16"),
     ):
         problem = Problem.of(layers.parsed(text), layers.parsed(text).batches[0], dtypes.named(dtype))
-        # Without instructions for bfloat16 PyTorch's gradients are added up in it, and wrong by the bounds here.
+        # Without instructions for bfloat16 PyTorch accumulates gradients in bfloat16, beyond the bounds used here.
         for direction in DIRECTIONS[:1] if dtype == "bfloat16" else DIRECTIONS:
             _, result = worker.first(text, dtype, direction, "channels_first")
             assert problem.verdict(result, direction, loose=True).right, (text, direction)
@@ -506,7 +506,7 @@ def test_a_peer_s_process_that_dies_is_an_error():
     [
         (0, ("direct", "scatter"), "events"),
         (1e9, ("direct", "scatter"), "graph"),
-        (1e9, ("direct", "im2col"), "events"),  # CuPy multiplies no matrices while a stream is captured
+        (1e9, ("direct", "im2col"), "events"),  # CuPy cannot multiply matrices during a capture
     ],
 )
 def test_on_a_gpu_all_sides_are_timed_by_events_or_all_as_graphs(short, algorithms, method, monkeypatch):

@@ -11,7 +11,7 @@ from tests.cases import CASES, DIRECTIONS, DTYPES, KERNELS, LAYOUTS, is_taken
 from tests.test_matrix import assert_right
 from tests.tiers import combinations
 
-# What a plain run checks: combinations that differ in what kernels do, in few dtypes, since each is compiled anew.
+# Combinations of a plain run: they differ in what kernels do. There are few dtypes, because each needs a compilation.
 PLAIN = {
     ("direct", "float32"): ("3-D strided", "many channels", "depthwise stride 2"),
     ("scatter", "float32"): (
@@ -33,7 +33,7 @@ PLAIN = {
 
 def is_checked(case, algorithm, direction, dtype, **one):
     name = algorithm.removesuffix("_plain")
-    if name == "scatter" and direction == "forward":  # which has no kernel
+    if name == "scatter" and direction == "forward":  # it has no kernel
         return False
     if not tiers.full and case.name not in PLAIN.get((algorithm, dtype), ()):
         return False
@@ -49,7 +49,7 @@ def is_checked(case, algorithm, direction, dtype, **one):
     where=is_checked,
 )
 def test_kernels_do_nothing_forbidden(case, algorithm, direction, dtype, arrays, monkeypatch):
-    """In the natural order with 32-bit offsets, and in another one with 64-bit offsets."""
+    """Kernels run in the natural order with 32-bit offsets, and in another order with 64-bit offsets."""
     monkeypatch.setitem(MODULES, "scatter_plain", scatter_plain)
     layout = LAYOUTS[zlib.crc32(f"{case.name} {algorithm} {dtype}".encode()) % 3]
     assert_right(arrays, case, algorithm, direction, dtype, layout)

@@ -1,4 +1,4 @@
-"""What auto takes on NumPy by the algorithms' estimates, held against the times of ``gpuconv tune``."""
+"""The choices of auto on NumPy by the algorithms' estimates, compared with the times of ``gpuconv tune``."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ SWEEPS = sorted((Path(__file__).parent.parent / "bench" / "results").glob("*/swe
 
 
 def losses(rows):
-    """The time of what auto takes over that of the fastest, with the row."""
+    """Return the time of auto's choice divided by that of the fastest algorithm, with the row."""
     for row in rows:
         case = layers.parsed(row["spec"])
         geometry = case.geometry(case.batches[0], row["layout"])
@@ -51,7 +51,7 @@ def test_for_a_named_algorithm_only_its_own_reasons_are_asked(name, monkeypatch)
 
 
 class ShortRange:
-    """A range that is not gone through where it is long."""
+    """A range that fails if it is iterated over and long."""
 
     def __init__(self, *given):
         self.numbers = range(*given)
@@ -66,7 +66,7 @@ class ShortRange:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_choice_takes_no_step_for_each_tap(direction, monkeypatch):
-    """Of a thousand million, where the limit is no reason to refuse."""
+    """There are 10**9 taps, and the workspace limit is no reason to refuse."""
     monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "1000GiB")
     for module in (geometry_module, slices):
         monkeypatch.setattr(module, "range", ShortRange, raising=False)

@@ -1,4 +1,4 @@
-"""The command line: what it prints, writes and answers, and that it does so from a wheel."""
+"""The command line: output, files and exit status, also from an installed wheel."""
 
 import json
 import os
@@ -25,13 +25,13 @@ QUICK = ["bench", "--case", "n=1 c=4 h=9 w=9 k=4 r=3 s=3", "--seconds", "0"]
 @pytest.fixture(autouse=True)
 def _on_the_cpu(monkeypatch):
     monkeypatch.setenv("GPUCONV_BACKEND", "numpy")
-    monkeypatch.setitem(limits.EXTENT, "numpy", 64)  # of a machine's limits, measured in no time
+    monkeypatch.setitem(limits.EXTENT, "numpy", 64)  # makes the measurement of limits fast
     monkeypatch.setitem(limits.COPY_BYTES, "numpy", 2**20)
 
 
 @pytest.fixture
 def few_geometries(monkeypatch):
-    """The first, one with stride 2, and the depthwise one: .ci/run checks all."""
+    """Use the first geometry, one with stride 2, and the depthwise one; .ci/run checks all geometries."""
     monkeypatch.setattr(check, "GEOMETRIES", [check.GEOMETRIES[number] for number in (0, 2, 7)])
 
 
@@ -75,12 +75,12 @@ def test_explain_says_which_algorithm_and_why_not_the_others(capsys):
     assert main(["explain", "8,64,56,56", "64,64,3,3", "--padding", "1", "--direction", "forward"]) == 0
     printed = capsys.readouterr().out
     assert "y (8, 64, 56, 56), float32 on numpy" in printed
-    assert "takes winograd: " in printed
+    assert "uses winograd: " in printed
     assert "not scatter: " in printed
     assert main(["explain", "(1, 4, 9)", "4,1,3", "--groups", "4", "--padding", "2:0", "--stride", "2"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("takes ") == 3
-    assert printed.count(" ms of one core by its estimate, the least") == 3
+    assert printed.count("uses ") == 3
+    assert printed.count(" ms on one core (estimate), the smallest") == 3
     assert "padding ((2, 0),)" in printed
 
 
@@ -154,7 +154,7 @@ def test_kernels_are_found_from_the_checkout():
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory):
-    """A wheel made from the sdist that was made from the checkout."""
+    """A wheel made from an sdist, which was made from the checkout."""
     pytest.importorskip("hatchling")
     folder = tmp_path_factory.mktemp("dist")
     build = [sys.executable, "-m", "hatchling", "build", "-d", str(folder), "-t"]

@@ -1,4 +1,4 @@
-"""The course and article layers against their own textbook loops."""
+"""Compare the layers of the course and the articles with textbook loops."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from gpuconv.compat import cs231n, nhwc
 
 
 def loops(x, w, b, s, p):
-    """The four nested loops of the textbooks, forward and backward, for NCHW."""
+    """Compute forward and backward for NCHW by the four nested loops of textbooks."""
     (n, _, h, wide), (f, _, hh, ww) = x.shape, w.shape
     padded = np.pad(x, ((0, 0), (0, 0), (p[0], p[0]), (p[1], p[1])))
     outputs = (h + 2 * p[0] - hh) // s[0] + 1, (wide + 2 * p[1] - ww) // s[1] + 1

@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels: no spills, no more registers than recorded, and the report of it."""
+"""Compiled kernels: no spills, no more registers than recorded; and the report."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ def recorded():
 @NVRTC
 @pytest.mark.parametrize("architecture", occupancy.ARCHITECTURES)
 def test_kernels_neither_spill_nor_take_more_registers_than_recorded(architecture):
-    """Modules take turns with the architectures; ``gpuconv kernels`` compiles all for all."""
+    """Each module is compiled for one architecture; ``gpuconv kernels`` compiles all modules for all architectures."""
     if architecture not in report.known(None):
         pytest.skip("this NVRTC does not know it")
     turn, turns = occupancy.ARCHITECTURES.index(architecture), len(occupancy.ARCHITECTURES)
@@ -46,7 +46,7 @@ def test_kernels_neither_spill_nor_take_more_registers_than_recorded(architectur
 
 
 def test_every_kernel_of_every_dtype_is_recorded():
-    """For all architectures, tiles and both widths of offsets; and nothing that is no more."""
+    """The record has all architectures, tiles and both widths of offsets, and no obsolete kernel."""
     expected = {
         (kernel, architecture, dict(module.types)["First"], 64 if module.wide else 32, *dict(module.constants).values())
         for (module, kernels), architecture in itertools.product(report.modules().items(), occupancy.ARCHITECTURES)
@@ -90,7 +90,7 @@ def test_the_compiler_s_report_is_read():
         report.parsed(LOG.replace("Used 85", "Has 85"))
 
 
-# Blocks of a multiprocessor by CUDA 13.0's own calculator (cuda_occupancy.h): registers, threads, shared bytes.
+# Blocks per multiprocessor according to cuda_occupancy.h of CUDA 13.0: registers, threads, bytes of shared memory.
 BLOCKS = {
     "sm_75": {(24, 128, 0): 8, (96, 128, 4096): 5, (128, 256, 20000): 2, (255, 64, 48000): 1},
     "sm_80": {(24, 64, 0): 32, (96, 128, 4096): 5, (64, 256, 20000): 4, (255, 64, 48000): 3},
@@ -135,7 +135,7 @@ ROW = report.CompiledKernel("k", "sm_80", "float32", 32, {"WIDTH": 4}, 128, 64, 
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """The rows that the command is given in the place of compiling."""
+    """The rows that the command receives instead of compiling."""
     rows = []
     monkeypatch.setattr(
         report, "rows", lambda architecture: [r for r in rows if getattr(r, "arch", "sm_80") == architecture]
@@ -178,7 +178,7 @@ def test_spills_and_compile_errors_end_with_status_1(row, words, compiled, capsy
 @pytest.mark.parametrize("arch", ["sm_90", "sm_80,nonsense", "80", ""])
 def test_an_unknown_architecture_is_refused(arch, capsys):
     assert main(["kernels", "--arch", arch]) == 2
-    assert "--arch must be out of sm_75, sm_80, " in capsys.readouterr().err
+    assert "--arch must be one of sm_75, sm_80, " in capsys.readouterr().err
 
 
 def test_a_missing_compiler_ends_with_status_2_and_the_extra(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The worked example of CONTRIBUTING.md is an algorithm."""
+"""The example of CONTRIBUTING.md is a complete algorithm."""
 
 import re
 import types
@@ -35,11 +35,11 @@ def test_the_example_of_an_algorithm_is_right(direction, layout, dtype, arrays):
 
 
 def test_it_is_refused_with_its_reason():
-    with pytest.raises(ValueError, match="it is for kernels of one element without stride, padding and groups"):
+    with pytest.raises(ValueError, match="it requires kernels of one element without stride, padding and groups"):
         gpuconv.explain((1, 2, 4, 4), (3, 2, 3, 3), algorithm="pointwise", backend="numpy")
 
 
 def test_auto_weighs_it_by_its_estimate():
     explanation = gpuconv.explain((1, 8, 4, 4), (8, 8, 1, 1), backend="numpy")
     assert "pointwise" in str(explanation)
-    assert "ms of one core by its estimate" in dict(explanation.refused).get("pointwise", explanation.reason)
+    assert "ms on one core (estimate)" in dict(explanation.refused).get("pointwise", explanation.reason)

@@ -1,4 +1,4 @@
-"""What the public functions promise beside the numbers: batch axes, memory order, out, activations, dtypes, needs."""
+"""Properties of the public functions other than values: batch axes, memory order, out, activations, dtypes, needs."""
 
 import ml_dtypes
 import numpy as np
@@ -259,7 +259,7 @@ def test_bias_takes_part_in_promotion_but_y_of_backward_does_not():
 
 
 def test_half_precision_sums_are_formed_in_float32():
-    # 4096 + 1 is 4096 in float16 at every step; in bfloat16 256 + 1 is 256.
+    # 4096 + 1 rounds to 4096 in float16, and 256 + 1 to 256 in bfloat16.
     for dtype in (np.float16, ml_dtypes.bfloat16):
         x = np.full((1, 2, 3000), 1, dtype)
         ones = np.ones((1, 2, 3000), dtype)
@@ -286,7 +286,7 @@ def test_long_sums_of_like_terms_do_not_drift():
     where=lambda arrays, algorithm: is_on(arrays, algorithm) and (algorithm != "scatter" or arrays == "numpy"),
 )
 def test_the_same_call_gives_the_same_bits(algorithm, arrays, rng):
-    """All but the kernels that scatter, whose additions have no fixed order."""
+    """The exception is the kernels of scatter, whose additions have no fixed order."""
     x, w = rng.standard_normal((2, 8, 9, 10), np.float32), rng.standard_normal((8, 8, 3, 3), np.float32)
     x, w = arrays.asarray(x), arrays.asarray(w)
     y = gpuconv.conv(x, w, algorithm=algorithm)

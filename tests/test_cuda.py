@@ -1,4 +1,4 @@
-"""From a kernel to the GPU: its source, the compiler, the cache on disk, the launch. All but one test need no GPU."""
+"""Sources of kernels, the compiler, the cache on disk, and launches. Only one test needs a GPU."""
 
 import errno
 import math
@@ -65,7 +65,7 @@ def test_a_compile_error_holds_the_log_the_file_and_the_constants():
 @NVRTC
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_86", "sm_90a", "sm_120"])
 def test_a_cubin_has_all_its_bytes(architecture):
-    """CuPy drops the last one, which belongs to a header of some: without it a driver may refuse them."""
+    """CuPy drops the last byte, which is part of a header in some cubins; a driver may refuse these without it."""
     if int(architecture[3:].rstrip("a")) not in compiler.nvrtc().getSupportedArchs():
         pytest.skip("this NVRTC does not know it")
     text = 'extern "C" __global__ void add_one(float* x) { x[threadIdx.x] += 1; }'
@@ -126,7 +126,7 @@ def test_a_device_newer_than_the_compiler_gets_ptx():
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """What was compiled, into a cache of its own; nothing real is."""
+    """The list of compilations, with a separate cache and a fake compiler."""
     calls = []
 
     def compiled(module, architecture):
@@ -265,7 +265,7 @@ def test_a_dump_that_cannot_be_written_is_an_error(name, device, given, monkeypa
 
 @pytest.fixture
 def device(made, monkeypatch):
-    """A CuPy that only remembers: what was loaded, and what was launched."""
+    """A fake CuPy that records what was loaded and launched."""
     seen = types.SimpleNamespace(loaded=[], launched=[], asked_for=[], current=0, static_memory=0)
 
     class Function:
@@ -309,7 +309,7 @@ def device(made, monkeypatch):
 
 @pytest.fixture
 def given():
-    """What direct_forward takes."""
+    """Return the arguments of direct_forward."""
     geometry = structs.struct("Convolution", False, 1, 1, 1, 1, *[(1, 1, 1)] * 5, (0, 0, 0))
     images = structs.struct("Images", False, 1, (1, 1, 1), 1, 1)
     weights = structs.struct("Weights", False, (1, 1, 1), 1, 1, 1)
@@ -328,7 +328,7 @@ def launched(given, grid=5, shared_memory=0):
 def test_a_launch_that_is_prepared_is_made_again_with_other_arguments(device, given):
     again = launch.prepared(FORWARD, 5, 128, given, 60_000)
     assert device.launched == []
-    for arguments in (given, given[::-1]):  # which are not looked at again
+    for arguments in (given, given[::-1]):  # arguments are not checked again
         again(*arguments)
         assert device.launched.pop() == ("direct_forward", (5,), (128,), tuple(arguments), 60_000)
     assert len(device.loaded) == 1
@@ -366,7 +366,7 @@ def test_a_grid_of_no_blocks_is_not_launched(device, given):
 
 def test_a_grid_beyond_what_cuda_takes_is_refused(device, given):
     with pytest.raises(
-        ValueError, match="direct_forward would need 2147483648 blocks, and a grid has at most 2147483647"
+        ValueError, match="direct_forward needs 2147483648 thread blocks, but a grid has at most 2147483647"
     ):
         launched(given, 2**31)
 
@@ -428,7 +428,7 @@ def test_sources_are_dumped_where_a_folder_is_named(device, given, tmp_path, mon
 
 
 def test_structs_are_the_same_to_numpy_and_to_cuda():
-    """Field by field; their sizes are compared at every launch on the CPU."""
+    """Fields are compared here; sizes are compared at every launch on the CPU."""
     text = structs.text()
     for name in structs.NAMES:
         for wide in (False, True):
@@ -478,7 +478,7 @@ def test_values_of_structs_are_read_only():
 
 @pytest.mark.parametrize("stack", [(), (4,), (2, 3), (1, 3), (2, 1, 3), (3, 2, 2)])
 def test_products_that_lie_evenly_apart_are_one_call(stack, rng):
-    """Of the axes from the first one that is named on, every matrix lies a multiple of a step behind the first."""
+    """On the axes from the returned one on, the offset of every matrix is its index times a constant step."""
     for _ in range(200):
         steps = [tuple(int(step) for step in rng.choice([0, 1, 2, 3, 6], len(stack))) for _ in range(2)]
         steps = [tuple(s if n > 1 else 0 for s, n in zip(step, stack, strict=True)) for step in steps]
@@ -487,7 +487,7 @@ def test_products_that_lie_evenly_apart_are_one_call(stack, rng):
         for step, each in zip(steps, apart, strict=True):
             places = [sum(map(operator.mul, index, step[axis:])) for index in np.ndindex(*stack[axis:])]
             assert places == [number * each for number in range(count)]
-        if axis:  # one more axis could not be in it
+        if axis:  # no further axis can be merged
             larger = [
                 [sum(map(operator.mul, index, step[axis - 1 :])) for index in np.ndindex(*stack[axis - 1 :])]
                 for step in steps

@@ -1,4 +1,4 @@
-"""What only CuPy itself can show: its versions, streams, modules, compute types and memory. On a GPU, or emulated."""
+"""Properties that need CuPy: versions, streams, modules, compute types and memory. On a GPU, or emulated."""
 
 import ctypes
 import gc
@@ -30,7 +30,7 @@ def cupy():
 
 
 def emulated(name):
-    """A library of the emulated machine, which counts what a GPU does not tell."""
+    """Return a library of the emulated device, which has counters that a GPU lacks."""
     folder = os.environ.get("GPUCONV_CUPY_ON_CPU")
     if folder is None:
         pytest.skip("a GPU does not tell")
@@ -67,7 +67,7 @@ def test_kernels_are_unloaded_with_the_cache(cupy, monkeypatch):
 
 
 def overlapping(xp):
-    """Pairs of views of one memory, and whether they have an element in common."""
+    """Yield pairs of views of the same memory, and whether they have an element in common."""
     memory = xp.zeros((8, 16))
     yield memory, memory[2:], True
     yield memory[:4], memory[4:], False
@@ -104,7 +104,7 @@ def test_out_that_overlaps_is_found_without_the_device(number, cupy):
     ],
 )
 def test_products_take_tf32_where_the_device_has_it(capability, precision, dtype, taken, cupy, monkeypatch):
-    """The compute type of each product says so; CuPy's own, which is one for the process, is left alone."""
+    """The compute type of each product is checked; CuPy's setting, which is global to the process, is unchanged."""
     monkeypatch.setattr(device, "_device", lambda number: device.Device(capability, 40))
     cublas, seen, before = cupy.cuda.cublas, [], cupy._core.get_compute_type("f")
     for name in ("gemmEx", "gemmStridedBatchedEx"):
@@ -119,7 +119,7 @@ def test_products_take_tf32_where_the_device_has_it(capability, precision, dtype
     assert cupy._core.get_compute_type("f") == before
 
 
-OPERANDS = {  # of products: their shapes, and what is taken of them
+OPERANDS = {  # shapes of the left operand, the right operand and the result of products
     "dense": ((3, 4, 5), (3, 5, 6), (3, 4, 6)),
     "one for all": ((4, 5), (3, 5, 6), (3, 4, 6)),
     "two axes": ((2, 3, 4, 5), (2, 3, 5, 6), (2, 3, 4, 6)),
@@ -129,7 +129,7 @@ OPERANDS = {  # of products: their shapes, and what is taken of them
     "one number": ((3, 1, 5), (3, 5, 1), (3, 1, 1)),
     "one term": ((3, 4, 1), (3, 1, 6), (3, 4, 6)),
 }
-LAYOUTS = {  # views of a larger array of these, and whether cuBLAS takes them where they lie
+LAYOUTS = {  # views of a larger array, and whether cuBLAS can read or write them in place
     "contiguous": (lambda a: a, True),
     "transposed": (lambda a: a.swapaxes(-1, -2).copy().swapaxes(-1, -2), True),
     "of longer rows": (lambda a: a[..., 1:-1], True),
@@ -145,7 +145,7 @@ LAYOUTS = {  # views of a larger array of these, and whether cuBLAS takes them w
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("operands", OPERANDS)
 def test_products_are_formed_where_matrices_lie(operands, layout, dtype, cupy):
-    """And only what cuBLAS cannot read is copied."""
+    """Only operands that cuBLAS cannot read are copied."""
     view, is_taken = LAYOUTS[layout]
     rng = np.random.default_rng(0)
     made = []
@@ -162,19 +162,19 @@ def test_products_are_formed_where_matrices_lie(operands, layout, dtype, cupy):
         copies = sum(step.function is cupy.copyto for step in steps)
         assert copies == 0 or not is_taken
     else:
-        with pytest.raises(ValueError, match=r"no axis of .* has its elements side by side"):
+        with pytest.raises(ValueError, match=r"no axis of .* is contiguous"):
             planned_product(left, right, out)
 
 
 def _is_written(out):
-    """Whether one of the last two axes has its elements side by side, and the other one goes over them."""
+    """Return whether one of the last two axes is contiguous, and the stride of the other one is at least its extent."""
     (rows, columns), (down, along) = out.shape[-2:], out.strides[-2:]
     item, axes = out.itemsize, [(rows, down, columns, along), (columns, along, rows, down)]
     return any((n == 1 or step == item) and (m == 1 or over >= n * item) for n, step, m, over in axes)
 
 
 def planned_product(left, right, out):
-    """The steps of a product, and what runs them."""
+    """Return the steps of a product, and a function that runs them."""
     from gpuconv.execute import _Memory, execute
     from gpuconv.plan import WORKSPACE, Planner, Scope
     from gpuconv.views import View, first_byte
@@ -207,7 +207,7 @@ def test_tensors_are_computed_on_the_stream_of_pytorch(cupy):
 
 
 def test_a_call_on_a_stream_of_its_own_needs_no_other(cupy):
-    """Work waits in a stream until it is waited for: nothing is read too early, and nothing on another stream."""
+    """The emulator defers work until it is waited for, so data read too early or on another stream would be wrong."""
     x, w = np.arange(80.0).reshape(1, 4, 20), np.arange(48.0).reshape(4, 4, 3)
     expected = gpuconv.conv(x, w)
     for algorithm in ("im2col", "direct", "implicit_gemm", "scatter", "fft", "winograd"):
@@ -218,7 +218,7 @@ def test_a_call_on_a_stream_of_its_own_needs_no_other(cupy):
 
 @pytest.mark.called_once("what is recorded may not wait")
 def test_what_a_graph_writes_belongs_to_nobody_else(cupy):
-    """The memory pool would give the slices of weight_grad to arrays that are made after the capture."""
+    """Otherwise the memory pool would reuse the workspace of weight_grad for arrays allocated after the capture."""
     shapes = (2, 16, 30, 30), (16, 16, 3, 3)
     options = {"padding": 1, "algorithm": "implicit_gemm"}
     space = gpuconv.explain(*shapes, direction="weight_grad", backend="cupy", **options).plan.space
@@ -242,7 +242,7 @@ def test_what_a_graph_writes_belongs_to_nobody_else(cupy):
 
 
 def test_memory_of_the_host_is_no_argument(cupy):
-    """Where kernels are emulated, a pointer to the host is found out; on a GPU it would be an illegal address."""
+    """The emulator reports a pointer to host memory as an argument; on a GPU it would be an illegal address."""
     emulated("libcuda.so.1")
     host = np.ones(32, np.float32)
     kernel = cupy.RawKernel('extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= 2; }', "twice")
@@ -252,7 +252,7 @@ def test_memory_of_the_host_is_no_argument(cupy):
 
 
 def test_arrays_of_the_host_are_operands_of_nothing(cupy):
-    """Neither of CuPy's kernels, which get arrays as structs, nor of cuBLAS."""
+    """This holds for CuPy's kernels, whose arguments are structs, and for cuBLAS."""
     emulated("libcuda.so.1")
     host = np.ones((4, 4), np.float32)
     memory = cupy.cuda.UnownedMemory(host.ctypes.data, host.nbytes, host, 0)
@@ -264,7 +264,7 @@ def test_arrays_of_the_host_are_operands_of_nothing(cupy):
 
 
 def test_an_event_is_no_later_work_of_its_stream(cupy):
-    """Whoever records an event too early reads old data: what was queued after it has not been done."""
+    """Waiting for an event does not perform work that was queued after it, so the data are still old."""
     emulated("libcudart.so.12")
     x, stream, event = cupy.zeros(4, "f"), cupy.cuda.Stream(non_blocking=True), cupy.cuda.Event()
     with stream:
@@ -272,14 +272,14 @@ def test_an_event_is_no_later_work_of_its_stream(cupy):
         event.record(stream)
         x.fill(2)
     event.synchronize()
-    memory = np.ctypeslib.as_array(ctypes.cast(x.data.ptr, ctypes.POINTER(ctypes.c_float)), (4,))  # as it is now
+    memory = np.ctypeslib.as_array(ctypes.cast(x.data.ptr, ctypes.POINTER(ctypes.c_float)), (4,))  # current contents
     assert (memory == 1).all()
     stream.synchronize()
     assert (memory == 2).all()
 
 
 def test_writes_beyond_an_allocation_are_found(cupy):
-    """Also within the 256 bytes that allocations are aligned to."""
+    """This includes the padding of allocations to 256 bytes."""
     emulated("libcuda.so.1")
     kernel = cupy.RawKernel('extern "C" __global__ void set(float* x) { x[threadIdx.x] = 1; }', "set")
     x = cupy.ndarray(100, "f", cupy.cuda.MemoryPointer(cupy.cuda.Memory(400), 0))
@@ -292,7 +292,7 @@ def test_writes_beyond_an_allocation_are_found(cupy):
 @pytest.mark.parametrize("direction", ["forward", "data_grad", "weight_grad"])
 @pytest.mark.parametrize("algorithm", ["im2col", "winograd", "fft"])
 def test_the_host_waits_once_for_what_is_finite(algorithm, direction, cupy):
-    """However many blocks are looked at: once for w where im2col asks for it, once for the result of a transform."""
+    """For any number of blocks: once for w in im2col, if needed, and once for the result of a transform."""
     reads = emulated("libcudart.so.12").emulated_reads
     x, w = cupy.ones((8, 16, 40, 40), "f"), cupy.ones((16, 16, 3, 3), "f")
     dy = cupy.ones((8, 16, 40, 40), "f")
@@ -313,7 +313,7 @@ def test_the_host_waits_once_for_what_is_finite(algorithm, direction, cupy):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("algorithm", ["im2col", "winograd", "fft", "depthwise", "direct", "implicit_gemm", "scatter"])
 def test_the_workspace_limit_holds_on_a_gpu(algorithm, direction, layout, dtype, limit, cupy, monkeypatch):
-    """By CuPy's own count of what is allocated at a time, beside the result."""
+    """The peak of allocations, without the result, is measured by hooks of CuPy's memory pool."""
     monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", limit)
     groups = 16 if algorithm == "depthwise" else 1
     shapes = (3, 16, 20, 20), (16, 16 // groups, 3, 3), (3, 16, 20, 20)
@@ -328,15 +328,15 @@ def test_the_workspace_limit_holds_on_a_gpu(algorithm, direction, layout, dtype,
     request = Request(geometry, np.dtype(dtype), direction, cupy_backend(), False, gpuconv.settings.workspace_limit())
     if reason := MODULES[algorithm].why_not(request):
         pytest.skip(reason)
-    result = call()  # which compiles kernels and makes tables
+    result = call()  # compiles kernels and makes tables
     with Allocations() as allocations:
         call()
     beside = allocations.most - result.nbytes
-    assert beside <= gpuconv.settings.workspace_limit() + allocations.count * 512  # which each is rounded up to
+    assert beside <= gpuconv.settings.workspace_limit() + allocations.count * 512  # each is rounded up to 512
 
 
 def test_the_emulated_device_divides_complex_numbers(cupy):
-    """Whose absolute values C has for integers only."""
+    """The division needs absolute values of floating-point numbers, and C has abs only for integers."""
     a, b = 0.5 + 1e-19j, 0.75 - 2e-19j
     for dtype in ("complex64", "complex128"):
         found = cupy.asarray(a, dtype) / cupy.asarray(b, dtype)
@@ -345,7 +345,7 @@ def test_the_emulated_device_divides_complex_numbers(cupy):
 
 @pytest.mark.called_once("one call is looked at")
 def test_what_is_added_in_place_is_not_copied(cupy):
-    """CuPy copies an input that shares memory with the result, unless they are one object."""
+    """CuPy copies an input that shares memory with the result, unless they are the same object."""
     x, w = cupy.ones((3, 16, 20, 20), "float32"), cupy.ones((16, 16, 3, 3), "float32")
     gpuconv.conv(x, w, padding=1, algorithm="scatter")
     with Allocations() as allocations:
@@ -354,7 +354,7 @@ def test_what_is_added_in_place_is_not_copied(cupy):
 
 
 class Allocations:
-    """How many bytes of the device are allocated at a time, at most, and how many allocations there are."""
+    """The peak of allocated device memory in bytes, and the number of allocations."""
 
     def __init__(self):
         import cupy

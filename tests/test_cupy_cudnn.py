@@ -1,4 +1,4 @@
-"""CuPy 13's convolutions, by its names and arguments, against the reference."""
+"""Compare the convolutions with the names and arguments of CuPy 13 with the reference."""
 
 import functools
 import importlib
@@ -18,14 +18,14 @@ from tests.backends import BACKENDS
 from tests.cases import CASES, draw, named_dtype
 from tests.tiers import combinations
 
-# cuDNN pads alike on both ends and does not turn kernels round.
+# cuDNN pads both ends equally and does not flip kernels.
 CASES_OF_CUDNN = [
     case for case in CASES if len(case.x) <= 5 and not case.flip and all(low == high >= 0 for low, high in case.padding)
 ]
 
 
 def in_layout(array, layout):
-    """(N, C, *spatial) or (F, C/G, *kernel) as it lies in layout 0 or 1."""
+    """Return an array (N, C, *spatial) or (F, C/G, *kernel) in layout 0 or 1."""
     return np.ascontiguousarray(np.moveaxis(array, 1, -1)) if layout else array
 
 
@@ -72,8 +72,8 @@ def test_results_are_written_into_the_callers_array(case, dtype, d_layout, w_lay
     np.testing.assert_array_equal(from_layout(arrays.asnumpy(out), d_layout), expected)
 
 
-# What TestConvolutionForward, -BackwardFilter and -BackwardData of CuPy 13's test_cudnn.py go through. Their arrays hold
-# zeros; these do not.
+# The parameters of TestConvolutionForward, -BackwardFilter and -BackwardData of CuPy 13's test_cudnn.py. Their arrays
+# contain zeros; these do not.
 IN_ALL = {
     "tensor_core": ("always", "auto", "never"),
     "dilate": (1, 2),
@@ -90,7 +90,7 @@ IN_ONE = {
 
 @functools.cache
 def arrays_of_cupys_shapes(dilate, groups, ndim, layout):
-    """x, w and dy, then the results of the three functions."""
+    """Return x, w and dy, then the results of the three functions."""
     rng, channels, filters = np.random.default_rng(13), (4 if layout else 3) * groups, (4 if layout else 2) * groups
     shapes = (2, channels, *(3,) * ndim), (filters, channels // groups, *(3,) * ndim), (2, filters, *(2,) * ndim)
     x, w, dy = (draw(rng, shape, "float64", True) for shape in shapes)
@@ -106,9 +106,9 @@ def arrays_of_cupys_shapes(dilate, groups, ndim, layout):
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("function", IN_ONE)
 def test_what_the_tests_of_cupy_13_go_through(function, dtype, arrays, monkeypatch):
-    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "8MiB")  # and afterwards what it was
+    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "8MiB")  # restored afterwards
     names, values = zip(*{**IN_ALL, **IN_ONE[function]}.items(), strict=True)
-    every = 1 if tiers.full else 29  # which has no factor in common with the numbers of values
+    every = 1 if tiers.full else 29  # coprime to the numbers of values
     for chosen in itertools.islice(itertools.product(*values), None, None, every):
         how = dict(zip(names, chosen, strict=True))
         dilate, groups, ndim, layout = how.pop("dilate"), how.pop("groups"), how.pop("ndim"), how.pop("layout", 0)
@@ -269,7 +269,7 @@ def test_errors_name_the_argument_and_nothing_is_written(name):
 
 @pytest.fixture
 def cupy_without_cudnn(monkeypatch):
-    """Packages like those of CuPy 14, so far as install() looks at them."""
+    """Packages like those of CuPy 14, as far as install() uses them."""
     for name in ("cupy", "cupyx", "cupy.cuda"):
         package = types.ModuleType(name)
         package.__path__, package.__version__ = [], "14.2.0"
@@ -282,13 +282,13 @@ def cupy_without_cudnn(monkeypatch):
 
 def test_install_puts_the_module_where_programs_look(cupy_without_cudnn):
     cupy_cudnn.install()
-    cupy_cudnn.install()  # once more is as well
+    cupy_cudnn.install()  # a second call is permitted
     from cupy import cudnn
 
     assert cudnn is cupy_cudnn
     for name in ("cupy.cudnn", "cupyx.cudnn", "cupy.cuda.cudnn"):
         assert importlib.import_module(name) is cupy_cudnn
-        assert importlib.util.find_spec(name) is not None  # which is how some ask for it
+        assert importlib.util.find_spec(name) is not None  # some libraries test for the module in this way
     cupy_cudnn.uninstall()
     cupy_cudnn.uninstall()
     for name in ("cupy.cudnn", "cupyx.cudnn", "cupy.cuda.cudnn"):

@@ -1,4 +1,4 @@
-"""The build of CuPy for the CPU: what stands in its way is said in one line. What it computes, tests marked gpu see."""
+"""The build of CuPy for the CPU: errors are reported in one line. Its computations are tested by tests marked gpu."""
 
 import importlib.metadata
 import json
@@ -13,7 +13,7 @@ from tests.emulation import loader
 
 
 def refused(arguments, monkeypatch):
-    """What the command says as it refuses."""
+    """Return the error message of the command."""
     monkeypatch.setattr(__main__, "driver_devices", lambda: 0)
     monkeypatch.setattr(sys, "argv", ["cupy_on_cpu", *arguments])
     with pytest.raises(SystemExit) as refusal:
@@ -54,7 +54,7 @@ def test_a_version_must_be_named_where_cupy_is_not_installed(monkeypatch):
     ],
 )
 def test_what_fails_while_building_is_said_in_one_line(said, line, monkeypatch, tmp_path):
-    """No such version, no tools."""
+    """The version does not exist, or tools are missing."""
     monkeypatch.setenv("GPUCONV_CACHE_DIR", str(tmp_path))
     script = f"import sys; sys.stderr.write({said!r}); sys.exit(1)"
     monkeypatch.setattr(build, "_pip", lambda *_, **__: build._run(sys.executable, "-c", script))
@@ -65,7 +65,7 @@ def test_what_fails_while_building_is_said_in_one_line(said, line, monkeypatch, 
 
 @pytest.mark.skipif(loader.why_not() is not None, reason=str(loader.why_not()))
 def test_a_package_index_that_cannot_be_reached_is_said(monkeypatch, tmp_path):
-    """By pip itself, whose last line says that no such version exists."""
+    """The error is recognised in the output of pip, whose last line says that no such version exists."""
     monkeypatch.setenv("GPUCONV_CACHE_DIR", str(tmp_path))
     for variable, value in {
         "INDEX_URL": "http://127.0.0.1:9/simple",
@@ -105,7 +105,7 @@ def test_a_damaged_build_is_found(damage, monkeypatch, tmp_path):
     [
         (("__init__.py", "lib/libtorch_cuda.so"), True),
         (("__init__.py", "lib/libtorch_cpu.so"), False),
-        (("lib/libtorch_cuda.so",), False),  # what an uninstallation has left: no package
+        (("lib/libtorch_cuda.so",), False),  # files left by an uninstallation are not a package
         ((), False),
     ],
 )

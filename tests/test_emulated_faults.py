@@ -1,4 +1,4 @@
-"""That the emulator says what is wrong with a kernel, and where, and is silent about a right one."""
+"""The emulator reports the errors of a kernel with their location, and reports none for a correct kernel."""
 
 import numpy as np
 import pytest
@@ -71,7 +71,7 @@ def test_what_is_right_raises_no_alarm(name, order, mode):
 
 X, Y = np.arange(1, 65, dtype=np.float32), 64
 
-# name: parameters, body, the words of fast mode (None: it does not notice), and those of checked mode
+# name: parameters, body, words of the report in fast mode (None: not detected), and in checked mode
 WRONG = {
     "read past the end": (
         "const float* x, float* y",
@@ -224,7 +224,7 @@ def test_unset_memory_of_the_host_is_noticed():
     assert np.isnan(y).all()
     with pytest.raises(EmulationError, match=r"read of x \+ 0 bytes, which was never set at planted.cu:2"):
         launch(body, (x, y), mode="checked")
-    x[:-1] = 0  # one number of the last four
+    x[:-1] = 0  # only one of the last four numbers is set
     fours = kernel(
         "const float* x, float* y", "const float4 v = ((const float4*)x)[threadIdx.x % 8];\ny[threadIdx.x] = v.x;"
     )

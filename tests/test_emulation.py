@@ -1,4 +1,4 @@
-"""The emulator itself: what its instructions compute, and how libraries are built."""
+"""The emulator: the results of its instructions, and how libraries are built."""
 
 import concurrent.futures
 
@@ -133,7 +133,7 @@ def test_half_precision_conversions_round_to_nearest_even():
 
 
 def test_bfloat16_is_rounded_in_integers_where_the_instruction_is_missing():
-    """The function that sm_75 gets, taken from primitives.cuh."""
+    """The function for sm_75 is taken from primitives.cuh."""
     import ml_dtypes
 
     text = (kernels_folder() / "primitives.cuh").read_text()
@@ -201,7 +201,7 @@ def test_matrix_loads(transposed, mode):
             np.testing.assert_array_equal(pairs[lane, m], matrices[m, g, 2 * t : 2 * t + 2])
 
 
-# Fragments by rows and columns, as PTX describes them: of lane 4 g + t, element e of each operand.
+# Row and column of element e of each operand's fragment in lane 4 g + t, as described by PTX.
 PRODUCTS = {
     "f16 k8": (8, "multiply_16x8x8(d, a, b[0], half{})", 2, 1, np.float16),
     "f16 k16": (16, "multiply_16x8x16(d, a, b, half{})", 4, 2, np.float16),

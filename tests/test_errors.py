@@ -1,4 +1,4 @@
-"""Bad input: which exception, and words of its message. Nothing is computed and out stays as it was."""
+"""Invalid input: the exception and words of its message. Nothing is computed and out is unchanged."""
 
 import operator
 
@@ -87,9 +87,9 @@ BAD = {
     "y of another shape": (lambda: gpuconv.conv_backward(Y, X, W, activation="relu", y=X), ValueError, "y must have the shape (2, 4, 7, 6)"),
     "y complex": (lambda: gpuconv.conv_backward(Y, X, W, activation="relu", y=Y + 0j), TypeError, "activation='relu' needs a real y"),
     "y a list": (lambda: gpuconv.conv_backward(Y, X, W, activation="relu", y=[1]), TypeError, "y must be a numpy.ndarray"),
-    "needs": (lambda: gpuconv.conv_backward(Y, X, W, needs=("dx", "dz")), ValueError, "needs must be names out of dx, dw, db; got 'dz'"),
-    "needs one name": (lambda: gpuconv.conv_backward(Y, X, W, needs="dy"), ValueError, "needs must be names out of"),
-    "needs a number": (lambda: gpuconv.conv_backward(Y, X, W, needs=1), TypeError, "needs must be names out of"),
+    "needs": (lambda: gpuconv.conv_backward(Y, X, W, needs=("dx", "dz")), ValueError, "needs must be among dx, dw, db; got 'dz'"),
+    "needs one name": (lambda: gpuconv.conv_backward(Y, X, W, needs="dy"), ValueError, "needs must be among"),
+    "needs a number": (lambda: gpuconv.conv_backward(Y, X, W, needs=1), TypeError, "needs must be among"),
     # kinds and dtypes
     "x a list": (lambda: C([[1.0]], W), TypeError, "x must be a numpy.ndarray or a cupy.ndarray, not list"),
     "w None": (lambda: C(X, None), TypeError, "w must be a numpy.ndarray or a cupy.ndarray, not NoneType"),

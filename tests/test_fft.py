@@ -1,4 +1,4 @@
-"""fft: tiles and segments that fit the workspace, and numbers whose squares overflow."""
+"""Algorithm fft: tiles and segments that fit the workspace, and numbers whose squares overflow."""
 
 from unittest import mock
 
@@ -13,7 +13,7 @@ from gpuconv.request import Request
 from tests import reference
 from tests.tolerances import assert_within, bound_of
 
-# Kernels of which so many bytes hold no tile, each with settings of the reference.
+# Kernels for which a workspace of this many bytes cannot hold a tile, with settings of the reference.
 LONG = (
     (16_000, (2, 2, 2000), (3, 2, 900), {"stride": (1,), "padding": ((7, 450),), "dilation": (1,)}),
     (16_000, (1, 1, 2400), (2, 1, 300), {"stride": (1,), "padding": ((-20, 5),), "dilation": (3,), "flip": True}),
@@ -27,7 +27,7 @@ LONG = (
 
 
 def results(direction, x, w, dy, **options):
-    """That of gpuconv by fft; the exact one and that of absolute values."""
+    """Return the result of gpuconv by fft, the exact result, and that for absolute values."""
     settings = {name: value for name, value in options.items() if name != "algorithm"}
     x64, w64, dy64 = (array.astype(np.float64) for array in (x, w, dy))
     if direction == "forward":
@@ -59,7 +59,7 @@ def test_kernels_without_room_are_cut_into_segments(limit, x_shape, w_shape, set
 @pytest.mark.parametrize("algorithm, dtype", [("fft", "float32"), ("fft", "complex64"), ("winograd", "float32")])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_large_finite_numbers_are_computed_once(direction, dtype, algorithm):
-    """Results whose squares and sums overflow are no reason to compute again, as NaN and Inf are."""
+    """Overflow of the squares and sums of finite results must not cause recomputation, as NaN and Inf do."""
     x, w, dy = (np.ones(shape, dtype) for shape in ((1, 32, 14, 14), (64, 32, 3, 3), (1, 64, 12, 12)))
     large = {"forward": w, "data_grad": w, "weight_grad": dy}[direction]
     large *= np.float32(1e33)  # spectra stay finite
@@ -80,7 +80,7 @@ def test_large_finite_numbers_are_computed_once(direction, dtype, algorithm):
 
 
 def test_tiles_of_a_volume_overlap_little():
-    """All that is transformed is at most 1.6 times what one tile of all of it would be."""
+    """The transformed elements are at most 1.6 times those of a single tile for the whole volume."""
     geometry = Geometry.infer((1, 64, 256, 256), (1, 1, 32, 32, 32), padding="same")
     request = Request(geometry, np.dtype("float32"), "forward", NUMPY)
     tile = fft._cut(fft._Correlation.of(request), request.budget).tile

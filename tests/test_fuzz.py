@@ -1,4 +1,4 @@
-"""The search for calls that go wrong finds planted faults, and prints a test that shows them."""
+"""The search for failing calls finds planted bugs and prints a test that reproduces them."""
 
 from unittest import mock
 
@@ -36,7 +36,7 @@ def test_a_planted_fault_is_found_made_small_and_printed_as_a_test():
 
 
 def test_a_call_that_is_wrong_when_it_is_repeated_is_found():
-    """As when derivatives were left out of recorded calls."""
+    """Example: a former bug omitted derivatives from cached calls."""
     step = calls.Call("conv", (1, 1, 3), (1, 1, 1), {"stride": (1,), "padding": ((0, 0),), "dilation": (1,)})
     original, made = gpuconv.conv, []
 

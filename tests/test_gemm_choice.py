@@ -1,4 +1,4 @@
-"""Which tiles implicit_gemm takes, how it says so, and how it sees matrices in arrays: from shapes alone."""
+"""The choice of tiles by implicit_gemm, its explanation, and the matrices in arrays; from shapes only."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def test_matrices_lie_as_their_arrays_do():
-    """16 bytes move at once along what lies side by side and begins at multiples of 16 bytes."""
+    """Copies of 16 bytes run along contiguous elements that begin at multiples of 16 bytes."""
     half = np.float16
     cases = {
         # direction, layout, channels, filters, kernel, extent: left, right, (along rows, vector)
@@ -75,7 +75,7 @@ def chosen(x, w, dtype="float16", direction="forward", device=MODEL, **settings)
 
 
 def test_much_work_takes_large_tiles_and_little_work_small_ones():
-    """So that all multiprocessors have some, and weight_grad cuts its outputs into slices for them."""
+    """All multiprocessors must have work; for this weight_grad divides its outputs into splits (split-K)."""
     layer = {"padding": 1, "layout": "channels_last"}
     much = chosen((256, 56, 56, 256), (3, 3, 256, 256), **layer).choice.tile
     assert (much.rows, much.columns) == (256, 128)
@@ -110,7 +110,7 @@ def test_blocks_cover_the_work_and_fit_the_device():
 
 
 def test_measurements_go_before_the_model(monkeypatch):
-    """Where they are of this very problem, on such a device."""
+    """Measurements must be for the same problem and kind of device."""
     geometry = Geometry.infer((4, 64, 14, 14), (64, 64, 3, 3), padding=1)
     half = named_dtype("float16")
     best, *others = implicit_gemm.plans(geometry, half, "forward", MODEL)
@@ -154,7 +154,7 @@ def test_every_entry_of_the_table_names_a_committed_result():
 
 @EMULATED
 def test_auto_takes_it_where_half_a_tile_is_filled(arrays):
-    """And direct for groups of few channels; a matrix product of few channels stays one."""
+    """auto chooses direct for groups of few channels, but im2col for a matrix product with few channels."""
     cases = {
         ((4, 64, 14, 14), (64, 64, 3, 3), 1): ("implicit_gemm",) * 3,
         ((4, 64, 14, 14), (4, 64, 3, 3), 1): ("im2col", "implicit_gemm", "im2col"),
@@ -164,14 +164,14 @@ def test_auto_takes_it_where_half_a_tile_is_filled(arrays):
         ((4, 8, 1, 1), (8, 8, 1, 1), 1): ("im2col",) * 3,
     }
     for (x, w, groups), expected in cases.items():
-        for images in (1, x[0], 100 * x[0]):  # one alone is computed as it is in a batch
+        for images in (1, x[0], 100 * x[0]):  # the choice does not depend on the batch size
             geometry = Geometry.infer((images, *x[1:]), w, padding=w[-1] // 2, groups=groups)
             requests = [Request(geometry, np.dtype("f4"), direction, arrays.backend) for direction in DIRECTIONS]
             assert tuple(choose(request, "auto").algorithm for request in requests) == expected, (x, w)
 
 
 def test_a_tile_is_filled_by_the_positions_of_the_result():
-    """Of x in data_grad, of which a stride leaves many, and of y in forward, of which it leaves few."""
+    """These are positions of x in data_grad, many for a large stride, and positions of y in forward, few of them."""
     geometry = Geometry.infer((1, 16, 6, 6), (16, 16, 3, 3), stride=4, padding=1)
     assert [implicit_gemm.fills_a_tile(geometry, direction) for direction in DIRECTIONS] == [False, True, True]
 
@@ -185,7 +185,7 @@ def test_explain_lists_the_tiles_with_their_times(arrays, monkeypatch):
     )
     text = str(explanation)
     lines = text.splitlines()
-    start = lines.index("takes implicit_gemm: there is enough of each group to fill half a tile or more")
+    start = lines.index("uses implicit_gemm: each group fills half a tile or more")
     pattern = r"  (by|or) tiles of \d+x\d+, \d+x\d+ a warp: [\d.]+ us by the model"
     assert lines[start + 1].startswith("  by ")
     last = lines.index(next(line for line in lines if line.startswith("not im2col: ")))

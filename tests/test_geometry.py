@@ -1,4 +1,4 @@
-"""Geometry: sizes, every form of padding, transposed sizes, residues, counts."""
+"""Geometry: sizes, every form of padding, transposed sizes, phases of the stride, operation counts."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The emulator's instructions against those of GPUs, by golden vectors; and that the way to make these is sound."""
+"""Compare the emulator's instructions with those of GPUs by golden vectors; test how these are made."""
 
 import types
 from pathlib import Path
@@ -21,7 +21,7 @@ COMMITTED = [
 
 
 def emulated(mode="checked"):
-    """A launch of the kernels of primitives.cu on the CPU."""
+    """Return a function that launches kernels of primitives.cu on the CPU."""
     primitives = (loader.FOLDER / "primitives.hpp").read_text()
     text = (vectors.FOLDER / "primitives.cu").read_text()
     library = loader.library_of(
@@ -65,7 +65,7 @@ def test_every_primitive_has_a_vector():
 
 @pytest.mark.emulated
 def test_what_is_made_is_read_again_and_compared(tmp_path):
-    """The whole way, with the emulator in the place of a GPU; a result that differs is noticed."""
+    """All steps run with the emulator instead of a GPU; a different result is detected."""
     launch = emulated()
     results = make_golden.made(launch, set(BY_KERNEL))
     assert set(results) == set(BY_KERNEL)
@@ -87,7 +87,7 @@ def test_what_is_made_is_read_again_and_compared(tmp_path):
 @pytest.mark.emulated
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector.kernel)
 def test_vectors_would_tell_a_wrong_instruction(vector):
-    """Each result depends on what goes in: other inputs, or none, give another one."""
+    """Each result depends on its inputs: other inputs, or no launch, give another result."""
     launch = emulated("fast")
     inputs = vector.inputs()
     result = vectors.computed(vector, inputs, launch)
@@ -100,7 +100,7 @@ def test_vectors_would_tell_a_wrong_instruction(vector):
 @NVRTC
 @pytest.mark.emulated
 def test_the_program_takes_the_way_to_a_gpu(tmp_path, monkeypatch, capsys):
-    """With a CuPy that has no GPU behind it, and runs the kernels on the CPU."""
+    """A fake CuPy runs the kernels on the CPU."""
     launch = emulated("fast")
 
     class RawModule:
@@ -131,7 +131,7 @@ def test_the_program_takes_the_way_to_a_gpu(tmp_path, monkeypatch, capsys):
 
 
 class OnGpu:
-    """An array of the CuPy above."""
+    """An array of the fake CuPy above."""
 
     def __init__(self, array):
         self.memory = array.copy()
@@ -150,7 +150,7 @@ def test_any_nan_equals_any_other_and_nothing_else():
     ).size
 
 
-# The PTX that must come of them; NVRTC compiles no function that nobody calls.
+# The PTX instructions that the compiled functions must contain; NVRTC does not compile functions without a caller.
 INSTRUCTIONS = {
     "sm_75": ("mma.sync.aligned.m16n8k8", "red.global.add.noftz.f16x2", "ldmatrix", ".trans"),
     "sm_80": ("cp.async.ca", "cp.async.cg", "wait_group", ".bf16.bf16", ".tf32", ".f64.f64", "cvt.rna.tf32"),
@@ -160,7 +160,7 @@ INSTRUCTIONS = {
 
 @NVRTC
 def test_every_primitive_compiles_where_it_is_offered():
-    """For an older architecture those that it lacks are left out, and for the newest none is."""
+    """For older architectures the unsupported primitives are omitted; the newest architecture supports all."""
     counts = {}
     for architecture in INSTRUCTIONS:
         _, log = compiler.compiled_text(make_golden.source(), "primitives.cu", architecture)

@@ -1,4 +1,4 @@
-"""im2col's ways for special cases, in small and awkward ones that would not take them: exact on small integers."""
+"""The special cases of im2col, forced on small convolutions with unusual parameters; exact for small integers."""
 
 from unittest import mock
 
@@ -29,7 +29,7 @@ def counted(name, function):
 
 @st.composite
 def over_lines(draw_from):
-    """Convolutions of images whose kernel reaches over several lines side by side."""
+    """Draw convolutions whose kernel extends over several adjacent lines of the image."""
     x = (draw_from(st.integers(1, 3)), draw_from(st.integers(1, 3)), *(draw_from(st.integers(5, 12)) for _ in range(2)))
     w = (draw_from(st.integers(1, 5)), x[1], draw_from(st.integers(3, 5)), draw_from(st.integers(1, 4)))
     settings = {
@@ -109,10 +109,10 @@ def test_a_stem_takes_them(layout):
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding", "seen", "products"),
     [
-        ((3, 3), 2, 1, (2, 2), 5),  # of nine taps; one residue sees a column of the four outputs: two products
-        ((4, 4), 2, 1, (3, 3), 8),  # of sixteen
-        ((16,), 8, 4, (3,), 2),  # four residues see two of them, four the other two
-        ((2, 2), 2, (1, 0), (2, 1), 2),  # padding moves the rows of one residue; columns are together
+        ((3, 3), 2, 1, (2, 2), 5),  # of nine; one phase reads a column of the four outputs: two products
+        ((4, 4), 2, 1, (3, 3), 8),  # of sixteen taps
+        ((16,), 8, 4, (3,), 2),  # four phases read two of the outputs, four the other two
+        ((2, 2), 2, (1, 0), (2, 1), 2),  # padding shifts the rows of one phase; columns are together
         ((3,), (2,), 0, (2,), 2),
     ],
 )
@@ -128,6 +128,6 @@ def test_residues_share_the_outputs_around_them(kernel, stride, padding, seen, p
     [((3, 3), 1, 1), ((3,), 2, 2), ((5,), 2, 3)],
 )
 def test_residues_that_share_nothing_stand_alone(kernel, stride, dilation):
-    """One residue, or residues whose outputs lie between one another's."""
+    """There is one phase, or the outputs of different phases are interleaved."""
     shapes = (1, 4, *(32,) * len(kernel)), (8, 4, *kernel)
     assert residues.products_of(Geometry.infer(*shapes, stride=stride, dilation=dilation)) is None

@@ -1,4 +1,4 @@
-"""What implicit_gemm promises beside the numbers of the matrix: every tile, its sums, its launches."""
+"""Algorithm implicit_gemm beyond the tests of the matrix: every tile, accumulation, launches."""
 
 import collections
 import contextlib
@@ -31,7 +31,7 @@ CHECKED_TOO = [pytest.param(name, marks=marks_of(name)) for name in ("checked", 
 TWO_LAYOUTS = ["channels_first", "channels_last"]
 BOTH_LAYOUTS = pytest.mark.parametrize("layout", TWO_LAYOUTS)
 
-# The ways to multiply: dtype and precision.
+# The kinds of multiplication: dtype and precision.
 KINDS = {
     "float16": ("float16", "ieee"),
     "bfloat16": ("bfloat16", "ieee"),
@@ -103,7 +103,7 @@ class Problem:
 
 @contextlib.contextmanager
 def forced(tile, slices=1):
-    """A tile by name, in the place of the one that would be chosen."""
+    """Enter a context in which a given tile is used instead of the chosen one."""
 
     def chosen(problem):
         return TileChoice(tile, min(slices, problem.most_slices), 0.0)
@@ -116,7 +116,7 @@ def forced(tile, slices=1):
 
 @contextlib.contextmanager
 def planned():
-    """The constants of the kernels that are launched meanwhile, once each: calls are repeated."""
+    """Enter a context whose value lists the constants of launched kernels, without duplicates by repeated calls."""
     found = []
     original = implicit_gemm.planned
 
@@ -134,8 +134,8 @@ def planned():
 # ------------------------------------------------------------------------------------------------- results
 
 
-# Few channels or filters, how many more than a tile's columns the others are, and extents of more outputs than a tile's
-# rows: copied 16 bytes at a time, and one element at a time.
+# The smaller of the numbers of channels and filters, by how much the larger one exceeds a tile's columns, and extents
+# with more outputs than a tile's rows; for copies of 16 bytes and for copies of single elements.
 SIZES = {"in chunks": (32, 8, (16, 9)), "one by one": (29, 3, (13, 11))}
 
 
@@ -150,7 +150,7 @@ SIZES = {"in chunks": (32, 8, (16, 9)), "one by one": (29, 3, (13, 11))}
     turns=["kind", "direction", "sizes", "layout"],
 )
 def test_every_tile_is_exact(kind, tile, direction, sizes, layout, arrays):
-    """With rows and columns that do not fill the last tile, and a depth that does not fill the last turn."""
+    """Rows and columns do not fill the last tile, and the depth does not fill the last main-loop iteration."""
     dtype, precision = KINDS[kind]
     few, more, extent = SIZES[sizes]
     many = tile.columns + more
@@ -195,7 +195,7 @@ def test_random_numbers_stay_within_their_bound(kind, direction, rank, groups_an
 @pytest.mark.parametrize("kernel", [(32,), (33,), (4, 8), (3, 11), (2, 4, 4), (4, 3, 3)])
 @pytest.mark.parametrize("direction", ["forward", "data_grad"])
 def test_windows_of_32_taps_and_more_are_exact(direction, kernel, arrays):
-    """Up to 32 taps have a bit each that says whether they are in the image, more of them positions."""
+    """Up to 32 taps have one bit each for whether they are in bounds; for more taps positions are compared."""
     problem = Problem(
         (2, 9, *(9, 13, 5)[: len(kernel)]), (12, 9, *kernel), "float32", padding=16 if kernel[0] > 9 else 3
     )
@@ -209,7 +209,7 @@ def test_windows_of_32_taps_and_more_are_exact(direction, kernel, arrays):
 @ON_KERNELS
 @BOTH_LAYOUTS
 def test_tf32_rounds_to_the_nearest(layout, arrays):
-    """Positive numbers: rounding is off by 1e-4 at most, cutting off would be by 6e-4."""
+    """For positive numbers the error of rounding is at most 1e-4; that of truncation would be 6e-4."""
     problem = Problem((1, 16, 12, 12), (16, 16, 3, 3), "float32", False, positive=True, padding=1)
     exact = problem.exact("forward")
     for precision, most in (("tf32", 2e-4), ("tf32x3", 4e-6), ("ieee", 1e-6)):
@@ -225,7 +225,7 @@ def test_tf32_rounds_to_the_nearest(layout, arrays):
     turns=["direction"],
 )
 def test_sums_of_100_000_positive_terms_stay_within_the_bound(direction, kind, arrays):
-    """Tensor cores cut off what does not fit a sum, always downwards: so no sum of theirs may grow too long."""
+    """Tensor cores truncate sums, always towards zero, so long sums must be flushed to a second accumulator."""
     dtype, precision = KINDS[kind]
     terms = 100_000
     if direction == "weight_grad":
@@ -233,7 +233,7 @@ def test_sums_of_100_000_positive_terms_stay_within_the_bound(direction, kind, a
     else:
         channels = (3, terms) if direction == "data_grad" else (terms, 3)
         problem = Problem((1, channels[0], 4), (channels[1], channels[0], 1), dtype, False, positive=True)
-    if dtype in ("float16", "bfloat16"):  # a sum of 100,000 must not overflow, and its own rounding not hide the error
+    if dtype in ("float16", "bfloat16"):  # the sum must not overflow, and its rounding must not hide the error
         problem.x, problem.w, problem.dy = (
             (a / 2**7).astype(named_dtype(dtype)).astype(float) for a in (problem.x, problem.w, problem.dy)
         )
@@ -254,7 +254,7 @@ def test_more_than_32_taps_are_found_by_their_positions(direction, arrays):
 @pytest.mark.parametrize("arrays", CHECKED_TOO, indirect=True)
 @pytest.mark.parametrize("kernel", [(4, 8), (4, 3, 3)], ids=["32 taps", "36 taps"])
 def test_infinite_weights_of_many_taps_meet_no_zeros_beyond_dy(kernel, arrays):
-    """Sums that become NaN are formed again of the products that there are."""
+    """Sums that become NaN are recomputed without the products with padding."""
     dilation = (1, 2, 3)[: len(kernel)]
     problem = Problem((1, 2, 9, 19, 11)[: len(kernel) + 2], (1, 2, *kernel), "float32", dilation=dilation, padding=2)
     problem.w[:] = 1
@@ -278,7 +278,7 @@ def test_weights_alone_are_conjugated_where_both_operands_are_converted(arrays):
 
 
 def test_long_sums_on_tensor_cores_are_cut_into_pieces():
-    """Of 4,096 terms; up to that the registers of totals are saved."""
+    """The accumulator is flushed every 4,096 terms; up to that length no registers for totals are needed."""
     half = named_dtype("float16")
     for channels, terms in ((4096, 0), (4104, 4096)):
         geometry = Geometry.infer((1, channels, 4), (8, channels, 1))
@@ -287,7 +287,7 @@ def test_long_sums_on_tensor_cores_are_cut_into_pieces():
 
 
 def test_slices_of_weight_grad_are_short_enough_to_need_no_totals():
-    """Where there is room for the sums of so many; each has at most 4,096 terms."""
+    """Each split has at most 4,096 terms, if the workspace can hold the sums of that many splits."""
     geometry = Geometry.infer((2, 64, 100, 100), (64, 64, 3, 3), padding=1)
     for limit, terms in ((64 << 20, 0), (64 * 64 * 9 * 4 * 3, 4096)):
         for plan in implicit_gemm.plans(geometry, named_dtype("float16"), "weight_grad", MODEL, limit=limit):
@@ -300,7 +300,7 @@ def test_slices_of_weight_grad_are_short_enough_to_need_no_totals():
 @pytest.mark.parametrize("precision, factor", [("ieee", 1), ("tf32x3", 2)])
 @pytest.mark.parametrize("terms", [512, 4096])
 def test_equal_terms_stay_within_the_bound(terms, precision, factor, arrays):
-    """Their roundings all go one way."""
+    """All roundings have the same direction."""
     x, w = np.full((1, terms, 4), 0.1, np.float32), np.full((2, terms, 1), 0.7, np.float32)
     exact = reference.forward(x.astype(float), w.astype(float), (1,), ((0, 0),), (1,))
     given = arrays.asarray(x), arrays.asarray(w)
@@ -309,14 +309,14 @@ def test_equal_terms_stay_within_the_bound(terms, precision, factor, arrays):
 
 
 LARGEST = np.finfo(np.float32).max
-SIGNALING = np.uint32(0x7F800001).view(np.float32)  # NaN without a bit that TF32 has
+SIGNALING = np.uint32(0x7F800001).view(np.float32)  # NaN whose mantissa bits are all below those of TF32
 
 
 @ON_KERNELS
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, SIGNALING, LARGEST, -LARGEST])
 @pytest.mark.parametrize("operand", ["x", "w"])
 def test_three_products_are_infinite_where_one_is(operand, value, arrays):
-    """Numbers that are TF32 already have no small part, and 0 times Inf is NaN."""
+    """The low part of a number that is already TF32 is 0, and 0 times Inf is NaN."""
     x, w = np.ones((1, 8, 16), np.float32), np.ones((16, 8, 1), np.float32)
     (x if operand == "x" else w)[0, 3, 0] = value
     with np.errstate(invalid="ignore"):
@@ -335,7 +335,7 @@ def test_products_in_tf32_do_nothing_forbidden(precision, arrays):
 
 @pytest.mark.parametrize("capability, taken", [(80, 3), (86, 0), (89, 0), (90, 3), (120, 0)])
 def test_three_products_are_taken_where_they_are_faster(capability, taken):
-    """Tensor cores of GeForce make fewer than three times the products of its other units."""
+    """The tensor cores of GeForce GPUs compute fewer than three times the products of the other units."""
     geometry = Geometry.infer((8, 64, 14, 14), (64, 64, 3, 3), padding=1)
     device = Device(capability, 80)
     (plan, *_) = implicit_gemm.plans(geometry, named_dtype("float32"), "forward", device, "tf32x3")
@@ -343,7 +343,7 @@ def test_three_products_are_taken_where_they_are_faster(capability, taken):
 
 
 def test_partial_sums_are_counted_with_32_bits(monkeypatch):
-    """Slices of large weights would have more elements than that, had the workspace room for them."""
+    """Splits of large weights could have more elements, if the workspace had room for them."""
     monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "64GiB")
     geometry = Geometry.infer((96, 512, 224, 224), (512, 512, 3, 3), padding=1)
     call = Call.of(geometry, "numpy", named_dtype("float16"), "implicit_gemm", None, None)
@@ -353,7 +353,7 @@ def test_partial_sums_are_counted_with_32_bits(monkeypatch):
 
 
 def test_a_warp_meets_before_it_multiplies():
-    """Copying may leave its lanes apart, and PTX asks for all of them where an instruction is .aligned."""
+    """The lanes may diverge while copying, and PTX requires all of them for an .aligned instruction."""
     text = (kernels_folder() / "products.cuh").read_text()
     for name in ("TensorProducts", "DoubleProducts"):
         body = text[text.index(f"struct {name} ") :]
@@ -364,7 +364,7 @@ def test_a_warp_meets_before_it_multiplies():
 @ON_KERNELS
 @pytest.mark.parametrize("role", ["x", "w", "out"])
 def test_complex_numbers_may_lie_where_floats_do(role, arrays):
-    """At 8 modulo 16, where their two float64 are aligned."""
+    """The address is 8 modulo 16, where the two float64 are aligned."""
     rng = np.random.default_rng(3)
     x, w = (rng.integers(-3, 4, shape) + 1j * rng.integers(-3, 4, shape) for shape in ((2, 4, 9), (8, 4, 3)))
     expected = gpuconv.conv(x, w, algorithm="direct" if arrays.name == "emulated" else "auto")
@@ -387,7 +387,7 @@ def test_complex_numbers_may_lie_where_floats_do(role, arrays):
     turns=["direction", "layout"],
 )
 def test_a_sample_alone_gives_the_same_bits_as_in_a_batch(direction, kind, layout, arrays):
-    """Other batches take other tiles, but add up in the same order."""
+    """Another batch size may have another tile, but the order of summation is the same."""
     dtype, precision = KINDS[kind]
     problem = Problem((32, 24, 9, 8), (40, 24, 3, 3), dtype, False, padding=1, stride=2)
     whole = problem.computed(arrays, direction, layout, precision=precision)
@@ -415,7 +415,7 @@ def test_a_sample_alone_gives_the_same_bits_as_in_a_batch(direction, kind, layou
     turns=["layout"],
 )
 def test_tiles_that_lack_one_row_column_and_step_are_exact(kind_and_shape, layout, arrays):
-    """In groups, with biases; in other orders of blocks too, for what one writes beyond its part is another's."""
+    """Groups, biases and other orders of blocks are included; writes beyond a block's part would hit another part."""
     kind, shape = kind_and_shape
     rows, columns = shape[0] - 1, shape[1] - 1
     problem = Problem((1, 2 * columns, rows), (2 * columns, columns, 1), kind, groups=2)
@@ -437,7 +437,7 @@ def test_tiles_that_lack_one_row_column_and_step_are_exact(kind_and_shape, layou
 @BOTH_LAYOUTS
 @pytest.mark.parametrize("kind", ["float32", "float16"])
 def test_biases_are_those_of_their_columns_in_every_tile(kind, layout, arrays):
-    """In groups of more filters than a tile has columns, side by side in memory and apart."""
+    """Groups have more filters than a tile has columns, contiguous in memory or not."""
     problem = Problem((2, 8, 5, 4), (144, 4, 3, 3), kind, groups=2, padding=1)
     x, w, b = (a.astype(kind) for a in (problem.x, problem.w, np.arange(144) % 11 - 5))
     given = [arrays.asarray(laid_out(a, layout, role)) for a, role in ((x, "x"), (w, "w"))]
@@ -450,7 +450,7 @@ def test_biases_are_those_of_their_columns_in_every_tile(kind, layout, arrays):
 @ON_KERNELS
 @BOTH_LAYOUTS
 def test_each_column_has_its_bias(layout, arrays):
-    """Columns of several tiles, in groups, and stored several at a time."""
+    """There are columns of several tiles, in groups, and vectorised stores."""
     problem = Problem((1, 2 * 40, 33), (2 * 72, 40, 1), "float32", groups=2)
     x, w, b = (a.astype(np.float32) for a in (problem.x, problem.w, np.arange(144)))
     given = (arrays.asarray(laid_out(a, layout, role)) for a, role in ((x, "x"), (w, "w")))
@@ -495,13 +495,13 @@ def test_each_axis_has_its_stride_padding_and_dilation(stride, dilation, layout,
     "places", [[(5, 7, 0, 2)], [(5, 7, 0, 0), (23, 39, 2, 2)], [...]], ids=["one", "two", "everywhere"]
 )
 def test_infinite_weights_meet_no_zeros_beyond_dy(dtype, value, places, arrays):
-    """A tile with a NaN is formed again where weights are infinite, and only there."""
+    """A tile with a NaN is recomputed if weights are infinite, and only then."""
     for stride in (1, 2):
         problem = Problem((2, 40, 9, 8), (24, 40, 3, 3), dtype, padding=1, stride=stride)
         for place in places:
             problem.w[place] = value
         if not np.iscomplexobj(problem.dy):
-            problem.dy = abs(problem.dy) + 1  # no product of infinities is NaN, and no sum of them
+            problem.dy = abs(problem.dy) + 1  # products and sums of infinities are never NaN
         problem.dy[1, 3, 1, 1] = np.nan
         with np.errstate(invalid="ignore"):
             expected = problem.exact("data_grad").astype(named_dtype(dtype))
@@ -513,7 +513,7 @@ def test_infinite_weights_meet_no_zeros_beyond_dy(dtype, value, places, arrays):
 
 @pytest.mark.parametrize("arrays", [pytest.param("checked", marks=pytest.mark.checked)], indirect=True)
 def test_weights_are_looked_at_within_their_bounds(arrays):
-    """Where a NaN in dy asks for it; weights that are infinite have the sums formed again."""
+    """A NaN in dy causes the inspection of the weights; infinite weights cause recomputation of the sums."""
     problem = Problem((1, 8, 5, 5), (8, 8, 3, 3), "float32", padding=1)
     problem.w[3, 5, 0, 2], problem.dy[0, 3, 1, 1] = np.inf, np.nan
     with np.errstate(invalid="ignore"):
@@ -548,7 +548,7 @@ def test_inputs_fewer_than_the_stride_are_all_written(extent, stride, arrays):
 @ON_KERNELS
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])
 def test_gradients_of_a_transposed_convolution_are_conjugated_and_activated_right(dtype, arrays):
-    """There forward and weight_grad read what else data_grad and weight_grad read as their first operand."""
+    """forward and weight_grad then read what data_grad and weight_grad otherwise read as their first operand."""
     rng, settings = np.random.default_rng(4), {"stride": 2, "padding": 1}
     x, w = draw(rng, (2, 40, 5, 4), dtype, True).astype(dtype), draw(rng, (40, 24, 3, 3), dtype, True).astype(dtype)
     activation = "relu" if dtype == "float32" else None
@@ -570,7 +570,7 @@ def test_gradients_of_a_transposed_convolution_are_conjugated_and_activated_righ
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "sigmoid", "tanh"])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_derivatives_are_multiplied_in_as_operands_are_read(dtype, activation, arrays):
-    """Those of half precision on tensor cores only where the product needs no rounding."""
+    """In half precision on tensor cores this requires that the product with the derivative is exact."""
     problem = Problem((2, 8, 7, 6), (16, 8, 3, 3), dtype, False, padding=1)
     x, w = (a.astype(dtype) for a in (problem.x, problem.w))
     y = gpuconv.conv(x, w, padding=1, activation=activation, algorithm="im2col")
@@ -592,13 +592,13 @@ def test_derivatives_are_multiplied_in_as_operands_are_read(dtype, activation, a
     for name, direction in (("dx", "data_grad"), ("dw", "weight_grad")):
         exact, terms = getattr(expected, name), problem.geometry.reduction_length(direction)
         bound = direct_bound(exact, problem.exact(direction, magnitudes=True), terms, dtype)
-        assert_within(arrays.asnumpy(getattr(found, name)), exact, bound)  # no derivative here is beyond 1
+        assert_within(arrays.asnumpy(getattr(found, name)), exact, bound)  # no derivative here exceeds 1
 
 
 @ON_KERNELS
 @pytest.mark.parametrize("shape", [(2, 8, 16), (2, 8, 5, 6), (1, 8, 4, 5, 3)])
 def test_transposed_convolution_adds_bias_and_activates(shape, arrays):
-    """Where no tap reaches, the result is the bias."""
+    """At positions that no tap reaches, the result is the activation of the bias."""
     rank = len(shape) - 2
     rng = np.random.default_rng(3)
     x, w, b = (draw(rng, s, "float32", True).astype(np.float32) for s in (shape, (8, 12, *(2,) * rank), (12,)))
@@ -611,7 +611,7 @@ def test_transposed_convolution_adds_bias_and_activates(shape, arrays):
 @ON_KERNELS
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_any_strides_and_alignment_are_read_and_written_as_they_lie(dtype, arrays):
-    """Inside larger arrays, reversed, spread and repeated: in chunks only where all begin at multiples."""
+    """Views of larger arrays, reversed, strided and broadcast; copied in chunks only if all of them are aligned."""
     problem = Problem((2, 16, 8, 8), (16, 16, 3, 3), dtype, padding=1)
     x, w = (arrays.asarray(a.astype(dtype)) for a in (problem.x, problem.w))
     expected = problem.exact("forward").astype(dtype)
@@ -647,7 +647,7 @@ def test_any_strides_and_alignment_are_read_and_written_as_they_lie(dtype, array
 
 @ON_KERNELS
 def test_unmerged_batch_axes_add_up_in_the_weights(arrays):
-    """Batch axes that lie in memory in no one order are taken one by one, and their sums carried on."""
+    """Batch axes that cannot be merged are processed in separate launches, whose sums are accumulated."""
     rng = np.random.default_rng(5)
     x, dy = (draw(rng, shape, "float32", True).astype(np.float32) for shape in ((2, 3, 2, 4, 9), (2, 3, 2, 5, 7)))
     w_shape = (5, 4, 3)
@@ -667,7 +667,7 @@ def test_unmerged_batch_axes_add_up_in_the_weights(arrays):
 @EMULATED
 @pytest.mark.parametrize("groups, stride, extent", [(1, 1, (9,)), (4, 2, (9, 8)), (8, 3, (7, 6, 5))])
 def test_groups_residues_and_ranks_take_one_launch(groups, stride, extent, arrays):
-    """Two for weight_grad: its slices, and their sum."""
+    """weight_grad takes two launches: its splits, and their sum."""
     rank = len(extent)
     problem = Problem((2, 8, *extent), (16, 8 // groups, *(3,) * rank), "float32", stride=stride, groups=groups)
     for direction in DIRECTIONS:
@@ -681,7 +681,7 @@ def test_groups_residues_and_ranks_take_one_launch(groups, stride, extent, array
 @EMULATED
 @pytest.mark.parametrize("limit", ["1728", "100KiB", "1MiB", "64MiB"])
 def test_the_sums_of_slices_stay_within_the_workspace(limit, arrays, monkeypatch):
-    """With filters in pieces where even one slice and the totals are too many."""
+    """Filters are computed in chunks if even one split and the totals exceed the workspace."""
     monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", limit)
     problem = Problem((4, 24, 20, 20), (40, 24, 3, 3), "float32", padding=1)
     execute.clear()
@@ -689,7 +689,7 @@ def test_the_sums_of_slices_stay_within_the_workspace(limit, arrays, monkeypatch
         result = problem.computed(arrays, "weight_grad")
     (plan,) = execute._plans.values()
     np.testing.assert_array_equal(result, problem.exact("weight_grad").astype(np.float32))
-    assert 0 < plan.space <= gpuconv.settings.workspace_limit() + 2 * 64  # each of two begins at a multiple of 64
+    assert 0 < plan.space <= gpuconv.settings.workspace_limit() + 2 * 64  # two arrays are aligned to 64
     assert len(launches) == 2 * {"1728": 40, "100KiB": 1, "1MiB": 1, "64MiB": 1}[limit]
 
 
@@ -702,7 +702,7 @@ def test_the_sums_of_slices_stay_within_the_workspace(limit, arrays, monkeypatch
     turns=["direction", "sizes", "layout"],
 )
 def test_inner_loops_meet_no_bank_conflicts(kind, direction, sizes, layout, arrays):
-    """Nothing that the block does turn by turn, but one warp's writing of the next steps' spots."""
+    """No access of the main loop has bank conflicts, except one warp's writes of the coordinates of the next steps."""
     dtype, precision = KINDS[kind]
     few, more, _ = SIZES[sizes]
     many = 64 + more
@@ -727,7 +727,7 @@ def test_inner_loops_meet_no_bank_conflicts(kind, direction, sizes, layout, arra
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_without_tensor_cores_halves_are_added_up_in_float32(direction, dtype, arrays):
-    """As on sm_75, which has none for all of them; and no copies that go on by themselves."""
+    """This is the case on sm_75, which lacks tensor cores for some dtypes, and asynchronous copies."""
     problem = Problem((2, 16, 6, 6), (16, 16, 3, 3), dtype, False, padding=1)
     turing = arrays.backend._replace(device=lambda: TURING)
     with mock.patch.object(gpuconv.execute, "backend_for", return_value=turing), planned() as constants:
@@ -763,7 +763,7 @@ def test_calls_are_recorded_in_a_graph_after_a_warm_one(dtype):
         stream.begin_capture()
         results = all_directions(x, w, dy)
         graph = stream.end_capture()
-        x *= -1  # what the graph reads is what lies there when it runs
+        x *= -1  # the graph reads the current contents at each launch
         graph.launch(stream)
         stream.synchronize()
     problem.x = -problem.x

@@ -1,4 +1,4 @@
-"""What the kernels promise beside the numbers of the matrix, run on the CPU and, where there is one, on a GPU."""
+"""The kernels beyond the tests of the matrix, emulated on the CPU and, if available, on a GPU."""
 
 import math
 
@@ -28,7 +28,7 @@ KIB = 1024
 
 @pytest.fixture
 def plain(monkeypatch):
-    """The plain twins of scatter, among the algorithms."""
+    """Add the reference kernels of scatter to the algorithms."""
     monkeypatch.setitem(MODULES, "scatter_plain", scatter_plain)
 
 
@@ -55,7 +55,7 @@ def test_plain_twins_are_right(case, direction, dtype, arrays, plain):
 
 @ON_KERNELS
 def test_plain_twins_multiply_by_derivatives(arrays, rng, plain):
-    """Of dy, which is the first operand; in the backward of a transposed convolution, the second one of weight_grad."""
+    """The derivative multiplies dy: the first operand, or the second one of weight_grad if transposed."""
     x, w = (draw(rng, shape, "float32", True).astype(np.float32) for shape in ((2, 4, 5, 6), (4, 4, 3, 3)))
     for function, backward in (
         (gpuconv.conv, gpuconv.conv_backward),
@@ -71,14 +71,14 @@ def test_plain_twins_multiply_by_derivatives(arrays, rng, plain):
             np.testing.assert_array_equal(arrays.asnumpy(getattr(found, needs)), expected)
 
 
-# ResNet-50's 3x3 layers: channels and extents divided by four.
+# ResNet-50's 3x3 layers, with channels and extents divided by four.
 RESNET = [((2, 16, 14, 14), 1), ((2, 32, 7, 7), 1), ((2, 64, 4, 4), 1), ((2, 32, 14, 14), 2), ((2, 64, 7, 7), 2)]
 
 
 @pytest.mark.emulated
 @pytest.mark.parametrize("x_shape, stride", RESNET)
 def test_sums_are_formed_before_they_are_added_to_global_memory(x_shape, stride, plain):
-    """At most an eighth of the atomic additions of the plain twin, in both gradients."""
+    """Both gradients make at most an eighth of the atomic additions of the reference kernel."""
     channels = x_shape[1]
     x, w = np.ones(x_shape, np.float32), np.ones((channels, channels, 3, 3), np.float32)
     dy = gpuconv.conv(x, w, stride=stride, padding=1)
@@ -94,7 +94,7 @@ def test_sums_are_formed_before_they_are_added_to_global_memory(x_shape, stride,
 @pytest.mark.called_once("it counts what kernels do")
 @EMULATED
 def test_four_neighbours_are_added_at_once_where_they_lie_side_by_side(arrays, monkeypatch):
-    """Of channels_last float32 arrays; half of the channels begin at no multiple of 16 bytes."""
+    """This requires channels_last float32 arrays that are aligned to 16 bytes."""
     chosen = []
     monkeypatch.setattr(
         scatter.structs.Options, "struct", lambda self, wide: chosen.append(self.fours) or original(self, wide)
@@ -118,7 +118,7 @@ original = scatter.structs.Options.struct
 @EMULATED
 @pytest.mark.parametrize("channels, width", [(8, 16), (7, 4)])
 def test_blocks_add_to_the_same_elements_atomically_in_fours_where_they_can(channels, width, arrays, rng):
-    """Two boxes of outputs that reach the same inputs, and two slices of outputs for the same weights."""
+    """Two blocks of outputs reach the same inputs, and two splits of outputs contribute to the same weights."""
     x, dy = (
         draw(rng, shape, "float32", True).astype(np.float32) for shape in ((1, 20, 18, channels), (1, 18, 16, channels))
     )
@@ -138,7 +138,7 @@ def test_blocks_add_to_the_same_elements_atomically_in_fours_where_they_can(chan
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])
 def test_zeros_are_not_added_and_all_else_is(dtype, layout, arrays, rng):
-    """One channel in four has sums, each in its turn; then none has."""
+    """One channel in four has nonzero sums, in all four positions; then none has."""
     x, dy = (laid_out(draw(rng, (1, 8, 6, 6), dtype, True).astype(dtype) + 4, layout) for _ in range(2))
     w = laid_out(draw(rng, (8, 8, 3, 3), dtype, True).astype(dtype) + 4, layout, "w")
     settings = {"padding": 1, "layout": layout}
@@ -164,7 +164,7 @@ def test_zeros_are_not_added_and_all_else_is(dtype, layout, arrays, rng):
 @pytest.mark.parametrize("outputs", [15, 16, 17, 31, 32, 33, 63, 64, 65])
 @pytest.mark.parametrize("channels", [1, 4, 36])
 def test_chunks_of_outputs_and_filters_may_be_cut_anywhere(channels, outputs, arrays, rng):
-    """Around the depths of all tiles, both where outputs are summed over and where filters are."""
+    """Extents around the depths of all tiles are tested, for sums over outputs and for sums over filters."""
     x, w, dy = (
         draw(rng, shape, "float32", True).astype(np.float32)
         for shape in ((1, 2, outputs + 2), (outputs, channels, 3), (1, channels, outputs))
@@ -184,7 +184,7 @@ def test_chunks_of_outputs_and_filters_may_be_cut_anywhere(channels, outputs, ar
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("channels", [3, 7, 33, 36])
 def test_infinity_stays_within_the_channels(channels, layout, arrays):
-    """Tiles are filled up with zeros, and infinity times zero is no zero."""
+    """Tiles are padded with zeros, and infinity times zero is NaN."""
     x, dy = (laid_out(np.ones((2, channels, *extent), np.float32), layout) for extent in ((5, 6), (3, 4)))
     w = laid_out(np.ones((channels, channels, 3, 3), np.float32), layout, "w")
     settings = {"layout": layout}
@@ -199,7 +199,7 @@ def test_infinity_stays_within_the_channels(channels, layout, arrays):
 
 
 def test_boxes_fit_shared_memory_and_cover_the_outputs():
-    """For layers large and small, and at the extremes of windows, strides and dilations."""
+    """Large and small layers, and extremes of windows, strides and dilations are tested."""
     for x_shape, w_shape, settings in (
         ((1, 64, 56, 56), (64, 64, 3, 3), {"padding": 1}),
         ((1, 512, 7, 7), (512, 512, 3, 3), {"padding": 1}),
@@ -228,7 +228,7 @@ def test_deterministic_refuses_the_kernels_that_scatter_and_nothing_else():
     geometry = Geometry.infer((1, 2, 5, 5), (3, 2, 3, 3))
     backend = launcher.EMULATED
     reason = scatter.why_not(Request(geometry, np.dtype("float32"), "data_grad", backend, True))
-    assert reason == "it adds in no fixed order on a GPU, and deterministic=True was asked for"
+    assert reason == "its additions have no fixed order on a GPU, but deterministic=True requires one"
     assert scatter.why_not(Request(geometry, np.dtype("float32"), "data_grad", backend, False)) is None
     assert direct.why_not(Request(geometry, np.dtype("float32"), "data_grad", backend, True)) is None
 
@@ -289,7 +289,7 @@ def test_batch_axes_in_no_one_order_are_taken_one_by_one(activation, algorithm, 
 @EMULATED
 @pytest.mark.parametrize("algorithm", KERNELS)
 def test_arrays_that_kernels_cannot_address_are_copied(algorithm, arrays, rng):
-    """Elements that straddle words, and the other byte order; for results too."""
+    """These are arrays with unaligned elements, as operands and as results."""
     x, w = (draw(rng, shape, "float32", True).astype(np.float32) for shape in ((2, 3, 5, 5), (4, 3, 3, 3)))
     y = gpuconv.conv(x, w, algorithm=algorithm)
     dx, dw = gradients_of(algorithm, x, w, y)
@@ -305,7 +305,7 @@ def test_arrays_that_kernels_cannot_address_are_copied(algorithm, arrays, rng):
 @EMULATED
 @pytest.mark.parametrize("shift", [1, 4])
 def test_results_that_are_not_aligned_are_added_up_elsewhere(shift, arrays, rng):
-    """NumPy calls complex64 aligned at a multiple of 4 bytes; a complex number is added at a multiple of 8."""
+    """For NumPy complex64 is aligned at a multiple of 4 bytes, but atomic additions need a multiple of 8."""
     x, w = (draw(rng, shape, "complex64", True).astype(np.complex64) for shape in ((2, 3, 5, 5), (4, 3, 3, 3)))
     dy = gpuconv.conv(x, w, algorithm="direct")
     dx, dw = gradients_of("direct", x, w, dy)
@@ -326,7 +326,7 @@ EXTREME = {
 @pytest.mark.checked
 @combinations(algorithm=KERNELS, steps=EXTREME, where=lambda algorithm, steps: tiers.full or steps == "strides")
 def test_extreme_steps_overflow_nowhere(steps, algorithm):
-    """Of the integers that kernels compute with, in checked mode."""
+    """Checked mode detects overflow of the integers in kernels."""
     x_shape, w_shape, settings = EXTREME[steps]
     x, w = np.ones(x_shape), np.ones(w_shape)
     y = gpuconv.conv(x, w, **settings)
@@ -341,7 +341,7 @@ def test_extreme_steps_overflow_nowhere(steps, algorithm):
 @pytest.mark.parametrize("algorithm", KERNELS)
 @pytest.mark.parametrize("dtype, activation", [("complex64", None), ("float32", "relu"), ("float64", None)])
 def test_transposed_convolutions_are_those_of_numpy(dtype, activation, algorithm, arrays, rng):
-    """They run the kernels the other way round: forward with a conjugate and a derivative, data_grad with a bias."""
+    """They use the kernels of the opposite direction: forward with conjugate and derivative, data_grad with a bias."""
     settings = {"stride": 2, "padding": 1, "groups": 2, "activation": activation}
     x, w, b = (draw(rng, shape, dtype, True).astype(dtype) for shape in ((2, 6, 4, 5), (6, 2, 3, 3), (4,)))
     y = gpuconv.conv_transpose(x, w, b, **settings, algorithm="im2col")
@@ -392,7 +392,7 @@ def test_a_sample_alone_gives_the_same_bits_as_in_a_batch(dtype, arrays, rng):
 
 
 def strided(shape, steps):
-    """A view with these steps, in elements."""
+    """Return a view with these strides, in elements."""
     return View(0, 0, shape, tuple(4 * step for step in steps), np.dtype(np.float32))
 
 
@@ -452,9 +452,9 @@ LAYERS = {
     turns=["dtype", "activation"],
 )
 def test_kernels_stay_within_the_workspace_limit(layer, algorithm, dtype, activation, arrays, monkeypatch):
-    """By tracemalloc; what the emulator itself allocates does not go through Python. Plans are memory of the host."""
+    """Measured by tracemalloc; allocations of the emulator are not made by Python. Plans are in host memory."""
     limit = 64 * KIB
-    slack = (72 if activation == "leaky_relu" else 40) * KIB  # NumPy's own buffers, for the slope
+    slack = (72 if activation == "leaky_relu" else 40) * KIB  # NumPy's buffers for the derivative
     monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", str(limit))
     x_shape, w_shape, settings = LAYERS[layer]
     x, w = np.full(x_shape, 1 / 64, dtype), np.full(w_shape, 1 / 64, dtype)
@@ -469,7 +469,7 @@ def test_kernels_stay_within_the_workspace_limit(layer, algorithm, dtype, activa
         "dw": (w.nbytes, lambda: gpuconv.conv_backward(y, x, w, needs="dw", **options)),
     }
     for result_bytes, call in calls.values():
-        call()  # makes its plan
+        call()  # makes the plan
         assert_stays_within(limit, result_bytes, call, slack, forget=workspace.clear)
 
 
@@ -499,7 +499,7 @@ def test_small_workspaces_change_no_result(dtype, algorithm, limit, arrays, monk
 @pytest.mark.gpu
 @pytest.mark.parametrize("algorithm", KERNELS)
 def test_kernels_run_on_the_current_stream(algorithm):
-    """A call between two others on a stream that is not the default one reads what came before it."""
+    """On a stream other than the default, a call reads the result of the preceding operation."""
     import cupy
 
     x, w = cupy.zeros((8, 16, 64, 64), cupy.float32), cupy.ones((16, 16, 3, 3), cupy.float32)
@@ -527,7 +527,7 @@ def test_out_of_memory_is_cupy_s_error_and_leaves_inputs_as_they_were():
 @pytest.mark.gpu
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_more_than_2_to_the_31_elements(direction):
-    """64-bit offsets where a tensor needs them; spot checks, as the whole would take minutes."""
+    """The tensors need 64-bit offsets. Only samples are checked, because a complete check would take minutes."""
     import cupy
 
     if cupy.cuda.Device().mem_info[1] < 16 << 30:
@@ -558,4 +558,4 @@ def test_the_plain_kernels_are_for_gradients_on_a_gpu():
         (launcher.EMULATED, "weight_grad", True),
     ):
         reason = scatter_plain.why_not(Request(geometry, np.dtype("f4"), direction, backend, deterministic=False))
-        assert reason == (None if allowed else "it is a CUDA kernel for the gradients")
+        assert reason == (None if allowed else "it is a CUDA kernel that computes gradients")

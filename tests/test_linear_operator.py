@@ -1,4 +1,4 @@
-"""linear_operator against conv and its adjoint, against conv_matrix, and in solvers."""
+"""Compare linear_operator with conv and its adjoint and with conv_matrix; use it in solvers."""
 
 import pickle
 import sys
@@ -109,6 +109,6 @@ def test_operator_on_a_gpu(dtype, rng):
     y = on_cpu @ x.ravel()
     np.testing.assert_array_equal((on_gpu @ cupy.asarray(x.ravel())).get(), y)
     np.testing.assert_array_equal((on_gpu.H @ cupy.asarray(y)).get(), on_cpu.H @ y)
-    if dtype == "float32":  # CuPy's lsmr takes real numbers only
+    if dtype == "float32":  # CuPy's lsmr accepts only real numbers
         found = lsmr(on_gpu, cupy.asarray(y), atol=1e-6, btol=1e-6)[0]
         np.testing.assert_allclose(found.get(), x.ravel(), rtol=0, atol=1e-2)

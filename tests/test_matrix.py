@@ -1,4 +1,4 @@
-"""Every case by every algorithm in every direction, dtype, layout and backend, against the float64 reference."""
+"""Compare every case, algorithm, direction, dtype, layout and backend with the float64 reference."""
 
 import functools
 import zlib
@@ -31,7 +31,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 @functools.cache
 def data(name, dtype, integers):
-    """x, w and dy of a case in the wide dtype of the reference."""
+    """Return x, w and dy of a case in the wide dtype of the reference."""
     case = BY_NAME[name]
     rng = np.random.default_rng(zlib.crc32(f"{name} {dtype} {integers}".encode()))
     outputs = [
@@ -44,7 +44,7 @@ def data(name, dtype, integers):
 
 @functools.cache
 def exact(name, dtype, direction, integers, magnitudes=False):
-    """The result of a direction; with magnitudes, that of the absolute values."""
+    """Return the exact result of a direction; with ``magnitudes``, that for absolute values."""
     case = BY_NAME[name]
     x, w, dy = data(name, dtype, integers)
     if magnitudes:
@@ -57,7 +57,7 @@ def exact(name, dtype, direction, integers, magnitudes=False):
 
 
 def computed(arrays, case, algorithm, direction, dtype, layout, integers):
-    """The result of a direction as a channels_first NumPy array, and as the backend returned it."""
+    """Return the result of a direction as a channels_first NumPy array, and as the backend returned it."""
     axes = "channels_last" if layout == "channels_last" else "channels_first"
     geometry = {**case.settings, "layout": axes, "algorithm": algorithm}
     x, w, dy = (
@@ -80,7 +80,7 @@ def computed(arrays, case, algorithm, direction, dtype, layout, integers):
 
 
 def is_tested(arrays, algorithm, dtype, **one):
-    """In a plain run three of four cases have two dtypes of implicit_gemm's on the CPU, and none on a GPU."""
+    """In a plain run, three of four cases use two dtypes of implicit_gemm on the CPU, and none on a GPU."""
     if not is_taken(arrays=arrays, algorithm=algorithm, dtype=dtype, **one):
         return False
     if tiers.full or arrays == "numpy" or compiles_little(algorithm=algorithm, **one):
@@ -99,7 +99,7 @@ def is_tested(arrays, algorithm, dtype, **one):
     turns=("dtype", "layout"),
 )
 def test_result_is_right(case, algorithm, direction, dtype, layout, arrays):
-    """Small integers exactly (rounded once for half precision), but by transforms; random numbers within the bound."""
+    """Small integers are exact (rounded once in half precision) except by transforms; others are within the bound."""
     assert_right(arrays, case, algorithm, direction, dtype, layout)
 
 
@@ -131,7 +131,7 @@ def bound(case, algorithm, direction, dtype, integers):
     turns=("algorithm", "direction", "dtype"),
 )
 def test_gpu_agrees_with_cpu(case, algorithm, direction, dtype):
-    """Both are within the bound of the exact result, so they are within twice the bound of each other."""
+    """Each is within the bound of the exact result, so their difference is within twice the bound."""
     cupy, numpy = CupyArrays(), NumpyArrays()
     on_gpu = computed(cupy, case, algorithm, direction, dtype, "channels_first", integers=False)
     on_cpu = computed(numpy, case, "im2col", direction, dtype, "channels_first", integers=False)

@@ -1,4 +1,4 @@
-"""A call takes its result and at most GPUCONV_WORKSPACE_LIMIT beside it; measured by tracemalloc."""
+"""A call allocates its result and at most GPUCONV_WORKSPACE_LIMIT in addition; measured by tracemalloc."""
 
 import math
 import os
@@ -29,9 +29,9 @@ MIB = 2**20
 
 
 def of_threads(dtype=np.float32):
-    """Bytes that threads take whatever the arrays: some of the interpreter's, and NumPy's buffers of 8,192 elements.
+    """Return the bytes of threads for any arrays: those of the interpreter, and NumPy's buffers of 8,192 elements.
 
-    A ufunc takes one for each of its three operands where inner loops are short, even if nothing is cast.
+    A ufunc allocates a buffer for each of its three operands if inner loops are short, even without casts.
     """
     return threads.most(None) * of_a_thread(dtype)
 
@@ -62,10 +62,10 @@ LAYERS = {
 
 
 def assert_stays_within(limit, result_bytes, call, slack=None, forget=gpuconv.clear_cache):
-    """The peak of a call's own memory, less its result's, is within the limit; ``forget`` comes before it.
+    """Assert that the peak memory of a call without its result is within a limit; ``forget`` is called before it.
 
-    A second call decides where the first one is beyond it: the interpreter's table of strings grows by up to 2 MB at
-    some call or other.
+    If the first call exceeds the limit, a second call decides, because the interpreter's table of strings occasionally
+    grows by up to 2 MB.
     """
     bound = limit + (of_threads() if slack is None else slack)
     for _attempt in range(2):
@@ -82,7 +82,7 @@ def assert_stays_within(limit, result_bytes, call, slack=None, forget=gpuconv.cl
 
 
 def is_possible(layer, algorithm, dtype, direction, limit, **_):
-    """Whether an algorithm computes a layer within a limit; kernels of few taps take very long in pieces of spectra."""
+    """Return whether an algorithm computes a layer within a limit; fft of few taps in chunks of spectra is too slow."""
     x_shape, w_shape, settings = LAYERS[layer]
     geometry = Geometry.infer(x_shape, w_shape, **settings)
     request = Request(geometry, np.dtype(dtype), direction, NUMPY, limit=limit * MIB)
@@ -165,7 +165,7 @@ def test_a_limit_below_the_smallest_piece_still_computes(monkeypatch, rng):
         np.testing.assert_array_equal(gpuconv.conv(x, w, algorithm=algorithm), y)
         for one, other in zip(gpuconv.conv_backward(y, x, w, algorithm=algorithm), gradients, strict=True):
             np.testing.assert_array_equal(one, other)
-    refusal = r"it needs \d+ bytes of workspace .*, and GPUCONV_WORKSPACE_LIMIT is 0 bytes"
+    refusal = r"it needs \d+ bytes of workspace .*, but GPUCONV_WORKSPACE_LIMIT is 0 bytes"
     for algorithm in ("winograd", "fft", "scatter"):
         with pytest.raises(ValueError, match=refusal):
             gpuconv.conv(x, w, algorithm=algorithm)
@@ -174,7 +174,7 @@ def test_a_limit_below_the_smallest_piece_still_computes(monkeypatch, rng):
 
 @st.composite
 def convolutions(draw, algorithm):
-    """Wide and deep ones that suit the algorithm: with large smallest pieces, but computed in a moment."""
+    """Draw wide and deep convolutions for an algorithm, whose smallest chunks are large but which are computed fast."""
     rank = draw(st.integers(1, 2 if algorithm == "winograd" else 3))
     groups, stride, dilation = (draw(st.sampled_from(of)) for of in ((1, 1, 1, 2, 8, 64), (1, 1, 2, 3), (1, 1, 2, 5)))
     channels, filters = (groups * draw(st.sampled_from((1, 2, 3, 16, 64, 256, 1024))) for _ in range(2))
@@ -261,7 +261,7 @@ def test_winograd_refuses_a_row_of_tiles_beyond_the_limit(limit, x_shape, w_shap
 @pytest.mark.parametrize("threads", [1, 2, 4, 8])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_winograd_takes_many_weights_through_few_blocks(direction, threads):
-    """Each block reads all transformed weights: threads that share it may not take its room."""
+    """Each block reads all transformed weights, so the share of the threads must leave enough space for a block."""
     geometry = Geometry.infer((8, 512, 14, 14), (512, 512, 3, 3), padding=1)
     part = "weight_grad" if direction == "weight_grad" else "forward"
     sizes = winograd_plan.sizes(geometry, part, (63 << 20) // 4, threads, 4, 0)

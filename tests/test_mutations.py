@@ -1,4 +1,4 @@
-"""The mutations of the kernels: that rules apply where they should, and that the verdicts are of these kernels."""
+"""Mutants of the kernels: rules apply where they should, and the recorded verdicts are of the current kernels."""
 
 import collections
 import json
@@ -28,7 +28,7 @@ def test_every_rule_is_applied_at_every_place_where_it_fits(everything):
     found = collections.Counter(mutant.rule for mutant in everything)
     assert set(found) == set(RULES)
     barriers = sum(code_of(file).count("__syncthreads();") for file in FILES)
-    # Each atomic addition of these files; those of the primitives are PTX, or the emulator's.
+    # Every atomic addition of these files; those of the primitives are in PTX or in the emulator.
     atomics = sum(len(re.findall(r"(?<!void )\batomic_add\(", code_of(file))) for file in FILES)
     assert (found["barrier dropped"], found["atomic addition made plain"]) == (barriers, atomics)
     for term in (" * conv.stride[axis]", " * conv.dilation[axis]", " - conv.low[axis]"):

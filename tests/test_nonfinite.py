@@ -1,4 +1,4 @@
-"""NaN and Inf reach exactly the results that a direct convolution would reach."""
+"""NaN and Inf propagate to exactly the same results as in a direct convolution."""
 
 import numpy as np
 import pytest
@@ -9,8 +9,8 @@ from tests.backends import BACKENDS
 from tests.cases import CASES, KERNELS, LAYOUTS, channels_first, compiles_little, is_on, is_taken, laid_out
 from tests.tiers import combinations
 
-# (direction, the array that holds the NaN), and whether it may also meet the zeros of the padding, which is left open:
-# then all results of the same filter or channel may be NaN, those that it reaches must be.
+# (direction, the array with the NaN), and whether products of the NaN with zeros of the padding are permitted, which is
+# unspecified. If so, all results of the same filter or channel may be NaN, and those that it reaches must be.
 PLACES = {
     ("forward", "x"): False,
     ("forward", "w"): True,
@@ -22,7 +22,7 @@ PLACES = {
 
 
 def run(direction, arrays, case):
-    """The reference; arrays are x, w and dy by name."""
+    """Return the result of the reference; arrays are x, w and dy by name."""
     x, w, dy = arrays["x"], arrays["w"], arrays["dy"]
     if direction == "forward":
         return reference.forward(x, w, **case.settings)
@@ -32,7 +32,7 @@ def run(direction, arrays, case):
 
 
 def is_tested(arrays, algorithm, **one):
-    """On kernels, algorithms that have none do what they do on NumPy."""
+    """Return whether a combination is tested; algorithms without kernels are the same as on NumPy."""
     if algorithm == "auto":
         return True
     if arrays == "numpy" or tiers.full or (algorithm in KERNELS and compiles_little(algorithm=algorithm, **one)):
@@ -81,7 +81,7 @@ def test_nonfinite_elements_stay_where_they_belong(case, algorithm, place, layou
 
 
 def may_be_reached(direction, element, case):
-    """Which filters (or channels, for data_grad) of the result have products with this element of w or dy."""
+    """Return which filters (channels for data_grad) of the result have products with this element of w or dy."""
     filters, channels = case.w[0], case.x[1]
     f = element[0] if direction != "weight_grad" else element[1]
     if direction != "data_grad":

@@ -1,4 +1,4 @@
-"""Plans: that they are made once, for what they are found by, of nothing else, and run safely."""
+"""Plans: they are made once, their cache keys are complete, they do not depend on data, and they run safely."""
 
 import contextlib
 import itertools
@@ -71,7 +71,7 @@ def whole_numbers(rng, shapes=(X, W, Y), dtype="float32"):
 
 @pytest.mark.parametrize("direction, steps", [("forward", 4), ("data_grad", 6), ("weight_grad", 4)])
 def test_a_small_call_is_a_handful_of_steps(direction, steps, rng):
-    """Zeros, x among them, the windows, and the product; data_grad asks about w, and rotates it."""
+    """The steps are zeros, the copy of x, the windows, and the product; data_grad also inspects w and rotates it."""
     computed(direction, *whole_numbers(rng, ((1, 8, 16, 16), (8, 8, 3, 3), (1, 8, 16, 16))), padding=1)
     (made,) = execute._plans.values()
     assert made.size == steps
@@ -87,7 +87,7 @@ def test_a_plan_prints_as_its_steps():
     assert steps[3].startswith("  matmul(w@0 (1, 4, 9), workspace@")
     assert steps[4].startswith("  copyto(y@0 (2, 9, 1, 4), workspace@")
     winograd = repr(gpuconv.explain((2, 64, 56, 56), (64, 64, 3, 3), padding=1, backend="numpy").plan)
-    assert "\n  if all(workspace@0 (2,)):\n  else:\n    what is planned when it is needed" in winograd
+    assert "\n  if all(workspace@0 (2,)):\n  else:\n    steps that are planned when they are executed" in winograd
 
 
 @combinations(
@@ -151,8 +151,8 @@ def _with_gaps(array):
     return larger[..., ::2]
 
 
-ROUNDED = 1 + 2.0**-12  # which TF32 does not hold
-# What x may be, all of the same numbers.
+ROUNDED = 1 + 2.0**-12  # not representable in TF32
+# Arrays with the values of x and other memory layouts or dtypes.
 LYING = {
     "as it is": np.ascontiguousarray,
     "Fortran order": np.asfortranarray,
@@ -173,7 +173,7 @@ LYING = {
 @on("numpy", "emulated")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_no_plan_runs_on_arrays_that_lie_otherwise(direction, arrays, rng):
-    """Whichever came first: each before and after each other one, the first operand and the second."""
+    """Every pair is tested in both orders, for the first operand and the second."""
     makers = [*LYING.values()]
     algorithm = "im2col" if arrays.name == "numpy" else "implicit_gemm"
     for first, second in itertools.combinations(makers, 2):
@@ -190,8 +190,8 @@ def test_no_plan_runs_on_arrays_that_lie_otherwise(direction, arrays, rng):
 
 @on("numpy", "emulated")
 def test_no_plan_runs_for_another_call(arrays, rng, monkeypatch):
-    """Flags, activation, conjugation, layout, out, bias, limit, threads, order of additions and products, algorithm."""
-    square, kernel = (2, 8, 8, 8), (8, 8, 3, 3)  # alike in both layouts, and for all directions
+    """The variants: flags, activation, conjugation, layout, out, bias, limit, threads, determinism, algorithm."""
+    square, kernel = (2, 8, 8, 8), (8, 8, 3, 3)  # valid in both layouts, and for all directions
 
     def variants(x, w, dy):
         b = np.arange(8, dtype=x.dtype)
@@ -229,7 +229,7 @@ def test_no_plan_runs_for_another_call(arrays, rng, monkeypatch):
             yield gpuconv.conv(x, w, **forward), z
             monkeypatch.delenv(name)
         for algorithm in gpuconv.ALGORITHMS:
-            with contextlib.suppress(ValueError):  # which cannot
+            with contextlib.suppress(ValueError):  # the variant is not supported
                 yield np.rint(gpuconv.conv(x, w, algorithm=algorithm, **forward)), z
 
     def channels_first_of(x, w):
@@ -260,7 +260,7 @@ def test_products_are_as_precise_as_now_asked_for(arrays, monkeypatch):
 
 @pytest.mark.gpu
 def test_each_device_has_plans_of_its_own(rng):
-    """Kernels are loaded once for each, and run where the arrays are, whatever the current device is."""
+    """Kernels are loaded once per device, and run on the device of the arrays, independently of the current device."""
     import cupy
 
     if cupy.cuda.runtime.getDeviceCount() < 2:
@@ -289,7 +289,7 @@ def test_an_out_that_no_kernel_can_write_is_filled_by_a_copy(arrays, rng):
     for _ in range(3):
         x, w, dy = whole_numbers(rng)
         out = _unaligned(np.zeros(Y, np.float32))
-        with launcher.using(mode="checked"):  # which looks at the alignment of every store
+        with launcher.using(mode="checked"):  # it checks the alignment of every store
             assert gpuconv.conv(x, w, padding=1, algorithm="implicit_gemm", out=out) is out
         np.testing.assert_array_equal(out, exact("forward", x, w, dy))
 
@@ -300,7 +300,7 @@ def test_an_out_that_no_kernel_can_write_is_filled_by_a_copy(arrays, rng):
 @pytest.mark.parametrize("algorithm", ["im2col", "winograd", "fft", "depthwise"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_what_data_decide_is_decided_by_every_call(direction, algorithm, rng):
-    """NaN and Inf take another way, and say so; nothing is left of it in the next call."""
+    """NaN and Inf use a fallback, which is reported; it does not affect the next call."""
     groups = 8 if algorithm == "depthwise" else 1
     shapes = (2, 8, 12, 12), (8, 8 // groups, 3, 3), (2, 8, 12, 12)
     for value in (1.0, np.nan, 2.0, np.inf, 3.0):
@@ -333,7 +333,7 @@ def test_numbers_that_are_none_are_reported_by_the_fallback(rng):
 
 
 def frames_at(function):
-    """A function like this one, and a list of how many frames of gpuconv each call of it found alive."""
+    """Return a wrapper of a function, and the list of the numbers of gpuconv's frames on the stack of each call."""
     depths = []
 
     def counting(*arguments, **options):
@@ -360,7 +360,7 @@ def frames_at(function):
     ],
 )
 def test_few_frames_are_alive_at_a_matrix_product(shapes, options, limit, rng, monkeypatch):
-    """At most five, at the first call as later, in every thread, and in loops that are planned as they run."""
+    """There are at most five, in first and later calls, in every thread, and in loops planned during execution."""
     monkeypatch.setenv("GPUCONV_NUM_THREADS", "2")
     monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", limit)
     counting, depths = frames_at(np.matmul)
@@ -369,7 +369,7 @@ def test_few_frames_are_alive_at_a_matrix_product(shapes, options, limit, rng, m
     dy = np.ones((x.shape[0], w.shape[0], *x.shape[2:]), np.float32)
     with mock.patch.object(np, "matmul", counting):
         for direction, _ in itertools.product(DIRECTIONS, range(3)):
-            with contextlib.suppress(ValueError):  # of what does not fit so small a limit
+            with contextlib.suppress(ValueError):  # the limit may be too small
                 computed(direction, x, w, dy, padding=padding, **options)
             assert depths or limit != "64MiB", direction
             assert all(2 <= depth <= 5 for depth in depths), direction
@@ -400,7 +400,7 @@ LAYERS = {
 
 @combinations(layer=LAYERS, direction=DIRECTIONS, layout=["channels_first", "channels_last"], turns=["layout"])
 def test_plans_of_any_size_give_the_same_bits(layer, direction, layout, monkeypatch, rng):
-    """Whether loops are kept or planned anew by every call, and on any number of threads."""
+    """Loops may be stored in the plan or planned by every call, and there may be any number of threads."""
     x_shape, w_shape, options = LAYERS[layer]
     y_shape = Geometry.infer(x_shape, w_shape, **{k: v for k, v in options.items() if k != "algorithm"}).y_shape
     arrays = [rng.standard_normal(shape, dtype=np.float32) for shape in (x_shape, w_shape, y_shape)]
@@ -421,7 +421,7 @@ def test_plans_of_any_size_give_the_same_bits(layer, direction, layout, monkeypa
 
 
 def test_the_plan_of_a_call_keeps_within_its_limit(monkeypatch, rng):
-    """Steps, at less than a KiB each, and workspace together; long loops are planned as they run."""
+    """The limit is on workspace and steps, at less than a KiB each; long loops are planned during execution."""
     x, w, _ = whole_numbers(rng, ((2, 8, 40, 40), (8, 8, 3, 3), Y))
     for limit in (0, 20_000, 100_000, 10**6, 64 << 20):
         monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", str(limit))
@@ -451,7 +451,7 @@ def test_a_step_takes_less_than_a_kibibyte(shapes, options):
 
 
 def test_only_so_many_plans_are_kept(monkeypatch, rng):
-    """The newest ones."""
+    """The newest plans are kept."""
     monkeypatch.setattr(execute, "MOST_KEPT", 60)
     _, w, _ = whole_numbers(rng)
     for columns in range(3, 30):
@@ -464,7 +464,7 @@ def test_only_so_many_plans_are_kept(monkeypatch, rng):
 
 
 def caches():
-    """Every cached function, and every container, that a module of gpuconv has."""
+    """Yield every cached function and every container of the modules of gpuconv."""
     for path, module in list(sys.modules.items()):
         if path.partition(".")[0] == "gpuconv":
             for name, value in list(vars(module).items()):
@@ -523,7 +523,7 @@ def test_an_algorithm_that_fails_while_it_plans_leaves_no_plan(rng):
 
 
 def test_many_threads_share_plans(rng):
-    """While another one keeps forgetting them."""
+    """Another thread clears the plans meanwhile."""
     shapes = (1, 8, 16, 16), (8, 8, 3, 3), (1, 8, 16, 16)
     x, w, dy = whole_numbers(rng, shapes)
     expected = {direction: exact(direction, x, w, dy) for direction in DIRECTIONS}
@@ -562,12 +562,12 @@ def test_a_forked_child_runs_the_plans_of_its_parent(rng):
             with no_plan_is_made():
                 os._exit(0 if np.array_equal(gpuconv.conv(x, w, padding=1), expected) else 1)
         except BaseException:
-            os._exit(2)  # it is not to go on with the tests
+            os._exit(2)  # the child process must not continue with the tests
     assert os.waitpid(child, 0)[1] == 0
 
 
 def test_arrays_may_share_memory_with_one_another(rng):
-    """x with w, x with dy, and all inputs read-only."""
+    """x shares memory with w, and x with dy; then all inputs are read-only."""
     memory = rng.integers(-3, 4, 2000).astype(np.float32)
     for start in (0, 1, 0):
         x, w = memory[start : start + 512].reshape(1, 8, 8, 8), memory[start + 100 : start + 676].reshape(8, 8, 3, 3)
@@ -581,7 +581,7 @@ def test_arrays_may_share_memory_with_one_another(rng):
 
 
 def test_dtypes_of_other_libraries_are_read_where_they_lie(rng):
-    """bfloat16 offers NumPy no buffer of its own kind."""
+    """bfloat16 does not support the buffer protocol."""
     kinds = [dtype for dtype in dtypes.available() if dtype.name == "bfloat16"]
     for dtype in kinds:
         for step in (1, -1, 1):

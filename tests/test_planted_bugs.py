@@ -1,7 +1,7 @@
-"""That the emulator notices when a kernel is wrong: broken twins of correct kernels (planted_bugs.py).
+"""The emulator detects planted bugs: changed lines of correct kernels (planted_bugs.py).
 
-The correct one is silent and right in every schedule; the broken one is found as often as stated, and checked mode
-says what is wrong and where.
+The correct kernel has no report and the right result in every schedule. The changed one is detected as often as stated,
+and the report of checked mode has the error and its location.
 """
 
 import itertools
@@ -27,12 +27,12 @@ from tests.tiers import combinations
 
 pytestmark = pytest.mark.emulated
 
-# The order of threads and blocks, and whether asynchronous copies happen as late as they may.
+# The order of threads and blocks, and whether asynchronous copies take place as late as possible.
 SCHEDULES = (("natural", True), ("natural", False), ("reverse", True), ("random", True), ("random", False))
 
 
 def outcomes(bug, source, mode):
-    """For each schedule what the emulator reported, "wrong result" or None."""
+    """Return for each schedule the report of the emulator, "wrong result" or None."""
     found = []
     for number, (order, late_copies) in enumerate(SCHEDULES):
         how = {"mode": mode, "order": order, "late_copies": late_copies, "seed": itertools.count(number)}
@@ -46,7 +46,7 @@ def outcomes(bug, source, mode):
 
 
 def run(place, source, how):
-    """Whether the kernel with this source gives the right result."""
+    """Run the kernel with this source and return whether its result is right."""
     if isinstance(place, Shipped):
         with (
             edited(place.file, source),
@@ -64,7 +64,7 @@ def run(place, source, how):
 
 
 def sources(bug):
-    """The right source and the wrong one, and the name that reports give it."""
+    """Return the correct source, the wrong one, and its name in reports."""
     if isinstance(bug.place, Shipped):
         right = (kernels_folder() / bug.place.file).read_text()
         return right, replaced(bug.place.file, bug.place.kernel, bug.right, bug.wrong)
@@ -74,7 +74,7 @@ def sources(bug):
 
 
 def is_small(bug, mode):
-    """But for a full run: kernels of the package take seconds to compile in checked mode."""
+    """Return whether a bug is tested; a plain run omits package kernels in checked mode, which compile for seconds."""
     return tiers.full or mode == "fast" or isinstance(bug.place, Small)
 
 
@@ -97,7 +97,7 @@ def test_what_is_stated_is_found_and_checked_mode_names_the_line(bug, mode):
 
 
 def places_of(text, bug, source):
-    """The lines with this text, as reports name them."""
+    """Return the lines with this text, as they are named in reports."""
     if isinstance(bug.place, Shipped):
         stem = bug.place.algorithm.removesuffix("_plain")
         files = {name: (kernels_folder() / name).read_text() for name in files_of(stem)} | {bug.place.file: source}

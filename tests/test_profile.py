@@ -1,4 +1,4 @@
-"""What memory accesses cost: that the profile counts it right, and that the shipped kernels have no more to pay."""
+"""The cost of memory accesses: the profile counts correctly, and the shipped kernels do not exceed stated costs."""
 
 import functools
 import itertools
@@ -13,7 +13,7 @@ from tests.emulation.planted import kernel, launch
 
 pytestmark = pytest.mark.emulated
 
-# The body of a kernel of one warp: its requests as (memory, kind, bytes of a lane), each one's cost and least cost.
+# The body of a kernel of one warp, and its requests: (memory, kind, bytes per lane), cost and least cost.
 COSTS = {
     "neighbours": ("tile[lane] = x[lane];", {("global", "read", 4): (4, 4), ("shared", "write", 4): (1, 1)}),
     "one for all": ("y[lane] = x[7];", {("global", "read", 4): (1, 1), ("global", "write", 4): (4, 4)}),
@@ -77,14 +77,14 @@ def test_requests_cost_what_the_hardware_s_rules_say(name):
 
 
 def aligned(count):
-    """Zeros that begin at a sector of global memory, as all arrays of a GPU do."""
+    """Return zeros that begin at a sector of global memory, as all arrays of a GPU do."""
     memory = np.zeros(count + 32, np.float32)
     first = -memory.ctypes.data % 128 // 4
     return memory[first : first + count]
 
 
-# Shared memory's lines that take more wavefronts than without bank conflicts: at most how many times as many, and why.
-# All others take no more.
+# Lines with bank conflicts in shared memory: the maximal ratio of wavefronts to those without conflicts, and the
+# reason. All other lines have no conflicts.
 HALVES = "four numbers of 8 bytes are read as two vectors, 32 bytes apart, so lanes use every other 16 bytes"
 CONFLICTS = {
     "float32": {
@@ -133,7 +133,7 @@ def test_shared_memory_has_no_bank_conflicts_but_those_stated(kernel_name, case,
 
 @pytest.mark.parametrize("dtype", CONFLICTS)
 def test_every_conflict_that_is_stated_exists(dtype):
-    """Or else its reason is out of date."""
+    """Otherwise its reason is obsolete."""
     found = [
         (source_line(line), cost > least)
         for run in itertools.product(TILED, ALL_TILES, [dtype], BOTH_LAYOUTS)
@@ -144,7 +144,8 @@ def test_every_conflict_that_is_stated_exists(dtype):
         assert any(words in text and has_conflicts for text, has_conflicts in found), words
 
 
-# Sectors that the inner loops' reads touch, over those that their bytes fill; windows of x overlap and are cut by rows.
+# The ratio of the sectors that reads of inner loops touch to those that their bytes fill; windows of x overlap and are
+# divided by rows.
 SECTORS = {
     ("scatter_data_grad", "dy_tile[f][j] =", "channels_first"): 2,
     ("scatter_data_grad", "dy_tile[f][j] =", "channels_last"): 2,

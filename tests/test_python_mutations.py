@@ -1,4 +1,4 @@
-"""The mutations of the Python: that they are drawn and run as they should."""
+"""Mutants of the Python code: they are drawn and run correctly."""
 
 import collections
 from unittest import mock
@@ -26,14 +26,14 @@ def drawn():
 
 
 def edited(file, before, after):
-    """A mutant that is no drawn one."""
+    """Return a mutant with a given edit."""
     text = (python_mutants.ROOT / file).read_text()
     assert text.count(before) == 1
     return python_mutants.Mutant(file, 0, "", "", before, after, text.replace(before, after), "")
 
 
 def in_a_process(mutant, function):
-    """What a function gives where a mutant runs."""
+    """Return the result of a function in a process that runs a mutant."""
 
     def run():
         python_mutants.Live().run(mutant.file, mutant.text)
@@ -86,7 +86,7 @@ def test_every_function_that_exists_runs_the_edited_text(file, before, after, fu
 
 
 def test_at_least_95_percent_of_the_recorded_mutants_are_caught():
-    """At least 1,000 count, of every file, and at most one in twenty is equivalent, each for a stated reason."""
+    """There are at least 1,000 mutants, from every file; at most one in twenty is equivalent, each with a reason."""
     entries = mutate_python.recorded().values()
     verdicts = collections.Counter(entry["verdict"] for entry in entries)
     counted = verdicts["caught"] + verdicts["survived"] + verdicts["equivalent"]

@@ -1,4 +1,4 @@
-"""Convolutions that nobody thought of: geometries drawn by hypothesis, small integers, exact equality."""
+"""Random convolutions: geometries drawn by hypothesis, small integers, exact equality."""
 
 import numpy as np
 from hypothesis import assume, given, reject
@@ -16,9 +16,10 @@ from tests.tolerances import assert_within, bound_of
 
 @st.composite
 def convolutions(draw_from, transformable=False):
-    """Shapes and settings of a valid convolution of 1 to 3 axes, with any padding that leaves something of x.
+    """Draw shapes and settings of a valid convolution of 1 to 3 axes, with any padding that does not crop all of x.
 
-    Those that winograd takes have kernels of extent 3 or 1, stride 1, and dilations that divide extents and padding.
+    With ``transformable`` winograd accepts them: kernel extents of 3 or 1, stride 1, and dilations that divide extents
+    and padding.
     """
     rank = draw_from(st.integers(1, 2 if transformable else 3))
 
@@ -55,7 +56,7 @@ def convolutions(draw_from, transformable=False):
 
 
 def depthwise(x_shape, w_shape, groups):
-    """The same with one channel and one filter in each group, and rows of several tiles."""
+    """Return shapes with one channel and one filter per group, and rows of several tiles."""
     return (x_shape[0], groups, *x_shape[2:-1], 4 * x_shape[-1]), (groups, 1, *w_shape[2:])
 
 
@@ -154,7 +155,7 @@ def test_any_convolution_by_winograd_is_within_its_bound(convolution, dtype, lay
 
 
 class limited:  # noqa: N801
-    """GPUCONV_WORKSPACE_LIMIT for a while; a fixture would be shared by all examples. Some algorithms refuse it."""
+    """A context with a GPUCONV_WORKSPACE_LIMIT, which some algorithms refuse; a fixture would apply to all examples."""
 
     def __init__(self, limit):
         self.limit = limit

@@ -1,4 +1,4 @@
-"""Calls do what the record says of them: a change that should change none changes no plan."""
+"""The plans of calls agree with the record, so unintended changes of plans are detected."""
 
 import functools
 import json

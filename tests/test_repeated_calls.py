@@ -1,4 +1,4 @@
-"""A repeated call does what the first one did: the same bits, for other data too."""
+"""A repeated call gives the same bits as the first call, also after calls with other data."""
 
 import itertools
 
@@ -33,7 +33,7 @@ def test_a_repeated_backward_call_applies_the_derivative(transposed, activation,
 
 @pytest.mark.called_once("it repeats calls itself")
 def test_plans_of_the_same_limit_are_the_same(monkeypatch, rng):
-    """The limit decides the blocks, and they decide the order of additions."""
+    """The limit determines the blocks, which determine the order of additions."""
     monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "30000")
     x, dy = rng.standard_normal((2, 2, 36, 12)), rng.standard_normal((2, 4, 30, 12))
     settings = {"padding": ((-2, 0), (8, -4)), "dilation": 2, "groups": 2, "algorithm": "winograd"}

@@ -1,4 +1,4 @@
-"""Calls in any order, on changing data, settings and threads, with failures among them: each result is right."""
+"""Each result is right for calls in any order, on changing data, settings and threads, and after failures."""
 
 import contextlib
 import itertools
@@ -25,7 +25,7 @@ from tests.calls import ACTIVATIONS, FUNCTIONS, LYINGS, Call, Settings, Together
 from tests.cases import NUMPY_ALGORITHMS
 from tests.emulation import launcher
 
-# x, w and the settings that the reference takes. Few of them, so that calls meet the plans of others.
+# x, w and settings of the reference. There are few of them, so that calls reuse the plans of others.
 CONVOLUTIONS = (
     ((2, 4, 9, 8), (6, 4, 3, 3), {"stride": (1, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1)}),
     ((2, 4, 9, 8), (6, 4, 3, 3), {"stride": (2, 3), "padding": ((0, 1), (2, 0)), "dilation": (1, 2)}),
@@ -36,14 +36,14 @@ KERNEL_ALGORITHMS = ("auto", "im2col", "direct", "implicit_gemm")
 
 
 def able(x_shape, w_shape, settings):
-    """The algorithms on NumPy that do not refuse it, but for a limit."""
+    """Return the algorithms on NumPy that accept a convolution if the workspace is large enough."""
     geometry, dtype = Geometry.infer(x_shape, w_shape, **settings), np.dtype("float32")
     requests = [Request(geometry, dtype, direction, NUMPY) for direction in DIRECTIONS]
     return ("auto", *(name for name in NUMPY_ALGORITHMS if not any(map(MODULES[name].why_not, requests))))
 
 
 def drawn(draw, on_kernels):
-    """A call of one of the convolutions."""
+    """Draw a call of one of the convolutions."""
     x, w, settings = draw(st.sampled_from(CONVOLUTIONS))
     lyings = tuple(LYINGS)[:5]
     return Call(
@@ -62,7 +62,7 @@ def drawn(draw, on_kernels):
 
 
 class RaisingArray(np.ndarray):
-    """An array of a class of the user's, whose functions raise."""
+    """An array of a user's subclass whose functions raise."""
 
     def __array_ufunc__(self, *_, **__):
         raise RuntimeError("no function may be called with this")
@@ -85,13 +85,13 @@ class Sequences(RuleBasedStateMachine):
         gpuconv.clear_cache()
 
     def place(self):
-        """Where calls are computed."""
+        """Draw where calls are computed."""
         backend = launcher.EMULATED if self.on_kernels else gpuconv.execute.backend_for("numpy")
         return mock.patch.object(gpuconv.execute, "backend_for", return_value=backend)
 
     @rule(data=st.data(), order=st.lists(st.integers(0, 2), min_size=3, max_size=9))
     def calls_in_turns(self, data, order):
-        """Three calls in any order, each time with other data."""
+        """Make three calls in any order, each time with other data."""
         calls = [drawn(data.draw, self.on_kernels) for _ in range(3)]
         with self.place():
             for time, number in enumerate(order):
@@ -106,7 +106,7 @@ class Sequences(RuleBasedStateMachine):
 
     @rule(data=st.data(), place=st.sampled_from(("buffer", "read")), number=st.integers(0, 3))
     def memory_runs_out(self, data, place, number):
-        """In the middle of a call: it raises that, or never came so far and is right."""
+        """Make an allocation in a call fail: the call raises the error, or ends before that allocation and is right."""
         call = drawn(data.draw, self.on_kernels)
         owner, name = {"buffer": (workspace, "take"), "read": (Operand, "read")}[place]
         original, count = getattr(owner, name), itertools.count()
@@ -138,7 +138,7 @@ class Sequences(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_held(self):
-        """Between calls BLAS has its threads back, and no helper is at work."""
+        """Assert that between calls the BLAS threads are restored and no helper thread is active."""
         assert threads._blas.limits == []
         assert threads._blas.limit is None
         assert threads._helpers.busy == 0
@@ -158,4 +158,4 @@ def test_every_call_of_a_sequence_is_right(monkeypatch):
                 suppress_health_check=list(hypothesis.HealthCheck),
             ),
         )
-    assert Sequences.computed > 100  # as hypothesis draws them: 180 and more
+    assert Sequences.computed > 100  # hypothesis draws at least 180

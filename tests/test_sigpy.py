@@ -1,4 +1,4 @@
-"""SigPy, a library for MRI, by its own code for CuPy's cuDNN, against its own code for the CPU."""
+"""Compare SigPy's code for CuPy's cuDNN with its code for the CPU. SigPy is a library for MRI."""
 
 import importlib.util
 import warnings
@@ -17,7 +17,7 @@ for needed in ("sigpy", "cupy"):
 
 @pytest.fixture(scope="module")
 def sigpy():
-    """SigPy, imported when cupy.cudnn is there."""
+    """SigPy, imported while cupy.cudnn exists."""
     import cupy
 
     if int(cupy.__version__.split(".")[0]) < 14:
@@ -25,7 +25,7 @@ def sigpy():
     cupy_cudnn.install()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of other libraries than these
+            warnings.simplefilter("ignore")  # warnings of other libraries
             import sigpy
 
         if not hasattr(sigpy.config, "cudnn_enabled"):
@@ -37,7 +37,7 @@ def sigpy():
 
 
 def of_data_and_filter(function, data, filt, out):
-    """The arguments of a function of SigPy's."""
+    """Return the arguments of a function of SigPy."""
     return {
         "convolve": (data, filt),
         "convolve_data_adjoint": (out, filt, data.shape),
@@ -46,7 +46,7 @@ def of_data_and_filter(function, data, filt, out):
 
 
 def through_cudnn(sigpy, function, *given, **how):
-    """What SigPy does with arrays on a GPU, with those of NumPy."""
+    """Run SigPy's code for arrays on a GPU with NumPy arrays."""
     call = getattr(sigpy.conv, f"_{function}_cuda")
     if not np.iscomplexobj(given[0]):
         return call(*given, **how)

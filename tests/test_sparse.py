@@ -1,4 +1,4 @@
-"""conv_matrix against conv: A @ x.ravel() == y.ravel()."""
+"""Compare conv_matrix with conv: A @ x.ravel() == y.ravel()."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The structure of the package: modules without cycles, names with one meaning, functions that fit a reader's head."""
+"""The structure of the package: no import cycles, unambiguous names, and functions of limited complexity."""
 
 import ast
 import collections
@@ -19,12 +19,12 @@ BLOCKS = ast.For | ast.While | ast.If | ast.With | ast.Try | ast.FunctionDef
 
 
 def nodes(kind):
-    """(module, node) of every node of a kind."""
+    """Yield (module, node) for every node of a kind."""
     return [(module, node) for module, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, kind)]
 
 
 def test_no_module_imports_one_that_imports_it():
-    """Inside functions and for type checkers included."""
+    """Imports inside functions and for type checkers are included."""
     imports = collections.defaultdict(set)
     for module, node in nodes(ast.ImportFrom):
         for alias in node.names:
@@ -56,7 +56,7 @@ def depth(node, outer=0):
 
 
 def test_functions_are_nested_at_most_four_deep_and_have_at_most_six_parameters():
-    """But for those that take the settings of a convolution one by one, as callers write them."""
+    """Functions with the settings of a convolution as separate parameters, as in the public API, are excepted."""
     for module, function in nodes(ast.FunctionDef):
         arguments = function.args
         names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]

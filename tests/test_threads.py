@@ -1,4 +1,4 @@
-"""The threads of the NumPy backend: who computes what, and that BLAS is left as it was found."""
+"""The threads of the NumPy backend: distribution of the work, and restoration of the BLAS setting."""
 
 import os
 import sys
@@ -49,7 +49,7 @@ def test_workers_compute_at_the_same_time_with_blas_held_to_one_thread():
 
     def worker(tasks):
         for task in tasks:
-            meeting.wait()  # nobody goes on alone
+            meeting.wait()  # all threads must arrive before any continues
             seen.append((task, threading.get_ident(), *blas_threads()))
 
     threads.spread(range(3), worker, 3)
@@ -78,7 +78,7 @@ def test_helpers_at_work_for_another_call_are_not_taken():
 
 
 def test_blas_is_held_in_any_thread():
-    """Also where another one was first: threadpoolctl by itself would pass over this one in silence."""
+    """This includes a thread that is not the first one, which threadpoolctl alone would silently ignore."""
     seen = []
 
     def in_thread():
@@ -107,7 +107,7 @@ def test_an_error_ends_the_work_and_is_raised(failing):
             done.append(task)
 
     with pytest.raises(ArithmeticError, match=failing):
-        threads.spread(iter(int, 1), worker, 2)  # tasks without end
+        threads.spread(iter(int, 1), worker, 2)  # endless tasks
 
 
 def test_settings_of_numpy_errors_hold_in_every_thread():
@@ -174,7 +174,7 @@ def test_an_interpreter_that_has_no_more_threads_computes_alone(xw, monkeypatch)
     np.testing.assert_array_equal(gpuconv.conv(*xw, **LAYER), y)
 
 
-# Of each algorithm some layers that several threads share.
+# Layers of each algorithm that several threads compute together.
 LAYERS = {
     "winograd": [((3, 32, 56, 56), (32, 32, 3, 3)), ((5, 128, 14, 14), (128, 128, 3, 3))],
     "im2col": [((3, 32, 30, 30), (64, 32, 3, 3)), ((9, 256, 7, 7), (64, 256, 3, 3)), ((4, 3, 60, 60), (64, 3, 7, 7))],
@@ -185,7 +185,7 @@ LAYERS = {
 
 
 def drawn(algorithm, rng):
-    """Layers of an algorithm with their arrays and options."""
+    """Return layers of an algorithm with their arrays and options."""
     for x_shape, w_shape in LAYERS[algorithm]:
         groups = x_shape[1] // w_shape[1]
         options = {"padding": w_shape[-1] // 2, "algorithm": algorithm, "groups": groups}
@@ -207,7 +207,7 @@ def test_results_are_the_same_bits_at_any_number_of_threads(algorithm, rng, monk
 
 @pytest.mark.parametrize("algorithm", LAYERS)
 def test_calls_from_many_threads_at_once(algorithm, rng, monkeypatch):
-    """The same layer and different ones, with bounded workspaces, some made again and some not."""
+    """The same layer and different ones, with limited workspaces, with and without cached plans."""
     monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "16MiB")
     problems = []
     for x, w, options in [*drawn(algorithm, rng), *drawn(algorithm, rng)]:
@@ -242,7 +242,7 @@ def test_a_forked_child_computes_and_has_its_blas_back(xw, monkeypatch):
 
     exits = []
 
-    def worker(tasks):  # in the middle of a call, with BLAS held and a helper at work
+    def worker(tasks):  # within a call, while BLAS is limited and a helper thread is active
         for _ in tasks:
             pid = os.fork()
             if pid == 0:

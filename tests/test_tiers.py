@@ -1,4 +1,4 @@
-"""Which combinations of their parameters tests have, and which tests a run has."""
+"""The combinations of parameters of tests, and the tests of a run."""
 
 import collections
 import itertools
@@ -16,7 +16,7 @@ from tests.cases import CASES, DIRECTIONS, DTYPES, LAYOUTS, is_on, is_taken
 
 
 def of_matrix():
-    """The combinations that the matrix has in this run."""
+    """Return the combinations of the matrix in this run."""
     (mark,) = (mark for mark in test_matrix.test_result_is_right.pytestmark if mark.name == "parametrize")
     names, sets = mark.args
     return [dict(zip(names, one.values, strict=True)) for one in sets]
@@ -48,7 +48,7 @@ def test_the_matrix_has_each_case_with_each_algorithm_and_direction():
 
 
 def test_no_algorithm_refuses_most_cases():
-    """A rule that begins to refuse everything is noticed here."""
+    """This detects a rule that starts to refuse everything."""
     counts = collections.Counter((one["arrays"], one["algorithm"], one["direction"]) for one in of_matrix())
     least = {"im2col": 55, "scatter": 53, "direct": 53, "implicit_gemm": 53, "fft": 30, "winograd": 10, "depthwise": 8}
     assert set(least) == set(gpuconv.ALGORITHMS)
@@ -58,7 +58,7 @@ def test_no_algorithm_refuses_most_cases():
 
 
 def test_the_matrix_has_all_pairs():
-    """Of dtypes, layouts, algorithms, directions and backends, but complex winograd; of cases and the first two."""
+    """Pairs of dtypes, layouts, algorithms, directions, backends (not complex winograd); cases with the first two."""
     axes = {
         "arrays": ("numpy", "emulated"),
         "algorithm": gpuconv.ALGORITHMS,
@@ -77,7 +77,7 @@ def test_the_matrix_has_all_pairs():
 
 
 def test_the_table_of_tiers_has_the_counts_of_a_whole_run(request):
-    """Within a tenth, since they depend on what is installed."""
+    """The counts agree within 10 %, since they depend on the installed packages."""
     if request.config.args != request.config.getini("testpaths") or tiers.full or HAS_GPU:
         pytest.skip("it counts the tests of a plain run of all files, without a GPU")
     items = request.session.items
@@ -98,7 +98,7 @@ def test_the_table_of_tiers_has_the_scores_of_the_records():
 
 
 def table_of_tiers():
-    """The cells of each tier's row in tests/README.md."""
+    """Return the cells of each tier's row in tests/README.md."""
     text = (Path(__file__).parent / "README.md").read_text().partition("## Tiers")[2].partition("\n\nSeconds")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines()]
     return {row[0]: row for row in rows}
@@ -125,7 +125,7 @@ def test_a_run_goes_on_where_another_ended(tmp_path):
 
 
 def test_a_test_that_breaks_the_device_has_not_passed(tmp_path):
-    """Its call passes, and what looks at the device after it fails."""
+    """Its call passes, and the check of the device after it fails."""
     noted = parts._Done(tmp_path / "passed", [])
     for name, teardown in (("right", "passed"), ("breaking", "failed")):
         for when, outcome in (("setup", "passed"), ("call", "passed"), ("teardown", teardown)):

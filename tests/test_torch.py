@@ -1,4 +1,4 @@
-"""gpuconv.torch against PyTorch's own convolutions, and its gradients against differences."""
+"""Compare gpuconv.torch with PyTorch's convolutions, and its gradients with finite differences."""
 
 import re
 import subprocess
@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 gpuconv_torch = pytest.importorskip("gpuconv.torch")
 repeat.install_torch()
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")  # PyTorch's own, on its first dual number
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")  # raised by PyTorch for its first dual number
 
 FUNCTIONS = {"conv": gpuconv_torch.conv, "conv_transpose": gpuconv_torch.conv_transpose}
 SETTINGS = {
@@ -40,7 +40,7 @@ def tensors(rng, *shapes, dtype="float64", needs=True):
 
 
 def parts(name, function, rng, dtype):
-    """A function of x, w and b with settings, and tensors for it."""
+    """Return a function of x, w and b with settings, and tensors for it."""
     x, w, settings = SETTINGS[name]
     call = FUNCTIONS[function]
     channels_last = settings.get("layout") == "channels_last"
@@ -91,7 +91,7 @@ def test_the_transposed_one_is_pytorchs(stride, padding, output_padding, rng):
 
 
 def test_a_step_of_training_is_pytorchs(rng):
-    """Two layers, with everything between them PyTorch's."""
+    """There are two layers, and everything between them is PyTorch's."""
     x, target = torch.from_numpy(rng.standard_normal((4, 3, 8, 8))), torch.from_numpy(rng.standard_normal((4, 2, 8, 8)))
     start = [torch.from_numpy(rng.standard_normal(s)) for s in ((5, 3, 3, 3), (5,), (2, 5, 3, 3), (2,))]
     steps = []
@@ -194,13 +194,13 @@ def test_conjugated_negated_expanded_and_detached_tensors(rng):
     torch.testing.assert_close(gpuconv_torch.conv(x.conj(), w.conj().imag.neg()), expected, rtol=0, atol=0)
     x = torch.ones(1, 1, 1).expand(2, 2, 4).requires_grad_()
     w = torch.ones(1, 2, 2, requires_grad=True)
-    gpuconv_torch.conv(x, w).sum().backward()  # the gradient of a sum is expanded too
+    gpuconv_torch.conv(x, w).sum().backward()  # the gradient of a sum is an expanded tensor
     assert w.grad.tolist() == [[[6, 6], [6, 6]]]
     assert x.grad.sum() == 24
 
 
 def test_gradients_of_complex_weights_are_ready_for_an_optimizer(rng):
-    """They are not conjugated lazily, which Adam and clipping refuse."""
+    """They have no lazy conjugation, which Adam and gradient clipping refuse."""
     x, w = tensors(rng, (1, 2, 5, 5), (2, 3, 3, 3), dtype="complex64")
     gpuconv_torch.conv_transpose(x, w).abs().sum().backward()
     assert not x.grad.is_conj()
@@ -220,7 +220,7 @@ def test_results_can_be_changed_in_place(memory_format, rng):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_memory_of_pytorchs_lies_as_x_does_and_is_no_view(channels_last):
-    """What results on a GPU are written into."""
+    """Results on a GPU are written into such memory."""
     like = np.empty((2, 4, 5, 3)).transpose(0, 3, 1, 2) if channels_last else np.empty((2, 3, 4, 5))
     problem = gpuconv_torch._Convolution(Geometry.infer((2, 3, 4, 5), (6, 3, 1, 1)), "auto", None, None)
     y = problem._empty("y", torch.float32, torch.device("cpu"), like)
@@ -230,7 +230,7 @@ def test_memory_of_pytorchs_lies_as_x_does_and_is_no_view(channels_last):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("size", [3, 48])  # for one thread, and for more
+@pytest.mark.parametrize("size", [3, 48])  # for one thread, and for several
 def test_nothing_is_said_of_numbers_that_overflow(size):
     x = torch.full((4, 16, size, size), 6e4, dtype=torch.float16)
     assert gpuconv_torch.conv(x, torch.ones(32, 16, 3, 3, dtype=torch.float16)).isinf().all()
@@ -251,7 +251,7 @@ def test_no_tensor_is_copied(rng, monkeypatch):
 
 
 @pytest.mark.called_once("torch.compile would compile the repeating function")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # PyTorch's own, where graphs break
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # raised by PyTorch at graph breaks
 def test_under_compile_the_values_are_right(rng):
     x, w = tensors(rng, (2, 3, 5, 5), (4, 3, 3, 3))
     compiled = torch.compile(lambda x, w: 2 * torch.relu(gpuconv_torch.conv(x + 1, w)), backend="eager")
@@ -275,7 +275,7 @@ X, W = torch.ones(2, 3, 5, 5), torch.ones(4, 3, 3, 3)
 ERRORS = {
     "array": (lambda: gpuconv_torch.conv(X.numpy(), W), TypeError, r"x must be a torch\.Tensor, not ndarray"),
     "b": (lambda: gpuconv_torch.conv(X, W, [1.0] * 4), TypeError, r"b must be a torch\.Tensor, not list"),
-    "ints": (lambda: gpuconv_torch.conv(X, W.int()), TypeError, r"w must be one of float16, .*, not torch.int32; w\.float\(\) makes one"),
+    "ints": (lambda: gpuconv_torch.conv(X, W.int()), TypeError, r"w must be one of float16, .*, not torch.int32; w\.float\(\) converts it"),
     "float8": (lambda: gpuconv_torch.conv(X.to(torch.float8_e5m2), W), TypeError, "x must be one of .* not torch.float8_e5m2$"),
     "complex32": (lambda: gpuconv_torch.conv(X.to(torch.complex32), W), TypeError, "x must be one of .* not torch.complex32$"),
     "quantized": (lambda: gpuconv_torch.conv(torch.quantize_per_tensor(X, 0.1, 0, torch.qint8), W), TypeError, "x must be one of .* not torch.qint8$"),
@@ -286,12 +286,12 @@ ERRORS = {
     "b's shape": (lambda: gpuconv_torch.conv(X, W, torch.ones(3)), ValueError, r"b must have one element for each of the 4 .* but it has \(3,\)"),
     "transposed": (lambda: gpuconv_torch.conv_transpose(X, W), ValueError, "x has 3 channels but w expects 4"),
     "algorithm": (lambda: gpuconv_torch.conv(X, W, algorithm="best"), ValueError, "algorithm must be one of auto"),
-    "vmap": (lambda: torch.vmap(lambda x: gpuconv_torch.conv(x, W))(X), TypeError, "tensors must have memory of their own"),
+    "vmap": (lambda: torch.vmap(lambda x: gpuconv_torch.conv(x, W))(X), TypeError, "tensors must own their memory"),
     "jvp": (lambda: torch.func.jvp(lambda x: gpuconv_torch.conv(x, W), (X,), (X,)), RuntimeError, "functorch transforms"),
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch's own, of what is not finished there
+@pytest.mark.filterwarnings("ignore::UserWarning")  # raised by PyTorch for its unfinished features
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_name_the_argument(name):
     call, kind, message = ERRORS[name]
@@ -331,7 +331,7 @@ def test_on_a_gpu(dtype, rng):
 @pytest.mark.gpu
 @WITH_CUDA
 def test_memory_outlives_the_launch(rng):
-    """Tensors are dropped right after the call, on a stream of its own, and the allocator hands out their memory."""
+    """Tensors are deleted right after the call, on a separate stream, and the allocator reuses their memory."""
     w = torch.from_numpy(draw(rng, (64, 64, 3, 3), "float32", True).astype("float32")).cuda()
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):

@@ -1,4 +1,4 @@
-"""What tune finds is remembered and taken; what is damaged, foreign or wrong is not."""
+"""Results of tune are stored and used; damaged, foreign and wrong results are not."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from tests import reference
 from tests.emulation.launcher import EMULATED
 
 X, W = (1, 64, 28, 28), (64, 64, 3, 3)
-FOLDER = tuned._folder.__wrapped__  # the library's, which conftest.py replaces
+FOLDER = tuned._folder.__wrapped__  # the library's function, which conftest.py replaces
 FLOAT32 = np.dtype(np.float32)
 
 
@@ -102,7 +102,7 @@ def test_a_wrong_result_is_never_taken():
 
 
 class SetClock:
-    """A clock that gives the calls, in the order in which they are first made, these times."""
+    """A clock that assigns given times to calls, in the order of their first use."""
 
     def __init__(self, *seconds):
         self.seconds, self.calls = seconds, []
@@ -122,7 +122,7 @@ class SetClock:
 
 @pytest.mark.parametrize("other, fastest", [(0.90, "im2col"), (0.98, "winograd"), (1.5, "winograd")])
 def test_another_algorithm_is_taken_where_it_is_faster_by_more_than_the_noise(other, fastest, monkeypatch):
-    """The candidates of this layer are im2col, winograd, which is the default, and scatter."""
+    """The candidates for this layer are im2col, winograd, which is the default, and scatter."""
     monkeypatch.setattr("gpuconv.benchmark.timing.clock_for", lambda backend: SetClock(other, 1.0, 3.0))
     (found,) = gpuconv.tune(X, W, padding=1, directions="forward", backend="numpy", seconds=1)
     assert found.seconds == {"im2col": other, "winograd": 1.0, "scatter": 3.0}
@@ -145,10 +145,10 @@ def test_a_damaged_file_is_passed_over_with_a_warning_and_replaced(content):
     remember("scatter")
     tuned.path(NUMPY).write_text(content, encoding="latin-1")
     gpuconv.clear_cache()
-    with pytest.warns(RuntimeWarning, match="passed over"):
+    with pytest.warns(RuntimeWarning, match="are ignored"):
         assert explained() == before
     gpuconv.clear_cache()
-    with pytest.warns(RuntimeWarning, match="passed over"):
+    with pytest.warns(RuntimeWarning, match="are ignored"):
         tuned.remember(NUMPY, "forward", geometry(), FLOAT32, "scatter")
     gpuconv.clear_cache()
     assert explained().algorithm == "scatter"
@@ -184,7 +184,7 @@ def test_answers_of_several_calls_are_kept():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"directions": ("forward", "backward")}, "directions must be out of .*'backward'"),
+        ({"directions": ("forward", "backward")}, "directions must be among .*'backward'"),
         ({"backend": "jax"}, "backend must be one of .*'jax'"),
         ({"seconds": 0}, "seconds must be more than 0"),
         ({"stride": 0}, "stride"),

@@ -1,4 +1,4 @@
-"""Views are what NumPy makes of arrays, without the arrays."""
+"""Views have the same geometry as NumPy's views of arrays, without the arrays."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def _random_index(data, view):
 
 @given(st.data())
 def test_views_are_what_numpy_makes_of_arrays(data):
-    """Whatever is done to them: the element at which they begin, their shape, and strides where there are any."""
+    """After any operations the first element, the shape and the relevant strides are the same."""
     whole = np.zeros(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)), np.float32)
     place = whole.__array_interface__["data"][0]
     array, view = whole, View(0, 0, whole.shape, whole.strides, whole.dtype)
@@ -115,7 +115,7 @@ def test_where_memory_begins():
         ((3, 4), (2, 8), False),
         ((3, 4), (0, 1), False),
         ((3, 4), (-4, 1), False),
-        ((1, 4), (99, 5), True),  # of an axis of one element the stride does not matter
+        ((1, 4), (99, 5), True),  # the stride of an axis of one element is irrelevant
         ((1, 4), (-7, 1), True),
         ((3, 1), (5, 99), True),
         ((3, 1), (1, -7), True),

@@ -41,8 +41,9 @@ CHUNKS = 16  # of the channels, shared by threads
 def why_not(request: Request) -> str | None:
     """Return a reason unless a group has one channel and one filter and the workspace suffices."""
     geometry = request.geometry
-    if not geometry.group_channels == geometry.group_filters == 1:
-        return f"it is for one filter per channel, not {geometry.group_channels} channels and {geometry.group_filters}"
+    channels, filters = geometry.group_channels, geometry.group_filters
+    if not channels == filters == 1:
+        return f"it requires one channel and one filter per group, not {channels} and {filters}"
     if (reason := slices.why_not(request)) or _is_tap_by_tap(request):
         return reason
     return request.lacks(max(map(_least, _parts(request.as_forward().geometry))), "the matrices of one channel")

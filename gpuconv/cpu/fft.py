@@ -47,7 +47,7 @@ SHARES = 4  # of the workspace, for parts that are computed concurrently
 def why_not(request: Request) -> str | None:
     """Return a reason if a stride is not 1, as most outputs would be discarded, or if no tile fits the workspace."""
     if set(request.geometry.stride) != {1}:
-        return f"it is for stride 1, not {request.geometry.stride}"
+        return f"it requires stride 1, not {request.geometry.stride}"
     correlation = _Correlation.of(request)
     if _cut(correlation, request.budget) is not None:
         return None

@@ -43,15 +43,15 @@ def why_not(request: Request) -> str | None:
     """
     geometry = request.geometry
     if geometry.rank > 2:
-        return f"it is for one or two spatial axes, not {geometry.rank}"
+        return f"it requires one or two spatial axes, not {geometry.rank}"
     if 3 not in geometry.kernel or not set(geometry.kernel) <= {1, 3}:
-        return f"it is for kernels of extent 3, not {geometry.kernel}"
+        return f"it requires kernels of extent 3, not {geometry.kernel}"
     if set(geometry.stride) != {1}:
-        return f"it is for stride 1, not {geometry.stride}"
+        return f"it requires stride 1, not {geometry.stride}"
     if not _is_even(geometry):
-        return f"it is for dilations that divide extents and padding, not {geometry.dilation}"
+        return f"it requires dilations that divide extents and padding, not {geometry.dilation}"
     if request.is_complex:
-        return f"it is for real numbers, not {request.dtype.name}"
+        return f"it requires a real dtype, not {request.dtype.name}"
     tiled = _tiled(request)
     return request.lacks(least(tiled.geometry, tiled.direction), "a row of tiles")
 

@@ -19,4 +19,4 @@ def kernels_folder() -> Path:
     for folder in (package / "kernels", package.parent / "kernels"):
         if folder.is_dir():
             return folder
-    raise FileNotFoundError(f"gpuconv's kernels are neither in {package} nor beside it: the installation is incomplete")
+    raise FileNotFoundError(f"the CUDA sources are neither in {package} nor beside it: the installation is incomplete")

@@ -56,7 +56,7 @@ def matmul(left: Any, right: Any, out: View, planner: Planner) -> None:
     """Plan the products of stacks of matrices, as numpy.matmul computes them; operands are views or arrays."""
     result = _matrix(out)
     if result is None:
-        raise ValueError(f"no axis of {out} has its elements side by side, so cuBLAS cannot write it")
+        raise ValueError(f"no axis of {out} is contiguous, so cuBLAS cannot write it")
     if result.operation == _TRANSPOSED:
         left, right, out = right.swapaxes(-1, -2), left.swapaxes(-1, -2), out.swapaxes(-1, -2)
     stack = out.shape[:-2]

@@ -33,7 +33,7 @@ def why_not(request: Request) -> str | None:
     if request.direction != "weight_grad":
         return None
     sums = 4 * request.geometry.channels * request.geometry.taps  # of a split, and totals, in half of the limit
-    return request.lacks(sums, "the sums of a filter of every group")
+    return request.lacks(sums, "the sums of one filter of each group")
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:

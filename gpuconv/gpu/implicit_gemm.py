@@ -40,7 +40,7 @@ def why_not(request: Request) -> str | None:
         return reason
     if request.direction != "weight_grad":
         return None
-    return request.lacks(2 * geometry.channels * geometry.taps, "the sums of a filter of every group")
+    return request.lacks(2 * geometry.channels * geometry.taps, "the sums of one filter of each group")
 
 
 def fills_a_tile(geometry: Geometry, direction: Direction) -> bool:

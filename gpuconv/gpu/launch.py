@@ -39,7 +39,7 @@ def check(kernel: Kernel, grid: int, arguments: Sequence[Any]) -> None:
     """Raise TypeError or ValueError if a launch would fail; write the source if GPUCONV_DUMP is set."""
     check_arguments(kernel, arguments)
     if grid > MOST_BLOCKS:
-        raise ValueError(f"{kernel.name} would need {grid} blocks, and a grid has at most {MOST_BLOCKS}")
+        raise ValueError(f"{kernel.name} needs {grid} thread blocks, but a grid has at most {MOST_BLOCKS}")
     dump(kernel.module)
 
 

@@ -29,14 +29,14 @@ NARROW = 2**31 - 2**16
 def why_not(geometry: Geometry) -> str | None:
     """Return the reason why no kernel is applicable to a convolution, or None."""
     if geometry.rank > structs.AXES:
-        return f"kernels take 1 to {structs.AXES} spatial axes, and this has {geometry.rank}"
+        return f"kernels take 1 to {structs.AXES} spatial axes, not {geometry.rank}"
     return None
 
 
 def why_not_here(geometry: Geometry, backend: Backend) -> str | None:
     """Return the reason why an algorithm that consists of kernels is not applicable on a backend, or None."""
     if backend.launch is None:
-        return "it is a CUDA kernel, and NumPy's arrays are computed on the CPU"
+        return "it is a CUDA kernel, but NumPy arrays are computed on the CPU"
     return why_not(geometry)
 
 

@@ -175,7 +175,7 @@ def known(asked: Sequence[str] | None) -> list[str]:
     possible = [name for name in occupancy.ARCHITECTURES if re.sub(r"\D", "", name) in numbers]
     for name in asked or ():
         if name not in possible:
-            raise ValueError(f"--arch must be out of {', '.join(possible)}; got {name!r}")
+            raise ValueError(f"--arch must be one of {', '.join(possible)}; got {name!r}")
     return possible if asked is None else list(asked)
 
 

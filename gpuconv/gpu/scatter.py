@@ -74,7 +74,7 @@ def why_not(request: Request) -> str | None:
     if request.backend.launch is None:
         return slices.why_not(request)
     if request.deterministic:
-        return "it adds in no fixed order on a GPU, and deterministic=True was asked for"
+        return "its additions have no fixed order on a GPU, but deterministic=True requires one"
     if reason := params.why_not(geometry):
         return reason
     if request.direction == "forward":
@@ -83,8 +83,8 @@ def why_not(request: Request) -> str | None:
         return None  # sums are formed in the result's own memory
     if request.direction == "data_grad":
         image = 2 * geometry.groups * math.prod(geometry.input)  # with a temporary for an activation
-        return request.lacks(image, "the sums of an image and a channel of every group")
-    return request.lacks(geometry.channels * geometry.taps, "the sums of a filter of every group")
+        return request.lacks(image, "the sums of one image and one channel of each group")
+    return request.lacks(geometry.channels * geometry.taps, "the sums of one filter of each group")
 
 
 def nanoseconds(request: Request) -> float:

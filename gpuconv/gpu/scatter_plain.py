@@ -20,7 +20,7 @@ from gpuconv.views import View
 def why_not(request: Request) -> str | None:
     """Return a reason on NumPy, for the forward direction, and if scatter has one; else None."""
     if request.backend.launch is None or request.direction == "forward":
-        return "it is a CUDA kernel for the gradients"
+        return "it is a CUDA kernel that computes gradients"
     return scatter.why_not(request)
 
 

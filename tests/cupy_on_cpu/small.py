@@ -52,7 +52,7 @@ def small():
 
 @contextlib.contextmanager
 def torch_on_the_device():
-    """Enter a context in which PyTorch for the CPU exchanges arrays with CuPy, and computes on device memory at once."""
+    """Enter a context in which PyTorch for the CPU exchanges arrays with CuPy and computes on them at once."""
     if importlib.util.find_spec("torch") is None:
         yield
         return

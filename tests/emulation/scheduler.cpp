@@ -245,7 +245,7 @@ static void meet(unsigned mask, unsigned waits_for, Operation operation, void* r
     Warp& warp = g.warp[fiber.warp];
     if (!(mask >> fiber.lane & 1))
         give_up(pc, std::string(name) + " whose mask " + mask_text(mask) + " leaves out the calling lane");
-    // Lanes that wait in another operation may still arrive here; if they cannot, the deadlock report lists all of them.
+    // Lanes that wait in another operation may still arrive here; if they cannot, the deadlock report lists them.
     size_t which = 0;
     while (which < warp.active.size() && warp.active[which].mask != mask) ++which;
     if (which == warp.active.size()) warp.active.push_back({mask, 0, operation, name, {}});

@@ -1,8 +1,8 @@
 // libcudart: the documented functions of CUDA's runtime that CuPy calls, on host memory.
 //
-// Device memory lies between guard pages and is filled with bytes that are NaN in every float format. Work on the default
-// stream is performed immediately. Work on any other stream is deferred until something waits for it, the latest moment
-// that CUDA allows, so that code that lacks synchronization reads old data.
+// Device memory lies between guard pages and is filled with bytes that are NaN in every float format. Work on the
+// default stream is performed immediately. Work on any other stream is deferred until something waits for it, the
+// latest moment that CUDA allows, so that code that lacks synchronization reads old data.
 #include "device.hpp"
 
 #include <sys/mman.h>
