@@ -72,11 +72,11 @@ else
 fi
 [[ -n $device ]] || { echo 'gpu_campaign.sh: nvidia-smi names no GPU' >&2; exit 2; }
 commit=${COMMIT:-$(git describe --always --dirty=+ --exclude='*' 2> /dev/null || echo unknown)}
-again='the same command goes on there'
+again='the same command resumes there'
 folder=$(compgen -G "$out/$device-[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]-$commit" | tail -n 1)  # of an earlier run
 if [[ $commit == *+ || $commit == unknown ]]; then  # the files may differ each time
     folder="$out/$device-$(date -u +%Y-%m-%d-%H%M%S)-$commit"
-    again='another run begins anew, since COMMIT names no commit'
+    again='each run starts again, because COMMIT does not name a commit'
 fi
 folder=${folder:-$out/$device-$(date -u +%Y-%m-%d)-$commit}
 mkdir -p "$folder" || exit 2

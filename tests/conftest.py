@@ -72,7 +72,7 @@ def _working_device(request):
     except Exception as error:
         if "PYTEST_XDIST_WORKER" in os.environ:
             os._exit(1)  # xdist names the test and starts another worker
-        pytest.exit(f"the device computes nothing any more after {request.node.nodeid}: {error}")
+        pytest.exit(f"the device is unusable after {request.node.nodeid}: {error}")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ DONE = pytest.StashKey()  # the names of tests that passed in an earlier run
 
 def add_options(parser):
     parser.addoption(
-        "--done", type=Path, metavar="FILE", help="leave out tests that FILE names; it gets those that pass"
+        "--done", type=Path, metavar="FILE", help="leave out tests that FILE names; tests that pass are appended to it"
     )
     parser.addoption("--draw", type=int, metavar="N", help=f"of the tests in {', '.join(MATRIX)} run N only")
     parser.addoption("--draw-seed", default="0", help="draws which ones (default 0)")

@@ -481,7 +481,7 @@ def test_a_peer_that_is_off_is_refused_and_not_timed(bench, monkeypatch, capsys)
         ("loops", False, False),
     ]
     assert "times the bound" in found.rows[-1].refusal
-    assert "loops (channels_first) refused 1: its result is off by" in capsys.readouterr().out
+    assert "loops (channels_first) refused 1: the error of its result is" in capsys.readouterr().out
 
 
 def test_a_peer_s_process_that_dies_is_an_error():

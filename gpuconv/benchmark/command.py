@@ -38,7 +38,7 @@ def add_bench(commands: Any) -> None:
     """Declare ``gpuconv bench``."""
     bench = commands.add_parser(
         "bench",
-        help="verify and time real layers on this machine, beside what else computes them",
+        help="verify and time real layers on this machine, together with other libraries",
         description="Runs real layers in every direction: verifies each result against a float64 reference, then\n"
         "times it. 'gpuconv bench compare A.json B.json' compares two results.",
         epilog="\n".join(
@@ -48,9 +48,9 @@ def add_bench(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     some = _add_layers(bench)
-    bench.add_argument("--algorithm", **some, metavar="NAME", help=f"out of auto, {', '.join(MODULES)} (default auto)")
+    bench.add_argument("--algorithm", **some, metavar="NAME", help=f"one of auto, {', '.join(MODULES)} (default auto)")
     bench.add_argument(
-        "--peer", **some, metavar="NAME", help=f"out of {', '.join(peers.PEERS)}; takes turns with gpuconv"
+        "--peer", **some, metavar="NAME", help=f"one of {', '.join(peers.PEERS)}; timed alternately with gpuconv"
     )
     caches = bench.add_mutually_exclusive_group()
     caches.add_argument(
@@ -82,12 +82,12 @@ def _add_layers(parser: argparse.ArgumentParser) -> dict[str, Any]:
     )
     parser.add_argument(
         "--case", action="append", default=[], metavar="CASE",
-        help="layers with these words in their names, or one spelt out: 'n=32 c=64 h=56 w=56 k=64 r=3 s=3 pad=1'",
+        help="layers whose names contain this text, or a specification: 'n=32 c=64 h=56 w=56 k=64 r=3 s=3 pad=1'",
     )  # fmt: skip
-    parser.add_argument("--direction", **some, metavar="NAME", help=f"out of {', '.join(DIRECTIONS)} (default all)")
+    parser.add_argument("--direction", **some, metavar="NAME", help=f"one of {', '.join(DIRECTIONS)} (default all)")
     parser.add_argument("--dtype", **some, metavar="NAME", help="such as float16,tf32 (default the layer's own)")
     parser.add_argument(
-        "--layout", **some, metavar="NAME", help=f"out of {', '.join(LAYOUTS)} (default the first; beside peers both)"
+        "--layout", **some, metavar="NAME", help=f"one of {', '.join(LAYOUTS)} (default: the first; with peers both)"
     )
     parser.add_argument(
         "--backend", choices=settings.BACKENDS, help="where to compute (default as GPUCONV_BACKEND says)"
@@ -100,9 +100,9 @@ def add_tune(commands: Any) -> None:
     """Declare ``gpuconv tune``."""
     parser = commands.add_parser(
         "tune",
-        help="find the fastest algorithm for layers on this machine, and remember it",
-        description="Times the algorithms that can compute each layer, holds their results against a float64 reference,"
-        " and remembers the fastest: algorithm='auto' takes it from then on, for these shapes on this machine.",
+        help="find the fastest algorithm for layers on this machine, and store it",
+        description="Times the algorithms that can compute each layer, compares their results with a float64 reference,"
+        " and stores the fastest, which algorithm='auto' then uses for these shapes on this machine.",
     )
     _add_layers(parser)
     parser.add_argument(
@@ -116,8 +116,8 @@ def add_compare(commands: Any) -> None:
     """Declare ``gpuconv bench compare``."""
     parser = commands.add_parser(
         "bench compare",
-        help="say of two results which rows are faster, slower or the same, from their samples",
-        description="Says of every row whether B is FAST (faster than A), SLOW, SAME or AMBIGUOUS: "
+        help="compare two results row by row, from their samples",
+        description="Reports for every row whether B is FAST (faster than A), SLOW, SAME or AMBIGUOUS: "
         + results.DEFINITIONS["verdict"] + ".",
     )  # fmt: skip
     parser.add_argument("before", type=Path, metavar="A.json")
@@ -126,7 +126,7 @@ def add_compare(commands: Any) -> None:
         "--fail-slower",
         type=_percent,
         metavar="5%",
-        help="status 1 where gpuconv is SLOW by more than this, or wrong",
+        help="exit status 1 if gpuconv is SLOW by more than this, or wrong",
     )
     parser.set_defaults(run=compare_command)
 
@@ -163,7 +163,7 @@ def _chosen(option: str, given: Sequence[Sequence[str]], known: Sequence[str]) -
     names = list(dict.fromkeys(name for part in given for name in part))
     for name in names:
         if name not in known:
-            raise ValueError(f"--{option} has no {name!r} ({layers.nearest(name, known)})")
+            raise ValueError(f"--{option} must be a known name, not {name!r} ({layers.nearest(name, known)})")
     return names
 
 
@@ -200,7 +200,7 @@ def tune_command(options: argparse.Namespace) -> int:
             facts = {"machine": results.machine(), "commit": results.commit()}
             rows = [{name: value for name, value in row.items() if name != "geometry"} for row in found]
             options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-    print(f"remembered in {tuned.path(where)}")
+    print(f"stored in {tuned.path(where)}")
     return 1 if any(row["wrong"] for row in found) else 0
 
 
@@ -280,7 +280,7 @@ def _run(schedule: run.Schedule, cases: Sequence[layers.Case], options: argparse
     found.cold = schedule.place.kind == "cupy" if schedule.cold is None else schedule.cold
     if options.resume and options.json.exists():
         found.rows = _earlier(options.json, found, schedule)
-    print(f"{'commit':<10} {found.commit or 'of a wheel'}")
+    print(f"{'commit':<10} {found.commit or 'installed from a wheel'}")
     for name in (
         "gpuconv",
         "CPU",
@@ -341,7 +341,9 @@ def _earlier(path: Path, found: results.Results, schedule: run.Schedule) -> list
     for name in {*earlier.machine, *found.machine} - {"nvidia-smi"}:  # its clocks and temperatures change
         before, now = earlier.machine.get(name), found.machine.get(name)
         if before != now:
-            raise ValueError(f"--resume needs the machine of {path}: its {name} was {before!r} and is now {now!r}")
+            raise ValueError(
+                f"--resume requires the same machine as {path}: its {name} was {before!r} and is now {now!r}"
+            )
     whole = _whole(earlier.rows, schedule)
     return [row for row in earlier.rows if (row.case, row.spec, row.dtype) in whole]
 
@@ -464,7 +466,7 @@ def check_writable(path: Path | None) -> None:
         return
     existed = path.exists()
     if existed and not path.is_file():
-        raise ValueError(f"cannot write {path}: it is no regular file")
+        raise ValueError(f"cannot write {path}: it is not a regular file")
     try:
         with path.open("a"):
             pass

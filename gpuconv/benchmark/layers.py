@@ -125,11 +125,11 @@ def parsed(text: str, name: str = "") -> Case:
     for word in text.split():
         key, equals, value = word.partition("=")
         if key not in WORDS:
-            raise ValueError(f"a case has no {key!r} ({nearest(key, WORDS)}), in {text!r}")
+            raise ValueError(f"a case must not have {key!r} ({nearest(key, WORDS)}), in {text!r}")
         if not equals or not value:
-            raise ValueError(f"a case is made of NAME=VALUE words, not {word!r}, in {text!r}")
+            raise ValueError(f"a case must consist of NAME=VALUE words, not {word!r}, in {text!r}")
         if key in words:
-            raise ValueError(f"a case gives {key!r} once, not twice, in {text!r}")
+            raise ValueError(f"a case must give {key!r} only once, in {text!r}")
         words[key] = value
     rank = sum(key in words for key in KERNELS)
     needed = ("c", "k", *EXTENTS[-rank:], *KERNELS[-rank:]) if rank else ("c", "k", "w", "s")
@@ -170,7 +170,7 @@ def parsed(text: str, name: str = "") -> Case:
     output = geometry.input if transposed else geometry.output
     for key, size in zip(OUTPUTS[-rank:], output, strict=True):
         if key in words and words[key] != str(size):
-            raise ValueError(f"{key} is {size} by the other words, not {words[key]}, in {text!r}")
+            raise ValueError(f"{key} must be {size} according to the other words, not {words[key]}, in {text!r}")
     return case
 
 
@@ -227,7 +227,7 @@ def selected(names: Sequence[str], asked: Sequence[str]) -> list[Case]:
     Raises ValueError with the nearest valid names.
     """
     if "" in asked:
-        raise ValueError("a case has words of a layer's name, or spells one; got ''")
+        raise ValueError("a case must be part of a layer's name, or NAME=VALUE words; got ''")
     known = suites()
     names = list(known) if "all" in names else names
     for name in names:

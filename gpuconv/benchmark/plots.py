@@ -43,7 +43,8 @@ def plot(results: Results, path: Path) -> None:
 
 def _title(results: Results, rows: Sequence[Row]) -> str:
     kinds = ", ".join(dict.fromkeys(row.dtype for row in rows))
-    return f"{results.device}, {kinds}, {results.date[:10]}, commit {(results.commit or 'of a wheel')[:7]}"
+    source = f"commit {results.commit[:7]}" if results.commit else "installed from a wheel"
+    return f"{results.device}, {kinds}, {results.date[:10]}, {source}"
 
 
 def _layers(results: Results, pyplot: Any) -> Any:

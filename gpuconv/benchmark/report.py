@@ -39,7 +39,7 @@ class Table:
                 left_out += [title] * (title in self.titles)
         shown = [number for number, title in enumerate(self.titles) if title not in left_out]
         made = RichTable(box=box.SIMPLE, padding=(0, 1, 0, 0), caption_justify="left")
-        made.caption = f"too narrow for {', '.join(left_out)}" if left_out else None
+        made.caption = f"omitted, since the terminal is too narrow: {', '.join(left_out)}" if left_out else None
         for number in shown:
             least = widths[number] if number else 12  # names may be broken
             made.add_column(self.titles[number], justify=SIDES[number >= self.words], min_width=least, overflow="fold")

@@ -23,22 +23,23 @@ OURS = "gpuconv"
 UNSTEADY = 0.1  # rows with more noise than this are marked
 
 DEFINITIONS = {
-    "samples": "seconds of each call, in turns with the peers; the first call and one before each turn do not count",
-    "method": "wall clock on a CPU; on a GPU events around a call while the host is ahead, or, where one side is"
-    " shorter than 20 us, a CUDA graph of 20 calls (warm then)",
+    "samples": "seconds of each call, alternating with the peers; the first call and a warm-up call before each group"
+    " are excluded",
+    "method": "wall clock on a CPU; on a GPU events around a call that is issued ahead of the device, or, if a side"
+    " takes less than 20 us, a CUDA graph of 20 calls (then with warm caches)",
     "cold": "whether caches were emptied before each sample",
-    "dtype": "tf32 is float32 with leave to round products to TensorFloat-32, which a CPU does not use",
+    "dtype": "tf32 is float32 whose products may be rounded to TensorFloat-32; a CPU does not round them",
     "noise": "interquartile range over median; a row above 10 % is unsteady (~)",
     "flops": "real operations of the direct algorithm: 2 for each product, 8 for complex ones, in every direction",
     "bytes": "x, w and y, each once",
     "limit": "the larger of flops over the rate of a matrix product of this dtype and bytes over that of a copy, as"
     " measured here; its share of the median is shown, above 100 % where caches hold the arrays or fewer operations do",
-    "error": "the largest over the largest element of the float64 result, over the elements that were checked",
-    "of_bound": "the largest error over its bound, elementwise; a result above 1 is wrong and never timed. Peers may be"
-    " as far off as Winograd or Fourier methods need",
+    "error": "the largest error divided by the largest element of the float64 result, among the checked elements",
+    "of_bound": "the largest ratio of an error to its bound; a result above 1 is wrong and not timed. Peers get the"
+    " bound of Winograd and Fourier methods",
     "ratio": "the peer's median over gpuconv's, of the peer's faster memory format: above 1 gpuconv is faster",
-    "verdict": "FAST or SLOW where medians differ by more than 2 % and the quartiles of one side are on one side of the"
-    " other's; SAME within 2 %; else AMBIGUOUS",
+    "verdict": "FAST or SLOW if medians differ by more than 2 % and the quartile ranges do not overlap; SAME within"
+    " 2 %; otherwise AMBIGUOUS",
 }
 
 

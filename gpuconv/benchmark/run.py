@@ -179,7 +179,7 @@ class Bench:
             self.spent["peers"] += time.perf_counter() - start
         self._verify(contender, seconds, lambda: problem.verdict(result, direction, loose=True))
         if not math.isfinite(contender.first):
-            contender.row["refusal"] = f"its result is off by {contender.row['of_bound']:.2g} times the bound"
+            contender.row["refusal"] = f"the error of its result is {contender.row['of_bound']:.2g} times the bound"
         return contender
 
     def _worker(self, name: str) -> Worker:

@@ -24,9 +24,9 @@ def why_not(problem: Problem, direction: Direction, form: str) -> str | None:
     """Return why the loops cannot compute a problem, or take too long for it; otherwise None."""
     geometry = problem.geometry
     if problem.transposed or geometry.groups > 1 or max(geometry.dilation) > 1:
-        return "books have no dilation, groups or transposed convolutions"
+        return "the loops do not support dilation, groups or transposed convolutions"
     if min(end for pair in geometry.padding for end in pair) < 0 or problem.dtype.name in ("float16", "bfloat16"):
-        return "books have no negative padding and no half precision"
+        return "the loops do not support negative padding or half precision"
     if problem.dy.size > MOST_STEPS:
         return f"{problem.dy.size:.2g} steps of a Python loop"
     return None

@@ -33,7 +33,7 @@ def why_not(problem: Problem, direction: Direction, form: str) -> str | None:
     if problem.dtype.name in ("float16", "bfloat16"):
         return "correlate has no half precision"
     if geometry.multiply_adds() > MOST_PRODUCTS:
-        return f"{geometry.multiply_adds():.2g} products would take it many seconds"
+        return f"{geometry.multiply_adds():.2g} products would take many seconds"
     return None
 
 
