@@ -395,7 +395,7 @@ def test_only_the_same_run_is_resumed(name, bench, capsys, tmp_path):
     results.write_json(path, replace(whole, **{name: other}))
     before = path.read_text()
     assert main(["bench", "--case", SMALL, "--seconds", "0", "--json", str(path), "--resume"]) == 2
-    assert f"--resume needs the {name} of {path}: " in capsys.readouterr().err
+    assert f"--resume requires the same {name} as {path}: " in capsys.readouterr().err
     assert path.read_text() == before
 
 

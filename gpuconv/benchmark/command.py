@@ -337,7 +337,7 @@ def _earlier(path: Path, found: results.Results, schedule: run.Schedule) -> list
     for name in ("command", "commit"):
         before, now = getattr(earlier, name), getattr(found, name)
         if before != now:
-            raise ValueError(f"--resume needs the {name} of {path}: it was {before!r} and is now {now!r}")
+            raise ValueError(f"--resume requires the same {name} as {path}: it was {before!r} and is now {now!r}")
     for name in {*earlier.machine, *found.machine} - {"nvidia-smi"}:  # its clocks and temperatures change
         before, now = earlier.machine.get(name), found.machine.get(name)
         if before != now:
