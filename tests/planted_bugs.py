@@ -211,7 +211,7 @@ BUGS = (
         "wrong result 5/5",
     ),
     Bug(
-        "sums that nobody cleared",
+        "sums that were not cleared",
         DATA_GRAD,
         "Sum sum[THREAD_OUTPUTS][THREAD_CHANNELS] = {};",
         "Sum sum[THREAD_OUTPUTS][THREAD_CHANNELS];",
