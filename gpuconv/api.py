@@ -18,7 +18,6 @@ from gpuconv.execute import Call, Source
 from gpuconv.geometry import Geometry
 from gpuconv.types import A, Activation, Algorithm, GradientName, Layout, Padding, PerAxis, Precision
 from gpuconv.validate import (
-    NEEDS,
     check_activation,
     check_bias,
     check_derivative,
@@ -135,9 +134,7 @@ def conv(
              [4., 4.]]]])
     """
     kind, dtype = checked(x=x, w=w, **given(b=b))
-    geometry = Geometry.infer(
-        x.shape, w.shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip
-    )
+    geometry = Geometry.infer(x.shape, w.shape, stride, padding, dilation, groups, layout, flip)
     check_bias(b, geometry.filters)
     check_activation(activation, dtype)
     call = Call.of(geometry, kind, dtype, algorithm, precision, deterministic)
@@ -204,10 +201,7 @@ def conv_data_grad(
              [1., 2., 1.]]]])
     """
     kind, dtype = checked(dy=dy, w=w)
-    geometry = Geometry.infer(
-        x_shape, w.shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip,
-        x_name="x_shape",
-    )  # fmt: skip
+    geometry = Geometry.infer(x_shape, w.shape, stride, padding, dilation, groups, layout, flip, x_name="x_shape")
     check_gradient(dy, geometry.y_shape, x_shape=geometry.x_shape, w=w.shape)
     call = Call.of(geometry, kind, dtype, algorithm, precision, deterministic)
     check_out(out, kind, dtype, geometry.x_shape, dy=dy, w=w)
@@ -272,10 +266,7 @@ def conv_weight_grad(
              [20., 24.]]]])
     """
     kind, dtype = checked(dy=dy, x=x)
-    geometry = Geometry.infer(
-        x.shape, w_shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip,
-        w_name="w_shape",
-    )  # fmt: skip
+    geometry = Geometry.infer(x.shape, w_shape, stride, padding, dilation, groups, layout, flip, w_name="w_shape")
     check_gradient(dy, geometry.y_shape, x=x.shape, w_shape=geometry.w_shape)
     call = Call.of(geometry, kind, dtype, algorithm, precision, deterministic)
     check_out(out, kind, dtype, geometry.w_shape, dy=dy, x=x)
@@ -295,7 +286,7 @@ def conv_backward(
     flip: bool = False,
     activation: Activation | None = None,
     y: A | None = None,
-    needs: GradientName | Sequence[GradientName] = NEEDS,
+    needs: GradientName | Sequence[GradientName] = ("dx", "dw", "db"),
     algorithm: Algorithm = "auto",
     precision: Precision | None = None,
     deterministic: bool | None = None,
@@ -341,9 +332,7 @@ def conv_backward(
     ((2, 3, 8, 8), (4, 3, 3, 3), array([72., 72., 72., 72.]))
     """
     kind, dtype = checked(dy=dy, x=x, w=w)
-    geometry = Geometry.infer(
-        x.shape, w.shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip
-    )
+    geometry = Geometry.infer(x.shape, w.shape, stride, padding, dilation, groups, layout, flip)
     check_gradient(dy, geometry.y_shape, x=x.shape, w=w.shape)
     check_derivative(activation, y, dy, dtype)
     names = needed(needs)
@@ -420,9 +409,8 @@ def conv_transpose(
     """
     kind, dtype = checked(x=x, w=w, **given(b=b))
     geometry = Geometry.infer_transposed(
-        x.shape, w.shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip,
-        output_padding=output_padding,
-    )  # fmt: skip
+        x.shape, w.shape, stride, padding, dilation, groups, layout, flip, output_padding
+    )
     check_bias(b, geometry.channels)
     check_activation(activation, dtype)
     call = Call.of(geometry, kind, dtype, algorithm, precision, deterministic)
@@ -444,7 +432,7 @@ def conv_transpose_backward(
     output_padding: PerAxis = 0,
     activation: Activation | None = None,
     y: A | None = None,
-    needs: GradientName | Sequence[GradientName] = NEEDS,
+    needs: GradientName | Sequence[GradientName] = ("dx", "dw", "db"),
     algorithm: Algorithm = "auto",
     precision: Precision | None = None,
     deterministic: bool | None = None,
@@ -486,9 +474,8 @@ def conv_transpose_backward(
     """
     kind, dtype = checked(dy=dy, x=x, w=w)
     geometry = Geometry.infer_transposed(
-        x.shape, w.shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip,
-        output_padding=output_padding,
-    )  # fmt: skip
+        x.shape, w.shape, stride, padding, dilation, groups, layout, flip, output_padding
+    )
     check_gradient(dy, geometry.x_shape, x=x.shape, w=w.shape)
     check_derivative(activation, y, dy, dtype)
     names = needed(needs)

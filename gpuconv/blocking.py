@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 from gpuconv.arguments import Shape
 from gpuconv.geometry import Geometry
 from gpuconv.operands import Index, Operand, in_place
-from gpuconv.plan import Planner
+from gpuconv.plan import Planner, Team
 from gpuconv.request import Request
 from gpuconv.views import View, merged
 
@@ -101,9 +101,14 @@ def largest(extent: int, limit: int, each: int) -> int:
     return _evened(extent, limit // each if each else extent)
 
 
+def most_within(extent: int, limit: float, cost: Callable[[int], float]) -> int:
+    """Return the largest number, from 1 to an extent, whose cost is within the limit; 1 if there is none."""
+    return max(1, bisect_right(range(1, extent + 1), limit, key=cost))
+
+
 def largest_fitting(extent: int, limit: float, cost: Callable[[int], float]) -> int:
-    """Return the largest number up to an extent whose cost is within the limit, balanced over pieces; at least 1."""
-    return _evened(extent, bisect_right(range(1, extent + 1), limit, key=cost))
+    """Return the same, evened out over the chunks of the extent."""
+    return _evened(extent, most_within(extent, limit, cost))
 
 
 def _evened(extent: int, size: int) -> int:
@@ -168,6 +173,13 @@ class Share(NamedTuple):
     def rest(self, planner: Planner, shares: int, most: int) -> int:
         """Return the elements of workspace for each of ``shares`` threads beside the weights, up to ``most`` bytes."""
         return min((planner.budget - self.size) // shares, most // planner.dtype.itemsize)
+
+    def blocks(
+        self, positions: Shape, buffers_of: Callable[[Shape], Buffers], team: Team, most: int, planner: Planner
+    ) -> Blocks:
+        """Return blocks whose buffers fit beside the weights in every thread, up to ``most`` bytes."""
+        limit = self.rest(planner, team.shares, most)
+        return Blocks.fitting(positions, limit, buffers_of, team.share(math.prod(positions)))
 
     def loop(self, body: Callable[[slice, View, Planner], None], planner: Planner) -> None:
         """Plan ``body(filters, space, planner)`` for each part of the filters, with space for their weights."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import SupportsIndex, get_args
+from typing import SupportsIndex
 
 from gpuconv import dtypes, settings
 from gpuconv.backends import backend_named
@@ -134,15 +134,12 @@ def explain(
     >>> "ms on one core (estimate), the smallest" in explanation.reason
     True
     """
-    if direction not in get_args(Direction):
+    if direction not in DIRECTIONS:
         raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}; got {direction!r}")
-    if backend is not None and backend not in settings.BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(settings.BACKENDS)}; got {backend!r}")
     kind = dtypes.named(dtype)
     geometry = Geometry.infer(
-        x_shape, w_shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip,
-        x_name="x_shape", w_name="w_shape",
-    )  # fmt: skip
+        x_shape, w_shape, stride, padding, dilation, groups, layout, flip, x_name="x_shape", w_name="w_shape"
+    )
     check_name(algorithm)
     permitted, limit, threads = settings.precision(precision), settings.workspace_limit(), settings.num_threads()
     where, order = backend_named(backend), consent(algorithm, deterministic)

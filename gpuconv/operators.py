@@ -71,10 +71,7 @@ def linear_operator(
     array([1., 2., 2., 4.])
     """
     kind, dtype = checked(w=w)
-    geometry = Geometry.infer(
-        x_shape, w.shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip,
-        x_name="x_shape",
-    )  # fmt: skip
+    geometry = Geometry.infer(x_shape, w.shape, stride, padding, dilation, groups, layout, flip, x_name="x_shape")
     products = _Products(w, geometry)
     return _class_of(kind)(
         (math.prod(geometry.y_shape), math.prod(geometry.x_shape)),
@@ -182,10 +179,7 @@ def conv_matrix(
         raise TypeError(
             f"w must be one of {', '.join(_SPARSE_DTYPES)} to become a sparse matrix, not {w.dtype}; {hint}"
         )
-    geometry = Geometry.infer(
-        x_shape, w.shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip,
-        x_name="x_shape",
-    )  # fmt: skip
+    geometry = Geometry.infer(x_shape, w.shape, stride, padding, dilation, groups, layout, flip, x_name="x_shape")
     try:
         from scipy import sparse
     except ImportError:

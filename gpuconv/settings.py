@@ -51,12 +51,9 @@ def _read(variable: str) -> str | None:
 
 def _choice(variable: str, choices: tuple[Name, ...]) -> Name | None:
     value = _read(variable)
-    if value is None:
-        return None
-    for choice in choices:
-        if choice == value:
-            return choice
-    raise ValueError(f"{variable} must be one of {', '.join(choices)}; got {os.environ[variable]!r}")
+    if value is not None and value not in choices:
+        raise ValueError(f"{variable} must be one of {', '.join(choices)}; got {os.environ[variable]!r}")
+    return value  # type: ignore[return-value]
 
 
 def _boolean(variable: str) -> bool | None:

@@ -128,15 +128,12 @@ def tune(
     for direction in directions:
         if direction not in DIRECTIONS:
             raise ValueError(f"directions must be among {', '.join(DIRECTIONS)}; got {direction!r}")
-    if backend is not None and backend not in settings.BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(settings.BACKENDS)}; got {backend!r}")
     if not seconds > 0:
         raise ValueError(f"seconds must be more than 0, got {seconds!r}")
     kind = dtypes.named(dtype)
     geometry = Geometry.infer(
-        x_shape, w_shape, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout, flip=flip,
-        x_name="x_shape", w_name="w_shape",
-    )  # fmt: skip
+        x_shape, w_shape, stride, padding, dilation, groups, layout, flip, x_name="x_shape", w_name="w_shape"
+    )
     return tuned_geometry(geometry, kind, directions, backend_named(backend), seconds)  # type: ignore[arg-type]
 
 

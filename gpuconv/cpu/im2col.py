@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 
 from gpuconv.arguments import Shape
-from gpuconv.blocking import Blocks, Buffer, Buffers, Share, largest, largest_part, pieces
+from gpuconv.blocking import Buffer, Buffers, Share, largest, largest_part, pieces
 from gpuconv.cpu import col2im, cost_model, lines, residues, slices
 from gpuconv.cpu.finite import if_finite
 from gpuconv.cpu.unfold import BLOCK_BYTES, SHORT_PRODUCT, Unfolding, order_of, smallest
@@ -165,8 +165,7 @@ def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, pl
             Buffer(outputs * geometry.groups * share.at_once * geometry.taps, True, dx.temporaries),
         )
 
-    limit = share.rest(planner, team.shares, BLOCK_BYTES)
-    blocks = Blocks.fitting(extents, limit, buffers_of, team.share(math.prod(extents)))
+    blocks = share.blocks(extents, buffers_of, team, BLOCK_BYTES, planner)
     leaves_gaps = not _covers(geometry)
     cropped = (slice(-low, None) for low, _ in geometry.padding)
     inputs = dx.view[(*(slice(None) for _ in geometry.batch), *cropped)]

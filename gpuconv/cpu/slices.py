@@ -36,7 +36,7 @@ from gpuconv.cpu import cost_model
 from gpuconv.cpu.windows import all_inputs, meeting
 from gpuconv.geometry import Geometry
 from gpuconv.operands import MOST_TEMPORARIES, Index, Operand, Result, in_place
-from gpuconv.plan import Planner, Team
+from gpuconv.plan import Planner
 from gpuconv.request import Request
 from gpuconv.types import Direction
 from gpuconv.views import View
@@ -114,7 +114,7 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Plan
             Buffer(terms, summed, y.temporaries),
         )
 
-    blocks = _blocks((*geometry.batch, *geometry.output), buffers_of, share, team, planner)
+    blocks = share.blocks((*geometry.batch, *geometry.output), buffers_of, team, BLOCK_BYTES, planner)
 
     def some_filters(filters: slice, weight_space: View, planner: Planner) -> None:
         weights = _loaded_weights(w, (..., filters), weight_space, planner)
@@ -163,7 +163,7 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: 
             Buffer(terms, summed, dx.temporaries),
         )
 
-    blocks = _blocks((*geometry.batch, *geometry.input), buffers_of, share, team, planner)
+    blocks = share.blocks((*geometry.batch, *geometry.input), buffers_of, team, BLOCK_BYTES, planner)
 
     def some_channels(channels: slice, weight_space: View, planner: Planner) -> None:
         weights = _loaded_weights(w, (..., channels), weight_space, planner)
@@ -241,14 +241,6 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
             planner.copy(target, total)
 
     planner.loop(list(pieces(geometry.group_filters, filters_at_once)), some_filters)
-
-
-def _blocks(
-    extents: Shape, buffers_of: Callable[[Shape], Buffers], share: Share, team: Team, planner: Planner
-) -> Blocks:
-    """Return blocks for which all threads have workspace beside the weights."""
-    limit = share.rest(planner, team.shares, BLOCK_BYTES)
-    return Blocks.fitting(extents, limit, buffers_of, team.share(math.prod(extents)))
 
 
 def _add_up(

@@ -7,13 +7,11 @@ products at each point.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
 from gpuconv.arguments import Shape
-from gpuconv.blocking import Places, pieces
+from gpuconv.blocking import Places, most_within, pieces
 from gpuconv.geometry import Geometry
 from gpuconv.operands import MOST_TEMPORARIES
 from gpuconv.types import Direction
@@ -137,12 +135,12 @@ def sizes(
     geometry: Geometry, direction: Direction, budget: int, threads: int, itemsize: int, temporaries: int
 ) -> Sizes:
     (rows, columns), room = axes(geometry), _Room(geometry, direction, temporaries)
-    filters = _most(geometry.group_filters, budget, room.together)
-    workers = _most(threads, budget, lambda workers: room.together(filters, workers=workers))
+    filters = most_within(geometry.group_filters, budget, room.together)
+    workers = most_within(threads, budget, lambda workers: room.together(filters, workers=workers))
     line = rows.a * (columns.tiles * columns.m + columns.r - 1) * max(geometry.group_channels, filters)
     unit = min(
-        _most(rows.tiles, UNIT_BYTES // itemsize, lambda unit: unit * line),
-        _most(rows.tiles, budget, lambda unit: room.together(filters, unit, 1, workers)),
+        most_within(rows.tiles, UNIT_BYTES // itemsize, lambda unit: unit * line),
+        most_within(rows.tiles, budget, lambda unit: room.together(filters, unit, 1, workers)),
     )
     units = math.prod(geometry.batch) * -(-rows.tiles // unit)
     for tiles_of_block in TILES:
@@ -151,20 +149,15 @@ def sizes(
             return Sizes(filters, unit, block, False, threads)
     unit = -(-unit // 2)  # if threads share a block, the workspace of each thread leaves less for the block
     units = math.prod(geometry.batch) * -(-rows.tiles // unit)
-    block = _most(units, budget, lambda block: room.together(filters, unit, block, workers))
+    block = most_within(units, budget, lambda block: room.together(filters, unit, block, workers))
     # Longer blocks are worth more than additional threads, each of which needs workspace of its own.
-    if workers > 1 and 2 * block < _most(units, budget, lambda block: room.together(filters, unit, block)):
+    if workers > 1 and 2 * block < most_within(units, budget, lambda block: room.together(filters, unit, block)):
         return sizes(geometry, direction, budget, workers // 2, itemsize, temporaries)
     return Sizes(filters, unit, block, True, workers)
 
 
 def points_at_once(points: int, term: int) -> int:
     return max(1, min(points, TERM // term)) if term else points
-
-
-def _most(extent: int, limit: int, cost: Callable[[int], int]) -> int:
-    """Return the largest number up to an extent whose cost is within the limit; at least 1."""
-    return max(1, bisect_right(range(1, extent + 1), limit, key=cost))
 
 
 def blocks(geometry: Geometry, unit: int, block: int) -> tuple[tuple[Unit, ...], ...]:
