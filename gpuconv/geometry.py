@@ -201,7 +201,7 @@ class Geometry:
         return (self.filters, self.group_channels, *self.kernel)
 
     def shape_of(self, role: str) -> Shape:
-        """The shape of "x", "w" or "y"."""
+        """Return the shape of "x", "w" or "y"."""
         return {"x": self.x_shape, "w": self.w_shape, "y": self.y_shape}[role]
 
     def _images(self, channels: int, extent: Shape) -> Shape:
@@ -210,19 +210,19 @@ class Geometry:
         return (*self.batch, channels, *extent)
 
     def multiply_adds(self) -> int:
-        """The number of products of an element of w with one of x, which is the same in every direction."""
+        """Return the number of products of an element of w with one of x, which is the same in every direction."""
         return math.prod(self.batch) * math.prod(self.output) * self.filters * self.group_channels * self.taps
 
     def flops(self, *, is_complex: bool = False) -> int:
-        """The real operations of the direct algorithm: 2 for each multiply-add, 8 for complex numbers."""
+        """Return the real operations of the direct algorithm: 2 for each multiply-add, 8 for complex numbers."""
         return self.multiply_adds() * (8 if is_complex else 2)
 
     def bytes(self, itemsize: int) -> int:
-        """The bytes of x, w and y, each counted once."""
+        """Return the bytes of x, w and y, each counted once."""
         return itemsize * (math.prod(self.x_shape) + math.prod(self.w_shape) + math.prod(self.y_shape))
 
     def reduction_length(self, direction: Direction) -> int:
-        """The largest number of products in one element of the result."""
+        """Return the largest number of products in one element of the result."""
         if direction == "forward":
             return self.group_channels * self.taps
         if direction == "weight_grad":
@@ -276,7 +276,7 @@ class Geometry:
         return next((residue.geometry for residue in self.residues if residue.geometry is not None), self)
 
     def axis_residues(self, axis: int) -> list[AxisResidue]:
-        """The phases of one axis, including those that no tap reaches."""
+        """Return the phases of one axis, including those that no tap reaches."""
         n, k, s, d = self.input[axis], self.kernel[axis], self.stride[axis], self.dilation[axis]
         low, outputs = self.padding[axis][0], self.output[axis]
         common = math.gcd(s, d)
