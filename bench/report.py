@@ -78,14 +78,14 @@ def project_page(folders):
             f"**{about(made)}** Time of the peer divided by the time of gpuconv, both in the faster of their layouts,"
             " as geometric means over the layers of a suite. Above 1 gpuconv is faster.",
             summary(found).markdown(),
-            f"Of all {len(found)} rows gpuconv is faster in {wins} and slower in {losses}."
-            " [bench/](bench/README.md) has all suites, the losses and the method.",
+            f"Of all {len(found)} rows gpuconv is faster in {wins} and slower in {losses}; the others do not differ"
+            " clearly. [bench/](bench/README.md) has all suites, the losses and the method.",
         ]
         if picture(folder).exists():
             link = picture(folder).relative_to(HERE.parent)
             parts.append(f"![Ratio of times for each layer of {PICTURED} in three directions]({link})")
     if not any(made[0].machine["GPU"] != "none" for _, made in folders):
-        parts.append("**No result of a GPU exists yet.** `bench/gpu_campaign.sh` measures them.")
+        parts.append("**No result of a GPU exists yet.** `bench/gpu_campaign.sh` is to measure them.")
     return "\n\n".join(parts)
 
 

@@ -14,8 +14,17 @@ from tests.emulation.launcher import EMULATED
 
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 LAYOUTS = ("channels_first", "channels_last", "channels_last_memory")
-ANY_CHANNELS = tuple(name for name in ALGORITHMS if name != "depthwise")  # and any number of filters
-EXACT_ALGORITHMS = tuple(name for name in ANY_CHANNELS if name not in TRANSFORMS)  # on small integers
+ORDINARY = Geometry.infer((2, 8, 12, 12), (8, 8, 3, 3), padding=1)
+GROUPED = Geometry.infer((2, 8, 12, 12), (8, 1, 3, 3), padding=1, groups=8)
+
+
+def accepts(algorithm, geometry):
+    """Return whether an algorithm computes a float32 convolution where there are kernels."""
+    return MODULES[algorithm].why_not(Request(geometry, np.dtype(np.float32), "forward", EMULATED)) is None
+
+
+GENERAL_ALGORITHMS = tuple(name for name in ALGORITHMS if accepts(name, ORDINARY))
+EXACT_ALGORITHMS = tuple(name for name in GENERAL_ALGORITHMS if name not in TRANSFORMS)  # on small integers
 KERNELS = tuple(name for name in ALGORITHMS if (kernels_folder() / f"{name}.cu").exists())  # on a GPU
 NEED_KERNELS = ("implicit_gemm", "direct")
 NUMPY_ALGORITHMS = tuple(name for name in ALGORITHMS if name not in NEED_KERNELS)

@@ -2,8 +2,8 @@
 
 A plan determines the speed of a call, its memory and the last bits of its result. A change of the sources that should
 not affect these must not change ``plans.json``; the effect of any other change is visible there call by call. No
-convolution is computed. The program writes the record; with words as arguments it prints the plans of the calls whose
-names contain them.
+convolution is computed. The program writes the record and prints the choices of ``auto`` that change. With words as
+arguments it prints the plans of the calls whose names contain them.
 
     python -m tests.recorded_plans winograd "resnet50 3x3 256 @14"
 """
@@ -281,9 +281,13 @@ def main(words):
                     if all(word in f"{where} {what}: {name}" for word in words):
                         print(f"{where} {what}: {name}", made(), sep="\n", end="\n\n")
         return
-    record = {}
+    record, before = {}, json.loads(RECORD.read_text())
     for group in GROUPS:
         record |= found(*group)
+    for name, line in record.items():
+        was, now = (text.partition(";")[0] for text in (before.get(name, ""), line))
+        if name.startswith("choice") and was != now:
+            print(f"{name}: {was} -> {now}")
     RECORD.write_text(json.dumps(record, indent=0) + "\n")
 
 

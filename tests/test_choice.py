@@ -32,8 +32,11 @@ def losses(rows):
 
 @pytest.mark.parametrize("sweep", SWEEPS, ids=lambda path: path.parent.name)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_estimates_lose_little_against_a_sweep(direction, sweep):
+def test_estimates_lose_little_against_a_sweep(direction, sweep, monkeypatch):
+    """The choice is among the algorithms that existed when the sweep was measured."""
     rows = [row for row in json.loads(sweep.read_text())["rows"] if row["direction"] == direction]
+    measured = {name for row in rows for name in row["seconds"]}
+    monkeypatch.setattr(select, "MODULES", {name: select.MODULES[name] for name in measured})
     found = list(losses(rows))
     assert len(found) > 100
     assert len(found) > 0.95 * len(rows)

@@ -8,7 +8,7 @@ import gpuconv
 from gpuconv.select import TRANSFORMS
 from tests import reference
 from tests.backends import BACKENDS
-from tests.cases import ANY_CHANNELS, EXACT_ALGORITHMS, draw, is_on, laid_out, named_dtype
+from tests.cases import EXACT_ALGORITHMS, GENERAL_ALGORITHMS, draw, is_on, laid_out, named_dtype
 from tests.tiers import combinations
 from tests.tolerances import assert_within, bound_of, epsilon
 
@@ -63,7 +63,7 @@ VIEWS = {
 }
 
 
-@combinations(arrays=["numpy", "emulated"], name=VIEWS, algorithm=ANY_CHANNELS, where=is_on)
+@combinations(arrays=["numpy", "emulated"], name=VIEWS, algorithm=GENERAL_ALGORITHMS, where=is_on)
 def test_any_strides_are_taken_and_come_back_contiguous(name, algorithm, arrays, xwb):
     x, w, b = xwb
     view = VIEWS[name]
@@ -164,7 +164,7 @@ ACTIVATIONS = {
     arrays=BACKENDS,
     name=ACTIVATIONS,
     dtype=["float16", "bfloat16", "float32", "float64"],
-    algorithm=ANY_CHANNELS,
+    algorithm=GENERAL_ALGORITHMS,
     where=is_on,
     turns=["dtype"],
 )
@@ -282,7 +282,7 @@ def test_long_sums_of_like_terms_do_not_drift():
 
 @combinations(
     arrays=BACKENDS,
-    algorithm=ANY_CHANNELS,
+    algorithm=GENERAL_ALGORITHMS,
     where=lambda arrays, algorithm: is_on(arrays, algorithm) and (algorithm != "scatter" or arrays == "numpy"),
 )
 def test_the_same_call_gives_the_same_bits(algorithm, arrays, rng):

@@ -76,7 +76,7 @@ BAD = {
     "output_padding beside same": (lambda: gpuconv.conv_transpose(Y, W, stride=2, padding="same", output_padding=1), ValueError, "output_padding must be 0 beside padding='same'"),
     "transposed full": (lambda: gpuconv.conv_transpose(Y, W, padding="full"), ValueError, "padding='full' has no meaning for a transposed convolution"),
     # options
-    "algorithm": (lambda: C(X, W, algorithm="magic"), ValueError, "algorithm must be one of auto, im2col, winograd, fft, depthwise, implicit_gemm, scatter, direct; got 'magic'"),
+    "algorithm": (lambda: C(X, W, algorithm="magic"), ValueError, f"algorithm must be one of auto, {', '.join(gpuconv.ALGORITHMS)}; got 'magic'"),
     "algorithm None": (lambda: C(X, W, algorithm=None), ValueError, "algorithm must be one of"),
     "precision": (lambda: C(X, W, precision="fp8"), ValueError, "precision must be one of ieee, tf32, tf32x3"),
     "deterministic": (lambda: C(X, W, deterministic=1), TypeError, "deterministic must be True, False or None"),

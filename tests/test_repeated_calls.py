@@ -8,15 +8,17 @@ import pytest
 import gpuconv
 from gpuconv import execute
 from tests import repeat
-from tests.cases import NUMPY_ALGORITHMS
+from tests.cases import GROUPED, NUMPY_ALGORITHMS, ORDINARY, accepts
 
 
 @pytest.mark.called_once("it repeats calls itself")
-@pytest.mark.parametrize("algorithm", NUMPY_ALGORITHMS)
+@pytest.mark.parametrize(
+    "algorithm", [name for name in NUMPY_ALGORITHMS if accepts(name, ORDINARY) or accepts(name, GROUPED)]
+)
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "sigmoid", "tanh"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_repeated_backward_call_applies_the_derivative(transposed, activation, algorithm, rng):
-    groups = 8 if algorithm == "depthwise" else 1
+    groups = 1 if accepts(algorithm, ORDINARY) else GROUPED.groups
     w = rng.standard_normal((8, 8 // groups, 3, 3)) / 10
     forward = gpuconv.conv_transpose if transposed else gpuconv.conv
     backward = gpuconv.conv_transpose_backward if transposed else gpuconv.conv_backward

@@ -47,14 +47,26 @@ def test_the_matrix_has_each_case_with_each_algorithm_and_direction():
         assert ((arrays, case.name, algorithm, direction) in found) == taken
 
 
+# How many of the cases an algorithm computes, at least. With fewer than FEW, dtypes and layouts have not enough turns.
+CASES_OF = {
+    "im2col": 55,
+    "scatter": 53,
+    "direct": 53,
+    "implicit_gemm": 53,
+    "fft": 30,
+    "winograd": 10,
+    "depthwise": 8,
+}
+FEW = 8
+
+
 def test_no_algorithm_refuses_most_cases():
     """This detects a rule that starts to refuse everything."""
     counts = collections.Counter((one["arrays"], one["algorithm"], one["direction"]) for one in of_matrix())
-    least = {"im2col": 55, "scatter": 53, "direct": 53, "implicit_gemm": 53, "fft": 30, "winograd": 10, "depthwise": 8}
-    assert set(least) == set(gpuconv.ALGORITHMS)
-    for arrays, algorithm, direction in itertools.product(("numpy", "emulated"), least, DIRECTIONS):
+    assert set(CASES_OF) == set(gpuconv.ALGORITHMS)
+    for arrays, algorithm, direction in itertools.product(("numpy", "emulated"), CASES_OF, DIRECTIONS):
         if is_on(arrays, algorithm):
-            assert counts[arrays, algorithm, direction] >= least[algorithm], (arrays, algorithm, direction)
+            assert counts[arrays, algorithm, direction] >= CASES_OF[algorithm], (arrays, algorithm, direction)
 
 
 def test_the_matrix_has_all_pairs():
@@ -69,6 +81,7 @@ def test_the_matrix_has_all_pairs():
     for one, other in itertools.combinations(axes, 2):
         pairs = {(combination[one], combination[other]) for combination in of_matrix()}
         missing = set(itertools.product(axes[one], axes[other])) - pairs
+        missing = {pair for pair in missing if CASES_OF.get(pair[0], FEW) >= FEW}
         kernels_only = {("numpy", "direct"), ("numpy", "implicit_gemm")}
         assert missing <= kernels_only | {("winograd", "complex64"), ("winograd", "complex128")}
     for axis in ("dtype", "layout"):
