@@ -186,5 +186,5 @@ def _candidates(request: Request) -> list[str]:
     able = select.able(request)
     if request.backend.launch is not None:
         return able
-    estimates = {name: select.MODULES[name].nanoseconds(request) for name in able}
+    estimates = {name: select.estimate(name, request) for name in able}
     return [name for name in able if estimates[name] <= PROMISING * min(estimates.values())]

@@ -1,16 +1,18 @@
 """Which backend computes: by arrays, context, process and environment."""
 
 import importlib
+import re
 import subprocess
 import sys
 import threading
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv import backends, dtypes
+from gpuconv import backends, config, dtypes
 from gpuconv.backends import cupy_backend
 from gpuconv.execute import Call
 from gpuconv.geometry import Geometry
@@ -57,6 +59,14 @@ def no_cupy(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     yield
     cupy_backend.cache_clear()
+
+
+def test_the_processor_has_the_name_that_the_system_gives_it():
+    source = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", source.read_text(), re.MULTILINE) if source.exists() else []
+    if not names:
+        pytest.skip("this system does not list processors in /proc/cpuinfo")
+    assert config.cpu_name() == names[0].strip()
 
 
 def test_the_default_is_auto():

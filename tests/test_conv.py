@@ -8,7 +8,7 @@ import gpuconv
 from gpuconv.select import TRANSFORMS
 from tests import reference
 from tests.backends import BACKENDS
-from tests.cases import EXACT_ALGORITHMS, GENERAL_ALGORITHMS, draw, is_on, laid_out, named_dtype
+from tests.cases import DIRECTIONS, EXACT_ALGORITHMS, GENERAL_ALGORITHMS, draw, is_on, laid_out, named_dtype
 from tests.tiers import combinations
 from tests.tolerances import assert_within, bound_of, epsilon
 
@@ -322,6 +322,24 @@ def test_nothing_is_left_of_a_call_after_clear_cache(rng):
 def test_the_bias_gradient_of_an_empty_batch_is_zero(activation):
     x, w, y = np.ones((0, 2, 8)), np.ones((3, 2, 3)), np.ones((0, 3, 6))
     np.testing.assert_array_equal(gpuconv.conv_backward(y, x, w, activation=activation, y=y).db, np.zeros(3))
+
+
+@pytest.mark.parametrize("images, channels, filters", [(1, 0, 2), (1, 2, 0), (0, 2, 2), (0, 0, 0)])
+@pytest.mark.parametrize("kernel, stride", [((3, 3), 1), ((1, 1), 1), ((3, 3), 2), ((7, 7), 1)])
+def test_without_channels_filters_or_images_each_sum_is_zero(images, channels, filters, kernel, stride):
+    """Every algorithm accepts or refuses it with a reason. The name of an activation may be any equal string."""
+    x, w = np.ones((images, channels, 9, 9)), np.ones((filters, channels, *kernel))
+    extents = [(9 - extent) // stride + 1 for extent in kernel]
+    y = gpuconv.conv(x, w, stride=stride, activation="".join(("sig", "moid")))
+    np.testing.assert_array_equal(y, np.full((images, filters, *extents), 0.5))
+    dx, dw, db = gpuconv.conv_backward(np.ones_like(y), x, w, stride=stride)
+    np.testing.assert_array_equal(dx, np.zeros_like(x))
+    np.testing.assert_array_equal(dw, np.zeros_like(w))
+    np.testing.assert_array_equal(db, np.full(filters, images * np.prod(extents)))
+    for direction in DIRECTIONS:
+        explanation = gpuconv.explain(x.shape, w.shape, stride=stride, direction=direction, backend="numpy")
+        assert explanation.algorithm == "im2col"
+        assert len(explanation.refused) == len(gpuconv.ALGORITHMS) - 1
 
 
 @pytest.mark.parametrize("algorithm", ["auto", "im2col", "fft"])
