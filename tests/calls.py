@@ -169,7 +169,7 @@ class Call(NamedTuple):
         """Assert that results are within twice the bound, since derivatives of activations are rounded too."""
         algorithm = "fft" if self.algorithm == "auto" else self.algorithm
         sums = [self.y_shape, self.x] if self.function == "conv_transpose_backward" else [self.y_shape]
-        terms = max(int(np.prod(self.w)), *(int(np.prod(shape)) // shape[1] for shape in sums))
+        terms = max(1, int(np.prod(self.w)), *(int(np.prod((shape[0], *shape[2:]))) for shape in sums))
         bound = 2 * bound_of(algorithm, exact, magnitude, terms, self.dtype)
         if self.activation is not None:
             bound = bound + 4 * epsilon(self.dtype)

@@ -27,6 +27,13 @@ BACKENDS = ("numpy", "numpy", "numpy", *([] if NO_EMULATION else ["emulated"]))
 EXAMPLES = 50  # sequences between two checks of the time
 
 
+def empty(x, w):
+    """Yield shapes without images, without channels, and without filters."""
+    yield (0, *x[1:]), w
+    yield (x[0], 0, *x[2:]), (w[0], 0, *w[2:])
+    yield x, (0, *w[1:])
+
+
 @st.composite
 def call(draw, backend):
     """Draw a call of an algorithm that the backend has."""
@@ -34,6 +41,7 @@ def call(draw, backend):
     x, w, settings = draw(convolutions(transformable=algorithm == "winograd"))
     if algorithm == "depthwise":
         x, w = depthwise(x, w, settings["groups"])
+    x, w = draw(st.sampled_from([(x, w)] * 20 + list(empty(x, w))))
     dtype = draw(st.sampled_from(DTYPES))
     is_complex = dtype.startswith("complex")
     return Call(

@@ -27,7 +27,7 @@ def bound_of(algorithm, exact, magnitude, terms, dtype):
     """Return the bound of an algorithm; for products of transforms it is relative to the largest of all results."""
     if algorithm not in TRANSFORMS:
         return direct_bound(exact, magnitude, terms, dtype)
-    return epsilon(dtype) * np.abs(exact) + 16 * epsilon(_accumulator(dtype)) * magnitude.max()
+    return epsilon(dtype) * np.abs(exact) + 16 * epsilon(_accumulator(dtype)) * magnitude.max(initial=0)
 
 
 def _accumulator(dtype):
@@ -42,6 +42,8 @@ def assert_within(result, exact, bound):
     error = np.abs(result - exact)
     within = error <= bound
     assert np.isfinite(result).all(), "the result is not finite"
+    if not error.size:
+        return
     worst = np.unravel_index(np.argmax(error - bound), error.shape)
     assert within.all(), (
         f"at {worst}: {result[worst]} but exactly {exact[worst]}, bound {np.broadcast_to(bound, error.shape)[worst]}"
