@@ -29,12 +29,6 @@ EQUIVALENT = {
         "m = next((m for m in range(MOST, FEWEST - 1, -1) if row % m <= 0), min(MOST, row))",
     ): "a remainder is never negative",
     (
-        "gpuconv/cpu/depthwise.py",
-        "weight_grad.some_channels",
-        "planner.copy(dw.view[..., groups, 0, 0], total.transpose(*range(1, total.ndim), 0))",
-        "planner.copy(dw.view[..., groups, 0, -1], total.transpose(*range(1, total.ndim), 0))",
-    ): "a group has one filter, so that this axis has one element",
-    (
         "gpuconv/cpu/fft.py",
         "forward",
         "segments, is_whole = self._segments, self.tile.taps == self.geometry.kernel",
@@ -46,12 +40,6 @@ EQUIVALENT = {
         "axes = zip(segment, self.geometry.dilation, strict=True)",
         "axes = zip(segment, self.geometry.dilation, strict=False)",
     ): "both are of the same length at every call",
-    (
-        "gpuconv/gpu/gemm_table.py",
-        "key",
-        "return _tuples((device, work, matrices, (products.element.name, *products[1:])))",
-        "return _tuples((device, work, matrices, (products.element.name, *products[ 2:])))",
-    ): "the sums and depth that are left tell the products of a dtype apart, too",
     (
         "gpuconv/gpu/gemm_tiles.py",
         "stages",
@@ -143,12 +131,6 @@ EQUIVALENT = {
         "if set(map(type, arrays.values())) is {numpy.ndarray}:",
     ): "the longer way behind it gives the same kind",
     (
-        "gpuconv/arrays.py",
-        "_numpy_memory",
-        "return array if array.flags.c_contiguous or not array.size else numpy.asarray(_Span(array))",
-        "return array if array.flags.c_contiguous and not array.size else numpy.asarray(_Span(array))",
-    ): "a contiguous array is seen as its bytes by the longer way, too",
-    (
         "gpuconv/gpu/params.py",
         "__init__",
         "split = next(a for a in range(axes + 1) if all(merged(v.shape[a:axes], v.strides[a:axes]) for v in views))",
@@ -238,12 +220,6 @@ EQUIVALENT = {
         'low = total // 2 if name == "same" else -(-total // 2)',
         'low = total // 2 if name <= "same" else -(-total // 2)',
     ): "of the two names this one is the first in the alphabet",
-    (
-        "gpuconv/operators.py",
-        "rmatvec",
-        "return self.rmatmat(y.reshape(-1, 1)).reshape(-1)",
-        "return self.rmatmat(y.reshape(-1, 1)).reshape(- 2)",
-    ): "NumPy and CuPy take any negative extent for the one that is unknown",
     ("gpuconv/torch.py", "_check", "continue", "break"): "only the bias, which is the last tensor, may be None",
     (
         "gpuconv/tuning.py",
@@ -293,4 +269,28 @@ EQUIVALENT = {
         'if backend.name == "numpy" and len(_kept) < _MOST_KEPT:',
         'if backend.name >= "numpy" and len(_kept) < _MOST_KEPT:',
     ): "the names of the other backends come before it in the alphabet",
+    (
+        "gpuconv/backends.py",
+        "backend_for",
+        'if name == "cupy":',
+        'if name is not "cupy":',
+    ): 'with "auto" and arrays of CuPy both ways give the backend of the CuPy that is imported',
+    (
+        "gpuconv/blocking.py",
+        "as_matrix",
+        "by_columns = (m == 1 or row_step == item) and (k == 1 or column_step >= m * item)",
+        "by_columns = (m == 1 or row_step == item) and (k == 0 or column_step >= m * item)",
+    ): "a matrix of one column whose rows lie side by side is one by rows as well",
+    (
+        "gpuconv/geometry.py",
+        "reaches_beyond",
+        "return any(start < 0 or stop > n for (start, stop), n in zip(windows, self.input, strict=True))",
+        "return any(start < 0 or stop > n for (start, stop), n in zip(windows, self.input, strict=False))",
+    ): "both have one element for each spatial axis",
+    (
+        "gpuconv/plan.py",
+        "__init__",
+        "self.steps: list[Step | Loop | Branch | Deferred] = []",
+        "self.steps: list[Step | Loop << Branch | Deferred] = []",
+    ): "the annotation of an attribute is not evaluated",
 }

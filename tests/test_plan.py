@@ -415,6 +415,7 @@ def test_plans_of_any_size_give_the_same_bits(layer, direction, layout, monkeypa
         (made,) = execute._plans.values()
         assert made.size <= most + 8
     assert len(set(bits)) == 1
+    assert not workspace._in_graphs  # no graph uses the memory of steps that were planned later
 
 
 # ------------------------------------------------------------------------------------------------- how much is kept

@@ -94,6 +94,8 @@ def test_at_least_95_percent_of_the_recorded_mutants_are_caught():
     assert counted >= 1000
     assert verdicts["caught"] >= 0.95 * (counted - verdicts["equivalent"])
     assert verdicts["equivalent"] <= 0.05 * counted
+    caught_by_tests = [entry for entry in entries if entry["verdict"] == "caught" and "::" in entry["by"]]
+    assert sum(entry["alone"] for entry in caught_by_tests) > 0.9 * len(caught_by_tests)
     stated = {mutate_python.key(entry) for entry in entries if entry["verdict"] == "equivalent"}
     assert stated == set(EQUIVALENT)
     assert all(len(reason) > 20 for reason in EQUIVALENT.values())
