@@ -23,3 +23,4 @@ numpydoc_show_class_members = False
 numpydoc_validation_checks = {"all", "ES01", "SA01", "EX01", "PR04"}
 # Classes that only the library constructs: their attributes are documented.
 numpydoc_validation_exclude = {r"\.(Gradients|Explanation|Tuned|CompileError)$"}
+autodoc_typehints = "none"  # the docstrings state the types
