@@ -28,7 +28,7 @@ DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 TRANSPOSED_PADDING_NAMES = ("valid", "same", "same_lower")
 
 
-class Residue(NamedTuple):
+class Phase(NamedTuple):
     """One phase of the stride: the inputs ``start + step * u`` of every axis, and the taps that reach them.
 
     ``inputs`` and ``taps`` are slices, one per spatial axis. ``geometry`` is the convolution of dy with stride 1, with
@@ -240,7 +240,7 @@ class Geometry:
         return max(*elements, *(n + abs(low) + abs(high) + k * d + s for n, (low, high), k, d, s in axes))
 
     @cached_property
-    def residues(self) -> tuple[Residue, ...]:
+    def phases(self) -> tuple[Phase, ...]:
         """data_grad as forward convolutions of dy, one for each phase of the stride (polyphase decomposition).
 
         Tap t brings output o to input i if i = o * stride + t * dilation - low. For the inputs of one phase these taps
@@ -249,7 +249,7 @@ class Geometry:
         arXiv:1609.07009, for any stride and dilation.)
         """
         parts = []
-        for axes in product(*(self.axis_residues(axis) for axis in range(self.rank))):
+        for axes in product(*(self.axis_phases(axis) for axis in range(self.rank))):
             inputs = tuple(axis.inputs for axis in axes)
             taps = tuple(axis.taps for axis in axes)
             geometry = None
@@ -264,7 +264,7 @@ class Geometry:
                     padding=tuple(axis.padding for axis in axes),
                     dilation=tuple(axis.dilation for axis in axes),
                 )
-            parts.append(Residue(inputs, taps, geometry))
+            parts.append(Phase(inputs, taps, geometry))
         return tuple(parts)
 
     @property
@@ -273,16 +273,16 @@ class Geometry:
 
         If x is empty, this is the convolution itself, since nothing is computed.
         """
-        return next((residue.geometry for residue in self.residues if residue.geometry is not None), self)
+        return next((phase.geometry for phase in self.phases if phase.geometry is not None), self)
 
-    def axis_residues(self, axis: int) -> list[AxisResidue]:
+    def axis_phases(self, axis: int) -> list[AxisPhase]:
         """Return the phases of one axis, including those that no tap reaches."""
         n, k, s, d = self.input[axis], self.kernel[axis], self.stride[axis], self.dilation[axis]
         low, outputs = self.padding[axis][0], self.output[axis]
         common = math.gcd(s, d)
-        apart = s // common  # the next tap that meets the same residue
+        apart = s // common  # the next tap that meets the same phase
         reach = d * apart // s  # how far the output moves from one such tap to the next
-        residues = []
+        phases = []
         for start in range(min(s, n)):
             # The first t with t * d = start + low modulo s.
             quotient, rest = divmod(start + low, common)
@@ -292,11 +292,11 @@ class Geometry:
             origin = (start + low - first * d) // s  # the output that the first tap brings to input `start`
             span = reach * (count - 1)
             padding = (span - origin, length - outputs + origin)
-            residues.append(AxisResidue(slice(start, n, s), slice(first, k, apart), count, padding, reach))
-        return residues
+            phases.append(AxisPhase(slice(start, n, s), slice(first, k, apart), count, padding, reach))
+        return phases
 
 
-class AxisResidue(NamedTuple):
+class AxisPhase(NamedTuple):
     """One phase of one axis, with the parameters of its convolution."""
 
     inputs: slice

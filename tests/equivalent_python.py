@@ -65,7 +65,7 @@ EQUIVALENT = {
         "return -1",
     ): "callers ask whether the number of lines is more than 0",
     (
-        "gpuconv/cpu/residues.py",
+        "gpuconv/cpu/phases.py",
         "_order",
         "Arrangement((2 * rank, *of_weights, 2 * rank + 2, *kernel, 2 * rank + 1), rank + 1, rank + 1),",
         "Arrangement((2 * rank, *of_weights, 2 * rank + 2, *kernel, 2 * rank | 1), rank + 1, rank + 1),",

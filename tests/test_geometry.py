@@ -104,7 +104,7 @@ def test_equal_convolutions_are_equal_keys():
     assert one != INFER((2, 3, 8, 8), (4, 3, 3, 3), padding=1, flip=True)
 
 
-def test_residues_cover_every_input_once_and_every_product_once():
+def test_phases_cover_every_input_once_and_every_product_once():
     for n, k, s, d, low, high in itertools.product((1, 4, 9), (1, 2, 4), (1, 2, 4), (1, 2, 3), (-1, 0, 3), (-1, 2)):
         try:
             geometry = INFER((1, 1, n), (1, 1, k), stride=s, dilation=d, padding=((low, high),))
@@ -112,16 +112,16 @@ def test_residues_cover_every_input_once_and_every_product_once():
             continue
         products = set()
         inputs = []
-        for residue in geometry.residues:
-            covered = range(n)[residue.inputs[0]]
+        for phase in geometry.phases:
+            covered = range(n)[phase.inputs[0]]
             inputs += covered
-            if residue.geometry is None:
+            if phase.geometry is None:
                 continue
-            assert residue.geometry.output == (len(covered),)
-            taps = list(range(k)[residue.taps[0]])[::-1]
+            assert phase.geometry.output == (len(covered),)
+            taps = list(range(k)[phase.taps[0]])[::-1]
             for u, i in enumerate(covered):
                 for j, tap in enumerate(taps):
-                    o = u + j * residue.geometry.dilation[0] - residue.geometry.padding[0][0]
+                    o = u + j * phase.geometry.dilation[0] - phase.geometry.padding[0][0]
                     if 0 <= o < geometry.output[0]:
                         products.add((i, tap, o))
         assert sorted(inputs) == list(range(n))

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 import gpuconv
 from gpuconv import execute
-from gpuconv.cpu import col2im, lines, residues
+from gpuconv.cpu import col2im, lines, phases
 from gpuconv.geometry import Geometry
 from tests import reference, tiers
 from tests.cases import channels_first, draw, laid_out, named_dtype
 from tests.test_random import convolutions, limited
 
-TAKEN = {"lines": 0, "col2im": 0, "residues": 0}
+TAKEN = {"lines": 0, "col2im": 0, "phases": 0}
 
 
 def counted(name, function):
@@ -77,7 +77,7 @@ def exact_on_small_integers(convolution, dtype, layout, limit, few, seed):
         mock.patch.object(lines, "weight_grad", counted("lines", lines.weight_grad)),
         mock.patch.object(col2im, "FEW", 8 * few),
         mock.patch.object(col2im, "data_grad", counted("col2im", col2im.data_grad)),
-        mock.patch.object(residues, "data_grad", counted("residues", residues.data_grad)),
+        mock.patch.object(phases, "data_grad", counted("phases", phases.data_grad)),
     ):
         results = gpuconv.conv(x, w, **options), *gpuconv.conv_backward(dy, x, w, needs=("dx", "dw"), **options)[:2]
     for result, expected, role in zip(results, exact, "xxw", strict=True):
@@ -116,9 +116,9 @@ def test_a_stem_takes_them(layout):
         ((3,), (2,), 0, (2,), 2),
     ],
 )
-def test_residues_share_the_outputs_around_them(kernel, stride, padding, seen, products):
+def test_phases_share_the_outputs_around_them(kernel, stride, padding, seen, products):
     shapes = (1, 4, *(16,) * len(kernel)), (8, 4, *kernel)
-    plan = residues.products_of(Geometry.infer(*shapes, stride=stride, padding=padding))
+    plan = phases.products_of(Geometry.infer(*shapes, stride=stride, padding=padding))
     assert plan.gathered.kernel == seen
     assert sum(len(part.stretches) for part in plan.parts) == products
 
@@ -127,7 +127,7 @@ def test_residues_share_the_outputs_around_them(kernel, stride, padding, seen, p
     ("kernel", "stride", "dilation"),
     [((3, 3), 1, 1), ((3,), 2, 2), ((5,), 2, 3)],
 )
-def test_residues_that_share_nothing_stand_alone(kernel, stride, dilation):
+def test_phases_that_share_nothing_stand_alone(kernel, stride, dilation):
     """There is one phase, or the outputs of different phases are interleaved."""
     shapes = (1, 4, *(32,) * len(kernel)), (8, 4, *kernel)
-    assert residues.products_of(Geometry.infer(*shapes, stride=stride, dilation=dilation)) is None
+    assert phases.products_of(Geometry.infer(*shapes, stride=stride, dilation=dilation)) is None

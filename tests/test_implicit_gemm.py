@@ -666,7 +666,7 @@ def test_unmerged_batch_axes_add_up_in_the_weights(arrays):
 @pytest.mark.called_once("it counts launches")
 @EMULATED
 @pytest.mark.parametrize("groups, stride, extent", [(1, 1, (9,)), (4, 2, (9, 8)), (8, 3, (7, 6, 5))])
-def test_groups_residues_and_ranks_take_one_launch(groups, stride, extent, arrays):
+def test_groups_phases_and_ranks_take_one_launch(groups, stride, extent, arrays):
     """weight_grad takes two launches: its splits, and their sum."""
     rank = len(extent)
     problem = Problem((2, 8, *extent), (16, 8 // groups, *(3,) * rank), "float32", stride=stride, groups=groups)

@@ -4,7 +4,7 @@ An algorithm has five functions: ``why_not`` returns the reason why it cannot co
 estimates its time on NumPy, and ``forward``, ``data_grad`` and ``weight_grad`` describe their steps to a planner
 (gpuconv/plan.py) on canonical views (gpuconv/operands.py).
 
-im2col          windows.py, unfold.py: im2col matrix; residues.py: stride phases; col2im.py, lines.py: few channels
+im2col          windows.py, unfold.py: im2col matrix; phases.py: stride phases; col2im.py, lines.py: few channels
 winograd        winograd_plan.py: tiles and blocks; winograd_tiles.py: steps
 fft, depthwise
 slices          tap by tap; the scatter algorithm on NumPy

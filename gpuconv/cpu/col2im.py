@@ -74,8 +74,8 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: 
             _add(dcols, index, planes, sizes, geometry, planner)
 
         planner.loop(Blocks(geometry.output, sizes.box), some_outputs)
-        for residue in Places(tuple(map(min, geometry.stride, geometry.input))):
-            _store(planes, residue, dx.part(image), sizes, geometry, planner)
+        for phase in Places(tuple(map(min, geometry.stride, geometry.input))):
+            _store(planes, phase, dx.part(image), sizes, geometry, planner)
 
     planner.loop(Places(geometry.batch), some_image, team.workers)
 
@@ -85,23 +85,23 @@ def _add(dcols: View, index: Index, planes: View, sizes: _Sizes, geometry: Geome
     extents = tuple(axis.stop - axis.start for axis in index)
     by_tap = dcols.reshape(geometry.groups, *geometry.kernel, geometry.group_channels, *extents)
     for tap in Places(geometry.kernel):
-        residue, into = [], []
+        phase, into = [], []
         for axis, (t, outputs, before) in enumerate(zip(tap, index, sizes.before, strict=True)):
             start, plane = divmod(geometry.position(axis, 0, t), geometry.stride[axis])
-            residue.append(plane)
+            phase.append(plane)
             into.append(slice(outputs.start + start + before, outputs.stop + start + before))
-        target = planes[(*residue, slice(None), slice(None), *into)]
+        target = planes[(*phase, slice(None), slice(None), *into)]
         planner.call(planner.xp.add, target, by_tap[(slice(None), *tap)], out=target)
 
 
-def _store(planes: View, residue: Shape, dx: Result, sizes: _Sizes, geometry: Geometry, planner: Planner) -> None:
+def _store(planes: View, phase: Shape, dx: Result, sizes: _Sizes, geometry: Geometry, planner: Planner) -> None:
     """Store the plane of one phase of the stride in dx."""
-    axes = zip(residue, geometry.input, geometry.stride, sizes.before, strict=True)
+    axes = zip(phase, geometry.input, geometry.stride, sizes.before, strict=True)
     inside = [slice(before, before + len(range(start, n, s))) for start, n, s, before in axes]
-    block = planes[(*residue, slice(None), slice(None), *inside)]
+    block = planes[(*phase, slice(None), slice(None), *inside)]
     block = block.transpose(*range(2, block.ndim), 0, 1)
     dx.finish(block, planner)
-    into = tuple(slice(start, None, s) for start, s in zip(residue, geometry.stride, strict=True))
+    into = tuple(slice(start, None, s) for start, s in zip(phase, geometry.stride, strict=True))
     planner.copy(dx.view[into], block)
 
 

@@ -17,11 +17,11 @@ from functools import partial
 
 from gpuconv.arguments import Shape
 from gpuconv.blocking import Buffer, Buffers, Share, largest, largest_part, pieces
-from gpuconv.cpu import col2im, cost_model, lines, residues, slices
+from gpuconv.cpu import col2im, cost_model, lines, phases, slices
 from gpuconv.cpu.finite import if_finite
 from gpuconv.cpu.unfold import BLOCK_BYTES, SHORT_PRODUCT, Unfolding, order_of, smallest
 from gpuconv.cpu.windows import sliding
-from gpuconv.geometry import Geometry, Residue
+from gpuconv.geometry import Geometry, Phase
 from gpuconv.operands import Index, Operand, Result, in_place
 from gpuconv.plan import Planner, Team, is_small
 from gpuconv.request import Request
@@ -69,7 +69,7 @@ def _unfolded(geometry: Geometry, direction: Direction) -> int:
         return lines.elements(geometry) if lines.suits(geometry) else windows
     if _lie_apart(geometry):
         return math.prod(geometry.y_shape)
-    shared = None if _has_many_residues(geometry) else residues.products_of(geometry)
+    shared = None if _has_many_phases(geometry) else phases.products_of(geometry)
     seen = geometry if shared is None else shared.gathered
     return seen.reduction_length("weight_grad") * geometry.filters * seen.taps
 
@@ -111,18 +111,18 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Plan
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
     """Compute ``dx[i] = sum over taps t and outputs o with o * stride + t * dilation - low = i of dy[o] w[t]'``."""
     if geometry.is_pointwise:
-        _data_grad_by_residues(dy, w, dx, geometry, planner)
+        _data_grad_by_phases(dy, w, dx, geometry, planner)
     elif _lie_apart(geometry):
         _data_grad_apart(dy, w, dx, geometry, planner)
     elif col2im.pays(dy, dx, geometry, planner):
         col2im.data_grad(dy, w, dx, geometry, planner)
-    elif _has_many_residues(geometry):
+    elif _has_many_phases(geometry):
         slices.data_grad(dy, w, dx, geometry, planner)
     else:
         # A product per phase would multiply NaN and Inf in w by the zero padding of dy, and so spread NaN.
-        by_residues = _data_grad_by_residues if residues.products_of(geometry) is None else residues.data_grad
+        by_phases = _data_grad_by_phases if phases.products_of(geometry) is None else phases.data_grad
         by_taps = partial(slices.data_grad, dy, w, dx, geometry)
-        if_finite(w.view, partial(by_residues, dy, w, dx, geometry), by_taps, planner)
+        if_finite(w.view, partial(by_phases, dy, w, dx, geometry), by_taps, planner)
 
 
 def _lie_apart(geometry: Geometry) -> bool:
@@ -131,23 +131,23 @@ def _lie_apart(geometry: Geometry) -> bool:
     return not geometry.reaches_beyond and all(s >= k or m == 1 for s, k, m in axes)
 
 
-def _has_many_residues(geometry: Geometry) -> bool:
+def _has_many_phases(geometry: Geometry) -> bool:
     """Return whether computing tap by tap takes fewer steps than computing each phase of the stride."""
     return math.prod(min(s, n) for s, n in zip(geometry.stride, geometry.input, strict=True)) > 4 * geometry.taps
 
 
-def _data_grad_by_residues(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
+def _data_grad_by_phases(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
     backwards = (slice(None, None, -1),) * geometry.rank
 
-    def part(residue: Residue, planner: Planner) -> None:
-        inputs = dx.part((*(slice(None) for _ in geometry.batch), *residue.inputs))
-        if residue.geometry is None:
+    def part(phase: Phase, planner: Planner) -> None:
+        inputs = dx.part((*(slice(None) for _ in geometry.batch), *phase.inputs))
+        if phase.geometry is None:
             inputs.fill(planner)
         else:
-            taps = w.part(w.view[residue.taps][backwards].swapaxes(-1, -2))
-            forward(dy, taps, inputs, residue.geometry, planner)
+            taps = w.part(w.view[phase.taps][backwards].swapaxes(-1, -2))
+            forward(dy, taps, inputs, phase.geometry, planner)
 
-    planner.loop(geometry.residues, part)
+    planner.loop(geometry.phases, part)
 
 
 def _data_grad_apart(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:

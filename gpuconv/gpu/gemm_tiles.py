@@ -100,7 +100,7 @@ class Work(NamedTuple):
     columns: int
     groups: int
     depth: int
-    residues: int = 1  # phases of the stride
+    phases: int = 1  # phases of the stride
 
 
 class GemmProblem(NamedTuple):
@@ -211,7 +211,7 @@ def _microseconds(problem: GemmProblem, tile: GemmTile, slices: int) -> float:
     work, _, products, device, *_ = problem
     turns = blocks(work.depth, slices * products.depth)
     tiles = blocks(work.rows, tile.rows) * blocks(work.columns, tile.columns)
-    busiest = blocks(tiles * work.groups * work.residues * slices, device.multiprocessors)
+    busiest = blocks(tiles * work.groups * work.phases * slices, device.multiprocessors)
     at_once = min(busiest, _blocks_at_once(problem, tile))
     waiting = 1 + _BUSY_WARPS / (at_once * tile.threads / WARP)
     clocks = busiest * turns * _clocks_of_turn(problem, tile) * waiting

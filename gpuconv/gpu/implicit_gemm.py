@@ -213,7 +213,7 @@ def _made(arrays: Arrays, problem: GemmProblem, choice: TileChoice, wide: bool) 
         problem,
         choice,
         _module(arrays, problem, choice.tile, wide),
-        tiles * work.groups * work.residues * choice.slices,
+        tiles * work.groups * work.phases * choice.slices,
         gemm_tiles.shared_bytes(problem, choice.tile),
         row_tiles,
         length,
@@ -251,9 +251,9 @@ def _work(direction: Direction, geometry: Geometry, images: int, result: View) -
     if direction == "forward":
         return Work(images * math.prod(geometry.output), columns, groups, geometry.reduction_length(direction))
     longest = math.prod(blocks(n, s) for n, s in zip(geometry.input, geometry.stride, strict=True))
-    residues = math.prod(map(min, geometry.input, geometry.stride))
+    phases = math.prod(map(min, geometry.input, geometry.stride))
     # Each tap belongs to one phase.
-    return Work(images * longest, columns, groups, blocks(geometry.taps * geometry.group_filters, residues), residues)
+    return Work(images * longest, columns, groups, blocks(geometry.taps * geometry.group_filters, phases), phases)
 
 
 def _products(

@@ -1,10 +1,10 @@
 """data_grad with a stride: dy is unfolded once for all phases of the stride (polyphase decomposition).
 
-The code calls a phase a residue: it consists of the inputs i = u * stride + residue. Each phase is reached by different
-taps, but from outputs around the same u. All outputs around u that any phase reads are therefore one row of a matrix.
-Each phase multiplies its part of every row by its own taps (Geometry.residues); the results are inputs a stride apart:
+A phase consists of the inputs i = u * stride + phase. Each phase is reached by different taps, but from outputs around
+the same u. All outputs around u that any phase reads are therefore one row of a matrix. Each phase multiplies its part
+of every row by its own taps (Geometry.phases); the results are inputs a stride apart:
 
-    dx[u * stride + residue] = cols(dy)[u, outputs of the residue] w[taps of the residue]
+    dx[u * stride + phase] = cols(dy)[u, outputs of the phase] w[taps of the phase]
 
 For a kernel of 3 and a stride of 2 in two dimensions, four outputs are read for each u; phases computed separately
 would read nine.
@@ -22,7 +22,7 @@ from typing import NamedTuple
 from gpuconv.arguments import Shape
 from gpuconv.blocking import Arrangement, Buffer, Buffers, Places, Share, copy_weights, lies_by_filters
 from gpuconv.cpu.unfold import BLOCK_BYTES, SHORT_PRODUCT, Unfolding, order_of, smallest
-from gpuconv.geometry import AxisResidue, Geometry
+from gpuconv.geometry import AxisPhase, Geometry
 from gpuconv.operands import Index, Operand, Result
 from gpuconv.plan import Planner
 from gpuconv.views import View
@@ -36,7 +36,7 @@ class Stretch(NamedTuple):
     length: int
 
 
-class ResidueRun(NamedTuple):
+class PhaseRun(NamedTuple):
     """Adjacent phases of an axis that read the same outputs around u."""
 
     inputs: slice  # of the first phase
@@ -44,10 +44,10 @@ class ResidueRun(NamedTuple):
     seen: slice
 
 
-class ResidueProduct(NamedTuple):
+class PhaseProduct(NamedTuple):
     """Phases that read the same outputs and are one product, and where these outputs are in a row of the matrix."""
 
-    runs: tuple[ResidueRun, ...]
+    runs: tuple[PhaseRun, ...]
     stretches: tuple[Stretch, ...]
 
     @property
@@ -56,11 +56,11 @@ class ResidueProduct(NamedTuple):
         return tuple(len(run.taps) for run in self.runs)
 
 
-class ResidueProducts(NamedTuple):
+class PhaseProducts(NamedTuple):
     """The phases that any tap reaches, and a forward convolution of dy that reads all outputs that they read."""
 
     gathered: Geometry
-    parts: tuple[ResidueProduct, ...]
+    parts: tuple[PhaseProduct, ...]
 
     @property
     def widest(self) -> int:
@@ -69,17 +69,17 @@ class ResidueProducts(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def products_of(geometry: Geometry) -> ResidueProducts | None:
+def products_of(geometry: Geometry) -> PhaseProducts | None:
     """Return how phases share outputs; None if there is only one phase, or if the outputs of phases interleave."""
-    reached = [[of for of in geometry.axis_residues(axis) if of.reaching] for axis in range(geometry.rank)]
-    axes = [_runs(residues) for residues in reached]
+    reached = [[of for of in geometry.axis_phases(axis) if of.reaching] for axis in range(geometry.rank)]
+    axes = [_runs(phases) for phases in reached]
     if not all(axes) or math.prod(map(len, reached)) == 1:
         return None
     kernel = tuple(max(run.seen.stop for run in runs) for runs in axes)
     padding = []
     extents = zip(kernel, geometry.input, geometry.stride, geometry.output, strict=True)
-    for residues, (extent, n, s, m) in zip(reached, extents, strict=True):
-        low, span = max(of.padding[0] for of in residues), (extent - 1) * residues[0].dilation
+    for phases, (extent, n, s, m) in zip(reached, extents, strict=True):
+        low, span = max(of.padding[0] for of in phases), (extent - 1) * phases[0].dilation
         padding.append((low, -(-n // s) + span - low - m))
     gathered = replace(
         geometry,
@@ -89,22 +89,22 @@ def products_of(geometry: Geometry) -> ResidueProducts | None:
         kernel=kernel,
         stride=(1,) * geometry.rank,
         padding=tuple(padding),
-        dilation=tuple(residues[0].dilation for residues in reached),
+        dilation=tuple(phases[0].dilation for phases in reached),
     )
-    parts = (ResidueProduct(runs, tuple(_stretches(runs, kernel))) for runs in product(*axes))
-    return ResidueProducts(gathered, tuple(parts))
+    parts = (PhaseProduct(runs, tuple(_stretches(runs, kernel))) for runs in product(*axes))
+    return PhaseProducts(gathered, tuple(parts))
 
 
-def _runs(residues: Sequence[AxisResidue]) -> list[ResidueRun]:
+def _runs(phases: Sequence[AxisPhase]) -> list[PhaseRun]:
     """Return the phases of an axis, grouped by the outputs that they read; [] if the outputs of phases interleave."""
-    alike: list[list[ResidueRun]] = []
-    most = max((of.padding[0] for of in residues), default=0)
-    for residue in residues:
+    alike: list[list[PhaseRun]] = []
+    most = max((of.padding[0] for of in phases), default=0)
+    for phase in phases:
         # Tap t of a phase reads output u + t * dilation - low.
-        first, between = divmod(most - residue.padding[0], residue.dilation)
+        first, between = divmod(most - phase.padding[0], phase.dilation)
         if between:
             return []
-        run = ResidueRun(residue.inputs, (residue.taps,), slice(first, first + residue.reaching))
+        run = PhaseRun(phase.inputs, (phase.taps,), slice(first, first + phase.reaching))
         if alike and _are_alike(alike[-1], run):
             alike[-1].append(run)
         else:
@@ -112,7 +112,7 @@ def _runs(residues: Sequence[AxisResidue]) -> list[ResidueRun]:
     return [runs[0]._replace(taps=tuple(run.taps[0] for run in runs)) for runs in alike]
 
 
-def _are_alike(before: Sequence[ResidueRun], run: ResidueRun) -> bool:
+def _are_alike(before: Sequence[PhaseRun], run: PhaseRun) -> bool:
     """Return whether a phase is adjacent to others, has as many inputs, and reads the same outputs."""
     first = before[0]
     is_next = run.inputs.start == first.inputs.start + len(before)
@@ -120,7 +120,7 @@ def _are_alike(before: Sequence[ResidueRun], run: ResidueRun) -> bool:
     return is_next and len(lengths) == 1 and run.seen == first.seen
 
 
-def _stretches(runs: tuple[ResidueRun, ...], kernel: Shape) -> Iterator[Stretch]:
+def _stretches(runs: tuple[PhaseRun, ...], kernel: Shape) -> Iterator[Stretch]:
     """Yield the unfolded outputs that phases read, as stretches of adjacent outputs."""
     extents, axis = [run.seen.stop - run.seen.start for run in runs], len(kernel) - 1
     while axis and extents[axis] == kernel[axis]:
@@ -134,13 +134,13 @@ def _stretches(runs: tuple[ResidueRun, ...], kernel: Shape) -> Iterator[Stretch]
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
-    """Compute ``dx[u * stride + residue] = cols(dy)[u] w``, phase by phase for each block of u."""
+    """Compute ``dx[u * stride + phase] = cols(dy)[u] w``, phase by phase for each block of u."""
     shared = products_of(geometry)
     assert shared is not None
     gathered, team = shared.gathered, planner.team(geometry, smallest(geometry, "data_grad"))
-    for residue in geometry.residues:
-        if residue.geometry is None:
-            dx.part((*(slice(None) for _ in geometry.batch), *residue.inputs)).fill(planner)
+    for phase in geometry.phases:
+        if phase.geometry is None:
+            dx.part((*(slice(None) for _ in geometry.batch), *phase.inputs)).fill(planner)
     stack = math.prod(gathered.output) >= SHORT_PRODUCT
     order = order_of(dy.view, dx.view, gathered, stack, taps_first=True)
     weights_of_channel = geometry.filters * geometry.taps  # of every group
@@ -178,7 +178,7 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: 
 class _Order(NamedTuple):
     """Memory order of the inputs and taps of a part.
 
-    The inputs are (*batch, *u, *residues, G, C/G), the taps (*kernel, *residues, G, F/G, C/G).
+    The inputs are (*batch, *u, *phases, G, C/G), the taps (*kernel, *phases, G, F/G, C/G).
     """
 
     by_rows: bool
@@ -188,25 +188,25 @@ class _Order(NamedTuple):
 
 def _order(batch: int, rank: int, by_rows: bool, stack: bool) -> _Order:
     positions = tuple(range(batch + rank))
-    residues, of_weights = tuple(range(batch + rank, batch + 2 * rank)), tuple(range(rank, 2 * rank))
+    phases, of_weights = tuple(range(batch + rank, batch + 2 * rank)), tuple(range(rank, 2 * rank))
     group, kernel = batch + 2 * rank, tuple(range(rank))
     if by_rows:
         return _Order(
             True,
-            Arrangement((group, *positions, *residues, group + 1), batch + rank, rank + 1),
+            Arrangement((group, *positions, *phases, group + 1), batch + rank, rank + 1),
             Arrangement((2 * rank, *kernel, 2 * rank + 1, *of_weights, 2 * rank + 2), rank + 1, rank + 1),
         )
     stacked = positions[:batch] if stack else ()
     columns = positions[len(stacked) :]
     return _Order(
         False,
-        Arrangement((*stacked, group, *residues, group + 1, *columns), rank + 1, len(columns)),
+        Arrangement((*stacked, group, *phases, group + 1, *columns), rank + 1, len(columns)),
         Arrangement((2 * rank, *of_weights, 2 * rank + 2, *kernel, 2 * rank + 1), rank + 1, rank + 1),
     )
 
 
 def _weights(
-    w: Operand, channels: slice, shared: ResidueProducts, order: _Order, space: View, planner: Planner
+    w: Operand, channels: slice, shared: PhaseProducts, order: _Order, space: View, planner: Planner
 ) -> list[View]:
     """Return the taps of each part, rotated by 180 degrees, as matrices; contiguous elements of w stay contiguous."""
     turn = order.by_rows == (not lies_by_filters(w.view))
@@ -226,8 +226,8 @@ def _weights(
     return weights
 
 
-def _inputs(images: View, part: ResidueProduct, index: Index, geometry: Geometry) -> View:
-    """Return the inputs (*batch, *u, *residues, G, C/G) of a part in a block of u, as far as they exist."""
+def _inputs(images: View, part: PhaseProduct, index: Index, geometry: Geometry) -> View:
+    """Return the inputs (*batch, *u, *phases, G, C/G) of a part in a block of u, as far as they exist."""
     batch, rank = len(geometry.batch), geometry.rank
     ranges = (
         range(run.inputs.start, run.inputs.stop, run.inputs.step)[positions]
@@ -240,7 +240,7 @@ def _inputs(images: View, part: ResidueProduct, index: Index, geometry: Geometry
     )
 
 
-def _factors(cols: View, weights: View, part: ResidueProduct, by_rows: bool) -> Iterator[tuple[View, View]]:
+def _factors(cols: View, weights: View, part: PhaseProduct, by_rows: bool) -> Iterator[tuple[View, View]]:
     """Yield the part of cols that a phase reads and its taps, as matrices for each stretch of outputs."""
     channels = (weights.shape[-2] if by_rows else weights.shape[-1]) // sum(one.length for one in part.stretches)
     for row, own, length in part.stretches:
