@@ -22,8 +22,9 @@ from gpuconv.arguments import Shape
 from gpuconv.arrays import Array, Backend, Kind, address, addressable, device_of, module_of, moved
 from gpuconv.backends import backend_for
 from gpuconv.blocking import group_parts
-from gpuconv.cpu import bias_grad
+from gpuconv.cpu import bias_grad as by_array_module
 from gpuconv.geometry import Geometry
+from gpuconv.gpu import bias_grad
 from gpuconv.operands import ARRAYS, ROLES, Operand, Result, Role, canonical, has_channels_last_memory
 from gpuconv.plan import BIAS, RESULT, WORKSPACE, Branch, Deferred, Loop, NewArray, Plan, Planner, Scope, Step, Steps
 from gpuconv.request import Request, workspace_of
@@ -257,7 +258,10 @@ def _bias_grad(description: Description, planner: Planner) -> tuple[str, NewArra
     """Plan bias_grad; return its name, the new result and the number of temporaries."""
     dy = description.operand(0)
     new = NewArray((math.prod(dy.view.shape[-2:]),), description.call.dtype)
-    bias_grad.bias_grad(dy, new.view, planner)
+    if description.call.backend.launch is None:
+        by_array_module.bias_grad(dy, new.view, planner)
+    else:
+        bias_grad.bias_grad(dy, new.view, description.call.geometry, planner)
     return "bias_grad", new, dy.temporaries
 
 

@@ -501,4 +501,10 @@ EQUIVALENT = {
         "OutputSteps steps(conv, first, last - first, x_at, dy_at);",
         "OutputSteps steps(conv, first, last + first, x_at, dy_at);",
     ): BEYOND_TILE,
+    # ----------------------------------------------------------------------------------------- bias_grad.cu
+    (
+        "bias_grad.cu",
+        "const Index last = first + length < images * chunks ? first + length : images * chunks;",
+        "const Index last = first + length <= images * chunks ? first + length : images * chunks;",
+    ): EQUAL,
 }

@@ -53,8 +53,9 @@ def in_order(items):
 
 def algorithm_of(item):
     """Return the algorithm that a test runs, or None if it runs several or other than public ones."""
-    if Path(item.fspath).stem == "test_implicit_gemm":
-        return "implicit_gemm"
+    stem = Path(item.fspath).stem.removeprefix("test_")
+    if stem in ("implicit_gemm", "bias_grad"):
+        return stem
     params = item.callspec.params if hasattr(item, "callspec") else {}
     return params.get("algorithm", "scatter_plain" if "plain" in item.originalname else None)
 
@@ -308,7 +309,7 @@ def sample(everything, options):
 def with_kernel_tests(work):
     """Collect the tests that run kernels and call ``work`` with them."""
     here = Path(__file__).parent
-    names = "matrix", "kernels", "checked", "profile", "conv", "nonfinite", "implicit_gemm"
+    names = "matrix", "kernels", "checked", "profile", "conv", "nonfinite", "implicit_gemm", "bias_grad"
     with_tests(["-m", "not gpu", *(str(here / f"test_{name}.py") for name in names)], work)
 
 

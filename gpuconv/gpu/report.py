@@ -24,13 +24,14 @@ from gpuconv import dtypes, settings
 from gpuconv.arguments import Shape
 from gpuconv.arrays import Backend
 from gpuconv.geometry import DIRECTIONS, Geometry
-from gpuconv.gpu import compiler, direct, implicit_gemm, occupancy, scatter, scatter_plain
+from gpuconv.gpu import bias_grad, compiler, direct, implicit_gemm, occupancy, scatter, scatter_plain
 from gpuconv.gpu.device import MODEL, Device
 from gpuconv.gpu.gemm_tiles import STAGES
 from gpuconv.gpu.kernel import Kernel, Module
 from gpuconv.operands import ROLES, Operand, Result, contiguous
-from gpuconv.plan import WORKSPACE, Planner, Scope
+from gpuconv.plan import RESULT, WORKSPACE, Planner, Scope
 from gpuconv.types import Direction, Layout
+from gpuconv.views import View
 
 # Real layers that cover all tiles, one to three axes, and the largest regions of shared memory: x, w, settings.
 CONVOLUTIONS: tuple[tuple[Shape, Shape, dict[str, Any]], ...] = (
@@ -98,6 +99,12 @@ def modules() -> dict[Module, dict[str, int]]:
             far = tuple((low + FAR, high - FAR) for low, high in near.padding)
             convolutions += [(near, dtype), (Geometry.infer(x, w, **{**options, "padding": far}), dtype)]
     found = launched(convolutions, (direct, scatter, scatter_plain))
+    backend = recording(Backend("recorded", numpy, None), found)
+    for dtype, layout in product(dtypes.available(), get_args(Layout)):
+        x, w, options = CONVOLUTIONS[1]
+        geometry = Geometry.infer(*_laid_out(x, w, layout), **options, layout=layout)
+        db = View(RESULT, 0, (geometry.filters,), (dtype.itemsize,), dtype)
+        bias_grad.bias_grad(Operand(contiguous("y", dtype, geometry)), db, geometry, _planner(dtype, backend))
     for plan in _gemm_plans():
         found[plan.module] = plan.kernels
     return found
@@ -162,11 +169,15 @@ def recording(backend: Backend, found: dict[Module, dict[str, int]]) -> Backend:
 
 
 def _launch(algorithm: ModuleType, geometry: Geometry, dtype: numpy.dtype, backend: Backend) -> None:
-    limit = settings.workspace_limit()
     for direction in _LAUNCHED[algorithm]:
-        planner = Planner(backend, dtypes.accumulator(dtype), limit, Scope(WORKSPACE, MOST_STEPS), MOST_STEPS)
+        planner = _planner(dtype, backend)
         first, second, result = (contiguous(role, dtype, geometry) for role in ROLES[direction])
         getattr(algorithm, direction)(Operand(first), Operand(second), Result(result), geometry, planner)
+
+
+def _planner(dtype: numpy.dtype, backend: Backend) -> Planner:
+    scope, limit = Scope(WORKSPACE, MOST_STEPS), settings.workspace_limit()
+    return Planner(backend, dtypes.accumulator(dtype), limit, scope, MOST_STEPS)
 
 
 def known(asked: Sequence[str] | None) -> list[str]:
