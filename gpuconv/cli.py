@@ -93,6 +93,9 @@ def _parser() -> _Parser:
         "--arch", type=_names, metavar="ARCH,ARCH", help=f"such as sm_80,sm_90a (default {','.join(ARCHITECTURES)})"
     )
     kernels.add_argument("--json", type=Path, metavar="FILE", help="write the resource usage of every kernel as JSON")
+    kernels.add_argument(
+        "--sass", action="store_true", help="also count instructions: prologue, main loop, epilogue (needs nvdisasm)"
+    )
     kernels.set_defaults(run=_kernels)
     return parser
 
@@ -164,18 +167,21 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _kernels(options: argparse.Namespace) -> int:
-    from gpuconv.gpu import compiler, report
+    from gpuconv.gpu import compiler, report, sass
 
     command.check_writable(options.json)
+    if options.sass and sass.nvdisasm() is None:
+        raise ValueError(f"--sass needs nvdisasm: {sass.INSTALL_HINT}")
     architectures = report.known(options.arch)
     print(f"NVRTC {'.'.join(map(str, compiler.version()))}\n\n{report.HEADER}")
     rows, failures = [], []
     for architecture in architectures:
-        found = list(report.rows(architecture))
+        found = list(report.rows(architecture, with_sass=options.sass))
         failures += [str(row) for row in found if isinstance(row, compiler.CompileError)]
         rows += [row for row in found if isinstance(row, report.CompiledKernel)]
         for line in report.lines(row for row in rows if row.arch == architecture):
             print(line, flush=True)
+    print(*report.sass_lines(rows), sep="\n", end="\n" if options.sass else "")
     failures += [f"{row.kernel} spills on {row.arch}: {row}" for row in rows if row.spill_stores or row.spill_loads]
     if options.json:
         report.write_json(options.json, rows)

@@ -8,7 +8,7 @@ import pytest
 
 import gpuconv
 from gpuconv.cli import main
-from gpuconv.gpu import compiler, occupancy, report
+from gpuconv.gpu import compiler, occupancy, report, sass
 from tests import tiers
 from tests.test_cuda import NVRTC
 
@@ -138,7 +138,7 @@ def compiled(monkeypatch):
     """The rows that the command receives instead of compiling."""
     rows = []
     monkeypatch.setattr(
-        report, "rows", lambda architecture: [r for r in rows if getattr(r, "arch", "sm_80") == architecture]
+        report, "rows", lambda architecture, **_: [r for r in rows if getattr(r, "arch", "sm_80") == architecture]
     )
     monkeypatch.setattr(report, "known", lambda asked: list(asked or ("sm_80", "sm_90a")))
     monkeypatch.setattr(compiler, "version", lambda: (12, 9))
@@ -159,6 +159,18 @@ def test_the_command_prints_ranges_and_writes_every_row(compiled, tmp_path, caps
     assert {"kernel", "arch", "registers", "spill_stores", "spill_loads", "shared_bytes", "occupancy"} <= set(
         written[0]
     )
+
+
+def test_instructions_are_counted_on_request(compiled, capsys, monkeypatch):
+    first, second = (sass.Counts(prologue, 221, 900, 32, 13)._asdict() for prologue in (700, 750))
+    compiled += [ROW._replace(sass=first), ROW._replace(sass=second), ROW._replace(kernel="other")]
+    monkeypatch.setattr(sass, "nvdisasm", lambda: "/bin/true")
+    assert main(["kernels", "--arch", "sm_80", "--sass"]) == 0
+    expected = "k sm_80 float32: prologue 700-750, loop 221, epilogue 900, products 32, divisions 13"
+    assert capsys.readouterr().out.splitlines()[-1] == expected
+    monkeypatch.setattr(sass, "nvdisasm", lambda: None)
+    assert main(["kernels", "--sass"]) == 2
+    assert "--sass needs nvdisasm: pip install nvidia-cuda-nvdisasm" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

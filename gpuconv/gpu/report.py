@@ -24,7 +24,7 @@ from gpuconv import dtypes, settings
 from gpuconv.arguments import Shape
 from gpuconv.arrays import Backend
 from gpuconv.geometry import DIRECTIONS, Geometry
-from gpuconv.gpu import bias_grad, compiler, direct, implicit_gemm, occupancy, scatter, scatter_plain
+from gpuconv.gpu import bias_grad, compiler, direct, implicit_gemm, occupancy, sass, scatter, scatter_plain
 from gpuconv.gpu.device import MODEL, Device
 from gpuconv.gpu.gemm_tiles import STAGES
 from gpuconv.gpu.kernel import Kernel, Module
@@ -79,6 +79,7 @@ class CompiledKernel(NamedTuple):
     occupancy: float  # the fraction of a multiprocessor's threads that fit at a time
     compile_seconds: float  # of the module, which contains several kernels
     nvrtc: str
+    sass: dict[str, int] | None = None  # static counts of instructions (gpuconv/gpu/sass.py), if they were requested
 
     @property
     def variant(self) -> tuple[Any, ...]:
@@ -190,12 +191,14 @@ def known(asked: Sequence[str] | None) -> list[str]:
     return possible if asked is None else list(asked)
 
 
-def rows(architecture: str, chosen: Iterable[Module] | None = None) -> Iterator[CompiledKernel | compiler.CompileError]:
+def rows(
+    architecture: str, chosen: Iterable[Module] | None = None, *, with_sass: bool = False
+) -> Iterator[CompiledKernel | compiler.CompileError]:
     """Yield a row for each kernel of each module, or the error of a module that does not compile."""
     every = modules()
     chosen = [module for module in (every if chosen is None else chosen) if is_meant_for(module, architecture)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for found in pool.map(lambda module: _rows_of(module, architecture, every[module]), chosen):
+        for found in pool.map(lambda module: _rows_of(module, architecture, every[module], with_sass), chosen):
             yield from found
 
 
@@ -206,14 +209,15 @@ def is_meant_for(module: Module, architecture: str) -> bool:
 
 
 def _rows_of(
-    module: Module, architecture: str, dynamic: dict[str, int]
+    module: Module, architecture: str, dynamic: dict[str, int], with_sass: bool = False
 ) -> list[CompiledKernel] | list[compiler.CompileError]:
     start = time.perf_counter()
     try:
-        _, log = compiler.compiled(module, architecture)
+        cubin, log = compiler.compiled(module, architecture)
     except compiler.CompileError as error:
         return [error]
     seconds = round(time.perf_counter() - start, 3)
+    counts = sass.counted(cubin) if with_sass else {}
     tile = dict(module.constants)
     threads = tile.pop("THREADS")
     found = []
@@ -238,6 +242,7 @@ def _rows_of(
                 occupancy=occupancy.occupancy(architecture, used["registers"], threads, shared),
                 compile_seconds=seconds,
                 nvrtc=".".join(map(str, compiler.version())),
+                sass=counts[name]._asdict() if name in counts else None,
             )
         )
     return found
@@ -283,6 +288,17 @@ def lines(rows: Iterable[CompiledKernel]) -> Iterator[str]:
             f"{kernel:<26} {arch:<8} {len(group):>8} {registers:>9} {spills:>6} {shared:>11} {busy:>10}"
             f" {f'<= {seconds:.1f} s':>11}"
         )
+
+
+def sass_lines(rows: Iterable[CompiledKernel]) -> Iterator[str]:
+    """Yield a line for each kernel, architecture and dtype: ranges of the counts over tiles and index widths."""
+    groups: dict[tuple[str, str, str], list[dict[str, int]]] = {}
+    for row in rows:
+        if row.sass is not None:
+            groups.setdefault((row.kernel, row.arch, row.dtype), []).append(row.sass)
+    for names, group in groups.items():
+        counts = (f"{part} {_range([str(n) for n in sorted(one[part] for one in group)])}" for part in group[0])
+        yield f"{' '.join(names)}: {', '.join(counts)}"
 
 
 def _range(ordered: Sequence[str]) -> str:
