@@ -41,7 +41,7 @@ def test_kernels_neither_spill_nor_take_more_registers_than_recorded(architectur
         if row.nvrtc == ceiling.nvrtc:
             assert row.registers <= ceiling.registers, (
                 f"{row.kernel} takes {row.registers} registers, and {ceiling.registers} are recorded ({row}). To accept"
-                " that: gpuconv kernels --json bench/kernels.json, and say in the commit why it is worth them"
+                " that: gpuconv kernels --sass --json bench/kernels.json, and say in the commit why it is worth them"
             )
 
 
@@ -54,7 +54,7 @@ def test_every_kernel_of_every_dtype_is_recorded():
         for kernel in kernels
     }
     found = {(*row.variant, row.threads) for row in recorded().values()}
-    assert found == expected, "gpuconv kernels --json bench/kernels.json writes the file anew"
+    assert found == expected, "gpuconv kernels --sass --json bench/kernels.json writes the file anew"
 
 
 def test_the_list_of_convolutions_reaches_every_kernel_and_tile():
