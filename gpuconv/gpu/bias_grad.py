@@ -1,12 +1,10 @@
 """bias_grad: db by a CUDA kernel (kernels/bias_grad.cu) that reads dy once, in a fixed order of additions.
 
 Only views whose positions have one stride are read by the kernel; others are summed by the array module
-(gpuconv/cpu/bias_grad.py), which copies them.
+(gpuconv/cpu/bias_grad.py).
 """
 
 from __future__ import annotations
-
-import math
 
 import numpy
 
@@ -68,13 +66,11 @@ def _launch(dy: Operand, db: View, images: tuple[int, int], positions: tuple[int
 
 def _block(images: View, channels: int, positions: int) -> tuple[int, int]:
     """Return the threads of a block along the channels and along the positions."""
-    if channels_innermost(images):
-        lanes = min(LANES, _power_of_two(channels))
-    else:
-        lanes = THREADS // min(THREADS, max(FEWEST_ROWS, _power_of_two(positions)))
+    most = LANES if channels_innermost(images) else THREADS // max(FEWEST_ROWS, _power_of_two(positions))
+    lanes = max(1, min(most, _power_of_two(channels)))
     return lanes, THREADS // lanes
 
 
 def _power_of_two(number: int) -> int:
     """Return the smallest power of two that is not less than a number."""
-    return 1 << math.ceil(math.log2(number))
+    return 1 << (number - 1).bit_length()

@@ -49,10 +49,10 @@ def counted(cubin: bytes) -> dict[str, Counts]:
     program = nvdisasm()
     if program is None:
         raise RuntimeError(f"counting instructions needs nvdisasm: {INSTALL_HINT}")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([program, "-c", file.name], check=True, capture_output=True, text=True).stdout
+    with tempfile.TemporaryDirectory() as folder:  # Windows lets no other program open a temporary file
+        file = Path(folder, "kernels.cubin")
+        file.write_bytes(cubin)
+        text = subprocess.run([program, "-c", str(file)], check=True, capture_output=True, text=True).stdout
     return counts_of(text)
 
 
