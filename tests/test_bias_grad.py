@@ -5,7 +5,7 @@ import pytest
 
 import gpuconv
 from gpuconv import execute
-from gpuconv.gpu import bias_grad
+from gpuconv.gpu import bias_grad, params
 from tests.backends import BACKENDS, arrays_of, on
 from tests.cases import DTYPES, LAYOUTS, draw, laid_out, named_dtype
 from tests.emulation import launcher
@@ -109,6 +109,18 @@ def test_views_are_read_where_they_lie_or_copied(arrays):
         found = arrays.asnumpy(gpuconv.conv_backward(view(arrays.asarray(dy)), x, w, needs="db").db)
         np.testing.assert_array_equal(found, summed(view(dy)))
         assert bool(launches()) == is_read
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_offsets_may_have_64_bits(layout, arrays, monkeypatch):
+    """And threads and blocks any order."""
+    monkeypatch.setattr(params, "NARROW", 0)
+    dy = np.random.default_rng(13).integers(-3, 4, SHAPES["several blocks of channels"]).astype(np.float32)
+    with arrays.varied(wide=False):
+        np.testing.assert_array_equal(db(arrays, dy, layout), summed(dy))
+        (plan,) = (plan for plan in execute._plans.values() if plan.algorithm == "bias_grad")
+        assert plan.steps[0].inputs[3].dtype == np.int64
 
 
 @ON_KERNELS

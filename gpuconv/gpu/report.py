@@ -100,14 +100,21 @@ def modules() -> dict[Module, dict[str, int]]:
             far = tuple((low + FAR, high - FAR) for low, high in near.padding)
             convolutions += [(near, dtype), (Geometry.infer(x, w, **{**options, "padding": far}), dtype)]
     found = launched(convolutions, (direct, scatter, scatter_plain))
-    backend = recording(Backend("recorded", numpy, None), found)
+    for module, kernels in _bias_grads().items():
+        found |= {module: kernels, module._replace(wide=True): kernels}
+    for plan in _gemm_plans():
+        found[plan.module] = plan.kernels
+    return found
+
+
+def _bias_grads() -> dict[Module, dict[str, int]]:
+    """Return the modules that db launches for both layouts of a convolution."""
+    found: dict[Module, dict[str, int]] = {}
+    backend, (x, w, options) = recording(Backend("recorded", numpy, None), found), CONVOLUTIONS[1]
     for dtype, layout in product(dtypes.available(), get_args(Layout)):
-        x, w, options = CONVOLUTIONS[1]
         geometry = Geometry.infer(*_laid_out(x, w, layout), **options, layout=layout)
         db = View(RESULT, 0, (geometry.filters,), (dtype.itemsize,), dtype)
         bias_grad.bias_grad(Operand(contiguous("y", dtype, geometry)), db, geometry, _planner(dtype, backend))
-    for plan in _gemm_plans():
-        found[plan.module] = plan.kernels
     return found
 
 
