@@ -78,7 +78,7 @@ def measured(case, dtype, place, clock, seconds):
                 "layout": layout,
                 "dtype": dtype,
                 "tile": list(plan.choice.tile),
-                "slices": plan.choice.slices,
+                "splits": plan.choice.splits,
                 "by_model": number == 0,
                 "model_us": plan.choice.microseconds,
                 "us": float(numpy.median(samples)) * 1e6,
@@ -100,7 +100,7 @@ def table(paths):
         if fastest[0] * CLEAR <= model:
             _, _, row, path = fastest
             yield gemm_table.entry(
-                row["key"], row["tile"], row["slices"], row["us"], f"bench/results/{path.parent.name}"
+                row["key"], row["tile"], row["splits"], row["us"], f"bench/results/{path.parent.name}"
             )
 
 

@@ -10,6 +10,9 @@
 //   Weights        strides, in elements, of w or dw
 //   Boxes          extents of the boxes of outputs and taps that a block of scatter_data_grad owns, and of their region
 //   Options        the choices that a kernel is launched with (conjugation, bias, activation and others)
+//   Divisor        a number by which a kernel divides, and the numbers that replace the division
+//   Windows        windows, for each axis and phase of the stride, and counts of tiles: for implicit_gemm.cu, which
+//   WeightTiles    also defines Axis and Phase, the parts of Windows
 
 // ---------------------------------------------------------------------------------------------- numbers
 
@@ -124,7 +127,27 @@ DEVICE void finish(Result* result, Index at, Sum sum, const Sum* bias, Index cha
 
 DEVICE Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 
-DEVICE bool inside(Index i, Index extent) { return i >= 0 && i < extent; }
+// The unsigned type of the size of Index. A negative position becomes larger than every extent in it, so that one
+// comparison tests both bounds.
+template <int BYTES> struct UnsignedOf { using Type = unsigned; };
+template <> struct UnsignedOf<8> { using Type = unsigned long long; };
+using Unsigned = UnsignedOf<sizeof(Index)>::Type;
+
+DEVICE bool inside(Index i, Index extent) { return Unsigned(i) < Unsigned(extent); }
+
+// Returns n / divisor, for n of at least 0, by a multiplication with a number that the host has computed
+// (structs.py), because an integer division takes about 20 instructions. The quotient by 0 is 0.
+DEVICE Index quotient(Index n, const Divisor& divisor) {
+    if constexpr (sizeof(Index) > 4) return divisor.value == 0 ? 0 : n / divisor.value;
+    return Index((unsigned long long)(unsigned(n)) * divisor.multiplier >> divisor.shift);
+}
+
+// Returns n % divisor and divides n by it: takes the last digit of a number in a mixed radix.
+DEVICE Index take_digit(Index& n, const Divisor& divisor) {
+    const Index rest = quotient(n, divisor), digit = n - rest * divisor.value;
+    n = rest;
+    return digit;
+}
 
 // Coordinate of an element of x or y: image, group, channel within the group, and position.
 struct Place {

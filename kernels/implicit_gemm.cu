@@ -18,44 +18,48 @@
 // An element of the left matrix is found by adding the positions of its row and its step: the sum is a position in the
 // image, or in the padding, where a predicate makes the element zero.
 //
-// data_grad handles one phase of the stride after another (polyphase decomposition; a phase is called `residue` in
-// the code). The inputs of a phase are a stride apart and are reached by the same taps, so a phase is a convolution
-// of stride 1 whose taps run backwards. No zeros between outputs are multiplied, and every input is written once.
+// data_grad handles each phase of the stride as a convolution of its own (polyphase decomposition). The inputs of a
+// phase are a stride apart and are reached by the same taps, so a phase is a convolution of stride 1 whose taps run
+// backwards. No zeros between outputs are multiplied, and every input is written once.
 //
-// weight_grad uses split-K (a split is called `slice` in the code): a block sums over one split of the outputs, and a
-// second pass adds the splits. The order of all additions is fixed by the shapes, in forward and data_grad by those of
-// one image.
+// weight_grad uses split-K: a block sums over one split of the outputs, and a second pass adds the splits. The order of
+// all additions is fixed by the shapes, in forward and data_grad by those of one image.
 //
 // Constants, in addition to those of tiles.cuh and products.cuh:
 //   DIRECTION                   which kernel is compiled: 0 forward, 1 data_grad, 2 weight_grad
 //   STAGES                      pipeline stages: tiles of each matrix in shared memory
-//   LEFT_VECTOR, RIGHT_VECTOR   elements of a vectorised load; 0: each element is converted, see Mover in tiles.cuh
+//   LEFT_VECTOR, RIGHT_VECTOR   elements of a vectorised load; 0: each element is converted, see TileLoader
 //   RESULT_VECTOR               elements of a vectorised store
 //   AXES                        number of last axes on which a position is tested, 0 if windows never leave the image;
 //                               4: one predicate bit for each tap (BY_TAP in tiles.cuh)
 //   TAPS_INNERMOST              whether taps vary faster than channels (or filters) along the depth
+//   HAS_BIAS, ACTIVATION        the epilogue; the activation by its number in common.cuh
+//   FIRST_CONJUGATED, FIRST_DERIVATIVE, SECOND_CONJUGATED, SECOND_DERIVATIVE
+//                               how elements of the operands are converted, if they are (Operand in common.cuh)
 
 constexpr int FORWARD = 0, DATA_GRAD = 1, WEIGHT_GRAD = 2;
 static_assert(DEPTH <= THREADS && (TERMS == 0 || TERMS % DEPTH == 0), "a thread for each step, and whole tiles in a sum");
 
-constexpr int TERM_TURNS = TERMS > 0 ? TERMS / DEPTH : 1;  // main-loop iterations between flushes of the accumulator
+constexpr int FLUSHES_AFTER = TERMS > 0 ? TERMS / DEPTH : 1;  // main-loop iterations between flushes of the accumulator
+constexpr Options OPTIONS = {FIRST_CONJUGATED, FIRST_DERIVATIVE, SECOND_CONJUGATED, SECOND_DERIVATIVE, 0, HAS_BIAS, ACTIVATION, 0};
 
-// The loaders of the two tiles. The right matrix has no padding, so its loader tests no positions.
-template <class T> using LeftMover = Mover<T, LEFT_VECTOR, AXES, LeftTile, LEFT_LINES, LEFT_LENGTH>;
-template <class T> using RightMover = Mover<T, RIGHT_VECTOR, 0, RightTile, RIGHT_LINES, RIGHT_LENGTH>;
+// How the predicates of the two matrices are tested. The right matrix has no padding: one bit stands for all taps.
+constexpr int LEFT_TEST = AXES == 0 ? BY_TAP : AXES, RIGHT_TEST = BY_TAP;
+template <class T> using LeftLoader = TileLoader<T, LEFT_VECTOR, LEFT_TEST, LeftTile, LEFT_ALONG_DEPTH>;
+template <class T> using RightLoader = TileLoader<T, RIGHT_VECTOR, RIGHT_TEST, RightTile, RIGHT_ALONG_DEPTH>;
 
-// Indices of rows, steps and columns in Tables. Coordinates that vary along the lines of a tile are in the order that
-// the tile loader reads them in (Mover::shelf); the others are in natural order.
-DEVICE int place_of_row(int i) { return LEFT_ALONG_DEPTH ? i : LeftMover<First>::shelf(i); }
-DEVICE int place_of_left_step(int i) { return LEFT_ALONG_DEPTH ? LeftMover<First>::shelf(i) : i; }
-DEVICE int place_of_column(int i) { return RIGHT_ALONG_DEPTH ? i : RightMover<First>::shelf(i); }
-DEVICE int place_of_right_step(int i) { return RIGHT_ALONG_DEPTH ? RightMover<First>::shelf(i) : i; }
+// Slots of rows, steps and columns in Tables. Coordinates that vary along the lines of a tile are in the order in which
+// the tile loader reads them (TileLoader::slot); the others are in natural order.
+DEVICE int row_slot(unsigned i) { return LEFT_ALONG_DEPTH ? i : LeftLoader<First>::slot(i); }
+DEVICE int left_step_slot(unsigned i) { return LEFT_ALONG_DEPTH ? LeftLoader<First>::slot(i) : i; }
+DEVICE int column_slot(unsigned i) { return RIGHT_ALONG_DEPTH ? i : RightLoader<First>::slot(i); }
+DEVICE int right_step_slot(unsigned i) { return RIGHT_ALONG_DEPTH ? RightLoader<First>::slot(i) : i; }
 
 // Coordinates of the rows, columns and steps of a block's tiles, in shared memory. The steps are double-buffered: one
 // table for the tile that is being loaded, one for the next.
 struct Tables {
-    Spot<AXES> row[TILE_ROWS], left_step[2][DEPTH];
-    Spot<0> column[TILE_COLUMNS], right_step[2][DEPTH];
+    Coordinate<LEFT_TEST> row[TILE_ROWS], left_step[2][DEPTH];
+    Coordinate<RIGHT_TEST> column[TILE_COLUMNS], right_step[2][DEPTH];
     Index result_row[TILE_ROWS];  // offset in the result of each row's first column
 };
 // The operand tiles of one pipeline stage.
@@ -63,10 +67,10 @@ struct Stage {
     LeftTile left;
     RightTile right;
 };
-// Dynamic shared memory: pipeline stages in the main loop, one staging buffer (slab) for each warp in the epilogue.
+// Dynamic shared memory: pipeline stages in the main loop, one staging buffer for each warp in the epilogue.
 union Shared {
     Stage stages[STAGES];
-    Sum slabs[THREADS / 32][SLAB_LINES * SLAB_PITCH];
+    Sum staged[THREADS / 32][STAGED_LINES * STAGED_PITCH];
 };
 
 // Returns the dynamic shared memory of the block.
@@ -75,30 +79,38 @@ DEVICE Shared& shared_tiles() {
     return *shared;
 }
 
-// A mixed-radix counter of four digits with the given extents, of which the first varies fastest. advance() adds DEPTH
-// without a division; spell() splits a number into its digits, and `leap` holds the digits of DEPTH.
-struct Counter {
-    Index digit[4], leap[4], extent[4];
+// The part of the matrices that a block multiplies.
+struct Extents {
+    int rows, columns;  // of the tile; further ones do not exist
+    Index depth;        // length of the reduction
+};
+DEVICE int at_most(Index count, int most) { return count < most ? int(count) : most; }
 
-    DEVICE Counter(Index start, Index a, Index b, Index c, Index d) : extent{a, b, c, d} {
-        spell(digit, start);
-        spell(leap, DEPTH);
+// A mixed-radix counter of four digits, of which the first varies fastest. advance() adds DEPTH without a division:
+// `leap` holds the digits of DEPTH.
+struct Counter {
+    Index digit[4], leap[4];
+    const Divisor* const radix[3];  // of the first three digits
+
+    DEVICE Counter(Index start, const Divisor& a, const Divisor& b, const Divisor& c) : radix{&a, &b, &c} {
+        set(digit, start);
+        set(leap, DEPTH);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) keep(leap[i]);
     }
     DEVICE void advance() {
-        Index carry = 0;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            digit[i] += leap[i] + carry;
-            carry = i < 3 && digit[i] >= extent[i];
-            if (carry) digit[i] -= extent[i];
-        }
+        for (int i = 0; i < 4; ++i) digit[i] += leap[i];
+#pragma unroll
+        for (int i = 0; i < 3; ++i)
+            if (digit[i] >= radix[i]->value) {
+                digit[i] -= radix[i]->value;
+                ++digit[i + 1];
+            }
     }
-    DEVICE void spell(Index (&digits)[4], Index number) const {
+    DEVICE void set(Index (&digits)[4], Index number) const {
 #pragma unroll
-        for (int i = 0; i < 3; ++i) {
-            digits[i] = number % extent[i];
-            number /= extent[i];
-        }
+        for (int i = 0; i < 3; ++i) digits[i] = take_digit(number, *radix[i]);
         digits[3] = number;
     }
 };
@@ -109,344 +121,301 @@ template <class T> DEVICE bool is_number(Complex<T> v) { return is_number(v.real
 template <class T> DEVICE bool is_finite(T v) { return v - v == 0; }
 template <class T> DEVICE bool is_finite(Complex<T> v) { return is_finite(v.real) && is_finite(v.imag); }
 
-// Main loop: adds the product of left and right over `depth` steps of the reduction to the accumulators in
-// `products`. Each call of steps.set() computes the coordinates of the next DEPTH steps. A `turn` is one iteration.
-// On return all tiles have been read, so the epilogue may reuse the shared memory.
+// Main loop: adds the product of left and right to the accumulators in `products`. Each call of steps.set() computes
+// the coordinates of the next DEPTH steps of the reduction. On return all tiles have been read, so the epilogue may
+// reuse the shared memory.
 template <class T, class U, class Steps>
 DEVICE void multiply(Products& products, Stage* stages, Tables& tables, const Operand<T>& left, const Operand<U>& right,
-                     Steps& steps, Index depth, int rows, int columns, const Index (&extent)[3]) {
-    LeftMover<T> left_mover;
-    RightMover<U> right_mover;
-    steps.set(tables.left_step[0], tables.right_step[0]);
-    __syncthreads();  // the tables are set
-    if (!LEFT_ALONG_DEPTH) left_mover.face(tables.row, rows);
-    if (!RIGHT_ALONG_DEPTH) right_mover.face(tables.column, columns);
+                     Steps& steps, const Extents& extents, const Index (&image)[3]) {
+    __syncthreads();  // the coordinates of rows and columns are set
+    const Coordinates<LEFT_TEST> rows = {tables.row, extents.rows};
+    const Coordinates<RIGHT_TEST> columns = {tables.column, extents.columns};
+    LeftLoader<T> left_loader(rows);
+    RightLoader<U> right_loader(columns);
 
-    // Software pipeline: a tile is loaded STAGES - 1 iterations before it is multiplied. The iterations with turn < 0
-    // fill the pipeline.
-    const Index turns = ceil_div(depth, DEPTH);
-    for (Index turn = 1 - STAGES; turn < turns; ++turn) {
+    // Software pipeline: the coordinates of a tile's steps are computed STAGES iterations before it is multiplied, and
+    // it is loaded in the next iteration. The iterations with i < 0 fill the pipeline.
+    const Index iterations = ceil_div(extents.depth, DEPTH);
+    for (Index i = -STAGES; i < iterations; ++i) {
         copy_async_wait<STAGES - 2>();
-        __syncthreads();  // this turn's tiles and the next tables are complete; those of the last turn have been read
-        const Index next = turn + STAGES - 1;
-        Stage& coming = stages[next % STAGES];
-        if (next < turns) {
-            const int now = next % 2, count = depth - next * DEPTH < DEPTH ? int(depth - next * DEPTH) : DEPTH;
-            if (LEFT_ALONG_DEPTH) left_mover.face(tables.left_step[now], count);
-            if (RIGHT_ALONG_DEPTH) right_mover.face(tables.right_step[now], count);
-            left_mover.fetch(coming.left, left, LEFT_ALONG_DEPTH ? tables.row : tables.left_step[now],
-                             LEFT_ALONG_DEPTH ? rows : count, extent);
-            right_mover.fetch(coming.right, right, RIGHT_ALONG_DEPTH ? tables.column : tables.right_step[now],
-                              RIGHT_ALONG_DEPTH ? columns : count, extent);
-            steps.set(tables.left_step[1 - now], tables.right_step[1 - now]);
+        __syncthreads();  // this iteration's tiles and the next steps are set; the tiles of the last one have been read
+        const Index next = i + STAGES - 1;
+        const int now = Unsigned(next) % 2;
+        Stage& coming = stages[Unsigned(next) % STAGES];
+        const bool loads = inside(next, iterations);
+        if (loads) {
+            const int count = at_most(extents.depth - next * DEPTH, DEPTH);
+            left_loader.load(coming.left, left, rows, {tables.left_step[now], count}, image);
+            right_loader.load(coming.right, right, columns, {tables.right_step[now], count}, image);
         }
-        if (turn >= 0) {
-            products.add(stages[turn % STAGES].left, stages[turn % STAGES].right);
-            if (TERMS > 0 && (turn + 1) % TERM_TURNS == 0) products.settle();
+        steps.set(tables.left_step[1 - now], tables.right_step[1 - now]);
+        if (i >= 0) {
+            const Stage& ready = stages[Unsigned(i) % STAGES];
+            products.add(ready.left, ready.right);
+            if (TERMS > 0 && (i + 1) % FLUSHES_AFTER == 0) products.flush();
         }
-        if (next < turns) {
-            left_mover.deposit(coming.left);
-            right_mover.deposit(coming.right);
+        if (loads) {
+            left_loader.store(coming.left);
+            right_loader.store(coming.right);
         }
         copy_async_commit();
     }
-    products.settle();
+    products.flush();
     __syncthreads();  // all tiles have been read
 }
 
-// Epilogue: adds the bias, applies the activation, rounds once and stores VECTOR results at a time, where the row and
-// the column exist. Returns whether none of the sums that this thread stored was NaN.
-template <int VECTOR, class To>
-DEVICE bool store(const Products& products, Shared& shared, const Tables& tables, int rows, int columns, To* result,
-                  Index column_step, const Sum* bias, const Options& options) {
+// Epilogue: adds the bias, applies the activation, rounds once and stores RESULT_VECTOR results at a time, where the
+// row and the column exist. Returns whether none of the sums that this thread stored was NaN.
+template <class To>
+DEVICE bool store(const Products& products, Shared& shared, const Tables& tables, const Extents& extents, To* result,
+                  Index column_step, const Sum* bias) {
     bool numbers = true;
-    store_sums<VECTOR>(products, shared.slabs[threadIdx.x / 32], [&](int row, int column, const Numbers<Sum, VECTOR>& sums) {
-        if (row >= rows || column >= columns) return;
-        Numbers<To, VECTOR> finished;
+    const auto finish_and_store = [&](int row, int column, const Numbers<Sum, RESULT_VECTOR>& sums) {
+        if (row >= extents.rows || column >= extents.columns) return;
+        Numbers<To, RESULT_VECTOR> finished;
 #pragma unroll
-        for (int i = 0; i < VECTOR; ++i) {
+        for (int i = 0; i < RESULT_VECTOR; ++i) {
             Sum sum = sums.v[i];
             numbers = numbers && is_number(sum);
-            if (options.has_bias) add(sum, bias[RESULT_ALONG_ROWS ? column : column + i]);
-            finished.v[i] = Converted<To>::from(activated(sum, options.activation));
+            if (HAS_BIAS) add(sum, bias[RESULT_ALONG_ROWS ? column : column + i]);
+            finished.v[i] = Converted<To>::from(activated(sum, ACTIVATION));
         }
-        *reinterpret_cast<Numbers<To, VECTOR>*>(result + (tables.result_row[row] + column * column_step)) = finished;
-    });
+        *reinterpret_cast<Numbers<To, RESULT_VECTOR>*>(result + (tables.result_row[row] + column * column_step)) = finished;
+    };
+    store_sums<RESULT_VECTOR>(products, shared.staged[threadIdx.x / 32], finish_and_store);
     return numbers;
 }
 
 // ---------------------------------------------------------------------------------------------- forward, data_grad
-
-// Iteration over the taps of the windows that the rows are, for each axis. The window of row u has its origin at
-// origin + u * step in the image, and its taps are `jump` apart (the tap stride).
-struct Sweep {
-    Index rows[3], origin[3], step[3], jump[3], taps[3];
-    Index first_tap[3], tap_step[3];  // tap k of the window is tap first_tap + k * tap_step of w
-    Index start[3], spread[3];        // row u is at start + u * spread in the result (spread: the output stride)
-};
-
-// The windows of forward: rows are outputs.
-DEVICE Sweep sweep_of_outputs(const Convolution& conv) {
-    Sweep sweep;
-    for (int axis = 0; axis < 3; ++axis) {
-        sweep.rows[axis] = conv.output[axis];
-        sweep.origin[axis] = -conv.low[axis];
-        sweep.step[axis] = conv.stride[axis];
-        sweep.jump[axis] = conv.dilation[axis];
-        sweep.taps[axis] = conv.kernel[axis];
-        sweep.first_tap[axis] = sweep.start[axis] = 0;
-        sweep.tap_step[axis] = sweep.spread[axis] = 1;
-    }
-    return sweep;
-}
-
-DEVICE Index common_divisor(Index a, Index b) {
-    while (b != 0) {
-        const Index rest = a % b;
-        a = b;
-        b = rest;
-    }
-    return a;
-}
-
-// The windows of data_grad for one phase of the stride: rows are the inputs start, start + stride, ... of every axis.
-// Tap t connects input i with output (i + low - t * dilation) / stride where that is an integer. That holds for at
-// most one of the first `apart` taps, and for every `apart`-th tap from there on.
-DEVICE Sweep sweep_of_residue(const Convolution& conv, const Index (&start)[3]) {
-    Sweep sweep;
-    for (int axis = 0; axis < 3; ++axis) {
-        const Index stride = conv.stride[axis], dilation = conv.dilation[axis], kernel = conv.kernel[axis];
-        const Index common = common_divisor(stride, dilation), apart = stride / common;
-        const Index shifted = start[axis] + conv.low[axis], last = apart < kernel ? apart : kernel;
-        Index first = 0;
-        while (first < last && (shifted - first * dilation) % stride != 0) ++first;
-        sweep.rows[axis] = ceil_div(conv.input[axis] - start[axis], stride);
-        sweep.taps[axis] = first < last ? ceil_div(kernel - first, apart) : 0;
-        sweep.origin[axis] = (shifted - first * dilation) / stride;
-        sweep.step[axis] = 1;
-        sweep.jump[axis] = -(dilation / common);
-        sweep.first_tap[axis] = first;
-        sweep.tap_step[axis] = apart;
-        sweep.start[axis] = start[axis];
-        sweep.spread[axis] = stride;
-    }
-    return sweep;
-}
+// The windows of both directions, with the phases of the stride, are described by a struct that the host makes
+// (gemm_windows.py). Along an axis, the window of row u has its origin at phase.origin + u * window_step in the image,
+// and its taps are tap_stride apart. Its k-th tap is tap phase.first_tap + k * tap_step of w, and row u is at
+// phase.start + u * result_step in the result.
 
 // Computes the coordinates of the steps of forward and data_grad. A step is a tap and a channel of the images; thread i
 // owns step i of each tile.
-struct SweepSteps {
+struct WindowSteps {
     Counter counter;
-    Index left_offset[4], right_offset[4], jump[3];  // strides that belong to each digit
+    Index left_offset[4], right_offset[4], tap_stride[3];  // strides that belong to each digit
     Index remaining;
 
     static constexpr int CHANNEL = TAPS_INNERMOST ? 3 : 0, FIRST_TAP = TAPS_INNERMOST ? 0 : 1;
 
-    DEVICE SweepSteps(const Sweep& sweep, Index channels, const Images& images_at, const Weights& w_at, Index w_channel)
-        : counter(threadIdx.x, TAPS_INNERMOST ? sweep.taps[2] : channels, sweep.taps[TAPS_INNERMOST ? 1 : 2],
-                  sweep.taps[TAPS_INNERMOST ? 0 : 1], TAPS_INNERMOST ? channels : sweep.taps[0]),
-          remaining(sweep.taps[0] * sweep.taps[1] * sweep.taps[2] * channels - threadIdx.x) {
+    DEVICE WindowSteps(const Windows& windows, const Phase* const (&phase)[3], const Images& images_at, const Weights& w_at,
+                       Index depth)
+        : counter(threadIdx.x, TAPS_INNERMOST ? phase[2]->taps : windows.channels, phase[TAPS_INNERMOST ? 1 : 2]->taps,
+                  phase[TAPS_INNERMOST ? 0 : 1]->taps),
+          remaining(depth - threadIdx.x) {
         left_offset[CHANNEL] = images_at.channel;
-        right_offset[CHANNEL] = w_channel;
+        right_offset[CHANNEL] = w_at.channel;
 #pragma unroll
         for (int axis = 0; axis < 3; ++axis) {
-            jump[axis] = sweep.jump[axis];
-            left_offset[FIRST_TAP + 2 - axis] = sweep.jump[axis] * images_at.axis[axis];
-            right_offset[FIRST_TAP + 2 - axis] = sweep.tap_step[axis] * w_at.axis[axis];
+            tap_stride[axis] = windows.axis[axis].tap_stride;
+            left_offset[FIRST_TAP + 2 - axis] = tap_stride[axis] * images_at.axis[axis];
+            right_offset[FIRST_TAP + 2 - axis] = windows.axis[axis].tap_step * w_at.axis[axis];
         }
     }
-    DEVICE void set(Spot<AXES>* left, Spot<0>* right) {
+    DEVICE void set(Coordinate<LEFT_TEST>* left, Coordinate<RIGHT_TEST>* right) {
         if (threadIdx.x >= DEPTH) return;
-        Spot<AXES> left_spot = {};
-        Spot<0> right_spot = {};
+        Coordinate<LEFT_TEST> left_at = {};
+        Coordinate<RIGHT_TEST> right_at = {};
         if (remaining > 0) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                left_spot.offset += counter.digit[i] * left_offset[i];
-                right_spot.offset += counter.digit[i] * right_offset[i];
+                left_at.offset += counter.digit[i] * left_offset[i];
+                right_at.offset += counter.digit[i] * right_offset[i];
             }
             const Index tap[3] = {counter.digit[FIRST_TAP + 2], counter.digit[FIRST_TAP + 1], counter.digit[FIRST_TAP]};
-            const Index number = (tap[0] * counter.extent[FIRST_TAP + 1] + tap[1]) * counter.extent[FIRST_TAP] + tap[2];
-            left_spot.stand({tap[0] * jump[0], tap[1] * jump[1], tap[2] * jump[2]}, bit(number));
+            left_at.set({tap[0] * tap_stride[0], tap[1] * tap_stride[1], tap[2] * tap_stride[2]}, bit_of(tap));
+            right_at.taps = 1;
             counter.advance();
             remaining -= DEPTH;
         }
-        left[place_of_left_step(threadIdx.x)] = left_spot;
-        right[place_of_right_step(threadIdx.x)] = right_spot;
+        left[left_step_slot(threadIdx.x)] = left_at;
+        right[right_step_slot(threadIdx.x)] = right_at;
+    }
+    DEVICE unsigned bit_of(const Index (&tap)[3]) const {
+        if (AXES != BY_TAP) return 1;
+        return bit((tap[0] * counter.radix[FIRST_TAP + 1]->value + tap[1]) * counter.radix[FIRST_TAP]->value + tap[2]);
     }
 };
 
 // Computes one tile of result[row, column] = sum over taps and channels of images[row, tap, channel]
-// w[tap, channel, column], which is forward and each phase of data_grad.
+// w[tap, channel, column], which is forward and each phase of data_grad. Blocks: column tiles vary fastest, then
+// groups, row tiles and phases.
 struct Gather {
     const Operand<First> images;
     const Operand<Second> w;
-    const Sum* bias;
-    Result* result;
-    const Sweep sweep;
-    const Index channels, columns, N;
-    const Index (&extent)[3];  // of the images
+    const Sum* const bias;
+    Result* const result;
+    const Windows& windows;
     const Images &images_at, &result_at;
     const Weights& w_at;
-    const Index w_channel, w_column;
-    const Options& options;
 
-    DEVICE void tile(Index g, Index row0, Index column0) const {
+    // Set by tile().
+    const Phase* phase[3];
+    Index g, row0, column0, taps;
+    Extents extents;
+
+    DEVICE void tile() {
+        Index block = blockIdx.x;
+        column0 = take_digit(block, windows.column_tiles) * TILE_COLUMNS;
+        g = take_digit(block, windows.groups);
+        row0 = take_digit(block, windows.row_tiles) * TILE_ROWS;
+        Index rows = windows.images;
+        taps = 1;
+        for (int axis = 2; axis >= 0; --axis) {
+            const Axis& windows_along = windows.axis[axis];
+            phase[axis] = &windows_along.phase[take_digit(block, windows_along.phases)];
+            rows *= phase[axis]->rows.value;
+            taps *= phase[axis]->taps.value;
+        }
+        if (row0 >= rows) return;  // the same in all threads: this phase has fewer rows than others
+        extents = {at_most(rows - row0, TILE_ROWS), at_most(windows.columns - column0, TILE_COLUMNS),
+                   taps * windows.channels.value};
+
         Shared& shared = shared_tiles();
         __shared__ Tables tables;
-        const Index all_rows = N * sweep.rows[0] * sweep.rows[1] * sweep.rows[2];
-        if (row0 >= all_rows) return;  // the same in all threads: this residue has fewer rows than others
-        const int rows = all_rows - row0 < TILE_ROWS ? int(all_rows - row0) : TILE_ROWS;
-        const int columns_here = columns - column0 < TILE_COLUMNS ? int(columns - column0) : TILE_COLUMNS;
-        set(tables, g, row0, rows, column0, columns_here);
-
+        set(tables);
+        const Index image[3] = {windows.axis[0].extent, windows.axis[1].extent, windows.axis[2].extent};
         Products products = {};
-        if (depth() > 0) {
-            SweepSteps steps(sweep, channels, images_at, w_at, w_channel);
-            multiply(products, shared.stages, tables, images, w, steps, depth(), rows, columns_here, extent);
-        } else {
-            __syncthreads();  // the tables are set
-        }
-        const Sum* const bias_here = options.has_bias ? bias + (g * columns + column0) : nullptr;
-        const bool numbers = store<RESULT_VECTOR>(products, shared, tables, rows, columns_here, result, result_at.channel,
-                                                  bias_here, options);
+        WindowSteps steps(windows, phase, images_at, w_at, extents.depth);
+        multiply(products, shared.stages, tables, images, w, steps, extents, image);
+        const Sum* const bias_here = HAS_BIAS ? bias + (g * windows.columns + column0) : nullptr;
+        const bool numbers = store(products, shared, tables, extents, result, result_at.channel, bias_here);
         if constexpr (DIRECTION == DATA_GRAD && AXES > 0)
-            if (__syncthreads_or(!numbers) && __syncthreads_or(!weights_are_finite(tables, columns_here)))
-                mend(tables, rows, columns_here, bias_here);
+            if (__syncthreads_or(!numbers) && __syncthreads_or(!weights_are_finite(tables)))
+                recompute(tables, bias_here, image);
     }
 
-    // The length of the reduction.
-    DEVICE Index depth() const { return sweep.taps[0] * sweep.taps[1] * sweep.taps[2] * channels; }
-
     // Sets the coordinates of the tile's rows and columns; those that do not exist stay zero.
-    DEVICE void set(Tables& tables, Index g, Index row0, int rows, Index column0, int columns_here) const {
+    DEVICE void set(Tables& tables) const {
+#pragma unroll 1
         for (int r = threadIdx.x; r < TILE_ROWS; r += THREADS) {
-            Spot<AXES> spot = {};
-            if (r < rows) {
-                Place from = place_of(row0 + r, sweep.rows, 1, 1, false), to = from;
-                from.g = to.g = g;
-                for (int axis = 0; axis < 3; ++axis) {
-                    to.at[axis] = sweep.start[axis] + from.at[axis] * sweep.spread[axis];
-                    from.at[axis] = sweep.origin[axis] + from.at[axis] * sweep.step[axis];
+            Coordinate<LEFT_TEST> at = {};
+            if (r < extents.rows) {
+                Index number = row0 + r;
+                Place from = {0, g}, to = {0, g, column0};
+#pragma unroll
+                for (int axis = 2; axis >= 0; --axis) {
+                    const Index u = take_digit(number, phase[axis]->rows);
+                    from.at[axis] = phase[axis]->origin + u * windows.axis[axis].window_step;
+                    to.at[axis] = phase[axis]->start + u * windows.axis[axis].result_step;
                 }
-                spot.offset = from.offset(images_at);
-                spot.stand(from.at, taps_seen(from.at));
-                tables.result_row[r] = to.offset(result_at) + column0 * result_at.channel;
+                from.n = to.n = number;
+                at.offset = from.offset(images_at);
+                at.set(from.at, taps_seen(from.at));
+                tables.result_row[r] = to.offset(result_at);
             }
-            tables.row[place_of_row(r)] = spot;
+            tables.row[row_slot(r)] = at;
         }
-        const WeightPlace first = {g, 0, 0, {sweep.first_tap[0], sweep.first_tap[1], sweep.first_tap[2]}};
-        for (int c = threadIdx.x; c < TILE_COLUMNS; c += THREADS)
-            tables.column[place_of_column(c)].offset = c < columns_here ? first.offset(w_at) + (column0 + c) * w_column : 0;
+        const WeightPlace first = {g, 0, column0, {phase[0]->first_tap, phase[1]->first_tap, phase[2]->first_tap}};
+#pragma unroll 1
+        for (int c = threadIdx.x; c < TILE_COLUMNS; c += THREADS) {
+            Coordinate<RIGHT_TEST> at = {};
+            if (c < extents.columns) at = {first.offset(w_at) + c * w_at.filter, 1};
+            tables.column[column_slot(c)] = at;
+        }
     }
 
     // Returns the predicate bits of a window with this origin: the bit of a tap is set if the tap is inside the image.
-    DEVICE unsigned taps_seen(const Index (&begin)[3]) const {
-        unsigned bits = 0;
-        if constexpr (AXES == BY_TAP)
-            for (Index step = 0; step < depth(); step += channels) {
-                const Place tap = tap_and_channel(step);
-                bool seen = true;
-                for (int axis = 0; axis < 3; ++axis)
-                    seen = seen && inside(begin[axis] + tap.at[axis] * sweep.jump[axis], extent[axis]);
-                if (seen) bits |= bit(step / channels);
+    DEVICE unsigned taps_seen(const Index (&origin)[3]) const {
+        unsigned bits = 1;
+        if constexpr (AXES == BY_TAP) {
+            Index count = 1;  // of the taps of the axes so far
+#pragma unroll
+            for (int axis = 2; axis >= 0; --axis) {
+                const unsigned of_inner_axes = bits;
+                bits = 0;
+#pragma unroll 1
+                for (Index tap = 0; tap < phase[axis]->taps.value; ++tap)
+                    if (inside(origin[axis] + tap * windows.axis[axis].tap_stride, windows.axis[axis].extent))
+                        bits |= of_inner_axes << tap * count;
+                count *= phase[axis]->taps.value;
             }
+        }
         return bits;
     }
 
     // Non-finite fallback of data_grad. The main loop takes dy as zero beyond the outputs. If the weight is Inf or
     // NaN, such a product is NaN, although it is no part of the convolution. So where a sum is NaN and the tile has
-    // non-finite weights, mend() recomputes it from the products that exist.
+    // non-finite weights, recompute() computes it again from the products that exist.
+
+    // A tap of the window: its coordinate relative to a row, and the offset of its first channel in a column of w.
+    struct Tap {
+        Coordinate<LEFT_TEST> from_row;
+        Index in_w;
+    };
+    DEVICE Tap tap_at(Index number) const {
+        Tap tap = {};
+        Place shift = {};
+        const unsigned its_bit = AXES == BY_TAP ? bit(number) : 1;
+#pragma unroll
+        for (int axis = 2; axis >= 0; --axis) {
+            const Index k = take_digit(number, phase[axis]->taps);
+            shift.at[axis] = k * windows.axis[axis].tap_stride;
+            tap.in_w += k * windows.axis[axis].tap_step * w_at.axis[axis];
+        }
+        tap.from_row.offset = shift.offset(images_at);
+        tap.from_row.set(shift.at, its_bit);
+        return tap;
+    }
 
     // Whether all weights of the tile's columns that this thread tests are finite.
-    DEVICE bool weights_are_finite(const Tables& tables, int columns_here) const {
-        for (Index step = threadIdx.x; step < depth(); step += THREADS) {
-            const Place at = tap_and_channel(step);
-            for (int c = 0; c < columns_here; ++c)
-                if (!is_finite(w[tables.column[place_of_column(c)].offset + offset_in_w(at)])) return false;
+    DEVICE bool weights_are_finite(const Tables& tables) const {
+        for (Index number = 0; number < taps; ++number) {
+            const Index in_w = tap_at(number).in_w;
+            for (Index channel = threadIdx.x; channel < windows.channels.value; channel += THREADS)
+                for (int c = 0; c < extents.columns; ++c)
+                    if (!is_finite(w[tables.column[column_slot(c)].offset + in_w + channel * w_at.channel])) return false;
         }
         return true;
     }
 
     // Recomputes the results of the tile that are NaN, one thread for each.
-    DEVICE void mend(const Tables& tables, int rows, int columns_here, const Sum* bias_here) const {
-        for (int e = threadIdx.x; e < rows * columns_here; e += THREADS) {
-            const int r = e / columns_here, c = e % columns_here;
+    DEVICE void recompute(const Tables& tables, const Sum* bias_here, const Index (&image)[3]) const {
+        for (int e = threadIdx.x; e < TILE_ROWS * TILE_COLUMNS; e += THREADS) {
+            const int r = e / TILE_COLUMNS, c = e % TILE_COLUMNS;
+            if (r >= extents.rows || c >= extents.columns) continue;
             Result& to = result[tables.result_row[r] + c * result_at.channel];
             if (is_number(Converted<Sum>::from(to))) continue;
             Sum sum = {};
-            for (Index step = 0; step < depth(); ++step) {
-                const Place at = tap_and_channel(step);
-                Place shift = at;
-                for (int axis = 0; axis < 3; ++axis) shift.at[axis] *= sweep.jump[axis];
-                Spot<AXES> spot = {shift.offset(images_at)};
-                spot.stand(shift.at, bit(step / channels));
-                const Spot<AXES>& row = tables.row[place_of_row(r)];
-                if (row.meets(spot, extent))
-                    add_product(sum, images[row.offset + spot.offset],
-                                w[tables.column[place_of_column(c)].offset + offset_in_w(at)]);
+            for (Index number = 0; number < taps; ++number) {
+                const Tap tap = tap_at(number);
+                const Coordinate<LEFT_TEST>& row = tables.row[row_slot(r)];
+                if (!row.in_bounds(tap.from_row, image)) continue;
+                const Index in_images = row.offset + tap.from_row.offset;
+                const Index in_w = tables.column[column_slot(c)].offset + tap.in_w;
+                for (Index channel = 0; channel < windows.channels.value; ++channel)
+                    add_product(sum, images[in_images + channel * images_at.channel], w[in_w + channel * w_at.channel]);
             }
-            finish(&to, 0, sum, bias_here, c, options);
+            finish(&to, 0, sum, bias_here, c, OPTIONS);
         }
-    }
-
-    // Returns the tap and the channel of a step, in the order with channels innermost.
-    DEVICE Place tap_and_channel(Index step) const { return place_of(step, sweep.taps, 1, channels, true); }
-
-    // Returns the offset in w of a tap and channel, relative to the first tap of a column.
-    DEVICE Index offset_in_w(const Place& at) const {
-        Index offset = at.channel * w_channel;
-        for (int axis = 0; axis < 3; ++axis) offset += at.at[axis] * sweep.tap_step[axis] * w_at.axis[axis];
-        return offset;
     }
 };
 
 // y = conv(x, w) with bias and activation. A block computes a tile of TILE_ROWS outputs x TILE_COLUMNS filters of one
-// group of y; a thread owns the accumulators that the warp's product gives it (products.cuh). Blocks: column tiles
-// vary fastest, then groups, then row tiles.
+// group of y; a thread owns the accumulators that the warp's product gives it (products.cuh).
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 implicit_gemm_forward(const First* x_values, const First* x_y, const Second* w_values, const Sum* bias, Result* y,
-                      Convolution conv, Images y_at, Images x_at, Weights w_at, Options options) {
+                      Windows windows, Images y_at, Images x_at, Weights w_at) {
     if constexpr (DIRECTION == FORWARD) {
-        const Operand<First> x = {x_values, x_y, options.first_conjugated, options.first_derivative};
-        const Operand<Second> w = {w_values, nullptr, options.second_conjugated, IDENTITY};
-        Index block = blockIdx.x;
-        const Index column_tiles = ceil_div(conv.F, TILE_COLUMNS);
-        const Index column0 = block % column_tiles * TILE_COLUMNS;
-        block /= column_tiles;
-        const Gather gather = {x, w, bias, y, sweep_of_outputs(conv), conv.C, conv.F, conv.N, conv.input, x_at, y_at,
-                               w_at, w_at.channel, w_at.filter, options};
-        gather.tile(block % conv.G, block / conv.G * TILE_ROWS, column0);
+        const Operand<First> x = {x_values, x_y, FIRST_CONJUGATED, FIRST_DERIVATIVE};
+        const Operand<Second> w = {w_values, nullptr, SECOND_CONJUGATED, IDENTITY};
+        Gather{x, w, bias, y, windows, x_at, y_at, w_at}.tile();
     }
 }
 
 // dx = gradient of the convolution for x, with bias and activation. A block computes a tile of TILE_ROWS inputs, of
 // one phase of the stride, x TILE_COLUMNS channels of one group of dx; a thread owns the accumulators that the warp's
-// product gives it. Blocks: column tiles vary fastest, then groups, row tiles and phases. `row_tiles` is the number
-// of row tiles of the longest phase.
+// product gives it. w_at has the strides of channels and filters exchanged.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 implicit_gemm_data_grad(const First* dy_values, const First* dy_y, const Second* w_values, const Sum* bias, Result* dx,
-                        Convolution conv, Images dy_at, Images dx_at, Weights w_at, Index row_tiles, Options options) {
+                        Windows windows, Images dy_at, Images dx_at, Weights w_at) {
     if constexpr (DIRECTION == DATA_GRAD) {
-        const Operand<First> dy = {dy_values, dy_y, options.first_conjugated, options.first_derivative};
-        const Operand<Second> w = {w_values, nullptr, options.second_conjugated, IDENTITY};
-        Index block = blockIdx.x;
-        const Index column_tiles = ceil_div(conv.C, TILE_COLUMNS);
-        const Index column0 = block % column_tiles * TILE_COLUMNS;
-        block /= column_tiles;
-        const Index g = block % conv.G;
-        block /= conv.G;
-        const Index row0 = block % row_tiles * TILE_ROWS;
-        block /= row_tiles;
-        Index start[3];
-        for (int axis = 2; axis >= 0; --axis) {
-            const Index residues = conv.stride[axis] < conv.input[axis] ? conv.stride[axis] : conv.input[axis];
-            start[axis] = block % residues;
-            block /= residues;
-        }
-        const Gather gather = {dy, w, bias, dx, sweep_of_residue(conv, start), conv.F, conv.C, conv.N, conv.output, dy_at,
-                               dx_at, w_at, w_at.filter, w_at.channel, options};
-        gather.tile(g, row0, column0);
+        const Operand<First> dy = {dy_values, dy_y, FIRST_CONJUGATED, FIRST_DERIVATIVE};
+        const Operand<Second> w = {w_values, nullptr, SECOND_CONJUGATED, IDENTITY};
+        Gather{dy, w, bias, dx, windows, dy_at, dx_at, w_at}.tile();
     }
 }
 
@@ -459,9 +428,9 @@ struct OutputSteps {
     Index left_offset[4], right_offset[4], left_first, stride[3], low[3];  // left_first: x offset of output 0's window
     Index remaining;
 
-    DEVICE OutputSteps(const Convolution& conv, Index first, Index outputs, const Images& x_at, const Images& dy_at)
-        : counter(first + threadIdx.x, conv.output[2], conv.output[1], conv.output[0], conv.N), left_first(0),
-          remaining(outputs - threadIdx.x) {
+    DEVICE OutputSteps(const Convolution& conv, const Divisor (&output)[3], Index first, Index outputs, const Images& x_at,
+                       const Images& dy_at)
+        : counter(first + threadIdx.x, output[2], output[1], output[0]), left_first(0), remaining(outputs - threadIdx.x) {
         left_offset[3] = x_at.batch;
         right_offset[3] = dy_at.batch;
 #pragma unroll
@@ -473,89 +442,101 @@ struct OutputSteps {
             left_first -= low[axis] * x_at.axis[axis];
         }
     }
-    DEVICE void set(Spot<AXES>* left, Spot<0>* right) {
+    DEVICE void set(Coordinate<LEFT_TEST>* left, Coordinate<RIGHT_TEST>* right) {
         if (threadIdx.x >= DEPTH) return;
-        Spot<AXES> left_spot = {};
-        Spot<0> right_spot = {};
+        Coordinate<LEFT_TEST> left_at = {};
+        Coordinate<RIGHT_TEST> right_at = {};
         if (remaining > 0) {
-            left_spot.offset = left_first;
+            left_at.offset = left_first;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                left_spot.offset += counter.digit[i] * left_offset[i];
-                right_spot.offset += counter.digit[i] * right_offset[i];
+                left_at.offset += counter.digit[i] * left_offset[i];
+                right_at.offset += counter.digit[i] * right_offset[i];
             }
-            left_spot.stand({counter.digit[2] * stride[0] - low[0], counter.digit[1] * stride[1] - low[1],
-                             counter.digit[0] * stride[2] - low[2]}, 0);
+            left_at.set({counter.digit[2] * stride[0] - low[0], counter.digit[1] * stride[1] - low[1],
+                         counter.digit[0] * stride[2] - low[2]}, 1);
+            right_at.taps = 1;
             counter.advance();
             remaining -= DEPTH;
         }
-        left[place_of_left_step(threadIdx.x)] = left_spot;
-        right[place_of_right_step(threadIdx.x)] = right_spot;
+        left[left_step_slot(threadIdx.x)] = left_at;
+        right[right_step_slot(threadIdx.x)] = right_at;
     }
 };
 
-// First pass of weight_grad: partial[slice][g][tap][c][f] = sum over outputs [slice * length, (slice + 1) * length)
+// Returns the coordinate of the row, or of the element of dw, with this number: filters vary fastest, then channels,
+// taps and groups. Rows have no filters.
+DEVICE WeightPlace take_weight(Index number, const WeightTiles& tiles, bool has_filters) {
+    WeightPlace at = {};
+    if (has_filters) at.f = take_digit(number, tiles.filters);
+    at.c = take_digit(number, tiles.channels);
+#pragma unroll
+    for (int axis = 2; axis >= 0; --axis) at.tap[axis] = take_digit(number, tiles.kernel[axis]);
+    at.g = number;
+    return at;
+}
+
+// First pass of weight_grad: partial[split][g][tap][c][f] = sum over outputs [split * length, (split + 1) * length)
 // of all N M P Q. A block computes a tile of TILE_ROWS taps and channels x TILE_COLUMNS filters of one group, for one
 // split; a thread owns the accumulators that the warp's product gives it. Blocks: column tiles vary fastest, then row
 // tiles, groups and splits.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 implicit_gemm_weight_grad(const First* dy_values, const First* dy_y, const Second* x_values, const Second* x_y,
-                          Sum* partial, Convolution conv, Images dy_at, Images x_at, Index slices, Index length,
-                          Options options) {
+                          Sum* partial, Convolution conv, Images dy_at, Images x_at, WeightTiles tiles) {
     if constexpr (DIRECTION == WEIGHT_GRAD) {
         Shared& shared = shared_tiles();
         __shared__ Tables tables;
-        const Operand<First> dy = {dy_values, dy_y, options.first_conjugated, options.first_derivative};
-        const Operand<Second> x = {x_values, x_y, options.second_conjugated, options.second_derivative};
+        const Operand<First> dy = {dy_values, dy_y, FIRST_CONJUGATED, FIRST_DERIVATIVE};
+        const Operand<Second> x = {x_values, x_y, SECOND_CONJUGATED, SECOND_DERIVATIVE};
 
-        const Index all_rows = conv.kernel[0] * conv.kernel[1] * conv.kernel[2] * conv.C;
-        const Index column_tiles = ceil_div(conv.F, TILE_COLUMNS), row_tiles = ceil_div(all_rows, TILE_ROWS);
         Index block = blockIdx.x;
-        const Index column0 = block % column_tiles * TILE_COLUMNS;
-        block /= column_tiles;
-        const Index row0 = block % row_tiles * TILE_ROWS;
-        block /= row_tiles;
-        const Index g = block % conv.G, slice = block / conv.G;
-        const int rows = all_rows - row0 < TILE_ROWS ? int(all_rows - row0) : TILE_ROWS;
-        const int columns = conv.F - column0 < TILE_COLUMNS ? int(conv.F - column0) : TILE_COLUMNS;
+        const Index column0 = take_digit(block, tiles.column_tiles) * TILE_COLUMNS;
+        const Index row0 = take_digit(block, tiles.row_tiles) * TILE_ROWS;
+        const Index g = take_digit(block, tiles.groups), split = block;
+        const Index all_rows = conv.kernel[0] * conv.kernel[1] * conv.kernel[2] * conv.C;
         const Index outputs = conv.N * conv.output[0] * conv.output[1] * conv.output[2];
-        const Index first = slice * length, last = slice == slices - 1 ? outputs : first + length;
+        const Index first = split * tiles.length, last = split == tiles.splits - 1 ? outputs : first + tiles.length;
+        const Extents extents = {at_most(all_rows - row0, TILE_ROWS), at_most(conv.F - column0, TILE_COLUMNS), last - first};
 
+#pragma unroll 1
         for (int r = threadIdx.x; r < TILE_ROWS; r += THREADS) {
-            Spot<AXES> spot = {};
-            if (r < rows) {
-                const WeightPlace at = weight_place_of((row0 + r) * conv.F, conv);
-                Place shift = {0, g, at.c, {}};
+            Coordinate<LEFT_TEST> row = {};
+            if (r < extents.rows) {
+                const WeightPlace at = take_weight(row0 + r, tiles, false);
+                Place shift = {0, g, at.c};
                 for (int axis = 0; axis < 3; ++axis) shift.at[axis] = at.tap[axis] * conv.dilation[axis];
-                spot.offset = shift.offset(x_at);
-                spot.stand(shift.at, 0);
-                tables.result_row[r] = ((slice * conv.G + g) * all_rows + row0 + r) * conv.F + column0;
+                row.offset = shift.offset(x_at);
+                row.set(shift.at, 1);
+                tables.result_row[r] = ((split * conv.G + g) * all_rows + row0 + r) * conv.F + column0;
             }
-            tables.row[place_of_row(r)] = spot;
+            tables.row[row_slot(r)] = row;
         }
-        for (int c = threadIdx.x; c < TILE_COLUMNS; c += THREADS)
-            tables.column[place_of_column(c)].offset = c < columns ? g * dy_at.group + (column0 + c) * dy_at.channel : 0;
+#pragma unroll 1
+        for (int c = threadIdx.x; c < TILE_COLUMNS; c += THREADS) {
+            Coordinate<RIGHT_TEST> column = {};
+            if (c < extents.columns) column = {g * dy_at.group + (column0 + c) * dy_at.channel, 1};
+            tables.column[column_slot(c)] = column;
+        }
 
         Products products = {};
-        OutputSteps steps(conv, first, last - first, x_at, dy_at);
-        multiply(products, shared.stages, tables, x, dy, steps, last - first, rows, columns, conv.input);
-        store<RESULT_VECTOR>(products, shared, tables, rows, columns, partial, 1, nullptr, options);
+        OutputSteps steps(conv, tiles.output, first, extents.depth, x_at, dy_at);
+        multiply(products, shared.stages, tables, x, dy, steps, extents, conv.input);
+        store(products, shared, tables, extents, partial, 1, nullptr);
     }
 }
 
-// Second pass of weight_grad: total = the sum of the splits, in order, and dw = total, rounded once. If `carried` is
+// Second pass of weight_grad: total = the sum of the splits, in order, and dw = total, rounded once. If `accumulate` is
 // not 0, the sum starts from the total of earlier images. A block computes THREADS consecutive weights; a thread owns
 // one.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-implicit_gemm_weight_grad_sum(const Sum* partial, Sum* total, Result* dw, Convolution conv, Weights dw_at, Index slices,
-                              Index carried) {
+implicit_gemm_weight_grad_sum(const Sum* partial, Sum* total, Result* dw, WeightTiles tiles, Weights dw_at, Index weights,
+                              Index accumulate) {
     if constexpr (DIRECTION == WEIGHT_GRAD) {
-        const Index weights = conv.G * conv.kernel[0] * conv.kernel[1] * conv.kernel[2] * conv.C * conv.F;
         const Index i = Index(blockIdx.x) * THREADS + threadIdx.x;
         if (i >= weights) return;
-        Sum sum = carried ? total[i] : Sum{};
-        for (Index slice = 0; slice < slices; ++slice) add(sum, partial[slice * weights + i]);
+        Sum sum = accumulate ? total[i] : Sum{};
+        for (Index split = 0; split < tiles.splits; ++split) add(sum, partial[split * weights + i]);
         total[i] = sum;
-        dw[weight_place_of(i, conv).offset(dw_at)] = Converted<Result>::from(sum);
+        dw[take_weight(i, tiles, true).offset(dw_at)] = Converted<Result>::from(sum);
     }
 }

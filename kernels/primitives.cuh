@@ -19,6 +19,10 @@ template <class T> struct __align__(8) Complex { T real, imag; };
 struct __align__(4) half2 { half x, y; };
 struct __align__(4) bfloat162 { bfloat16 x, y; };
 
+// Keeps a value in its register. Without it the compiler computes cheap values again in each iteration of a loop.
+DEVICE void keep(int& value) { asm volatile("" : "+r"(value)); }
+DEVICE void keep(long long& value) { asm volatile("" : "+l"(value)); }
+
 // ---------------------------------------------------------------------------------------------- conversion
 
 DEVICE float to_float(half h) {

@@ -2,9 +2,9 @@
 // that brings the sums into the order of the result.
 //
 // Each warp of a block owns a warp tile of WARP_ROWS x WARP_COLUMNS sums. To limit the error of long sums, the
-// accumulator `running` is flushed to a second-level accumulator `total` after every TERMS terms (never, if TERMS is
-// 0): settle(). In the epilogue a warp writes its sums, a few rows or columns at a time, to a staging buffer in
-// shared memory (slab), and reads them in the memory order of the result.
+// accumulator is flushed to a second-level accumulator `total` after every TERMS terms (never, if TERMS is 0). In the
+// epilogue a warp writes its sums, a few rows or columns at a time, to a staging buffer in shared memory, and reads
+// them in the memory order of the result.
 //
 // gpuconv/gpu/kernel.py puts these definitions in front of this file, in addition to those for tiles.cuh:
 //   TILE_ROWS, TILE_COLUMNS               extents of a block's tile
@@ -34,17 +34,17 @@ using RightTile = Tile<RIGHT_LINES, RIGHT_LENGTH, RIGHT_TURN>;
 DEVICE int warp_row() { return threadIdx.x / 32 / WARP_TILES_ACROSS * WARP_ROWS; }
 DEVICE int warp_column() { return threadIdx.x / 32 % WARP_TILES_ACROSS * WARP_COLUMNS; }
 
-// Flushes the accumulator: total += running, and running = 0.
+// Flushes the accumulator: total += accumulator, and accumulator = 0.
 template <class T, int ROWS, int COLUMNS, int COUNT>
-DEVICE void settle(T (&total)[ROWS][COLUMNS][COUNT], T (&running)[ROWS][COLUMNS][COUNT]) {
+DEVICE void flush(T (&total)[ROWS][COLUMNS][COUNT], T (&accumulator)[ROWS][COLUMNS][COUNT]) {
 #pragma unroll
     for (int i = 0; i < ROWS; ++i)
 #pragma unroll
         for (int j = 0; j < COLUMNS; ++j)
 #pragma unroll
             for (int e = 0; e < COUNT; ++e) {
-                add(total[i][j][e], running[i][j][e]);
-                running[i][j][e] = T{};
+                add(total[i][j][e], accumulator[i][j][e]);
+                accumulator[i][j][e] = T{};
             }
 }
 
@@ -89,9 +89,9 @@ template <class T> struct PlainProducts {
     static constexpr int LANE_ROWS = 4, LANE_COLUMNS = 8, FOUR = 4;
     static constexpr int ROWS = WARP_ROWS / LANE_ROWS, COLUMNS = WARP_COLUMNS / LANE_COLUMNS;  // of a lane
     static constexpr int STEPS = LEFT_ALONG_DEPTH || RIGHT_ALONG_DEPTH ? CHUNK : 1;
-    static constexpr int SLAB_ROWS = FOUR * LANE_ROWS, SLAB_COLUMNS = FOUR * LANE_COLUMNS;
+    static constexpr int STAGED_ROWS = FOUR * LANE_ROWS, STAGED_COLUMNS = FOUR * LANE_COLUMNS;
 
-    T running[ROWS][COLUMNS][1], total[ROWS][COLUMNS][1];
+    T accumulator[ROWS][COLUMNS][1], total[ROWS][COLUMNS][1];
 
     DEVICE static int lane_row() { return threadIdx.x % 32 / LANE_COLUMNS; }
     DEVICE static int lane_column() { return threadIdx.x % LANE_COLUMNS; }
@@ -110,13 +110,13 @@ template <class T> struct PlainProducts {
 #pragma unroll
                     for (int u = 0; u < FOUR; ++u)
 #pragma unroll
-                        for (int j = 0; j < COLUMNS; ++j) add_product(running[i + u][j][0], a[step][u], b[step][j]);
+                        for (int j = 0; j < COLUMNS; ++j) add_product(accumulator[i + u][j][0], a[step][u], b[step][j]);
             }
         }
     }
-    DEVICE void settle() { ::settle(total, running); }
+    DEVICE void flush() { ::flush(total, accumulator); }
 
-    template <class Put> DEVICE void slab(int number, Put put) const {
+    template <class Put> DEVICE void stage(int number, Put put) const {
 #pragma unroll
         for (int i = 0; i < (RESULT_ALONG_ROWS ? ROWS : FOUR); ++i)
 #pragma unroll
@@ -147,9 +147,11 @@ template <bool ALONG_DEPTH, bool LEFT, int COUNT, int STEPS, class Matrix> struc
         const int low = lane() / 8 % 2, high = lane() / 16, in_line = lane() % 8;
         const int i = LEFT ? low : high, k = LEFT ? high : low;
 #pragma unroll
-        for (int p = 0; p < PLACES; ++p)
+        for (int p = 0; p < PLACES; ++p) {
             places[p] = ALONG_DEPTH ? Matrix::place(origin + 8 * i + in_line, STEPS * p + CHUNK * k)
                                     : Matrix::place(8 * k + in_line, origin + 16 * p + CHUNK * i);
+            keep(places[p]);
+        }
     }
     DEVICE void read(unsigned (&part)[4], const Matrix& tile, int number, int step) const {
         if constexpr (ALONG_DEPTH)
@@ -249,12 +251,12 @@ template <class T> struct TensorProducts {
     using Fragment = Fragments<T>;
     static constexpr int ROWS = WARP_ROWS / 16, COLUMNS = WARP_COLUMNS / 8;  // fragments of a warp
     static constexpr int STEPS = Fragment::STEPS;
-    static constexpr int SLAB_ROWS = 16, SLAB_COLUMNS = 16;
+    static constexpr int STAGED_ROWS = 16, STAGED_COLUMNS = 16;
 
     using LeftReader = typename Fragment::template Reader<LEFT_ALONG_DEPTH, true, ROWS, LeftTile>;
     using RightReader = typename Fragment::template Reader<RIGHT_ALONG_DEPTH, false, COLUMNS / 2, RightTile>;
 
-    float running[ROWS][COLUMNS][4], total[ROWS][COLUMNS][4];
+    float accumulator[ROWS][COLUMNS][4], total[ROWS][COLUMNS][4];
     const LeftReader left_reader = LeftReader(warp_row());
     const RightReader right_reader = RightReader(warp_column());
 
@@ -273,7 +275,7 @@ template <class T> struct TensorProducts {
                 for (int j = 0; j < COLUMNS; ++j) {
                     const unsigned (&two)[4] = b[k % 2][j / 2];
                     const unsigned one[2] = {two[j % 2 * 2], two[j % 2 * 2 + 1]};
-                    Fragment::multiply(running[i][j], a[k % 2][i], one);
+                    Fragment::multiply(accumulator[i][j], a[k % 2][i], one);
                 }
         }
     }
@@ -284,12 +286,12 @@ template <class T> struct TensorProducts {
 #pragma unroll
         for (int j = 0; j < COLUMNS / 2; ++j) right_reader.read(b[j], right, j, step);
     }
-    DEVICE void settle() {
-        if constexpr (TERMS > 0) ::settle(total, running);
+    DEVICE void flush() {
+        if constexpr (TERMS > 0) ::flush(total, accumulator);
     }
 
-    template <class Put> DEVICE void slab(int number, Put put) const {
-        const float (&sums)[ROWS][COLUMNS][4] = TERMS > 0 ? total : running;
+    template <class Put> DEVICE void stage(int number, Put put) const {
+        const float (&sums)[ROWS][COLUMNS][4] = TERMS > 0 ? total : accumulator;
 #pragma unroll
         for (int i = 0; i < (RESULT_ALONG_ROWS ? ROWS : 1); ++i)
 #pragma unroll
@@ -320,9 +322,9 @@ template <bool ALONG_DEPTH, class Matrix> struct DoubleReader {
 // The product of two tiles of float64 on tensor cores. A warp owns ROWS x COLUMNS fragments of 8x8 sums.
 template <class T> struct DoubleProducts {
     static constexpr int ROWS = WARP_ROWS / 8, COLUMNS = WARP_COLUMNS / 8, STEPS = 4;
-    static constexpr int SLAB_ROWS = 16, SLAB_COLUMNS = 16;
+    static constexpr int STAGED_ROWS = 16, STAGED_COLUMNS = 16;
 
-    T running[ROWS][COLUMNS][2], total[ROWS][COLUMNS][2];
+    T accumulator[ROWS][COLUMNS][2], total[ROWS][COLUMNS][2];
     const DoubleReader<LEFT_ALONG_DEPTH, LeftTile> left_reader = DoubleReader<LEFT_ALONG_DEPTH, LeftTile>(warp_row());
     const DoubleReader<RIGHT_ALONG_DEPTH, RightTile> right_reader =
         DoubleReader<RIGHT_ALONG_DEPTH, RightTile>(warp_column());
@@ -339,12 +341,12 @@ template <class T> struct DoubleProducts {
 #pragma unroll
             for (int i = 0; i < ROWS; ++i)
 #pragma unroll
-                for (int j = 0; j < COLUMNS; ++j) multiply_8x8x4(running[i][j], a[i], b[j]);
+                for (int j = 0; j < COLUMNS; ++j) multiply_8x8x4(accumulator[i][j], a[i], b[j]);
         }
     }
-    DEVICE void settle() { ::settle(total, running); }
+    DEVICE void flush() { ::flush(total, accumulator); }
 
-    template <class Put> DEVICE void slab(int number, Put put) const {
+    template <class Put> DEVICE void stage(int number, Put put) const {
 #pragma unroll
         for (int i = 0; i < (RESULT_ALONG_ROWS ? ROWS : 2); ++i)
 #pragma unroll
@@ -373,31 +375,34 @@ template <> struct Chosen<true, double> {
 using Products = Chosen<(TENSOR_PRODUCTS > 0), Element>::Products;
 
 // ---------------------------------------------------------------------------------------------- epilogue
-// A slab is the staging buffer of a warp. Its lines are sums that are contiguous in the result; the lines are padded to
-// SLAB_PITCH, so that the stores of a warp have no bank conflicts.
+// The lines of the staging buffer of a warp are sums that are contiguous in the result. They are padded to STAGED_PITCH,
+// so that the stores of a warp have no bank conflicts.
 
-constexpr int SLAB_LINES = RESULT_ALONG_ROWS ? Products::SLAB_COLUMNS : Products::SLAB_ROWS;
-constexpr int SLAB_LENGTH = RESULT_ALONG_ROWS ? WARP_ROWS : WARP_COLUMNS;
-constexpr int SLABS = RESULT_ALONG_ROWS ? WARP_COLUMNS / SLAB_LINES : WARP_ROWS / SLAB_LINES;
-constexpr int SLAB_PITCH = SLAB_LENGTH + (RESULT_ALONG_ROWS ? 4 : 8);
+constexpr int STAGED_LINES = RESULT_ALONG_ROWS ? Products::STAGED_COLUMNS : Products::STAGED_ROWS;
+constexpr int STAGED_LENGTH = RESULT_ALONG_ROWS ? WARP_ROWS : WARP_COLUMNS;
+constexpr int STAGED_PARTS = RESULT_ALONG_ROWS ? WARP_COLUMNS / STAGED_LINES : WARP_ROWS / STAGED_LINES;
+constexpr int STAGED_PITCH = STAGED_LENGTH + (RESULT_ALONG_ROWS ? 4 : 8);
 
 // Calls store(row, column, sums) for every VECTOR sums of the warp that are contiguous in the result, with the row and
-// column of the first, in the block's tile. One slab after another passes through the staging buffer.
-template <int VECTOR, class Store> DEVICE void store_sums(const Products& products, Sum* slab, Store store) {
-    constexpr int UNITS = SLAB_LENGTH / VECTOR;
+// column of the first, in the block's tile. One part of the sums after another passes through the staging buffer.
+template <int VECTOR, class Store> DEVICE void store_sums(const Products& products, Sum* staged, Store store) {
+    constexpr int UNITS = STAGED_LENGTH / VECTOR, ROUNDS = STAGED_LINES * UNITS / 32;
+    static_assert(ROUNDS * 32 == STAGED_LINES * UNITS, "the lanes of a warp share the units evenly");
 #pragma unroll
-    for (int number = 0; number < SLABS; ++number) {
-        products.slab(number, [&](int row, int column, Sum sum) {
-            const int line = (RESULT_ALONG_ROWS ? column : row) - number * SLAB_LINES;
-            slab[line * SLAB_PITCH + (RESULT_ALONG_ROWS ? row : column)] = sum;
+    for (int number = 0; number < STAGED_PARTS; ++number) {
+        products.stage(number, [&](int row, int column, Sum sum) {
+            const int line = (RESULT_ALONG_ROWS ? column : row) - number * STAGED_LINES;
+            staged[line * STAGED_PITCH + (RESULT_ALONG_ROWS ? row : column)] = sum;
         });
-        __syncwarp();  // the slab is whole
-        for (int unit = threadIdx.x % 32; unit < SLAB_LINES * UNITS; unit += 32) {
-            const int line = number * SLAB_LINES + unit / UNITS, first = unit % UNITS * VECTOR;
+        __syncwarp();  // the buffer is full
+#pragma unroll ROUNDS < 8 ? ROUNDS : 4
+        for (int round = 0; round < ROUNDS; ++round) {
+            const int unit = threadIdx.x % 32 + 32 * round, line = unit / UNITS, first = unit % UNITS * VECTOR;
             const Numbers<Sum, VECTOR> sums =
-                *reinterpret_cast<const Numbers<Sum, VECTOR>*>(&slab[unit / UNITS * SLAB_PITCH + first]);
-            store(warp_row() + (RESULT_ALONG_ROWS ? first : line), warp_column() + (RESULT_ALONG_ROWS ? line : first), sums);
+                *reinterpret_cast<const Numbers<Sum, VECTOR>*>(&staged[line * STAGED_PITCH + first]);
+            const int across = number * STAGED_LINES + line;
+            store(warp_row() + (RESULT_ALONG_ROWS ? first : across), warp_column() + (RESULT_ALONG_ROWS ? across : first), sums);
         }
-        __syncwarp();  // the slab has been read
+        __syncwarp();  // the buffer has been read
     }
 }

@@ -104,7 +104,7 @@ class Mutant(NamedTuple):
     before: str  # the line, without indentation
     after: str
     text: str  # of the whole file
-    identity: str  # a hash of the edited file without comments; a change of the file makes another mutant
+    identity: str  # a hash of the edited definition without comments; a change of the definition makes another mutant
 
 
 def read(file):
@@ -126,13 +126,32 @@ def mutants():
     found = {}
     for file in FILES:
         lines = read(file).splitlines(keepends=True)
+        definitions = _definitions(lines)
         for number, (line, kernel) in enumerate(zip(lines, _kernels_by_line(lines), strict=True)):
             for rule, after in _edits(line):
                 text = "".join((*lines[:number], after, *lines[number + 1 :]))
-                identity = hashlib.sha256(f"{file}\0{_code(text)}".encode()).hexdigest()[:16]
+                first, end = definitions[number]
+                edited = _code("".join((*lines[first:number], after, *lines[number + 1 : end])))
+                identity = hashlib.sha256(f"{file}\0{edited}".encode()).hexdigest()[:16]
                 mutant = Mutant(file, number + 1, kernel or file, rule, line.strip(), after.strip(), text, identity)
                 found.setdefault(identity, mutant)  # two rules may make the same edit
     return list(found.values())
+
+
+def _definitions(lines):
+    """Return the range of lines of the definition that each line is in.
+
+    A definition is a function, a struct, or other lines between two empty lines. An empty line that is followed by an
+    indented one lies within a definition.
+    """
+    starts = [0]
+    for number in range(1, len(lines)):
+        if not lines[number - 1].strip() and lines[number][:1] not in (" ", "\n", "}"):
+            starts.append(number)
+    ranges = []
+    for first, end in zip(starts, (*starts[1:], len(lines)), strict=True):
+        ranges += [(first, end)] * (end - first)
+    return ranges
 
 
 def _kernels_by_line(lines):

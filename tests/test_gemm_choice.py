@@ -82,10 +82,10 @@ def test_much_work_takes_large_tiles_and_little_work_small_ones():
     little = chosen((1, 7, 7, 64), (3, 3, 64, 64), **layer).choice.tile
     assert (little.rows, little.columns) == (32, 32)
     few_weights = chosen((32, 56, 56, 64), (3, 3, 64, 64), direction="weight_grad", **layer)
-    assert few_weights.choice.slices > 10
+    assert few_weights.choice.splits > 10
     assert few_weights.blocks >= MODEL.multiprocessors
     many_weights = chosen((1, 7, 7, 2048), (3, 3, 2048, 2048), direction="weight_grad", **layer)
-    assert many_weights.choice.slices == 1
+    assert many_weights.choice.splits == 1
 
 
 def test_blocks_cover_the_work_and_fit_the_device():
@@ -103,10 +103,10 @@ def test_blocks_cover_the_work_and_fit_the_device():
                     tile = plan.choice.tile
                     rows = {"forward": 8 * 14 * 14, "data_grad": 8 * 28 * 28, "weight_grad": 64 * 9}[direction]
                     columns = {"data_grad": 64}.get(direction, 96)
-                    slices = plan.choice.slices
-                    assert plan.blocks * tile.rows * tile.columns >= rows * columns * slices
-                    assert plan.length * slices >= 8 * 14 * 14 * (direction == "weight_grad")
-                    assert plan.length * (slices - 1) < 8 * 14 * 14
+                    splits = plan.choice.splits
+                    assert plan.blocks * tile.rows * tile.columns >= rows * columns * splits
+                    assert plan.length * splits >= 8 * 14 * 14 * (direction == "weight_grad")
+                    assert plan.length * (splits - 1) < 8 * 14 * 14
 
 
 def test_measurements_go_before_the_model(monkeypatch):
@@ -143,7 +143,7 @@ def test_the_table_of_measurements_is_written_and_read(tmp_path, monkeypatch):
     monkeypatch.setattr(gemm_table, "FILE", tmp_path / "table.json")
     gemm_table.write([entry])
     found = gemm_table.measured()[plan.problem.key]
-    assert (found["tile"], found["slices"], found["microseconds"]) == (list(plan.choice.tile), 2, 3.14)
+    assert (found["tile"], found["splits"], found["microseconds"]) == (list(plan.choice.tile), 2, 3.14)
     gemm_table.measured.cache_clear()
 
 

@@ -102,11 +102,11 @@ class Problem:
 
 
 @contextlib.contextmanager
-def forced(tile, slices=1):
+def forced(tile, splits=1):
     """Enter a context in which a given tile is used instead of the chosen one."""
 
     def chosen(problem):
-        return TileChoice(tile, min(slices, problem.most_slices), 0.0)
+        return TileChoice(tile, min(splits, problem.most_splits), 0.0)
 
     gpuconv.clear_cache()
     with mock.patch.object(gemm_tiles, "chosen", chosen):
@@ -156,7 +156,7 @@ def test_every_tile_is_exact(kind, tile, direction, sizes, layout, arrays):
     many = tile.columns + more
     channels, filters = (many, few) if direction == "data_grad" else (few, many)
     problem = Problem((2, channels, *extent), (filters, channels, 3, 3), dtype, padding=1)
-    with forced(tile, slices=3), planned() as constants:
+    with forced(tile, splits=3), planned() as constants:
         result = problem.computed(arrays, direction, layout, precision=precision)
     np.testing.assert_array_equal(result, problem.exact(direction).astype(result.dtype))
     (found,) = constants
@@ -286,14 +286,14 @@ def test_long_sums_on_tensor_cores_are_cut_into_pieces():
         assert dict(plan.module.constants)["TERMS"] == terms
 
 
-def test_slices_of_weight_grad_are_short_enough_to_need_no_totals():
+def test_splits_of_weight_grad_are_short_enough_to_need_no_totals():
     """Each split has at most 4,096 terms, if the workspace can hold the sums of that many splits."""
     geometry = Geometry.infer((2, 64, 100, 100), (64, 64, 3, 3), padding=1)
     for limit, terms in ((64 << 20, 0), (64 * 64 * 9 * 4 * 3, 4096)):
         for plan in implicit_gemm.plans(geometry, named_dtype("float16"), "weight_grad", MODEL, limit=limit):
             assert dict(plan.module.constants)["TERMS"] == terms
             assert (plan.length <= 4096) == (terms == 0)
-            assert plan.length * plan.choice.slices >= 2 * 100 * 100
+            assert plan.length * plan.choice.splits >= 2 * 100 * 100
 
 
 @ON_KERNELS
@@ -421,7 +421,7 @@ def test_tiles_that_lack_one_row_column_and_step_are_exact(kind_and_shape, layou
     problem = Problem((1, 2 * columns, rows), (2 * columns, columns, 1), kind, groups=2)
     x, w, b = (a.astype(kind) for a in (problem.x, problem.w, np.arange(2 * columns) % 7 - 3))
     y = problem.exact("forward") + b[:, None]
-    with forced(next(tile for name, tile in TILES if name == kind and tile[:2] == shape), slices=2):
+    with forced(next(tile for name, tile in TILES if name == kind and tile[:2] == shape), splits=2):
         for _ in range(2):
             for direction in DIRECTIONS:
                 with arrays.varied():
@@ -522,9 +522,9 @@ def test_weights_are_looked_at_within_their_bounds(arrays):
 
 
 @ON_KERNELS
-def test_slices_of_groups_are_kept_apart(arrays):
+def test_splits_of_groups_are_kept_apart(arrays):
     problem = Problem((3, 16, 9, 8), (16, 8, 3, 3), "float32", padding=1, groups=2)
-    with forced(next(tile for name, tile in TILES if name == "float32" and tile[:2] == (32, 32)), slices=3):
+    with forced(next(tile for name, tile in TILES if name == "float32" and tile[:2] == (32, 32)), splits=3):
         result = problem.computed(arrays, "weight_grad")
     np.testing.assert_array_equal(result, problem.exact("weight_grad").astype(np.float32))
 
@@ -654,7 +654,7 @@ def test_unmerged_batch_axes_add_up_in_the_weights(arrays):
     expected = gpuconv.conv_weight_grad(dy, x, w_shape, algorithm="im2col")
     swapped = [arrays.asarray(np.ascontiguousarray(a.swapaxes(0, 2))).swapaxes(0, 2) for a in (dy, x)]
     execute.clear()
-    with mock.patch.object(implicit_gemm, "_add_slices", wraps=implicit_gemm._add_slices) as added:
+    with mock.patch.object(implicit_gemm, "_add_splits", wraps=implicit_gemm._add_splits) as added:
         result = gpuconv.conv_weight_grad(*swapped, w_shape, algorithm="implicit_gemm")
     assert added.call_count > 1
     np.testing.assert_array_equal(arrays.asnumpy(result), expected)
@@ -680,7 +680,7 @@ def test_groups_phases_and_ranks_take_one_launch(groups, stride, extent, arrays)
 @pytest.mark.called_once("it counts launches")
 @EMULATED
 @pytest.mark.parametrize("limit", ["1728", "100KiB", "1MiB", "64MiB"])
-def test_the_sums_of_slices_stay_within_the_workspace(limit, arrays, monkeypatch):
+def test_the_sums_of_splits_stay_within_the_workspace(limit, arrays, monkeypatch):
     """Filters are computed in chunks if even one split and the totals exceed the workspace."""
     monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", limit)
     problem = Problem((4, 24, 20, 20), (40, 24, 3, 3), "float32", padding=1)
@@ -712,7 +712,9 @@ def test_inner_loops_meet_no_bank_conflicts(kind, direction, sizes, layout, arra
     with forced(tile), launcher.using(mode="checked", profiled=True) as launches:
         problem.computed(arrays, direction, layout, precision=precision)
     lines = (kernels_folder() / "implicit_gemm.cu").read_text().splitlines()
-    first, last = (next(i for i, text in enumerate(lines, 1) if words in text) for words in ("turn < turns", "_commit"))
+    first, last = (
+        next(i for i, text in enumerate(lines, 1) if words in text) for words in ("i < iterations", "_commit")
+    )
     found = collections.Counter()
     for access in launches[0].accesses:
         file, _, number = access.line.partition(":")

@@ -52,8 +52,12 @@ def test_mutants_know_their_kernel(everything):
     for file, line, where in (
         ("direct.cu", "if (i >= slices * weights) return;", "direct_weight_grad"),
         ("direct.cu", "if (i >= weights) return;", "direct_weight_grad_sum"),
-        ("tiles.cuh", "exists[i] = unit() + i < count;", "tiles.cuh"),
-        ("common.cuh", "DEVICE bool inside(Index i, Index extent) { return i >= 0 && i < extent; }", "common.cuh"),
+        ("tiles.cuh", "exists[i] = unit() + i < along.count;", "tiles.cuh"),
+        (
+            "common.cuh",
+            "DEVICE bool inside(Index i, Index extent) { return Unsigned(i) < Unsigned(extent); }",
+            "common.cuh",
+        ),
         ("direct.cu", "remainder -= back_remainder;", "direct.cu"),
     ):
         assert wheres[file, line] == where

@@ -14,7 +14,7 @@ from typing import Any
 FILE = Path(__file__).with_suffix(".json")
 
 
-def entry(key: Any, tile: Iterable[int], slices: int, microseconds: float, source: str) -> dict[str, Any]:
+def entry(key: Any, tile: Iterable[int], splits: int, microseconds: float, source: str) -> dict[str, Any]:
     """Return the entry of a measurement; ``source`` names the result under bench/results."""
     device, work, matrices, products = key
     return {
@@ -23,7 +23,7 @@ def entry(key: Any, tile: Iterable[int], slices: int, microseconds: float, sourc
         "matrices": matrices,
         "products": products,
         "tile": list(tile),
-        "slices": slices,
+        "splits": splits,
         "microseconds": round(microseconds, 2),
         "source": source,
     }

@@ -110,8 +110,8 @@ class GemmProblem(NamedTuple):
     matrices: GemmMatrices
     products: Products
     device: Device
-    most_slices: int  # bounds of the number of splits of the depth (split-K)
-    least_slices: int = 1
+    most_splits: int  # bounds of the number of splits of the depth (split-K)
+    least_splits: int = 1
 
     @property
     def key(self) -> Any:
@@ -124,12 +124,12 @@ class TileChoice(NamedTuple):
     """A tile, the number of splits of the depth, and the time in microseconds, modelled or measured."""
 
     tile: GemmTile
-    slices: int
+    splits: int
     microseconds: float
     source: str = "the model"  # or the result under bench/results that measured it
 
     def __str__(self) -> str:
-        tile, cut = self.tile, f" in {self.slices} slices" if self.slices > 1 else ""
+        tile, cut = self.tile, f" in {self.splits} splits" if self.splits > 1 else ""
         warps = f"{tile.warp_rows}x{tile.warp_columns}"
         return f"tiles of {tile.rows}x{tile.columns}, {warps} a warp{cut}: {self.microseconds:.3g} us by {self.source}"
 
@@ -144,20 +144,20 @@ def ranked(problem: GemmProblem) -> list[TileChoice]:
     found = []
     measured = gemm_table.measured().get(problem.key)
     if measured is not None:
-        slices = min(measured["slices"], problem.most_slices)
-        found.append(TileChoice(GemmTile(*measured["tile"]), slices, measured["microseconds"], measured["source"]))
+        splits = min(measured["splits"], problem.most_splits)
+        found.append(TileChoice(GemmTile(*measured["tile"]), splits, measured["microseconds"], measured["source"]))
     return found + sorted(_modelled(problem), key=lambda choice: choice.microseconds)
 
 
 def _modelled(problem: GemmProblem) -> Iterator[TileChoice]:
-    least, most = problem.least_slices, problem.most_slices
+    least, most = problem.least_splits, problem.most_splits
     for tile in problem.products.tiles:
         if _blocks_at_once(problem, tile) == 0:
             continue
         steps = (n << bits for bits in range(most.bit_length() + 1) for n in (2, 3))
-        options = {least, *(max(least, min(most, slices)) for slices in steps)}
-        microseconds, slices = min((_microseconds(problem, tile, slices), slices) for slices in options)
-        yield TileChoice(tile, slices, microseconds)
+        options = {least, *(max(least, min(most, splits)) for splits in steps)}
+        microseconds, splits = min((_microseconds(problem, tile, splits), splits) for splits in options)
+        yield TileChoice(tile, splits, microseconds)
 
 
 def is_split_faster(device: Device) -> bool:
@@ -207,23 +207,23 @@ _CLOCKS = 1700.0  # per microsecond
 _LAUNCH = 3.0  # microseconds
 
 
-def _microseconds(problem: GemmProblem, tile: GemmTile, slices: int) -> float:
+def _microseconds(problem: GemmProblem, tile: GemmTile, splits: int) -> float:
     work, _, products, device, *_ = problem
-    turns = blocks(work.depth, slices * products.depth)
+    iterations = blocks(work.depth, splits * products.depth)
     tiles = blocks(work.rows, tile.rows) * blocks(work.columns, tile.columns)
-    busiest = blocks(tiles * work.groups * work.phases * slices, device.multiprocessors)
+    busiest = blocks(tiles * work.groups * work.phases * splits, device.multiprocessors)
     at_once = min(busiest, _blocks_at_once(problem, tile))
     waiting = 1 + _BUSY_WARPS / (at_once * tile.threads / WARP)
-    clocks = busiest * turns * _clocks_of_turn(problem, tile) * waiting
+    clocks = busiest * iterations * _clocks_of_iteration(problem, tile) * waiting
     clocks += blocks(busiest, at_once) * (_START_AND_END + at_once * _clocks_of_end(tile, products))
     total = clocks / _CLOCKS
-    if slices > 1:
+    if splits > 1:
         sums = work.rows * work.columns * work.groups * products.element.itemsize * 2
-        total += _LAUNCH + slices * sums / (_L2_BYTES * device.multiprocessors * _CLOCKS)
+        total += _LAUNCH + splits * sums / (_L2_BYTES * device.multiprocessors * _CLOCKS)
     return total
 
 
-def _clocks_of_turn(problem: GemmProblem, tile: GemmTile) -> float:
+def _clocks_of_iteration(problem: GemmProblem, tile: GemmTile) -> float:
     """Return the clock cycles of the slowest unit in one main-loop iteration: one tile of each matrix."""
     _, matrices, products, device, *_ = problem
     size, depth = products.element.itemsize, products.depth

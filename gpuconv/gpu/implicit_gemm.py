@@ -17,7 +17,7 @@ import numpy
 from gpuconv import dtypes
 from gpuconv.blocking import largest, pieces
 from gpuconv.geometry import DIRECTIONS, Geometry
-from gpuconv.gpu import gemm_tiles, params, structs
+from gpuconv.gpu import gemm_tiles, gemm_windows, params, structs
 from gpuconv.gpu.device import Device
 from gpuconv.gpu.gemm_layout import matrices_of
 from gpuconv.gpu.gemm_tiles import GemmProblem, GemmTile, Products, TileChoice, Work
@@ -26,11 +26,11 @@ from gpuconv.gpu.launch import blocks
 from gpuconv.operands import ROLES, Operand, Result, contiguous
 from gpuconv.plan import Planner
 from gpuconv.request import Request
-from gpuconv.types import Direction
+from gpuconv.types import Activation, Direction
 from gpuconv.views import View, contiguous_strides
 
 SMALLEST = 32  # rows and columns of the smallest tile
-FEWEST_TURNS = 4  # main-loop iterations of a split, below which it is not profitable
+FEWEST_ITERATIONS = 4  # main-loop iterations of a split, below which it is not profitable
 
 
 def why_not(request: Request) -> str | None:
@@ -77,22 +77,23 @@ def _gather(
         (images,), (target,) = pieces_of_images.read(number, planner)
         y_x_w = (target, images.view, w.view) if direction == "forward" else (images.view, target, w.view)
         wide = params.is_wide(geometry, *y_x_w)
-        arrays = Arrays(direction, geometry, images, w, target, planner.dtype)
+        epilogue = Epilogue(result.bias is not None, result.activation)
+        arrays = Arrays(direction, geometry, images, w, target, planner.dtype, epilogue)
         plan = planned(arrays, planner.precision, planner.backend.device(), wide)
-        row_tiles = (structs.index_dtype(wide).type(plan.row_tiles),) if direction == "data_grad" else ()
-        options = params.options(images, w, False, bias=result.bias, activation=result.activation)
-        planner.launch(
-            Kernel(plan.module, f"implicit_gemm_{direction}"),
-            plan.blocks,
-            plan.choice.tile.threads,
-            (
-                *(images.view, images.y, w.view, result.bias, target),
-                *params.described(geometry, *y_x_w, wide),
-                *row_tiles,
-                options.struct(wide),
-            ),
-            plan.shared_bytes,
-        )
+        _, y_at, x_at, _ = params.described(geometry, *y_x_w, wide)
+        w_at = params.weight_strides(w.view if direction == "forward" else w.view.swapaxes(-1, -2), wide)
+        tile = plan.choice.tile
+        for windows in gemm_windows.launches(direction, geometry, target.shape[0]):
+            planner.launch(
+                Kernel(plan.module, f"implicit_gemm_{direction}"),
+                windows.blocks(tile),
+                tile.threads,
+                (
+                    *(images.view, images.y, w.view, result.bias, target),
+                    *(windows.struct(tile, wide), y_at, x_at, w_at),
+                ),
+                plan.shared_bytes,
+            )
 
     planner.loop(range(len(pieces_of_images)), some_images)
 
@@ -104,14 +105,14 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
         weights = dw.view[..., part]
         (total,) = planner.workspace(weights.size)
         images = params.Images([dy.of_channels(part), x], [], geometry, planner)
-        planner.loop(range(len(images)), partial(_add_slices, images, total, weights, geometry))
+        planner.loop(range(len(images)), partial(_add_splits, images, total, weights, geometry))
 
     filters = dw.view.shape[-1]
     at_once = largest(filters, planner.budget // 2, dw.view.size // filters)
     planner.loop(list(pieces(filters, at_once)), some_filters)
 
 
-def _add_slices(
+def _add_splits(
     pieces: params.Images, total: View, weights: View, geometry: Geometry, number: int, planner: Planner
 ) -> None:
     """Plan two launches: the sums of the splits, then their total, to which that of earlier images is added."""
@@ -122,26 +123,31 @@ def _add_slices(
     room = min(planner.budget, params.NARROW) // weights.size - 1  # one is for the totals
     plan = planned(arrays, planner.precision, planner.backend.device(), wide, room)
     convolution, dy_at, x_at, dw_at = params.described(geometry, *y_x_w, wide)
-    index = structs.index_dtype(wide).type
-    slices, length, threads = index(plan.choice.slices), index(plan.length), plan.choice.tile.threads
-    options = params.options(gradients, images, False).struct(wide)
-    (partial,) = planner.workspace(plan.choice.slices * weights.size)
+    index, threads = structs.index_dtype(wide).type, plan.choice.tile.threads
+    tiles = _weight_tiles(plan, geometry, weights.shape[-1], wide)
+    (partial,) = planner.workspace(plan.choice.splits * weights.size)
     planner.launch(
         Kernel(plan.module, "implicit_gemm_weight_grad"),
         plan.blocks,
         threads,
-        (
-            *(gradients.view, gradients.y, images.view, images.y, partial),
-            *(convolution, dy_at, x_at, slices, length, options),
-        ),
+        (gradients.view, gradients.y, images.view, images.y, partial, convolution, dy_at, x_at, tiles),
         plan.shared_bytes,
     )
     planner.launch(
         Kernel(plan.module, "implicit_gemm_weight_grad_sum"),
         blocks(weights.size, threads),
         threads,
-        (partial, total, weights, convolution, dw_at, slices, index(number > 0)),
+        (partial, total, weights, tiles, dw_at, index(weights.size), index(number > 0)),
     )
+
+
+def _weight_tiles(plan: GemmPlan, geometry: Geometry, filters: int, wide: bool) -> numpy.ndarray:
+    """Return the struct that describes the tiles of weight_grad and its splits of the outputs."""
+    tile, work = plan.choice.tile, plan.problem.work
+    counts = blocks(work.columns, tile.columns), blocks(work.rows, tile.rows), geometry.groups
+    divisors = map(structs.divisor, (*counts, geometry.group_channels, filters))
+    axes = ([structs.divisor(n) for n in params.lift(extents, 1)] for extents in (geometry.kernel, geometry.output))
+    return structs.struct("WeightTiles", wide, *divisors, *axes, plan.choice.splits, plan.length)
 
 
 def plans(
@@ -164,8 +170,15 @@ def plans(
 # ------------------------------------------------------------------------------------------------- plans
 
 
+class Epilogue(NamedTuple):
+    """What is applied to the sums before they are stored."""
+
+    has_bias: bool = False
+    activation: Activation | None = None
+
+
 class Arrays(NamedTuple):
-    """A direction of a convolution and the memory layout of its arrays."""
+    """A direction of a convolution, the memory layout of its arrays, and the epilogue."""
 
     direction: Direction
     geometry: Geometry
@@ -173,6 +186,7 @@ class Arrays(NamedTuple):
     second: Operand
     result: View
     sums: numpy.dtype
+    epilogue: Epilogue = Epilogue()
 
 
 class GemmPlan(NamedTuple):
@@ -183,7 +197,6 @@ class GemmPlan(NamedTuple):
     module: Module
     blocks: int
     shared_bytes: int
-    row_tiles: int
     length: int  # outputs of a split of weight_grad
 
     @property
@@ -206,22 +219,21 @@ def _made(arrays: Arrays, problem: GemmProblem, choice: TileChoice, wide: bool) 
     work, _, products, *_ = problem
     row_tiles, length = blocks(work.rows, choice.tile.rows), 0
     if arrays.direction == "weight_grad":
-        length = blocks(work.depth, choice.slices * products.depth) * products.depth
-        choice = choice._replace(slices=blocks(work.depth, length))
+        length = blocks(work.depth, choice.splits * products.depth) * products.depth
+        choice = choice._replace(splits=blocks(work.depth, length))
     tiles = row_tiles * blocks(work.columns, choice.tile.columns)
     return GemmPlan(
         problem,
         choice,
         _module(arrays, problem, choice.tile, wide),
-        tiles * work.groups * work.phases * choice.slices,
+        tiles * work.groups * work.phases * choice.splits,
         gemm_tiles.shared_bytes(problem, choice.tile),
-        row_tiles,
         length,
     )
 
 
 def _problem(arrays: Arrays, precision: str, device: Device, room: int) -> GemmProblem:
-    direction, geometry, first, second, result, sums = arrays
+    direction, geometry, first, second, result, sums, _ = arrays
     if direction == "weight_grad":
         left, right, result = second, first, View(0, 0, result.shape, contiguous_strides(result.shape, sums), sums)
     else:
@@ -235,8 +247,8 @@ def _problem(arrays: Arrays, precision: str, device: Device, room: int) -> GemmP
     if not right.is_plain(products.element):
         matrices = matrices._replace(right=matrices.right._replace(vector=0))
     if direction != "weight_grad":
-        return GemmProblem(work, matrices, products, device, most_slices=1)
-    most = max(1, min(room, work.depth // (FEWEST_TURNS * products.depth)))
+        return GemmProblem(work, matrices, products, device, most_splits=1)
+    most = max(1, min(room, work.depth // (FEWEST_ITERATIONS * products.depth)))
     enough = blocks(work.depth, gemm_tiles.TENSOR_TERMS)  # splits with which no accumulator has to be flushed
     if products.terms != gemm_tiles.TENSOR_TERMS or enough > most:
         return GemmProblem(work, matrices, products, device, most)
@@ -300,6 +312,20 @@ def _module(arrays: Arrays, problem: GemmProblem, tile: GemmTile, wide: bool) ->
         "AXES": matrices.axes,
         "TAPS_INNERMOST": int(matrices.taps_innermost),
         "THREADS": tile.threads,
+        **_conversions(arrays),
     }
     of_arrays = arrays.first.view.dtype, arrays.second.view.dtype, arrays.result.dtype
     return params.module("implicit_gemm", (*of_arrays, arrays.sums, products.element), wide, **constants)
+
+
+def _conversions(arrays: Arrays) -> dict[str, int]:
+    """Return the constants of the epilogue and of the conversion of operands."""
+    first, second, (has_bias, activation) = arrays.first, arrays.second, arrays.epilogue
+    return {
+        "HAS_BIAS": int(has_bias),
+        "ACTIVATION": params.number(activation),
+        "FIRST_CONJUGATED": int(first.conjugate),
+        "FIRST_DERIVATIVE": params.number(first.activation),
+        "SECOND_CONJUGATED": int(second.conjugate),
+        "SECOND_DERIVATIVE": params.number(second.activation),
+    }

@@ -134,7 +134,7 @@ def described(geometry: Geometry, y: View, x: View, w: View, wide: bool) -> tupl
         _convolution(geometry, y.shape[0], w.shape[-3:], wide),
         _image_strides(y.steps, wide),
         _image_strides(x.steps, wide),
-        _weight_strides(w.steps, wide),
+        weight_strides(w, wide),
     )
 
 
@@ -150,8 +150,9 @@ def _image_strides(steps: Shape, wide: bool) -> numpy.ndarray:
     return structs.struct("Images", wide, batch, lift(tuple(axes), 0), group, channel)
 
 
-def _weight_strides(steps: Shape, wide: bool) -> numpy.ndarray:
-    *axes, group, channel, filters = steps
+def weight_strides(w: View, wide: bool) -> numpy.ndarray:
+    """Return the struct with the strides of a view (*kernel, G, C/G, F/G)."""
+    *axes, group, channel, filters = w.steps
     return structs.struct("Weights", wide, lift(tuple(axes), 0), group, channel, filters)
 
 

@@ -11,28 +11,46 @@ from typing import NamedTuple, TypeAlias
 import numpy
 
 AXES = 3  # kernels have three spatial axes; if there are fewer, axes of extent 1 are put in front
+MOST_PHASES = 8  # phases of the stride, per axis, of one launch of implicit_gemm
 
-# Struct, field, length of the array (0: not an array), and whether the type is Index (else int).
-_FIELDS: dict[str, tuple[tuple[str, int, bool], ...]] = {
+# Struct, then name, type and length of each field; length 0: not an array.
+_FIELDS: dict[str, tuple[tuple[str, str, int], ...]] = {
     "Convolution": (
-        *((name, 0, True) for name in ("N", "G", "C", "F")),  # images, groups, and channels and filters of a group
-        *((name, AXES, True) for name in ("input", "output", "kernel", "stride", "dilation", "low")),
+        *((name, "Index", 0) for name in ("N", "G", "C", "F")),  # images, groups, and channels and filters of a group
+        *((name, "Index", AXES) for name in ("input", "output", "kernel", "stride", "dilation", "low")),
     ),
-    "Images": (("batch", 0, True), ("axis", AXES, True), ("group", 0, True), ("channel", 0, True)),
-    "Weights": (("axis", AXES, True), ("group", 0, True), ("channel", 0, True), ("filter", 0, True)),
-    "Boxes": (("outputs", AXES, False), ("taps", AXES, False), ("region", AXES, False)),
+    "Images": (("batch", "Index", 0), ("axis", "Index", AXES), ("group", "Index", 0), ("channel", "Index", 0)),
+    "Weights": (("axis", "Index", AXES), ("group", "Index", 0), ("channel", "Index", 0), ("filter", "Index", 0)),
+    "Boxes": (("outputs", "int", AXES), ("taps", "int", AXES), ("region", "int", AXES)),
     "Options": tuple(
-        (name, 0, False)
+        (name, "int", 0)
         for name in (
             *("first_conjugated", "first_derivative", "second_conjugated", "second_derivative"),
             *("channels_innermost", "has_bias", "activation", "fours"),
         )
     ),
+    "Divisor": (("value", "Index", 0), ("multiplier", "unsigned", 0), ("shift", "int", 0)),
+    "Phase": (
+        *(("rows", "Divisor", 0), ("taps", "Divisor", 0)),
+        *(("origin", "Index", 0), ("first_tap", "Index", 0), ("start", "Index", 0)),
+    ),
+    "Axis": (
+        *((name, "Index", 0) for name in ("extent", "window_step", "tap_stride", "tap_step", "result_step")),
+        *(("phases", "Divisor", 0), ("phase", "Phase", MOST_PHASES)),
+    ),
+    "Windows": (
+        *((name, "Divisor", 0) for name in ("column_tiles", "groups", "row_tiles", "channels")),
+        *(("columns", "Index", 0), ("images", "Index", 0), ("axis", "Axis", AXES)),
+    ),
+    "WeightTiles": (
+        *((name, "Divisor", 0) for name in ("column_tiles", "row_tiles", "groups", "channels", "filters")),
+        *(("kernel", "Divisor", AXES), ("output", "Divisor", AXES), ("splits", "Index", 0), ("length", "Index", 0)),
+    ),
 }
 
 NAMES = tuple(_FIELDS)
 
-Value: TypeAlias = int | tuple[int, ...]
+Value: TypeAlias = "int | tuple[Value, ...] | list[Value]"
 
 
 def index_dtype(wide: bool) -> numpy.dtype:
@@ -42,12 +60,10 @@ def index_dtype(wide: bool) -> numpy.dtype:
 
 @cache
 def dtype_of(name: str, wide: bool) -> numpy.dtype:
-    """Return the NumPy dtype of a struct."""
-    index, plain = index_dtype(wide), numpy.dtype(numpy.int32)
-    fields = [
-        (field, index if is_index else plain, (count,) if count else ())
-        for field, count, is_index in _FIELDS[name]
-    ]  # fmt: skip
+    """Return the NumPy dtype of a struct, or of one of its types: Index, int or unsigned."""
+    if name not in _FIELDS:
+        return {"Index": index_dtype(wide), "int": numpy.dtype("int32"), "unsigned": numpy.dtype("uint32")}[name]
+    fields = [(field, dtype_of(kind, wide), (count,) if count else ()) for field, kind, count in _FIELDS[name]]
     return numpy.dtype(fields, align=True)
 
 
@@ -75,13 +91,22 @@ class Options(NamedTuple):
         return struct("Options", wide, *self)
 
 
+def divisor(value: int) -> Value:
+    """Return a Divisor: the numbers by which a kernel divides 0 to ``2**31 - 1`` without a division.
+
+    The quotient is ``n * multiplier >> shift`` (Granlund and Montgomery, Division by invariant integers using
+    multiplication, 1994). Kernels with 64-bit indices divide.
+    """
+    if not 0 < value < 2**31:
+        return value, 0, 0
+    shift = 31 + (value - 1).bit_length()
+    return value, (1 << shift) // value + 1, shift
+
+
 def text() -> str:
     """Return the declarations of the structs in CUDA."""
     lines = []
     for name, fields in _FIELDS.items():
-        members = (
-            f"{'Index' if is_index else 'int'} {field}{f'[{count}]' if count else ''};"
-            for field, count, is_index in fields
-        )
+        members = (f"{kind} {field}{f'[{count}]' if count else ''};" for field, kind, count in fields)
         lines.append(f"struct {name} {{ {' '.join(members)} }};")
     return "\n".join(lines)

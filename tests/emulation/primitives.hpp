@@ -36,6 +36,9 @@ EMULATED_INLINE float tanh(float v) { return __builtin_tanhf(v); }
 EMULATED_INLINE double exp(double v) { return __builtin_exp(v); }
 EMULATED_INLINE double tanh(double v) { return __builtin_tanh(v); }
 
+DEVICE void keep(int&) {}
+DEVICE void keep(long long&) {}
+
 // ---------------------------------------------------------------------------------------------- conversion
 
 EMULATED_INLINE float to_float(half h) { return float(emulated_bits<_Float16>(h.bits)); }

@@ -177,10 +177,11 @@ def unconfirmed():
 
 
 def declared():
-    """Return the names and parameter types of the device functions of primitives.cuh."""
+    """Return the names and parameter types of the device functions of primitives.cuh that execute an instruction."""
     text = (kernels_folder() / "primitives.cuh").read_text()
     found = {}
-    for name, parameters in re.findall(r"^(?:template <.*> )?DEVICE \w+ (\w+)\((.*)\) \{", text, re.MULTILINE):
+    declaration = r'^(?:template <.*> )?DEVICE \w+ (\w+)\((.*)\) \{(?! asm volatile\("" )'
+    for name, parameters in re.findall(declaration, text, re.MULTILINE):
         types = [re.sub(r"\s*=.*", "", parameter) for parameter in parameters.split(", ") if parameter]
         types = [re.sub(r"^((?:const )?\w+\*?) \w+$", r"\1", re.sub(r"\(&\w+\)", "(&)", one)) for one in types]
         found[f"{name}({', '.join(types)})"] = None
