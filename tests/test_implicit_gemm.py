@@ -13,7 +13,7 @@ import gpuconv
 from gpuconv import dtypes, execute
 from gpuconv.execute import Call
 from gpuconv.geometry import Geometry
-from gpuconv.gpu import gemm_tiles, implicit_gemm, kernels_folder, params
+from gpuconv.gpu import gemm_packing, gemm_tiles, implicit_gemm, kernels_folder, params
 from gpuconv.gpu.device import MODEL, Device
 from gpuconv.gpu.gemm_tiles import TileChoice
 from gpuconv.operands import Operand
@@ -52,6 +52,15 @@ TILES = [
 ]
 TURING = Device(75, 72)
 REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def without_packing(monkeypatch):
+    """Read operands where they are, so that all loads of tiles are tested; tests/test_gemm_packing.py tests packing."""
+    monkeypatch.setattr(gemm_packing, "PACK", float("inf"))
+    gpuconv.clear_cache()
+    yield
+    gpuconv.clear_cache()
 
 
 class Problem:
@@ -134,9 +143,14 @@ def planned():
 # ------------------------------------------------------------------------------------------------- results
 
 
-# The smaller of the numbers of channels and filters, by how much the larger one exceeds a tile's columns, and extents
-# with more outputs than a tile's rows; for copies of 16 bytes and for copies of single elements.
-SIZES = {"in chunks": (32, 8, (16, 9)), "one by one": (29, 3, (13, 11))}
+# The smaller of the numbers of channels and filters, by how much the larger one exceeds a tile's columns, extents with
+# more outputs than a tile's rows, and the width of copies, if 16 bytes are as many elements.
+SIZES = {
+    "in chunks": (32, 8, (16, 9), 8),
+    "by fours": (28, 4, (14, 10), 4),
+    "by twos": (30, 2, (14, 9), 2),
+    "one by one": (29, 3, (13, 11), 1),
+}
 
 
 @combinations(
@@ -152,7 +166,7 @@ SIZES = {"in chunks": (32, 8, (16, 9)), "one by one": (29, 3, (13, 11))}
 def test_every_tile_is_exact(kind, tile, direction, sizes, layout, arrays):
     """Rows and columns do not fill the last tile, and the depth does not fill the last main-loop iteration."""
     dtype, precision = KINDS[kind]
-    few, more, extent = SIZES[sizes]
+    few, more, extent, width = SIZES[sizes]
     many = tile.columns + more
     channels, filters = (many, few) if direction == "data_grad" else (few, many)
     problem = Problem((2, channels, *extent), (filters, channels, 3, 3), dtype, padding=1)
@@ -162,8 +176,7 @@ def test_every_tile_is_exact(kind, tile, direction, sizes, layout, arrays):
     (found,) = constants
     assert (found["TILE_ROWS"], found["WARP_COLUMNS"]) == (tile.rows, tile.warp_columns)
     chunk = 16 // np.dtype(result.dtype).itemsize
-    vectors = {found["LEFT_VECTOR"], found["RIGHT_VECTOR"], found["RESULT_VECTOR"]}
-    assert (chunk in vectors) == (sizes == "in chunks" or chunk == 1)
+    assert max(found["LEFT_VECTOR"], found["RIGHT_VECTOR"], found["RESULT_VECTOR"]) == min(chunk, width)
 
 
 @combinations(
@@ -704,7 +717,7 @@ def test_the_sums_of_splits_stay_within_the_workspace(limit, arrays, monkeypatch
 def test_inner_loops_meet_no_bank_conflicts(kind, direction, sizes, layout, arrays):
     """No access of the main loop has bank conflicts, except one warp's writes of the coordinates of the next steps."""
     dtype, precision = KINDS[kind]
-    few, more, _ = SIZES[sizes]
+    few, more, *_ = SIZES[sizes]
     many = 64 + more
     channels, filters = (many, few) if direction == "data_grad" else (few, many)
     problem = Problem((1, channels, 8, 8 - few % 2), (filters, channels, 3, 3), dtype, padding=1)

@@ -1,7 +1,7 @@
 """Memory layout of the matrices of an implicit GEMM: the direction of the lines of a tile, and the vector width.
 
-Kernels load and store 16 bytes at a time if every line consists of contiguous, 16-byte aligned chunks of 16 bytes, and
-single elements otherwise.
+Kernels load and store 16, 8 or 4 bytes at a time: the largest size by which every line is aligned and of which it
+consists. Where not even two elements of 16 bits are contiguous and aligned, they are loaded one at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gpuconv.geometry import Geometry
 from gpuconv.types import Direction
 from gpuconv.views import View, merged
 
-BYTES = 16  # of a vector: what a thread loads or stores at a time
+BYTES = 16  # of the longest vector: what a thread loads or stores at a time
 # BY_TAP replaces the number of axes: a bit mask of at most MOST_TAPS taps tells which of them are in bounds.
 BY_TAP, MOST_TAPS = 4, 32
 
@@ -25,9 +25,8 @@ def together(view: View, length: int, others: Iterable[int]) -> int:
 
     ``others`` are the other axes; their strides determine where lines begin.
     """
-    chunk = BYTES // view.itemsize
     steps = (view.steps[axis] for axis in others if view.shape[axis] > 1)
-    return chunk if not view.address and math.gcd(chunk, length, *steps) == chunk else 1
+    return math.gcd(BYTES // view.itemsize, length, view.address // view.itemsize, *steps)
 
 
 def _channels_together(images: View) -> int:

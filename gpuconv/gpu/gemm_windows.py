@@ -80,7 +80,7 @@ _SINGLE = WindowAxis(1, 1, 1, 1, 1, (WindowPhase(1, 1, 0, 0, 0),))  # an axis of
 
 def _axis(axis: WindowAxis) -> structs.Value:
     unused = (WindowPhase(0, 0, 0, 0, 0),) * (structs.MOST_PHASES - len(axis.phases))
-    phases = [(divisor(rows), divisor(taps), *rest) for rows, taps, *rest in axis.phases + unused]
+    phases: list[structs.Value] = [(divisor(n), divisor(taps), *rest) for n, taps, *rest in axis.phases + unused]
     return *axis[:-1], divisor(len(axis.phases)), phases
 
 

@@ -17,7 +17,7 @@ import numpy
 from gpuconv import dtypes
 from gpuconv.blocking import largest, pieces
 from gpuconv.geometry import DIRECTIONS, Geometry
-from gpuconv.gpu import gemm_tiles, gemm_windows, params, structs
+from gpuconv.gpu import gemm_packing, gemm_tiles, gemm_windows, params, structs
 from gpuconv.gpu.device import Device
 from gpuconv.gpu.gemm_layout import matrices_of
 from gpuconv.gpu.gemm_tiles import GemmProblem, GemmTile, Products, TileChoice, Work
@@ -71,10 +71,16 @@ def _gather(
     direction: Direction, first: Operand, w: Operand, result: Result, geometry: Geometry, planner: Planner
 ) -> None:
     """Plan launches with one thread block for each tile of the result."""
-    pieces_of_images = params.Images([first], [result.view], geometry, planner)
+    channels, _ = _packed_channels(Arrays(direction, geometry, first, w, result.view, planner.dtype), planner)
+    chunks = params.Images([first], [result.view], geometry, planner, [channels])
+    if channels:
+        geometry = gemm_packing.packed_geometry(direction, geometry, channels)
+        *kernel, groups, _, filters = w.view.shape
+        sizes = (channels, filters) if direction == "forward" else (w.view.shape[-2], channels)
+        w = gemm_packing.packed(w, (*kernel, groups, *sizes), planner)
 
     def some_images(number: int, planner: Planner) -> None:
-        (images,), (target,) = pieces_of_images.read(number, planner)
+        (images,), (target,) = chunks.read(number, planner)
         y_x_w = (target, images.view, w.view) if direction == "forward" else (images.view, target, w.view)
         wide = params.is_wide(geometry, *y_x_w)
         epilogue = Epilogue(result.bias is not None, result.activation)
@@ -95,16 +101,17 @@ def _gather(
                 plan.shared_bytes,
             )
 
-    planner.loop(range(len(pieces_of_images)), some_images)
+    planner.loop(range(len(chunks)), some_images)
 
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
     """Compute ``dw = x' dy`` with split-K: a row for each tap and channel, a term for each output."""
 
     def some_filters(part: slice, planner: Planner) -> None:
-        weights = dw.view[..., part]
+        weights, gradients = dw.view[..., part], dy.of_channels(part)
         (total,) = planner.workspace(weights.size)
-        images = params.Images([dy.of_channels(part), x], [], geometry, planner)
+        arrays = Arrays("weight_grad", geometry, gradients, x, weights, planner.dtype)
+        images = params.Images([gradients, x], [], geometry, planner, _packed_channels(arrays, planner))
         planner.loop(range(len(images)), partial(_add_splits, images, total, weights, geometry))
 
     filters = dw.view.shape[-1]
@@ -120,7 +127,8 @@ def _add_splits(
     y_x_w = gradients.view, images.view, weights
     wide = params.is_wide(geometry, *y_x_w)
     arrays = Arrays("weight_grad", geometry, gradients, images, weights, planner.dtype)
-    room = min(planner.budget, params.NARROW) // weights.size - 1  # one is for the totals
+    budget = planner.budget // 2 if pieces.are_copied else planner.budget
+    room = max(1, min(budget, params.NARROW) // weights.size - 1)  # one is for the totals
     plan = planned(arrays, planner.precision, planner.backend.device(), wide, room)
     convolution, dy_at, x_at, dw_at = params.described(geometry, *y_x_w, wide)
     index, threads = structs.index_dtype(wide).type, plan.choice.tile.threads
@@ -266,6 +274,41 @@ def _work(direction: Direction, geometry: Geometry, images: int, result: View) -
     phases = math.prod(map(min, geometry.input, geometry.stride))
     # Each tap belongs to one phase.
     return Work(images * longest, columns, groups, blocks(geometry.taps * geometry.group_filters, phases), phases)
+
+
+def _packed_channels(arrays: Arrays, planner: Planner) -> tuple[int, int]:
+    """Return the number of channels of packed copies of the images among the operands, 0 for no copy.
+
+    Only products on tensor cores are fast enough to wait for loads of single elements.
+    """
+    axes = len(arrays.geometry.batch)
+
+    def one_image(view: View) -> View:
+        return view[(0,) * axes].reshape(1, *view.shape[axes:])
+
+    first, second, result = arrays.first.seen(one_image), arrays.second, arrays.result
+    if arrays.direction == "weight_grad":
+        second = second.seen(one_image)
+    else:
+        result = one_image(result)
+    alone = arrays._replace(first=first, second=second, result=result)
+    problem = _problem(alone, planner.precision, planner.backend.device(), room=1)
+    if not problem.products.tensor_products:
+        return 0, 0
+    left_loads, right_loads = gemm_packing.loads(arrays.direction, arrays.geometry)
+    left, right = problem.matrices.left, problem.matrices.right
+    if arrays.direction == "weight_grad":
+        found = (
+            gemm_packing.packed_channels(first.view, right, right_loads, pads=False),
+            gemm_packing.packed_channels(second.view, left, left_loads, pads=False),
+        )
+        sizes = [view.size // view.shape[-1] * n for view, n in zip((first.view, second.view), found, strict=True)]
+        sizes = [sum(sizes)]
+    else:
+        found = gemm_packing.packed_channels(first.view, left, left_loads, pads=True), 0
+        sizes = [view.size // first.view.shape[-1] * found[0] for view in (first.view, second.view)]
+    fits = all(size * first.view.itemsize <= planner.limit // 2 for size in sizes)
+    return found if fits else (0, 0)
 
 
 def _products(

@@ -16,6 +16,7 @@ from gpuconv.arrays import Backend
 from gpuconv.blocking import Places, largest, pieces
 from gpuconv.geometry import Geometry
 from gpuconv.gpu import structs
+from gpuconv.gpu.gemm_packing import packed
 from gpuconv.gpu.kernel import Module
 from gpuconv.operands import Operand
 from gpuconv.plan import Planner
@@ -45,10 +46,18 @@ class Images:
 
     Usually there is one chunk. Batch axes that cannot be merged are processed one index at a time. Kernels multiply by
     an activation's derivative on load. If y has other strides or another dtype than the operand, the product is
-    computed beforehand, in at most half of the workspace.
+    computed beforehand, in at most half of the workspace. Operands may also be packed (gemm_packing.py): ``channels``
+    has the number of channels of each one's copy, 0 for none.
     """
 
-    def __init__(self, operands: list[Operand], results: list[View], geometry: Geometry, planner: Planner) -> None:
+    def __init__(
+        self,
+        operands: list[Operand],
+        results: list[View],
+        geometry: Geometry,
+        planner: Planner,
+        channels: Sequence[int] = (0, 0),
+    ) -> None:
         axes = len(geometry.batch)
         self._operands, self._results, self._axes = operands, results, axes
         views = [*results, *(view for operand in operands for view in (operand.view, operand.y) if view is not None)]
@@ -56,8 +65,11 @@ class Images:
         self._batches = Places(geometry.batch[:split])
         flat = [self._flat(operand, self._batches[0]) for operand in operands]
         self._formed = [o.y is not None and (o.y.strides, o.y.dtype) != (o.view.strides, o.view.dtype) for o in flat]
+        self._packed = channels
         each = [math.prod(o.view.shape[1:]) * formed for o, formed in zip(flat, self._formed, strict=True)]
         cost = sum(size * (1 + o.temporaries) for size, o in zip(each, flat, strict=True))
+        cost += sum(math.prod(o.view.shape[1:-1]) * most for o, most in zip(flat, channels, strict=False))
+        self.are_copied = cost > 0
         images = flat[0].view.shape[0]
         self._pieces = list(pieces(images, largest(images, planner.budget // 2, cost)))
 
@@ -75,6 +87,8 @@ class Images:
                 block = space.shaped(operand.view.shape)
                 operand.read((...,), block, planner)
                 read[place] = Operand(block)
+            elif channels := self._packed[place]:
+                read[place] = packed(operand, (*operand.view.shape[:-1], channels), planner)
         return read, [self._flat_view(view, index)[some] for view in self._results]
 
     def _flat(self, operand: Operand, index: Shape) -> Operand:
