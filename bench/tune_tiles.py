@@ -26,7 +26,7 @@ from gpuconv.backends import backend_named
 from gpuconv.benchmark import command, layers, results, run, timing
 from gpuconv.benchmark.problem import Problem
 from gpuconv.geometry import DIRECTIONS
-from gpuconv.gpu import gemm_table, gemm_tiles, implicit_gemm
+from gpuconv.gpu import gemm_choice, gemm_plan, gemm_table, implicit_gemm
 from gpuconv.request import Request
 
 SUITES = ("resnet50",)
@@ -39,7 +39,7 @@ CLEAR = 1.03  # how much faster than the model's choice a tile must be to go int
 def taking(choice):
     """Enter a context in which implicit GEMM uses this choice of tile."""
     execute.clear()
-    with mock.patch.object(gemm_tiles, "chosen", return_value=choice):
+    with mock.patch.object(gemm_choice, "chosen", return_value=choice):
         yield
     execute.clear()
 
@@ -53,7 +53,7 @@ def candidates(case, problem, place):
             inner = problem.inner(direction)[0]
             if not implicit_gemm.why_not(Request(geometry, problem.dtype, inner, place, limit=limit)):
                 given = geometry, problem.dtype, inner, place.device(), problem.precision, limit
-                yield layout, direction, implicit_gemm.plans(*given)[:CANDIDATES]
+                yield layout, direction, gemm_plan.plans(*given)[:CANDIDATES]
 
 
 def measured(case, dtype, place, clock, seconds):

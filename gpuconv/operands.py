@@ -112,6 +112,15 @@ class Operand:
         if self.y is not None:
             planner.call(activations.apply_derivative, into, self.y[index], self.activation, planner.xp)
 
+    def packed(self, shape: Shape, planner: Planner) -> Operand:
+        """Return a contiguous copy in workspace, padded with zeros to a shape."""
+        (space,) = planner.workspace(math.prod(shape), dtype=self.view.dtype)
+        block = space.shaped(shape)
+        if shape != self.view.shape:
+            planner.copy(block, 0)
+        planner.copy(block[tuple(map(slice, self.view.shape))], self.view)
+        return Operand(block)
+
     def of_groups(self, groups: slice, role: Role) -> Operand:
         """Return the operand restricted to some groups."""
         return self.seen(lambda view: view[_groups_index(groups, role)])

@@ -28,7 +28,7 @@ from gpuconv.arrays import NUMPY
 from gpuconv.benchmark import layers
 from gpuconv.cpu import fft, im2col
 from gpuconv.execute import Call, Description, plan_for
-from gpuconv.gpu import implicit_gemm
+from gpuconv.gpu import gemm_plan, implicit_gemm
 from gpuconv.gpu.device import Device
 from gpuconv.operands import ROLES
 from gpuconv.plan import Branch, Deferred, Loop, Step
@@ -240,7 +240,7 @@ def tiles():
 
 def tiles_text(geometry, dtype, precision, device):
     arguments = geometry, named_dtype(dtype)
-    found = [implicit_gemm.plans(*arguments, direction, device, precision) for direction in DIRECTIONS]
+    found = [gemm_plan.plans(*arguments, direction, device, precision) for direction in DIRECTIONS]
     lines = (f"{plan.choice} {plan.module} {plan[3:]} {plan.kernels}" for plans in found for plan in plans)
     return "\n".join((str(found[0][0].choice), *lines))
 

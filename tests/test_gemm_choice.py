@@ -7,7 +7,7 @@ import numpy as np
 
 import gpuconv
 from gpuconv.geometry import Geometry
-from gpuconv.gpu import gemm_table, gemm_tiles, implicit_gemm
+from gpuconv.gpu import gemm_plan, gemm_table, gemm_tiles, implicit_gemm
 from gpuconv.gpu.device import MODEL, Device
 from gpuconv.gpu.gemm_layout import BY_TAP, Lines, matrices_of
 from gpuconv.operands import contiguous
@@ -74,7 +74,7 @@ def test_windows_that_stay_within_the_image_need_no_look():
 
 def chosen(x, w, dtype="float16", direction="forward", device=MODEL, **settings):
     geometry = Geometry.infer(x, w, **settings)
-    return implicit_gemm.plans(geometry, named_dtype(dtype), direction, device)[0]
+    return gemm_plan.plans(geometry, named_dtype(dtype), direction, device)[0]
 
 
 def test_much_work_takes_large_tiles_and_little_work_small_ones():
@@ -96,7 +96,7 @@ def test_blocks_cover_the_work_and_fit_the_device():
         for dtype in ("float16", "float32", "float64", "complex64", "complex128"):
             for direction in DIRECTIONS:
                 geometry = Geometry.infer((8, 64, 28, 28), (96, 64, 3, 3), padding=1, stride=2)
-                plans = implicit_gemm.plans(geometry, named_dtype(dtype), direction, device)
+                plans = gemm_plan.plans(geometry, named_dtype(dtype), direction, device)
                 assert plans == sorted(plans, key=lambda plan: plan.choice.microseconds)
                 for plan in plans:
                     assert plan.shared_bytes + (5 << 10) <= most
@@ -116,18 +116,18 @@ def test_measurements_go_before_the_model(monkeypatch):
     """Measurements must be for the same problem and kind of device."""
     geometry = Geometry.infer((4, 64, 14, 14), (64, 64, 3, 3), padding=1)
     half = named_dtype("float16")
-    best, *others = implicit_gemm.plans(geometry, half, "forward", MODEL)
+    best, *others = gemm_plan.plans(geometry, half, "forward", MODEL)
     slower = others[-1]
     entry = gemm_table.entry(best.problem.key, slower.choice.tile, 1, 7.25, "bench/results/a-GPU")
     monkeypatch.setattr(gemm_table, "measured", lambda: {best.problem.key: entry})
-    first, second, *_ = implicit_gemm.plans(geometry, half, "forward", MODEL)
+    first, second, *_ = gemm_plan.plans(geometry, half, "forward", MODEL)
     assert first.choice == (slower.choice.tile, 1, 7.25, "bench/results/a-GPU")
     assert str(first.choice).endswith(" a warp: 7.25 us by bench/results/a-GPU")
     assert second.choice == best.choice
     for other in (
-        implicit_gemm.plans(geometry, half, "data_grad", MODEL),
-        implicit_gemm.plans(geometry, half, "forward", Device(90, 114)),
-        implicit_gemm.plans(Geometry.infer((5, 64, 14, 14), (64, 64, 3, 3), padding=1), half, "forward", MODEL),
+        gemm_plan.plans(geometry, half, "data_grad", MODEL),
+        gemm_plan.plans(geometry, half, "forward", Device(90, 114)),
+        gemm_plan.plans(Geometry.infer((5, 64, 14, 14), (64, 64, 3, 3), padding=1), half, "forward", MODEL),
     ):
         assert other[0].choice.source == "the model"
 
@@ -136,12 +136,12 @@ def test_the_table_tells_products_apart():
     geometry, precisions = Geometry.infer((4, 64, 14, 14), (64, 64, 3, 3), padding=1), ("ieee", "tf32", "tf32x3")
     arguments = [(named_dtype("float32"), precision) for precision in precisions]
     arguments += [(named_dtype(dtype), "ieee") for dtype in ("float16", "bfloat16", "float64")]
-    best = (implicit_gemm.plans(geometry, dtype, "forward", MODEL, how)[0] for dtype, how in arguments)
+    best = (gemm_plan.plans(geometry, dtype, "forward", MODEL, how)[0] for dtype, how in arguments)
     assert len({plan.problem.key for plan in best}) == 6
 
 
 def test_the_table_of_measurements_is_written_and_read(tmp_path, monkeypatch):
-    (plan, *_) = implicit_gemm.plans(Geometry.infer((1, 8, 9), (8, 8, 3)), named_dtype("float32"), "weight_grad", MODEL)
+    (plan, *_) = gemm_plan.plans(Geometry.infer((1, 8, 9), (8, 8, 3)), named_dtype("float32"), "weight_grad", MODEL)
     entry = gemm_table.entry(plan.problem.key, plan.choice.tile, 2, 3.14159, "bench/results/a-GPU")
     monkeypatch.setattr(gemm_table, "FILE", tmp_path / "table.json")
     gemm_table.write([entry])
@@ -192,6 +192,6 @@ def test_explain_lists_the_tiles_with_their_times(arrays, monkeypatch):
     pattern = r"  (by|or) tiles of \d+x\d+, \d+x\d+ a warp: [\d.]+ us by the model"
     assert lines[start + 1].startswith("  by ")
     last = lines.index(next(line for line in lines if line.startswith("not im2col: ")))
-    assert last - start - 1 == len(gemm_tiles._TENSOR_TILES) == 10
+    assert last - start - 1 == len(gemm_tiles._TENSOR_TILES) == 11  # deep tiles load vectors only
     assert all(re.fullmatch(pattern, line) for line in lines[start + 1 : last])
     assert all(line.startswith("  or ") for line in lines[start + 2 : last])

@@ -1,4 +1,6 @@
-"""Packed copies of images for implicit_gemm: exact, alike alone and in a batch, within the workspace, and only if useful."""
+"""Packed copies of images for implicit_gemm: exact, as in a batch, within the workspace, and only if useful."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -6,9 +8,10 @@ import pytest
 import gpuconv
 from gpuconv import execute
 from gpuconv.geometry import Geometry
-from gpuconv.gpu import gemm_packing
-from gpuconv.gpu.gemm_layout import Lines, matrices_of
-from gpuconv.operands import contiguous
+from gpuconv.gpu import gemm_model, gemm_packing
+from gpuconv.gpu.device import Device
+from gpuconv.gpu.gemm_plan import Arrays
+from gpuconv.operands import ROLES, Operand, contiguous
 from tests.backends import BACKENDS, on
 from tests.cases import DIRECTIONS, named_dtype
 from tests.test_implicit_gemm import KINDS, Problem, planned
@@ -25,6 +28,16 @@ LAYERS = {
 }
 
 
+@pytest.fixture
+def always_packed(monkeypatch):
+    """Pack images wherever that is possible, as if copies took no time and single elements very long."""
+    monkeypatch.setattr(gemm_model, "copying", lambda moved, device: -1e9)
+    gpuconv.clear_cache()
+    yield
+    gpuconv.clear_cache()
+
+
+@pytest.mark.usefixtures("always_packed")
 @combinations(
     arrays=BACKENDS[1:],
     kind=[kind for kind in KINDS if kind not in ("float32", "complex64", "complex128")],
@@ -46,6 +59,7 @@ def test_packed_images_give_exact_results(kind, direction, layer, arrays):
         assert constants[0]["LEFT_ALONG_DEPTH"] == (direction != "weight_grad")
 
 
+@pytest.mark.usefixtures("always_packed")
 @EMULATED
 @pytest.mark.parametrize("direction", ["forward", "data_grad"])
 def test_an_image_alone_is_packed_as_in_a_batch(direction, arrays):
@@ -56,6 +70,7 @@ def test_an_image_alone_is_packed_as_in_a_batch(direction, arrays):
     np.testing.assert_array_equal(problem.computed(arrays, direction), batch[3:4])
 
 
+@pytest.mark.usefixtures("always_packed")
 @EMULATED
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("limit", "is_packed"), [("2KiB", False), ("12KiB", True), ("64MiB", True)])
@@ -72,6 +87,7 @@ def test_copies_stay_within_the_workspace(direction, limit, is_packed, arrays, m
     assert (constants[0]["LEFT_VECTOR"] > 1) == is_packed
 
 
+@pytest.mark.usefixtures("always_packed")
 @EMULATED
 def test_special_values_of_padded_channels_do_not_appear(arrays):
     """Channels that fill a vector are zeros in both operands, so that infinite weights multiply none of them."""
@@ -83,23 +99,26 @@ def test_special_values_of_padded_channels_do_not_appear(arrays):
     assert np.isfinite(result[0, 1:]).all()
 
 
-def test_packing_is_profitable_if_elements_are_loaded_often():
-    """A pointwise layer needs many filters. Vectors of 8 bytes are wide enough, and so are innermost channels."""
-    half = named_dtype("float16")
-    cases = {  # x, w, settings: the channels of a group after packing
-        ((1, 64, 56, 56), (64, 64, 3, 3), ()): 64,
-        ((1, 62, 56, 56), (64, 62, 3, 3), ()): 64,
-        ((1, 64, 56, 56), (64, 64, 3, 3), (("stride", 2),)): 0,
-        ((1, 3, 224, 224), (64, 3, 7, 7), (("stride", 2), ("padding", 3))): 4,
-        ((1, 512, 7, 7), (2048, 512, 1, 1), ()): 512,
-        ((1, 512, 7, 7), (256, 512, 1, 1), ()): 0,
-        ((1, 512, 14, 14), (1024, 512, 1, 1), ()): 0,
-        ((1, 56, 56, 64), (3, 3, 64, 64), (("layout", "channels_last"),)): 0,
-        ((1, 56, 56, 3), (3, 3, 3, 64), (("layout", "channels_last"),)): 4,
+def test_images_are_packed_where_the_model_predicts_a_shorter_time():
+    """data_grad of channels_first layers loads weights one by one, too; other layers wait for the L2 cache."""
+    half, h200, rtx = named_dtype("float16"), Device(90, 132), Device(86, 82)
+    layers = {
+        # x, w, direction, device: the channels of packed copies
+        ((256, 14, 14), (256, 256, 3, 3), "data_grad", h200): (256, 0),
+        ((256, 14, 14), (256, 256, 3, 3), "data_grad", rtx): (0, 0),
+        ((256, 14, 14), (256, 256, 3, 3), "forward", h200): (0, 0),
+        ((512, 7, 7), (512, 512, 3, 3), "weight_grad", h200): (0, 512),
+        ((64, 56, 56), (64, 64, 1, 1), "data_grad", h200): (0, 0),
     }
-    for (x, w, settings), channels in cases.items():
-        geometry = Geometry.infer(x, w, **dict(settings))
-        views = [contiguous(role, half, geometry) for role in ("x", "w", "y")]
-        lines, (often, _) = matrices_of("forward", geometry, *views).left, gemm_packing.loads("forward", geometry)
-        assert gemm_packing.packed_channels(views[0], lines, often, pads=True) == channels, (x, w)
-        assert gemm_packing.packed_channels(views[0], Lines(True, 0), often, pads=True) == 0  # converted elements
+    for (x, w, direction, device), channels in layers.items():
+        found = []
+        for images in (1, 32):
+            geometry = Geometry.infer((images, *x), w, padding=w[-1] // 2)
+            first, second, result = (contiguous(role, half, geometry) for role in ROLES[direction])
+            arrays = Arrays(direction, geometry, Operand(first), Operand(second), result, np.dtype(np.float32))
+            on_device = SimpleNamespace(device=lambda device=device: device)
+            planner = SimpleNamespace(precision="ieee", backend=on_device, limit=1 << 30)
+            found.append(gemm_packing.packed_channels(arrays, planner))
+            converted = arrays._replace(first=Operand(first, conjugate=True), second=Operand(second, conjugate=True))
+            assert gemm_packing.packed_channels(converted, planner) == (0, 0)
+        assert found == [channels] * 2, (x, w, direction)

@@ -13,9 +13,9 @@ import gpuconv
 from gpuconv import dtypes, execute
 from gpuconv.execute import Call
 from gpuconv.geometry import Geometry
-from gpuconv.gpu import gemm_packing, gemm_tiles, implicit_gemm, kernels_folder, params
+from gpuconv.gpu import gemm_choice, gemm_packing, gemm_plan, implicit_gemm, kernels_folder, params
 from gpuconv.gpu.device import MODEL, Device
-from gpuconv.gpu.gemm_tiles import TileChoice
+from gpuconv.gpu.gemm_choice import TileChoice
 from gpuconv.operands import Operand
 from gpuconv.views import View
 from tests import reference
@@ -45,7 +45,7 @@ KINDS = {
 TILES = [
     (kind, tile)
     for kind, (name, precision) in KINDS.items()
-    for tile in implicit_gemm._products(
+    for tile in gemm_plan._products(
         *[Operand(View(0, 0, (), (), named_dtype(name)))] * 2,
         *(1, dtypes.accumulator(named_dtype(name)), precision, MODEL),
     ).tiles
@@ -57,7 +57,7 @@ REPOSITORY = Path(__file__).parents[1]
 @pytest.fixture(autouse=True)
 def without_packing(monkeypatch):
     """Read operands where they are, so that all loads of tiles are tested; tests/test_gemm_packing.py tests packing."""
-    monkeypatch.setattr(gemm_packing, "PACK", float("inf"))
+    monkeypatch.setattr(gemm_packing, "packed_channels", lambda arrays, planner: (0, 0))
     gpuconv.clear_cache()
     yield
     gpuconv.clear_cache()
@@ -118,7 +118,7 @@ def forced(tile, splits=1):
         return TileChoice(tile, min(splits, problem.most_splits), 0.0)
 
     gpuconv.clear_cache()
-    with mock.patch.object(gemm_tiles, "chosen", chosen):
+    with mock.patch.object(gemm_choice, "chosen", chosen):
         yield
     gpuconv.clear_cache()
 
@@ -295,7 +295,7 @@ def test_long_sums_on_tensor_cores_are_cut_into_pieces():
     half = named_dtype("float16")
     for channels, terms in ((4096, 0), (4104, 4096)):
         geometry = Geometry.infer((1, channels, 4), (8, channels, 1))
-        (plan, *_) = implicit_gemm.plans(geometry, half, "forward", MODEL)
+        (plan, *_) = gemm_plan.plans(geometry, half, "forward", MODEL)
         assert dict(plan.module.constants)["TERMS"] == terms
 
 
@@ -303,7 +303,7 @@ def test_splits_of_weight_grad_are_short_enough_to_need_no_totals():
     """Each split has at most 4,096 terms, if the workspace can hold the sums of that many splits."""
     geometry = Geometry.infer((2, 64, 100, 100), (64, 64, 3, 3), padding=1)
     for limit, terms in ((64 << 20, 0), (64 * 64 * 9 * 4 * 3, 4096)):
-        for plan in implicit_gemm.plans(geometry, named_dtype("float16"), "weight_grad", MODEL, limit=limit):
+        for plan in gemm_plan.plans(geometry, named_dtype("float16"), "weight_grad", MODEL, limit=limit):
             assert dict(plan.module.constants)["TERMS"] == terms
             assert (plan.length <= 4096) == (terms == 0)
             assert plan.length * plan.choice.splits >= 2 * 100 * 100
@@ -351,7 +351,7 @@ def test_three_products_are_taken_where_they_are_faster(capability, taken):
     """The tensor cores of GeForce GPUs compute fewer than three times the products of the other units."""
     geometry = Geometry.infer((8, 64, 14, 14), (64, 64, 3, 3), padding=1)
     device = Device(capability, 80)
-    (plan, *_) = implicit_gemm.plans(geometry, named_dtype("float32"), "forward", device, "tf32x3")
+    (plan, *_) = gemm_plan.plans(geometry, named_dtype("float32"), "forward", device, "tf32x3")
     assert dict(plan.module.constants)["TENSOR_PRODUCTS"] == taken
 
 

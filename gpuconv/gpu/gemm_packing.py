@@ -3,52 +3,87 @@
 Windows of channels_first images begin at any position, and images of three channels have no aligned vectors. Each
 element is then copied to shared memory by instructions of its own, once for every tap and every tile of the other
 matrix. A packed copy has its channels innermost. In forward and data_grad, which sum over these channels, they are
-padded with zeros to a multiple of four.
+padded with zeros to a multiple of four. Images are packed where the model (gemm_model.py) predicts a shorter time,
+including that of the copies.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
+from itertools import product
 
 from gpuconv.arguments import Shape
 from gpuconv.blocking import channels_innermost
 from gpuconv.geometry import Geometry
-from gpuconv.gpu.gemm_layout import BYTES, Lines
+from gpuconv.gpu import gemm_choice, gemm_model
+from gpuconv.gpu.gemm_plan import Arrays, problem_of
+from gpuconv.gpu.gemm_tiles import GemmProblem
 from gpuconv.operands import Operand
 from gpuconv.plan import Planner
 from gpuconv.types import Direction
-from gpuconv.views import View
+from gpuconv.views import View, contiguous_strides
 
 MULTIPLE = 4  # to which channels are padded
-TILE = 128  # rows and columns of a tile, for the estimate
-# Instructions of a thread for a copy to shared memory, counted in SASS, and those that take as long as to pack an
-# element, which is read and written in global memory once more (a model; nothing has been measured).
-COPY, PACK = 8, 24
+# The number of images for which times are compared. That of the call has no influence, so that an image alone is
+# summed in the order that it has in a batch.
+IMAGES = 32
 
 
-def loads(direction: Direction, geometry: Geometry) -> tuple[float, float]:
-    """Return how often an element of the images in the left and in the right matrix is loaded, on average."""
-    inputs, outputs, taps = math.prod(geometry.input), math.prod(geometry.output), geometry.taps
-    by_columns = -(-geometry.group_filters // TILE)
-    if direction == "forward":
-        return taps * outputs / inputs * by_columns, 0.0
-    if direction == "data_grad":
-        return taps * inputs / math.prod(geometry.stride) / outputs * -(-geometry.group_channels // TILE), 0.0
-    return taps * outputs / inputs * by_columns, -(-taps * geometry.group_channels // TILE)
+def packed_channels(arrays: Arrays, planner: Planner) -> tuple[int, int]:
+    """Return the number of channels of a group of packed copies of both operands, 0 for no copy."""
+    alone = _one_image(arrays)
+    if not _problem(alone, planner).products.tensor_products:  # other products take longer than any load
+        return 0, 0
+    options = product(_options(alone, alone.first), _options(alone, alone.second))
+    possible = [channels for channels in options if _bytes(alone, channels) <= planner.limit // 2]
+    return min(possible, key=lambda channels: _microseconds(alone, channels, planner))
 
 
-def packed_channels(images: View, lines: Lines, loads: float, pads: bool) -> int:
-    """Return the number of channels of a group after packing, or 0 if packing is not profitable.
+def _one_image(arrays: Arrays) -> Arrays:
+    """Return the arrays with the first image only."""
+    axes, is_gather = len(arrays.geometry.batch), arrays.direction != "weight_grad"
 
-    The number of images has no influence, so that an image alone is summed in the order that it has in a batch.
-    """
-    channels, chunk = images.shape[-1], BYTES // images.itemsize
-    padded = -(-channels // MULTIPLE) * MULTIPLE if pads else channels
-    if lines.vector == 0 or channels == 0 or (channels_innermost(images) and padded == channels):
-        return 0
-    saved = loads * COPY * (1 / lines.vector - padded / channels / math.gcd(chunk, padded))
-    return padded if saved > PACK else 0
+    def first_of(view: View) -> View:
+        return view[(0,) * axes].reshape(1, *view.shape[axes:])
+
+    first, result = arrays.first.seen(first_of), arrays.result
+    if is_gather:
+        return arrays._replace(first=first, result=first_of(result))
+    return arrays._replace(first=first, second=arrays.second.seen(first_of))
+
+
+def _options(arrays: Arrays, operand: Operand) -> tuple[int, ...]:
+    """Return 0, and the number of channels of a packed copy if there may be one."""
+    is_gather, channels = arrays.direction != "weight_grad", operand.view.shape[-1]
+    if not operand.is_plain(operand.view.dtype) or (is_gather and operand is arrays.second):
+        return (0,)
+    padded = -(-channels // MULTIPLE) * MULTIPLE if is_gather else channels
+    return (0,) if channels_innermost(operand.view) and padded == channels else (0, padded)
+
+
+def packed(arrays: Arrays, channels: tuple[int, int]) -> Arrays:
+    """Return the arrays with contiguous views in the place of those that are packed; also weights are, with images."""
+    first, second = (_packed(one, n) for one, n in zip((arrays.first, arrays.second), channels, strict=True))
+    arrays = arrays._replace(first=first, second=second)
+    if arrays.direction == "weight_grad" or not channels[0]:
+        return arrays
+    second = Operand(_contiguous(arrays.second.view, packed_weights(arrays.direction, arrays.second.view, channels[0])))
+    return arrays._replace(second=second, geometry=packed_geometry(arrays.direction, arrays.geometry, channels[0]))
+
+
+def _packed(operand: Operand, channels: int) -> Operand:
+    view = operand.view
+    return Operand(_contiguous(view, (*view.shape[:-1], channels))) if channels else operand
+
+
+def _contiguous(view: View, shape: Shape) -> View:
+    return View(0, 0, shape, contiguous_strides(shape, view.dtype), view.dtype)
+
+
+def packed_weights(direction: Direction, w: View, channels: int) -> Shape:
+    """Return the shape of packed weights (*kernel, G, C/G, F/G), where the images have this number of channels."""
+    *rest, inputs, filters = w.shape
+    return (*rest, channels, filters) if direction == "forward" else (*rest, inputs, channels)
 
 
 def packed_geometry(direction: Direction, geometry: Geometry, channels: int) -> Geometry:
@@ -58,11 +93,32 @@ def packed_geometry(direction: Direction, geometry: Geometry, channels: int) -> 
     return replace(geometry, filters=geometry.groups * channels)
 
 
-def packed(operand: Operand, shape: Shape, planner: Planner) -> Operand:
-    """Return a contiguous copy of an operand, padded with zeros to a shape."""
-    (space,) = planner.workspace(math.prod(shape), dtype=operand.view.dtype)
-    block = space.shaped(shape)
-    if shape != operand.view.shape:
-        planner.copy(block, 0)
-    planner.copy(block[tuple(map(slice, operand.view.shape))], operand.view)
-    return Operand(block)
+def _bytes(arrays: Arrays, channels: tuple[int, int]) -> int:
+    """Return the bytes of the larger of the copies of one image, and of weights."""
+    made = packed(arrays, channels)
+    images = sum(
+        one.view.size * one.view.itemsize
+        for one, n in zip((made.first, made.second), channels, strict=True) if n
+    )  # fmt: skip
+    is_gather = arrays.direction != "weight_grad" and channels[0] > 0
+    return max(images, made.second.view.size * made.second.view.itemsize * is_gather)
+
+
+def _microseconds(arrays: Arrays, channels: tuple[int, int], planner: Planner) -> float:
+    """Return the time of IMAGES images and of their copies, according to the model."""
+    made = packed(arrays, channels)
+    problem = _problem(made, planner)
+    copied = 0.0
+    for before, after, n in zip(arrays[2:4], made[2:4], channels, strict=True):
+        if n:
+            moved = IMAGES * (before.view.size + after.view.size) * before.view.itemsize
+            copied += gemm_model.copying(moved, problem.device)
+    return copied + min(choice.microseconds for choice in gemm_choice.modelled(problem))
+
+
+def _problem(arrays: Arrays, planner: Planner) -> GemmProblem:
+    """Return the problem for IMAGES images."""
+    problem = problem_of(arrays, planner.precision, planner.backend.device(), room=1)
+    if arrays.direction == "weight_grad":
+        return problem._replace(work=problem.work._replace(depth=IMAGES * problem.work.depth), most_splits=IMAGES)
+    return problem._replace(work=problem.work._replace(rows=IMAGES * problem.work.rows))

@@ -27,6 +27,7 @@ _LIMITS = {
     "sm_75": _Limits(1024, 16, 64 * _KIB, 0, 256),
     "sm_80": _Limits(2048, 32, 164 * _KIB, _KIB, 128),
     "sm_86": _Limits(1536, 16, 100 * _KIB, _KIB, 128),
+    "sm_87": _Limits(1536, 16, 164 * _KIB, _KIB, 128),
     "sm_89": _Limits(1536, 24, 100 * _KIB, _KIB, 128),
     "sm_90a": _Limits(2048, 32, 228 * _KIB, _KIB, 128),
     "sm_100a": _Limits(2048, 32, 228 * _KIB, _KIB, 128),

@@ -16,7 +16,6 @@ from gpuconv.arrays import Backend
 from gpuconv.blocking import Places, largest, pieces
 from gpuconv.geometry import Geometry
 from gpuconv.gpu import structs
-from gpuconv.gpu.gemm_packing import packed
 from gpuconv.gpu.kernel import Module
 from gpuconv.operands import Operand
 from gpuconv.plan import Planner
@@ -88,7 +87,7 @@ class Images:
                 operand.read((...,), block, planner)
                 read[place] = Operand(block)
             elif channels := self._packed[place]:
-                read[place] = packed(operand, (*operand.view.shape[:-1], channels), planner)
+                read[place] = operand.packed((*operand.view.shape[:-1], channels), planner)
         return read, [self._flat_view(view, index)[some] for view in self._results]
 
     def _flat(self, operand: Operand, index: Shape) -> Operand:

@@ -24,7 +24,17 @@ from gpuconv import dtypes, settings
 from gpuconv.arguments import Shape
 from gpuconv.arrays import Backend
 from gpuconv.geometry import DIRECTIONS, Geometry
-from gpuconv.gpu import bias_grad, compiler, direct, implicit_gemm, occupancy, sass, scatter, scatter_plain
+from gpuconv.gpu import (
+    bias_grad,
+    compiler,
+    direct,
+    gemm_plan,
+    implicit_gemm,
+    occupancy,
+    sass,
+    scatter,
+    scatter_plain,
+)
 from gpuconv.gpu.device import MODEL, Device
 from gpuconv.gpu.gemm_tiles import STAGES
 from gpuconv.gpu.kernel import Kernel, Module
@@ -118,7 +128,7 @@ def _bias_grads() -> dict[Module, dict[str, int]]:
     return found
 
 
-def _gemm_plans() -> Iterator[implicit_gemm.GemmPlan]:
+def _gemm_plans() -> Iterator[gemm_plan.GemmPlan]:
     available = {dtype.name: dtype for dtype in dtypes.available()}
     layer, deep, stem = (
         {layout: Geometry.infer(*_laid_out(x, w, layout), **options, layout=layout) for layout in get_args(Layout)}
@@ -129,11 +139,11 @@ def _gemm_plans() -> Iterator[implicit_gemm.GemmPlan]:
         devices = (MODEL, _TURING) if name in ("float16", "float32", "float64") else (MODEL,)
         for precision, device in product(precisions, devices):
 
-            def best(geometry: Geometry, direction: Direction) -> implicit_gemm.GemmPlan:
-                return implicit_gemm.plans(geometry, dtype, direction, device, precision)[0]  # noqa: B023
+            def best(geometry: Geometry, direction: Direction) -> gemm_plan.GemmPlan:
+                return gemm_plan.plans(geometry, dtype, direction, device, precision)[0]  # noqa: B023
 
             if name in ("float16", "float32") and precision == "ieee" and device == MODEL:
-                yield from implicit_gemm.plans(layer["channels_last"], dtype, "forward", device)
+                yield from gemm_plan.plans(layer["channels_last"], dtype, "forward", device)
                 for plan in (best(layer["channels_first"], direction) for direction in DIRECTIONS):
                     yield plan._replace(module=plan.module._replace(wide=True))
                 yield best(stem["channels_last"], "forward")
