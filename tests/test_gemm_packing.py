@@ -1,7 +1,5 @@
 """Packed copies of images for implicit_gemm: exact, as in a batch, within the workspace, and only if useful."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
@@ -116,9 +114,7 @@ def test_images_are_packed_where_the_model_predicts_a_shorter_time():
             geometry = Geometry.infer((images, *x), w, padding=w[-1] // 2)
             first, second, result = (contiguous(role, half, geometry) for role in ROLES[direction])
             arrays = Arrays(direction, geometry, Operand(first), Operand(second), result, np.dtype(np.float32))
-            on_device = SimpleNamespace(device=lambda device=device: device)
-            planner = SimpleNamespace(precision="ieee", backend=on_device, limit=1 << 30)
-            found.append(gemm_packing.packed_channels(arrays, planner))
+            found.append(gemm_packing.packed_channels(arrays, "ieee", device, 1 << 30))
             converted = arrays._replace(first=Operand(first, conjugate=True), second=Operand(second, conjugate=True))
-            assert gemm_packing.packed_channels(converted, planner) == (0, 0)
+            assert gemm_packing.packed_channels(converted, "ieee", device, 1 << 30) == (0, 0)
         assert found == [channels] * 2, (x, w, direction)

@@ -57,7 +57,7 @@ REPOSITORY = Path(__file__).parents[1]
 @pytest.fixture(autouse=True)
 def without_packing(monkeypatch):
     """Read operands where they are, so that all loads of tiles are tested; tests/test_gemm_packing.py tests packing."""
-    monkeypatch.setattr(gemm_packing, "packed_channels", lambda arrays, planner: (0, 0))
+    monkeypatch.setattr(gemm_packing, "packed_channels", lambda *_: (0, 0))
     gpuconv.clear_cache()
     yield
     gpuconv.clear_cache()

@@ -16,10 +16,9 @@ from gpuconv.arguments import Shape
 from gpuconv.blocking import channels_innermost
 from gpuconv.geometry import Geometry
 from gpuconv.gpu import gemm_choice, gemm_model
+from gpuconv.gpu.device import Device
 from gpuconv.gpu.gemm_plan import Arrays, problem_of
-from gpuconv.gpu.gemm_tiles import GemmProblem
 from gpuconv.operands import Operand
-from gpuconv.plan import Planner
 from gpuconv.types import Direction
 from gpuconv.views import View, contiguous_strides
 
@@ -29,14 +28,17 @@ MULTIPLE = 4  # to which channels are padded
 IMAGES = 32
 
 
-def packed_channels(arrays: Arrays, planner: Planner) -> tuple[int, int]:
-    """Return the number of channels of a group of packed copies of both operands, 0 for no copy."""
+def packed_channels(arrays: Arrays, precision: str, device: Device, limit: int) -> tuple[int, int]:
+    """Return the number of channels of a group of packed copies of both operands, 0 for no copy.
+
+    The copies of one image, and those of weights, take at most half of the limit in bytes each.
+    """
     alone = _one_image(arrays)
-    if not _problem(alone, planner).products.tensor_products:  # other products take longer than any load
+    if not problem_of(alone, precision, device, room=1).products.tensor_products:  # others take longer than any load
         return 0, 0
     options = product(_options(alone, alone.first), _options(alone, alone.second))
-    possible = [channels for channels in options if _bytes(alone, channels) <= planner.limit // 2]
-    return min(possible, key=lambda channels: _microseconds(alone, channels, planner))
+    possible = [channels for channels in options if _bytes(alone, channels) <= limit // 2]
+    return min(possible, key=lambda channels: _microseconds(alone, channels, precision, device))
 
 
 def _one_image(arrays: Arrays) -> Arrays:
@@ -104,21 +106,18 @@ def _bytes(arrays: Arrays, channels: tuple[int, int]) -> int:
     return max(images, made.second.view.size * made.second.view.itemsize * is_gather)
 
 
-def _microseconds(arrays: Arrays, channels: tuple[int, int], planner: Planner) -> float:
+def _microseconds(arrays: Arrays, channels: tuple[int, int], precision: str, device: Device) -> float:
     """Return the time of IMAGES images and of their copies, according to the model."""
     made = packed(arrays, channels)
-    problem = _problem(made, planner)
     copied = 0.0
     for before, after, n in zip(arrays[2:4], made[2:4], channels, strict=True):
         if n:
             moved = IMAGES * (before.view.size + after.view.size) * before.view.itemsize
-            copied += gemm_model.copying(moved, problem.device)
-    return copied + min(choice.microseconds for choice in gemm_choice.modelled(problem))
-
-
-def _problem(arrays: Arrays, planner: Planner) -> GemmProblem:
-    """Return the problem for IMAGES images."""
-    problem = problem_of(arrays, planner.precision, planner.backend.device(), room=1)
+            copied += gemm_model.copying(moved, device)
+    problem = problem_of(made, precision, device, room=1)
     if arrays.direction == "weight_grad":
-        return problem._replace(work=problem.work._replace(depth=IMAGES * problem.work.depth), most_splits=IMAGES)
-    return problem._replace(work=problem.work._replace(rows=IMAGES * problem.work.rows))
+        work = problem.work._replace(depth=IMAGES * problem.work.depth)
+        problem = problem._replace(work=work, most_splits=IMAGES)
+    else:
+        problem = problem._replace(work=problem.work._replace(rows=IMAGES * problem.work.rows))
+    return copied + min(choice.microseconds for choice in gemm_choice.modelled(problem))

@@ -68,7 +68,7 @@ def _gather(
 ) -> None:
     """Plan launches with one thread block for each tile of the result."""
     arrays = Arrays(direction, geometry, first, w, result.view, planner.dtype)
-    channels = gemm_packing.packed_channels(arrays, planner)
+    channels = gemm_packing.packed_channels(arrays, planner.precision, planner.backend.device(), planner.limit)
     chunks = params.Images([first], [result.view], geometry, planner, channels)
     if channels[0]:
         w = w.packed(gemm_packing.packed_weights(direction, w.view, channels[0]), planner)
@@ -106,7 +106,8 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
         weights, gradients = dw.view[..., part], dy.of_channels(part)
         (total,) = planner.workspace(weights.size)
         arrays = Arrays("weight_grad", geometry, gradients, x, weights, planner.dtype)
-        images = params.Images([gradients, x], [], geometry, planner, gemm_packing.packed_channels(arrays, planner))
+        channels = gemm_packing.packed_channels(arrays, planner.precision, planner.backend.device(), planner.limit)
+        images = params.Images([gradients, x], [], geometry, planner, channels)
         planner.loop(range(len(images)), partial(_add_splits, images, total, weights, geometry))
 
     filters = dw.view.shape[-1]
