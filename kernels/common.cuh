@@ -11,8 +11,10 @@
 //   Boxes          extents of the boxes of outputs and taps that a block of scatter_data_grad owns, and of their region
 //   Options        the choices that a kernel is launched with (conjugation, bias, activation and others)
 //   Divisor        a number by which a kernel divides, and the numbers that replace the division
-//   Windows        windows, for each axis and phase of the stride, and counts of tiles: for implicit_gemm.cu, which
-//   WeightTiles    also defines Axis and Phase, the parts of Windows
+//   Windows        windows, for each axis and phase of the stride, and counts of tiles, for implicit_gemm.cu; its parts
+//                  are Axis and Phase
+//   WeightTiles    counts of tiles of its weight_grad, and extents
+//   Elements       the elements that a launch of split_sum.cu computes
 
 // ---------------------------------------------------------------------------------------------- numbers
 

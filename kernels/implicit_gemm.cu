@@ -22,8 +22,9 @@
 // phase are a stride apart and are reached by the same taps, so a phase is a convolution of stride 1 whose taps run
 // backwards. No zeros between outputs are multiplied, and every input is written once.
 //
-// weight_grad uses split-K: a block sums over one split of the outputs, and a second pass adds the splits. The order of
-// all additions is fixed by the shapes, in forward and data_grad by those of one image.
+// weight_grad uses split-K: a block sums over one split of the outputs, and a second pass (split_sum.cu) adds the
+// splits. So do forward and data_grad where tiles are too few for the device. The order of all additions is fixed by
+// the shapes, in forward and data_grad by those of one image.
 //
 // Constants, in addition to those of tiles.cuh and products.cuh:
 //   DIRECTION                   which kernel is compiled: 0 forward, 1 data_grad, 2 weight_grad
@@ -202,10 +203,10 @@ struct WindowSteps {
     static constexpr int CHANNEL = TAPS_INNERMOST ? 3 : 0, FIRST_TAP = TAPS_INNERMOST ? 0 : 1;
 
     DEVICE WindowSteps(const Windows& windows, const Phase* const (&phase)[3], const Images& images_at, const Weights& w_at,
-                       Index depth)
-        : counter(threadIdx.x, TAPS_INNERMOST ? phase[2]->taps : windows.channels, phase[TAPS_INNERMOST ? 1 : 2]->taps,
+                       Index step, Index remaining)
+        : counter(step, TAPS_INNERMOST ? phase[2]->taps : windows.channels, phase[TAPS_INNERMOST ? 1 : 2]->taps,
                   phase[TAPS_INNERMOST ? 0 : 1]->taps),
-          remaining(depth - threadIdx.x) {
+          remaining(remaining) {
         left_offset[CHANNEL] = images_at.channel;
         right_offset[CHANNEL] = w_at.channel;
 #pragma unroll
@@ -220,19 +221,23 @@ struct WindowSteps {
         Coordinate<LEFT_TEST> left_at = {};
         Coordinate<RIGHT_TEST> right_at = {};
         if (remaining > 0) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                left_at.offset += counter.digit[i] * left_offset[i];
-                right_at.offset += counter.digit[i] * right_offset[i];
-            }
-            const Index tap[3] = {counter.digit[FIRST_TAP + 2], counter.digit[FIRST_TAP + 1], counter.digit[FIRST_TAP]};
-            left_at.set({tap[0] * tap_stride[0], tap[1] * tap_stride[1], tap[2] * tap_stride[2]}, bit_of(tap));
-            right_at.taps = 1;
+            compute(left_at, right_at);
             counter.advance();
             remaining -= DEPTH;
         }
         left[left_step_slot(threadIdx.x)] = left_at;
         right[right_step_slot(threadIdx.x)] = right_at;
+    }
+    // Computes the coordinates of the current step, which are zeros before.
+    DEVICE void compute(Coordinate<LEFT_TEST>& left_at, Coordinate<RIGHT_TEST>& right_at) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            left_at.offset += counter.digit[i] * left_offset[i];
+            right_at.offset += counter.digit[i] * right_offset[i];
+        }
+        const Index tap[3] = {counter.digit[FIRST_TAP + 2], counter.digit[FIRST_TAP + 1], counter.digit[FIRST_TAP]};
+        left_at.set({tap[0] * tap_stride[0], tap[1] * tap_stride[1], tap[2] * tap_stride[2]}, bit_of(tap));
+        right_at.taps = 1;
     }
     DEVICE unsigned bit_of(const Index (&tap)[3]) const {
         if (AXES != BY_TAP) return 1;
@@ -241,20 +246,21 @@ struct WindowSteps {
 };
 
 // Computes one tile of result[row, column] = sum over taps and channels of images[row, tap, channel]
-// w[tap, channel, column], which is forward and each phase of data_grad. Blocks: column tiles vary fastest, then
-// groups, row tiles and phases.
+// w[tap, channel, column], which is forward and each phase of data_grad. With split-K it is the sum over one split of
+// the steps, and the result is a partial sum for split_sum.cu. Blocks: column tiles vary fastest, then groups, row
+// tiles, phases and splits.
 struct Gather {
     const Operand<First> images;
     const Operand<Second> w;
     const Sum* const bias;
-    Result* const result;
+    Result* result;
     const Windows& windows;
     const Images &images_at, &result_at;
     const Weights& w_at;
 
     // Set by tile().
     const Phase* phase[3];
-    Index g, row0, column0, taps;
+    Index g, row0, column0, first_step;
     Extents extents;
 
     DEVICE void tile() {
@@ -262,24 +268,27 @@ struct Gather {
         column0 = take_digit(block, windows.column_tiles) * TILE_COLUMNS;
         g = take_digit(block, windows.groups);
         row0 = take_digit(block, windows.row_tiles) * TILE_ROWS;
-        Index rows = windows.images;
-        taps = 1;
+        Index rows = windows.images, depth = windows.channels.value;
         for (int axis = 2; axis >= 0; --axis) {
             const Axis& windows_along = windows.axis[axis];
             phase[axis] = &windows_along.phase[take_digit(block, windows_along.phases)];
             rows *= phase[axis]->rows.value;
-            taps *= phase[axis]->taps.value;
+            depth *= phase[axis]->taps.value;
         }
         if (row0 >= rows) return;  // the same in all threads: this phase has fewer rows than others
+        const Index split = block;
+        first_step = split * windows.split_length;
+        const Index rest = depth > first_step ? depth - first_step : 0;
         extents = {at_most(rows - row0, TILE_ROWS), at_most(windows.columns - column0, TILE_COLUMNS),
-                   taps * windows.channels.value};
+                   rest < windows.split_length ? rest : windows.split_length};
+        result += split * windows.split_step;
 
         Shared& shared = shared_tiles();
         __shared__ Tables tables;
         set(tables);
         const Index image[3] = {windows.axis[0].extent, windows.axis[1].extent, windows.axis[2].extent};
         Products products = {};
-        WindowSteps steps(windows, phase, images_at, w_at, extents.depth);
+        WindowSteps steps(windows, phase, images_at, w_at, first_step + threadIdx.x, extents.depth - threadIdx.x);
         multiply(products, shared.stages, tables, images, w, steps, extents, image);
         const Sum* const bias_here = HAS_BIAS ? bias + (g * windows.columns + column0) : nullptr;
         const bool numbers = store(products, shared, tables, extents, result, result_at.channel, bias_here);
@@ -341,55 +350,49 @@ struct Gather {
     // NaN, such a product is NaN, although it is no part of the convolution. So where a sum is NaN and the tile has
     // non-finite weights, recompute() computes it again from the products that exist.
 
-    // A tap of the window: its coordinate relative to a row, and the offset of its first channel in a column of w.
-    struct Tap {
-        Coordinate<LEFT_TEST> from_row;
-        Index in_w;
-    };
-    DEVICE Tap tap_at(Index number) const {
-        Tap tap = {};
-        Place shift = {};
-        const unsigned its_bit = AXES == BY_TAP ? bit(number) : 1;
-#pragma unroll
-        for (int axis = 2; axis >= 0; --axis) {
-            const Index k = take_digit(number, phase[axis]->taps);
-            shift.at[axis] = k * windows.axis[axis].tap_stride;
-            tap.in_w += k * windows.axis[axis].tap_step * w_at.axis[axis];
-        }
-        tap.from_row.offset = shift.offset(images_at);
-        tap.from_row.set(shift.at, its_bit);
-        return tap;
+    // Computes the coordinates of a step of this block.
+    DEVICE void compute_step(Index step, Coordinate<LEFT_TEST>& left_at, Coordinate<RIGHT_TEST>& right_at) const {
+        left_at = {};
+        right_at = {};
+        WindowSteps(windows, phase, images_at, w_at, first_step + step, 0).compute(left_at, right_at);
     }
 
     // Whether all weights of the tile's columns that this thread tests are finite.
     DEVICE bool weights_are_finite(const Tables& tables) const {
-        for (Index number = 0; number < taps; ++number) {
-            const Index in_w = tap_at(number).in_w;
-            for (Index channel = threadIdx.x; channel < windows.channels.value; channel += THREADS)
-                for (int c = 0; c < extents.columns; ++c)
-                    if (!is_finite(w[tables.column[column_slot(c)].offset + in_w + channel * w_at.channel])) return false;
+        Coordinate<LEFT_TEST> left_at;
+        Coordinate<RIGHT_TEST> right_at;
+        for (Index step = threadIdx.x; step < extents.depth; step += THREADS) {
+            compute_step(step, left_at, right_at);
+            for (int c = 0; c < extents.columns; ++c)
+                if (!is_finite(w[tables.column[column_slot(c)].offset + right_at.offset])) return false;
         }
         return true;
     }
 
-    // Recomputes the results of the tile that are NaN, one thread for each.
+    // Recomputes the results of the tile that are NaN, one thread for each. Sums are divided as the main loop divides
+    // them, so that they do not depend on the number of splits.
     DEVICE void recompute(const Tables& tables, const Sum* bias_here, const Index (&image)[3]) const {
+        Coordinate<LEFT_TEST> left_at;
+        Coordinate<RIGHT_TEST> right_at;
         for (int e = threadIdx.x; e < TILE_ROWS * TILE_COLUMNS; e += THREADS) {
             const int r = e / TILE_COLUMNS, c = e % TILE_COLUMNS;
             if (r >= extents.rows || c >= extents.columns) continue;
             Result& to = result[tables.result_row[r] + c * result_at.channel];
             if (is_number(Converted<Sum>::from(to))) continue;
-            Sum sum = {};
-            for (Index number = 0; number < taps; ++number) {
-                const Tap tap = tap_at(number);
-                const Coordinate<LEFT_TEST>& row = tables.row[row_slot(r)];
-                if (!row.in_bounds(tap.from_row, image)) continue;
-                const Index in_images = row.offset + tap.from_row.offset;
-                const Index in_w = tables.column[column_slot(c)].offset + tap.in_w;
-                for (Index channel = 0; channel < windows.channels.value; ++channel)
-                    add_product(sum, images[in_images + channel * images_at.channel], w[in_w + channel * w_at.channel]);
+            const Coordinate<LEFT_TEST>& row = tables.row[row_slot(r)];
+            const Index column = tables.column[column_slot(c)].offset;
+            Sum total = {}, sum = {};
+            for (Index step = 0; step < extents.depth; ++step) {
+                compute_step(step, left_at, right_at);
+                if (row.in_bounds(left_at, image))
+                    add_product(sum, images[row.offset + left_at.offset], w[column + right_at.offset]);
+                if (TERMS > 0 && (step + 1) % TERMS == 0) {
+                    add(total, sum);
+                    sum = Sum{};
+                }
             }
-            finish(&to, 0, sum, bias_here, c, OPTIONS);
+            add(total, sum);
+            finish(&to, 0, total, bias_here, c, OPTIONS);
         }
     }
 };
@@ -398,7 +401,7 @@ struct Gather {
 // group of y; a thread owns the accumulators that the warp's product gives it (products.cuh).
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 implicit_gemm_forward(const First* x_values, const First* x_y, const Second* w_values, const Sum* bias, Result* y,
-                      Windows windows, Images y_at, Images x_at, Weights w_at) {
+                      Windows windows, Images x_at, Images y_at, Weights w_at) {
     if constexpr (DIRECTION == FORWARD) {
         const Operand<First> x = {x_values, x_y, FIRST_CONJUGATED, FIRST_DERIVATIVE};
         const Operand<Second> w = {w_values, nullptr, SECOND_CONJUGATED, IDENTITY};
@@ -464,15 +467,13 @@ struct OutputSteps {
     }
 };
 
-// Returns the coordinate of the row, or of the element of dw, with this number: filters vary fastest, then channels,
-// taps and groups. Rows have no filters.
-DEVICE WeightPlace take_weight(Index number, const WeightTiles& tiles, bool has_filters) {
+// Returns the coordinate of a row: channels vary fastest, then taps.
+DEVICE WeightPlace take_row(Index number, const WeightTiles& tiles) {
     WeightPlace at = {};
-    if (has_filters) at.f = take_digit(number, tiles.filters);
     at.c = take_digit(number, tiles.channels);
-#pragma unroll
-    for (int axis = 2; axis >= 0; --axis) at.tap[axis] = take_digit(number, tiles.kernel[axis]);
-    at.g = number;
+    at.tap[2] = take_digit(number, tiles.kernel[2]);
+    at.tap[1] = take_digit(number, tiles.kernel[1]);
+    at.tap[0] = number;
     return at;
 }
 
@@ -502,7 +503,7 @@ implicit_gemm_weight_grad(const First* dy_values, const First* dy_y, const Secon
         for (int r = threadIdx.x; r < TILE_ROWS; r += THREADS) {
             Coordinate<LEFT_TEST> row = {};
             if (r < extents.rows) {
-                const WeightPlace at = take_weight(row0 + r, tiles, false);
+                const WeightPlace at = take_row(row0 + r, tiles);
                 Place shift = {0, g, at.c};
                 for (int axis = 0; axis < 3; ++axis) shift.at[axis] = at.tap[axis] * conv.dilation[axis];
                 row.offset = shift.offset(x_at);
@@ -522,21 +523,5 @@ implicit_gemm_weight_grad(const First* dy_values, const First* dy_y, const Secon
         OutputSteps steps(conv, tiles.output, first, extents.depth, x_at, dy_at);
         multiply(products, shared.stages, tables, x, dy, steps, extents, conv.input);
         store(products, shared, tables, extents, partial, 1, nullptr);
-    }
-}
-
-// Second pass of weight_grad: total = the sum of the splits, in order, and dw = total, rounded once. If `accumulate` is
-// not 0, the sum starts from the total of earlier images. A block computes THREADS consecutive weights; a thread owns
-// one.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-implicit_gemm_weight_grad_sum(const Sum* partial, Sum* total, Result* dw, WeightTiles tiles, Weights dw_at, Index weights,
-                              Index accumulate) {
-    if constexpr (DIRECTION == WEIGHT_GRAD) {
-        const Index i = Index(blockIdx.x) * THREADS + threadIdx.x;
-        if (i >= weights) return;
-        Sum sum = accumulate ? total[i] : Sum{};
-        for (Index split = 0; split < tiles.splits; ++split) add(sum, partial[split * weights + i]);
-        total[i] = sum;
-        dw[take_weight(i, tiles, true).offset(dw_at)] = Converted<Result>::from(sum);
     }
 }

@@ -123,6 +123,21 @@ EQUIVALENT = {
     # ----------------------------------------------------------------------------------------- tiles.cuh
     (
         "tiles.cuh",
+        "Coordinate<AXES> unit_at[PLACES], line_at[KEEPS_LINES ? ROUNDS : 1];",
+        "Coordinate<AXES> unit_at[PLACES], line_at[KEEPS_LINES || true ? ROUNDS : 1];",
+    ): "registers that are not used take no room",
+    (
+        "tiles.cuh",
+        "if (!LINES_FIXED) read_unit(fixed);",
+        "read_unit(fixed);",
+    ): "a loader that reads the unit of each tile does so again before the first",
+    (
+        "tiles.cuh",
+        "if (is_line(round)) line_at[round] = fixed.table[line(round)];",
+        "line_at[round] = fixed.table[line(round)];",
+    ): "in all tiles whose lines are fixed, threads share them evenly",
+    (
+        "tiles.cuh",
         "template <int AXES> struct __align__(AXES == 1 ? 2 * sizeof(Index) : 16) Coordinate {",
         "template <int AXES> struct __align__(AXES == 1 || true ? 2 * sizeof(Index) : 16) Coordinate {",
     ): ALIGNMENT,

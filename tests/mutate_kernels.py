@@ -27,6 +27,7 @@ from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # there is one process per core
 
+from gpuconv.geometry import DIRECTIONS
 from gpuconv.gpu import report
 from tests import mutation_runs
 from tests.backends import backend_of
@@ -55,8 +56,10 @@ def in_order(items):
 def algorithm_of(item):
     """Return the algorithm that a test runs, or None if it runs several or other than public ones."""
     stem = Path(item.fspath).stem.removeprefix("test_")
-    if stem in ("implicit_gemm", "bias_grad"):
+    if stem == "bias_grad":
         return stem
+    if stem in ("implicit_gemm", "gemm_packing", "split_sum"):
+        return "implicit_gemm"
     params = item.callspec.params if hasattr(item, "callspec") else {}
     return params.get("algorithm", "scatter_plain" if "plain" in item.originalname else None)
 
@@ -71,7 +74,8 @@ def concerns(item, mutant):
         return False
     if mutant.where != mutant.file and algorithm == "scatter_plain" and not mutant.where.endswith("_plain"):
         return False
-    return "direction" not in params or mutant.where == mutant.file or params["direction"] in mutant.where
+    directions = [direction for direction in DIRECTIONS if direction in mutant.where]
+    return "direction" not in params or not directions or params["direction"] in directions
 
 
 def verdict(session, items, hints, mutant, likely):
@@ -311,7 +315,10 @@ def sample(everything, options):
 def with_kernel_tests(work):
     """Collect the tests that run kernels and call ``work`` with them."""
     here = Path(__file__).parent
-    names = "matrix", "kernels", "checked", "profile", "conv", "nonfinite", "implicit_gemm", "bias_grad"
+    names = (
+        *("matrix", "kernels", "checked", "profile", "conv", "nonfinite"),
+        *("implicit_gemm", "gemm_packing", "split_sum", "bias_grad"),
+    )
     with_tests(["-m", "not gpu", *(str(here / f"test_{name}.py") for name in names)], work)
 
 

@@ -182,9 +182,9 @@ def test_a_tile_is_filled_by_the_positions_of_the_result():
 @EMULATED
 def test_explain_lists_the_tiles_with_their_times(arrays, monkeypatch):
     monkeypatch.setattr("gpuconv.explanation.backend_named", lambda _: arrays.backend)
-    explanation = gpuconv.explain((8, 64, 28, 28), (64, 64, 3, 3), padding=1, dtype="float16", backend="cupy")
+    explanation = gpuconv.explain((8, 64, 56, 56), (64, 64, 3, 3), padding=1, dtype="float16", backend="cupy")
     assert re.search(
-        r"\n  implicit_gemm_forward<<<\d+, \d+>>>\(x@0 .*, y@0 \(8, 28, 28, 1, 64\), ", repr(explanation.plan)
+        r"\n  implicit_gemm_forward<<<\d+, \d+>>>\(x@0 .*, y@0 \(8, 56, 56, 1, 64\), ", repr(explanation.plan)
     )
     text = str(explanation)
     lines = text.splitlines()

@@ -221,6 +221,18 @@ def test_windows_of_32_taps_and_more_are_exact(direction, kernel, arrays):
 
 @ON_KERNELS
 @BOTH_LAYOUTS
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("direction", ["forward", "weight_grad"])
+def test_elements_that_no_window_reads_have_no_influence(direction, dtype, layout, arrays):
+    """Tiles that the work does not fill load none of them, since zero times NaN is NaN."""
+    problem = Problem((1, 5, 9, 9), (7, 5, 1, 1), dtype, stride=2, padding=1)
+    expected = problem.exact(direction)
+    problem.x[:, :, ::2] = problem.x[:, :, :, ::2] = np.nan
+    np.testing.assert_array_equal(problem.computed(arrays, direction, layout), expected.astype(dtype))
+
+
+@ON_KERNELS
+@BOTH_LAYOUTS
 def test_tf32_rounds_to_the_nearest(layout, arrays):
     """For positive numbers the error of rounding is at most 1e-4; that of truncation would be 6e-4."""
     problem = Problem((1, 16, 12, 12), (16, 16, 3, 3), "float32", False, positive=True, padding=1)
@@ -291,10 +303,13 @@ def test_weights_alone_are_conjugated_where_both_operands_are_converted(arrays):
 
 
 def test_long_sums_on_tensor_cores_are_cut_into_pieces():
-    """The accumulator is flushed every 4,096 terms; up to that length no registers for totals are needed."""
+    """The accumulator is flushed every 4,096 terms; up to that length no registers for totals are needed.
+
+    It is flushed every 512 terms, as tiles of splits end, if one image fills less than a quarter of the device.
+    """
     half = named_dtype("float16")
-    for channels, terms in ((4096, 0), (4104, 4096)):
-        geometry = Geometry.infer((1, channels, 4), (8, channels, 1))
+    for channels, extent, terms in ((4096, 9999, 0), (4104, 9999, 4096), (4104, 99, 512), (513, 99, 512), (512, 99, 0)):
+        geometry = Geometry.infer((1, channels, extent), (8, channels, 1))
         (plan, *_) = gemm_plan.plans(geometry, half, "forward", MODEL)
         assert dict(plan.module.constants)["TERMS"] == terms
 
@@ -667,7 +682,7 @@ def test_unmerged_batch_axes_add_up_in_the_weights(arrays):
     expected = gpuconv.conv_weight_grad(dy, x, w_shape, algorithm="im2col")
     swapped = [arrays.asarray(np.ascontiguousarray(a.swapaxes(0, 2))).swapaxes(0, 2) for a in (dy, x)]
     execute.clear()
-    with mock.patch.object(implicit_gemm, "_add_splits", wraps=implicit_gemm._add_splits) as added:
+    with mock.patch.object(implicit_gemm, "_add_outputs", wraps=implicit_gemm._add_outputs) as added:
         result = gpuconv.conv_weight_grad(*swapped, w_shape, algorithm="implicit_gemm")
     assert added.call_count > 1
     np.testing.assert_array_equal(arrays.asnumpy(result), expected)
@@ -680,14 +695,14 @@ def test_unmerged_batch_axes_add_up_in_the_weights(arrays):
 @EMULATED
 @pytest.mark.parametrize("groups, stride, extent", [(1, 1, (9,)), (4, 2, (9, 8)), (8, 3, (7, 6, 5))])
 def test_groups_phases_and_ranks_take_one_launch(groups, stride, extent, arrays):
-    """weight_grad takes two launches: its splits, and their sum."""
+    """weight_grad takes two launches: its splits, and their sum. So do the others if they have splits."""
     rank = len(extent)
     problem = Problem((2, 8, *extent), (16, 8 // groups, *(3,) * rank), "float32", stride=stride, groups=groups)
     for direction in DIRECTIONS:
         with launcher.using() as launches:
             problem.computed(arrays, direction)
-        names = [f"implicit_gemm_{direction}"]
-        assert [launch.name for launch in launches] == names + (direction == "weight_grad") * [f"{names[0]}_sum"]
+        sums = ["split_sum"] * (direction == "weight_grad")
+        assert [launch.name for launch in launches] == [f"implicit_gemm_{direction}", *sums]
 
 
 @pytest.mark.called_once("it counts launches")

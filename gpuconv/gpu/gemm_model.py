@@ -80,7 +80,7 @@ def microseconds(problem: GemmProblem, tile: GemmTile, splits: int) -> float:
     clocks += blocks(busiest, at_once) * LATENCY + busiest * _clocks_of_ends(tile, products, device)
     total = clocks / CLOCKS
     if splits > 1:
-        sums = work.rows * work.columns * work.groups * products.element.itemsize * 2
+        sums = work.rows * work.columns * work.groups * work.phases * products.element.itemsize * 2
         total += LAUNCH + splits * sums / (_rates(device).l2_bytes * device.multiprocessors * CLOCKS)
     return total
 

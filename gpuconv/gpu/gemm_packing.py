@@ -31,7 +31,7 @@ IMAGES = 32
 def packed_channels(arrays: Arrays, precision: str, device: Device, limit: int) -> tuple[int, int]:
     """Return the number of channels of a group of packed copies of both operands, 0 for no copy.
 
-    The copies of one image, and those of weights, take at most half of the limit in bytes each.
+    The copies of one image take at most half of the limit in bytes, those of weights a quarter.
     """
     alone = _one_image(arrays)
     if not problem_of(alone, precision, device, room=1).products.tensor_products:  # others take longer than any load
@@ -96,14 +96,14 @@ def packed_geometry(direction: Direction, geometry: Geometry, channels: int) -> 
 
 
 def _bytes(arrays: Arrays, channels: tuple[int, int]) -> int:
-    """Return the bytes of the larger of the copies of one image, and of weights."""
+    """Return the bytes of the copies of one image, or twice those of weights, if that is more."""
     made = packed(arrays, channels)
     images = sum(
         one.view.size * one.view.itemsize
         for one, n in zip((made.first, made.second), channels, strict=True) if n
     )  # fmt: skip
     is_gather = arrays.direction != "weight_grad" and channels[0] > 0
-    return max(images, made.second.view.size * made.second.view.itemsize * is_gather)
+    return max(images, 2 * made.second.view.size * made.second.view.itemsize * is_gather)
 
 
 def _microseconds(arrays: Arrays, channels: tuple[int, int], precision: str, device: Device) -> float:

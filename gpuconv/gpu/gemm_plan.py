@@ -16,11 +16,15 @@ from gpuconv.gpu.gemm_layout import matrices_of
 from gpuconv.gpu.gemm_tiles import GemmProblem, GemmTile, Products, Work
 from gpuconv.gpu.kernel import Module
 from gpuconv.gpu.launch import blocks
+from gpuconv.gpu.split_sum import partial_sums
 from gpuconv.operands import ROLES, Operand, contiguous
 from gpuconv.types import Activation, Direction
 from gpuconv.views import View, contiguous_strides
 
-FEWEST_ITERATIONS = 4  # main-loop iterations of a split, below which it is not profitable
+FEWEST_ITERATIONS = 4  # main-loop iterations of a split of weight_grad, below which it is not profitable
+MOST_SPLITS = 64  # of forward and data_grad
+SPLIT_TERMS = 512  # of a split of forward and data_grad on tensor cores
+SMALL_TILE = 64  # rows and columns of a tile
 
 
 class Epilogue(NamedTuple):
@@ -50,16 +54,13 @@ class GemmPlan(NamedTuple):
     module: Module
     blocks: int
     shared_bytes: int
-    length: int  # outputs of a split of weight_grad
+    length: int  # steps of a split of the depth, 0 if there is one
 
     @property
     def kernels(self) -> dict[str, int]:
         """The kernels that are launched, with the bytes of their dynamic shared memory."""
         direction = DIRECTIONS[dict(self.module.constants)["DIRECTION"]]
-        found = {f"implicit_gemm_{direction}": self.shared_bytes}
-        if direction == "weight_grad":
-            found["implicit_gemm_weight_grad_sum"] = 0
-        return found
+        return {f"implicit_gemm_{direction}": self.shared_bytes}
 
 
 def plans(
@@ -70,23 +71,51 @@ def plans(
     precision: str = "ieee",
     limit: int = 64 << 20,
 ) -> list[GemmPlan]:
-    """Return the plans for contiguous arrays, one for each tile; the first one is the one that is used."""
+    """Return the plans for contiguous arrays: the one that is used, and then one for each other tile."""
     first, second, result = (contiguous(role, dtype, geometry) for role in ROLES[direction])
     sums = dtypes.accumulator(dtype)
     room = limit // (sums.itemsize * math.prod(result.shape)) - 1
     arrays = Arrays(direction, geometry, Operand(first), Operand(second), result, sums)
-    problem = problem_of(arrays, precision, device, room)
-    return [_made(arrays, problem, choice, wide=False) for choice in gemm_choice.ranked(problem)]
+    used, problem = planned(arrays, precision, device, False, room), problem_of(arrays, precision, device, room)
+    others = (choice for choice in gemm_choice.ranked(problem) if choice != used.choice)
+    return [used, *(_made(arrays, problem, choice, wide=False) for choice in others)]
 
 
 def planned(arrays: Arrays, precision: str, device: Device, wide: bool, room: int = 0) -> GemmPlan:
     """Return the plan to use; ``room`` is the number of splits for whose sums there is workspace."""
     problem = problem_of(arrays, precision, device, room)
-    return _made(arrays, problem, gemm_choice.chosen(problem), wide)
+    choice = gemm_choice.chosen(problem)
+    splits = 1 if arrays.direction == "weight_grad" else _splits(arrays, problem)
+    if 1 < splits <= min(room, MOST_SPLITS):
+        space = View(0, 0, (arrays.result.size,), (arrays.sums.itemsize,), arrays.sums)
+        partial = arrays._replace(result=partial_sums(space, arrays.result), epilogue=Epilogue())
+        divided = problem_of(partial, precision, device, room)._replace(most_splits=splits, least_splits=splits)
+        faster = gemm_choice.chosen(divided)
+        if faster.microseconds < choice.microseconds:
+            return _made(partial, divided, faster, wide)
+    return _made(arrays, problem, choice, wide)
+
+
+def _splits(arrays: Arrays, problem: GemmProblem) -> int:
+    """Return the number of splits of forward or data_grad in which no accumulator is flushed.
+
+    Adding these splits in order is what a block does that computes them all. So the bits of a result do not depend on
+    whether there are splits, and this may depend on the number of images.
+    """
+    terms = problem.products.terms
+    return blocks(_longest(arrays.direction, arrays.geometry), terms) if terms else 1
+
+
+def _longest(direction: Direction, geometry: Geometry) -> int:
+    """Return the length of the longest sum of forward or data_grad."""
+    if direction == "forward":
+        return geometry.reduction_length(direction)
+    taps = (max(phase.reaching for phase in geometry.axis_phases(axis)) for axis in range(geometry.rank))
+    return math.prod(taps) * geometry.group_filters
 
 
 def _made(arrays: Arrays, problem: GemmProblem, choice: TileChoice, wide: bool) -> GemmPlan:
-    work, length = problem.work, 0
+    work, length = problem.work, problem.products.terms if choice.splits > 1 else 0
     if arrays.direction == "weight_grad":
         depth = gemm_tiles.depth(problem, choice.tile)
         length = blocks(work.depth, choice.splits * depth) * depth
@@ -118,12 +147,21 @@ def problem_of(arrays: Arrays, precision: str, device: Device, room: int) -> Gem
     if not right.is_plain(products.element):
         matrices = matrices._replace(right=matrices.right._replace(vector=0))
     if direction != "weight_grad":
+        images = max(1, first.view.shape[0])
+        if products.tensor_products and products.element.itemsize < 8 and not _fills(work, images, device):
+            products = products._replace(terms=SPLIT_TERMS * (_longest(direction, geometry) > SPLIT_TERMS))
         return GemmProblem(work, matrices, products, device, most_splits=1)
     most = max(1, min(room, work.depth // (FEWEST_ITERATIONS * products.depth)))
     enough = blocks(work.depth, gemm_tiles.TENSOR_TERMS)  # splits with which no accumulator has to be flushed
     if products.terms != gemm_tiles.TENSOR_TERMS or enough > most:
         return GemmProblem(work, matrices, products, device, most)
     return GemmProblem(work, matrices, products._replace(terms=0), device, most, enough)
+
+
+def _fills(work: Work, images: int, device: Device) -> bool:
+    """Return whether one image has a tile for every fourth multiprocessor, and so needs no splits of the depth."""
+    tiles = blocks(work.rows // images, SMALL_TILE) * blocks(work.columns, SMALL_TILE)
+    return 4 * tiles * work.groups * work.phases >= device.multiprocessors
 
 
 def _work(direction: Direction, geometry: Geometry, images: int, result: View) -> Work:

@@ -57,6 +57,13 @@ class Windows(NamedTuple):
     groups: int
     channels: int  # of a group of the images
     columns: int  # channels of a group of the result
+    splits: int = 1  # of the reduction
+    split_length: int = 0  # steps of a split, if there are several
+
+    @property
+    def depth(self) -> int:
+        """The length of the longest reduction."""
+        return self.channels * math.prod(max(phase.taps for phase in axis.phases) for axis in self.axes)
 
     def tiles(self, tile: GemmTile) -> tuple[int, int]:
         """Return the number of column tiles, and of row tiles of the first phase, which is the longest."""
@@ -65,14 +72,15 @@ class Windows(NamedTuple):
 
     def blocks(self, tile: GemmTile) -> int:
         """Return the number of thread blocks."""
-        return math.prod((*self.tiles(tile), self.groups, *(len(axis.phases) for axis in self.axes)))
+        return math.prod((*self.tiles(tile), self.groups, *(len(axis.phases) for axis in self.axes), self.splits))
 
-    def struct(self, tile: GemmTile, wide: bool) -> numpy.ndarray:
-        """Return the struct that the kernels take."""
+    def struct(self, tile: GemmTile, elements: int, wide: bool) -> numpy.ndarray:
+        """Return the struct that the kernels take, for a result of this many elements."""
         column_tiles, row_tiles = self.tiles(tile)
         divisors = map(divisor, (column_tiles, self.groups, row_tiles, self.channels))
         axes = [_axis(axis) for axis in (_SINGLE,) * (structs.AXES - len(self.axes)) + self.axes]
-        return structs.struct("Windows", wide, *divisors, self.columns, self.images, axes)
+        split = (self.split_length, elements) if self.splits > 1 else (self.depth, 0)
+        return structs.struct("Windows", wide, *divisors, self.columns, self.images, *split, axes)
 
 
 _SINGLE = WindowAxis(1, 1, 1, 1, 1, (WindowPhase(1, 1, 0, 0, 0),))  # an axis of one position and one tap

@@ -9,13 +9,14 @@ multiplied on tensor cores.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy
 
 from gpuconv.blocking import largest, pieces
 from gpuconv.geometry import Geometry
-from gpuconv.gpu import gemm_packing, gemm_windows, params, structs
+from gpuconv.gpu import gemm_packing, gemm_windows, params, split_sum, structs
 from gpuconv.gpu.gemm_plan import Arrays, Epilogue, GemmPlan, planned
 from gpuconv.gpu.gemm_plan import plans as plans  # of which explain lists the tiles
 from gpuconv.gpu.kernel import Kernel
@@ -67,7 +68,8 @@ def _gather(
     direction: Direction, first: Operand, w: Operand, result: Result, geometry: Geometry, planner: Planner
 ) -> None:
     """Plan launches with one thread block for each tile of the result."""
-    arrays = Arrays(direction, geometry, first, w, result.view, planner.dtype)
+    epilogue = Epilogue(result.bias is not None, result.activation)
+    arrays = Arrays(direction, geometry, first, w, result.view, planner.dtype, epilogue)
     channels = gemm_packing.packed_channels(arrays, planner.precision, planner.backend.device(), planner.limit)
     chunks = params.Images([first], [result.view], geometry, planner, channels)
     if channels[0]:
@@ -76,27 +78,39 @@ def _gather(
 
     def some_images(number: int, planner: Planner) -> None:
         (images,), (target,) = chunks.read(number, planner)
-        y_x_w = (target, images.view, w.view) if direction == "forward" else (images.view, target, w.view)
-        wide = params.is_wide(geometry, *y_x_w)
-        epilogue = Epilogue(result.bias is not None, result.activation)
-        arrays = Arrays(direction, geometry, images, w, target, planner.dtype, epilogue)
-        plan = planned(arrays, planner.precision, planner.backend.device(), wide)
-        _, y_at, x_at, _ = params.described(geometry, *y_x_w, wide)
-        w_at = params.weight_strides(w.view if direction == "forward" else w.view.swapaxes(-1, -2), wide)
-        tile = plan.choice.tile
-        for windows in gemm_windows.launches(direction, geometry, target.shape[0]):
-            planner.launch(
-                Kernel(plan.module, f"implicit_gemm_{direction}"),
-                windows.blocks(tile),
-                tile.threads,
-                (
-                    *(images.view, images.y, w.view, result.bias, target),
-                    *(windows.struct(tile, wide), y_at, x_at, w_at),
-                ),
-                plan.shared_bytes,
-            )
+        _add_products(arrays._replace(first=images, second=w, geometry=geometry, result=target), result, planner)
 
     planner.loop(range(len(chunks)), some_images)
+
+
+def _add_products(arrays: Arrays, result: Result, planner: Planner) -> None:
+    """Plan the launches for images that are computed at once: one, or two with split-K."""
+    direction, geometry, images, w, target, *_ = arrays
+    y_x_w = (target, images.view, w.view) if direction == "forward" else (images.view, target, w.view)
+    wide = params.is_wide(geometry, *y_x_w)
+    room = min(planner.budget // 4, params.NARROW) // target.size
+    plan = planned(arrays, planner.precision, planner.backend.device(), wide, room)
+    splits, into, sums, bias = plan.choice.splits, target, target, result.bias
+    if splits > 1:
+        (into,) = planner.workspace(splits * target.size)
+        sums, bias = split_sum.partial_sums(into, target), None
+    images_at, sums_at = (params.image_strides(view, wide) for view in (images.view, sums))
+    w_at = params.weight_strides(w.view if direction == "forward" else w.view.swapaxes(-1, -2), wide)
+    tile = plan.choice.tile
+    for windows in gemm_windows.launches(direction, geometry, target.shape[0]):
+        windows = windows._replace(splits=splits, split_length=plan.length)
+        planner.launch(
+            Kernel(plan.module, f"implicit_gemm_{direction}"),
+            windows.blocks(tile),
+            tile.threads,
+            (
+                *(images.view, images.y, w.view, bias, into),
+                *(windows.struct(tile, target.size, wide), images_at, sums_at, w_at),
+            ),
+            plan.shared_bytes,
+        )
+    if splits > 1:
+        split_sum.add_splits(into, replace(result, view=target), split_sum.memory_order(target), planner)
 
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
@@ -108,14 +122,14 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
         arrays = Arrays("weight_grad", geometry, gradients, x, weights, planner.dtype)
         channels = gemm_packing.packed_channels(arrays, planner.precision, planner.backend.device(), planner.limit)
         images = params.Images([gradients, x], [], geometry, planner, channels)
-        planner.loop(range(len(images)), partial(_add_splits, images, total, weights, geometry))
+        planner.loop(range(len(images)), partial(_add_outputs, images, total, weights, geometry))
 
     filters = dw.view.shape[-1]
     at_once = largest(filters, planner.budget // 2, dw.view.size // filters)
     planner.loop(list(pieces(filters, at_once)), some_filters)
 
 
-def _add_splits(
+def _add_outputs(
     pieces: params.Images, total: View, weights: View, geometry: Geometry, number: int, planner: Planner
 ) -> None:
     """Plan two launches: the sums of the splits, then their total, to which that of earlier images is added."""
@@ -126,29 +140,25 @@ def _add_splits(
     budget = planner.budget // 2 if pieces.are_copied else planner.budget
     room = max(1, min(budget, params.NARROW) // weights.size - 1)  # one is for the totals
     plan = planned(arrays, planner.precision, planner.backend.device(), wide, room)
-    convolution, dy_at, x_at, dw_at = params.described(geometry, *y_x_w, wide)
-    index, threads = structs.index_dtype(wide).type, plan.choice.tile.threads
-    tiles = _weight_tiles(plan, geometry, weights.shape[-1], wide)
+    convolution, dy_at, x_at, _ = params.described(geometry, *y_x_w, wide)
+    tiles = _weight_tiles(plan, geometry, wide)
     (partial,) = planner.workspace(plan.choice.splits * weights.size)
     planner.launch(
         Kernel(plan.module, "implicit_gemm_weight_grad"),
         plan.blocks,
-        threads,
+        plan.choice.tile.threads,
         (gradients.view, gradients.y, images.view, images.y, partial, convolution, dy_at, x_at, tiles),
         plan.shared_bytes,
     )
-    planner.launch(
-        Kernel(plan.module, "implicit_gemm_weight_grad_sum"),
-        blocks(weights.size, threads),
-        threads,
-        (partial, total, weights, tiles, dw_at, index(weights.size), index(number > 0)),
-    )
+    rank = geometry.rank
+    order = (rank, *range(rank), rank + 1, rank + 2)
+    split_sum.add_splits(partial, Result(weights), order, planner, (total, number > 0))
 
 
-def _weight_tiles(plan: GemmPlan, geometry: Geometry, filters: int, wide: bool) -> numpy.ndarray:
+def _weight_tiles(plan: GemmPlan, geometry: Geometry, wide: bool) -> numpy.ndarray:
     """Return the struct that describes the tiles of weight_grad and its splits of the outputs."""
     tile, work = plan.choice.tile, plan.problem.work
     counts = blocks(work.columns, tile.columns), blocks(work.rows, tile.rows), geometry.groups
-    divisors = map(structs.divisor, (*counts, geometry.group_channels, filters))
+    divisors = map(structs.divisor, (*counts, geometry.group_channels))
     axes = ([structs.divisor(n) for n in params.lift(extents, 1)] for extents in (geometry.kernel, geometry.output))
     return structs.struct("WeightTiles", wide, *divisors, *axes, plan.choice.splits, plan.length)

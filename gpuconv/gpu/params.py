@@ -121,11 +121,12 @@ def is_wide(geometry: Geometry, y: View, x: View, w: View) -> bool:
     """Whether 64-bit indices are required: an index or offset may not fit 32 bits, for views with these strides."""
     # Windows that begin in the padding reach beyond x itself.
     padded = (n + abs(low) + abs(high) for n, (low, high) in zip(geometry.input, geometry.padding, strict=True))
-    reaches = _reach(y.shape, y), _reach((x.shape[0], *padded, *x.shape[-2:]), x), _reach(w.shape, w)
+    reaches = reach(y.shape, y), reach((x.shape[0], *padded, *x.shape[-2:]), x), reach(w.shape, w)
     return max(*reaches, geometry.largest_index) >= NARROW
 
 
-def _reach(shape: Shape, view: View) -> int:
+def reach(shape: Shape, view: View) -> int:
+    """Return a bound of the offsets, in elements, of a view's strides along axes of these extents."""
     return sum(n * abs(step) for n, step in zip(shape, view.steps, strict=True))
 
 
@@ -145,8 +146,8 @@ def described(geometry: Geometry, y: View, x: View, w: View, wide: bool) -> tupl
     """
     return (
         _convolution(geometry, y.shape[0], w.shape[-3:], wide),
-        _image_strides(y.steps, wide),
-        _image_strides(x.steps, wide),
+        image_strides(y, wide),
+        image_strides(x, wide),
         weight_strides(w, wide),
     )
 
@@ -158,8 +159,9 @@ def _convolution(geometry: Geometry, images: int, channels: Shape, wide: bool) -
     return structs.struct("Convolution", wide, images, *channels, *axes)
 
 
-def _image_strides(steps: Shape, wide: bool) -> numpy.ndarray:
-    batch, *axes, group, channel = steps
+def image_strides(images: View, wide: bool) -> numpy.ndarray:
+    """Return the struct with the strides of a view (N, *spatial, G, channels)."""
+    batch, *axes, group, channel = images.steps
     return structs.struct("Images", wide, batch, lift(tuple(axes), 0), group, channel)
 
 

@@ -34,6 +34,7 @@ from gpuconv.gpu import (
     sass,
     scatter,
     scatter_plain,
+    split_sum,
 )
 from gpuconv.gpu.device import MODEL, Device
 from gpuconv.gpu.gemm_tiles import STAGES
@@ -41,7 +42,7 @@ from gpuconv.gpu.kernel import Kernel, Module
 from gpuconv.operands import ROLES, Operand, Result, contiguous
 from gpuconv.plan import RESULT, WORKSPACE, Planner, Scope
 from gpuconv.types import Direction, Layout
-from gpuconv.views import View
+from gpuconv.views import View, contiguous_strides
 
 # Real layers that cover all tiles, one to three axes, and the largest regions of shared memory: x, w, settings.
 CONVOLUTIONS: tuple[tuple[Shape, Shape, dict[str, Any]], ...] = (
@@ -110,7 +111,7 @@ def modules() -> dict[Module, dict[str, int]]:
             far = tuple((low + FAR, high - FAR) for low, high in near.padding)
             convolutions += [(near, dtype), (Geometry.infer(x, w, **{**options, "padding": far}), dtype)]
     found = launched(convolutions, (direct, scatter, scatter_plain))
-    for module, kernels in _bias_grads().items():
+    for module, kernels in (_bias_grads() | _split_sums()).items():
         found |= {module: kernels, module._replace(wide=True): kernels}
     for plan in _gemm_plans():
         found[plan.module] = plan.kernels
@@ -125,6 +126,20 @@ def _bias_grads() -> dict[Module, dict[str, int]]:
         geometry = Geometry.infer(*_laid_out(x, w, layout), **options, layout=layout)
         db = View(RESULT, 0, (geometry.filters,), (dtype.itemsize,), dtype)
         bias_grad.bias_grad(Operand(contiguous("y", dtype, geometry)), db, geometry, _planner(dtype, backend))
+    return found
+
+
+def _split_sums() -> dict[Module, dict[str, int]]:
+    """Return the modules that add the splits of an implicit GEMM, with an epilogue."""
+    found: dict[Module, dict[str, int]] = {}
+    backend, (x, w, options) = recording(Backend("recorded", numpy, None), found), CONVOLUTIONS[1]
+    geometry = Geometry.infer(x, w, **options)
+    for dtype in dtypes.available():
+        sums, y = dtypes.accumulator(dtype), contiguous("y", dtype, geometry)
+        bias = View(RESULT, 0, y.shape[-2:], contiguous_strides(y.shape[-2:], sums), sums)
+        result = Result(y, bias, None if dtypes.is_complex(dtype) else "sigmoid")
+        partial = View(WORKSPACE, 0, (2 * y.size,), (sums.itemsize,), sums)
+        split_sum.add_splits(partial, result, split_sum.memory_order(y), _planner(dtype, backend))
     return found
 
 

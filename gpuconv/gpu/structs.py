@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeAlias
 import numpy
 
 AXES = 3  # kernels have three spatial axes; if there are fewer, axes of extent 1 are put in front
+RANK = AXES + 3  # axes of an image or of weights
 MOST_PHASES = 8  # phases of the stride, per axis, of one launch of implicit_gemm
 
 # Struct, then name, type and length of each field; length 0: not an array.
@@ -40,11 +41,16 @@ _FIELDS: dict[str, tuple[tuple[str, str, int], ...]] = {
     ),
     "Windows": (
         *((name, "Divisor", 0) for name in ("column_tiles", "groups", "row_tiles", "channels")),
-        *(("columns", "Index", 0), ("images", "Index", 0), ("axis", "Axis", AXES)),
+        *((name, "Index", 0) for name in ("columns", "images", "split_length", "split_step")),
+        ("axis", "Axis", AXES),
     ),
     "WeightTiles": (
-        *((name, "Divisor", 0) for name in ("column_tiles", "row_tiles", "groups", "channels", "filters")),
+        *((name, "Divisor", 0) for name in ("column_tiles", "row_tiles", "groups", "channels")),
         *(("kernel", "Divisor", AXES), ("output", "Divisor", AXES), ("splits", "Index", 0), ("length", "Index", 0)),
+    ),
+    "Elements": (
+        *(("extent", "Divisor", RANK - 1), ("step", "Index", RANK), ("bias_step", "Index", RANK)),
+        *(("count", "Index", 0), ("splits", "Index", 0), ("accumulate", "int", 0)),
     ),
 }
 

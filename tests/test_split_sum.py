@@ -1,0 +1,126 @@
+"""Split-K of forward and data_grad: exact, with the bits that one block computes, and only where the device is idle."""
+
+import numpy as np
+import pytest
+
+import gpuconv
+from gpuconv import execute
+from gpuconv.gpu import gemm_model, gemm_plan
+from gpuconv.gpu.device import MODEL
+from gpuconv.gpu.gemm_plan import plans
+from tests.backends import BACKENDS, on
+from tests.cases import channels_first, laid_out, named_dtype
+from tests.emulation import launcher
+from tests.test_implicit_gemm import KINDS, TWO_LAYOUTS, Problem
+from tests.tiers import combinations
+
+EMULATED = on("emulated")
+GATHERED = ["forward", "data_grad"]
+# x, w and settings of layers with few outputs and long sums: groups, strides with phases, more than 32 taps, 1-D, 3-D.
+LAYERS = {
+    "3x3": ((1, 66, 4, 5), (70, 66, 3, 3), {"padding": 1}),
+    "groups and stride": ((2, 128, 5, 4), (272, 64, 3, 3), {"padding": 1, "stride": 2, "groups": 2}),
+    "large window": ((1, 12, 7, 6), (13, 12, 7, 7), {"padding": 3}),
+    "1-D": ((2, 180, 9), (190, 180, 3), {"dilation": 2}),
+    "3-D": ((1, 30, 3, 4, 3), (28, 30, 3, 3, 3), {"padding": 1}),
+}
+
+
+@pytest.fixture
+def always_split(monkeypatch):
+    """Divide sums wherever that is possible, as if launches took no time."""
+    monkeypatch.setattr(gemm_model, "LAUNCH", -1e6)
+
+
+def called(problem, arrays, direction, layout="channels_first", **options):
+    """Return the result of a call, without the plans of earlier calls, and whether its sums are divided."""
+    execute.clear()
+    with launcher.using() as launches:
+        result = problem.computed(arrays, direction, layout, **options)
+    return result, "split_sum" in [launch.name for launch in launches]
+
+
+@pytest.mark.usefixtures("always_split")
+@combinations(
+    arrays=BACKENDS[1:],
+    kind=KINDS,
+    direction=GATHERED,
+    layer=LAYERS,
+    layout=TWO_LAYOUTS,
+    turns=["direction", "layer", "layout"],
+)
+def test_sums_of_splits_are_exact(kind, direction, layer, layout, arrays):
+    dtype, precision = KINDS[kind]
+    x, w, settings = LAYERS[layer]
+    problem = Problem(x, w, dtype, **settings)
+    result, is_divided = called(problem, arrays, direction, layout, precision=precision)
+    np.testing.assert_array_equal(result, problem.exact(direction).astype(result.dtype))
+    if arrays.name == "emulated":
+        assert is_divided
+
+
+@pytest.mark.usefixtures("always_split")
+@EMULATED
+@pytest.mark.parametrize(
+    ("kind", "weight"),
+    [("float16", 1), ("tf32x3", 1), ("float32", 1), ("float32", np.inf), ("complex64", np.inf)],
+)
+@pytest.mark.parametrize("direction", GATHERED)
+def test_splits_have_the_bits_of_one_block(kind, weight, direction, arrays, monkeypatch):
+    """So an image has the same bits alone, where it is divided, and in a batch, where it need not be."""
+    dtype, precision = KINDS[kind]
+    problem = Problem((1, 70, 4, 4), (72, 70, 3, 3), dtype, integers=False, padding=1)
+    problem.w[0, 0, 0, 0] = problem.w[5, 3, 2, 2] = weight
+    divided, is_divided = called(problem, arrays, direction, precision=precision)
+    assert is_divided
+    monkeypatch.setattr(gemm_plan, "MOST_SPLITS", 1)
+    whole, is_divided = called(problem, arrays, direction, precision=precision)
+    assert not is_divided
+    np.testing.assert_array_equal(divided, whole)
+    assert np.isfinite(whole).any()
+
+
+@pytest.mark.usefixtures("always_split")
+@pytest.mark.parametrize("layout", TWO_LAYOUTS)
+@pytest.mark.parametrize("mode", ["fast", "checked"])
+@EMULATED
+def test_bias_and_activation_follow_the_sum(mode, layout, arrays):
+    problem = Problem((2, 120, 3, 4), (20, 60, 3, 3), "float16", padding=1, groups=2)
+    b = np.arange(20) - 10
+    options = {**problem.settings, "layout": layout, "algorithm": "implicit_gemm", "activation": "relu"}
+    given = [arrays.asarray(laid_out(a.astype(np.float16), layout, role)) for a, role in zip(
+        (problem.x, problem.w), ("x", "w"), strict=True
+    )]  # fmt: skip
+    execute.clear()
+    with launcher.using(mode=mode) as launches:
+        y = gpuconv.conv(*given, arrays.asarray(b.astype(np.float32)), **options)
+    expected = np.maximum(problem.exact("forward") + b[:, None, None], 0)
+    np.testing.assert_array_equal(channels_first(arrays.asnumpy(y), layout), expected.astype(np.float16))
+    assert "split_sum" in [launch.name for launch in launches]
+
+
+@pytest.mark.usefixtures("always_split")
+@EMULATED
+@pytest.mark.parametrize(("limit", "splits"), [("4KiB", False), ("64MiB", True)])
+def test_splits_need_workspace(limit, splits, arrays, monkeypatch):
+    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", limit)
+    problem = Problem((1, 66, 4, 5), (70, 66, 3, 3), "float32", padding=1)
+    result, is_divided = called(problem, arrays, "forward")
+    np.testing.assert_array_equal(result, problem.exact("forward").astype(np.float32))
+    assert is_divided == splits
+    (plan,) = execute._plans.values()
+    assert plan.space <= gpuconv.settings.workspace_limit() + 64
+
+
+def test_only_idle_devices_are_given_splits():
+    """One image of 14x14 leaves most of an H200 idle; 64 of them, or one of 56x56, do not."""
+    for x, w, splits in (
+        ((1, 256, 14, 14), (256, 256, 3, 3), 5),
+        ((64, 256, 14, 14), (256, 256, 3, 3), 1),
+        ((1, 64, 112, 112), (64, 64, 3, 3), 1),
+        ((1, 512, 7, 7), (512, 512, 1, 1), 1),
+    ):
+        geometry = gpuconv.geometry.Geometry.infer(x, w, padding=w[-1] // 2)
+        plan, *_ = plans(geometry, named_dtype("float16"), "forward", MODEL)
+        assert plan.choice.splits == splits, x
+        assert plan.length == (512 if splits > 1 else 0)
