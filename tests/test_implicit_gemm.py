@@ -305,7 +305,7 @@ def test_weights_alone_are_conjugated_where_both_operands_are_converted(arrays):
 def test_long_sums_on_tensor_cores_are_cut_into_pieces():
     """The accumulator is flushed every 4,096 terms; up to that length no registers for totals are needed.
 
-    It is flushed every 512 terms, as tiles of splits end, if one image fills less than a quarter of the device.
+    It is flushed every 512 terms, where splits end, if one image fills less than an eighth of the device.
     """
     half = named_dtype("float16")
     for channels, extent, terms in ((4096, 9999, 0), (4104, 9999, 4096), (4104, 99, 512), (513, 99, 512), (512, 99, 0)):

@@ -159,9 +159,9 @@ def problem_of(arrays: Arrays, precision: str, device: Device, room: int) -> Gem
 
 
 def _fills(work: Work, images: int, device: Device) -> bool:
-    """Return whether one image has a tile for every fourth multiprocessor, and so needs no splits of the depth."""
+    """Return whether one image has a tile for every eighth multiprocessor, and so needs no splits of the depth."""
     tiles = blocks(work.rows // images, SMALL_TILE) * blocks(work.columns, SMALL_TILE)
-    return 4 * tiles * work.groups * work.phases >= device.multiprocessors
+    return 8 * tiles * work.groups * work.phases >= device.multiprocessors
 
 
 def _work(direction: Direction, geometry: Geometry, images: int, result: View) -> Work:
