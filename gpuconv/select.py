@@ -13,8 +13,8 @@ from types import ModuleType
 from typing import NamedTuple
 
 from gpuconv import settings, tuned
-from gpuconv.cpu import depthwise, fft, im2col, winograd
-from gpuconv.gpu import direct, implicit_gemm, scatter
+from gpuconv.cpu import fft, im2col, winograd
+from gpuconv.gpu import depthwise, direct, implicit_gemm, scatter
 from gpuconv.request import Request
 
 MODULES: dict[str, ModuleType] = {

@@ -21,6 +21,14 @@ _FIELDS: dict[str, tuple[tuple[str, int, bool], ...]] = {
     "Images": (("batch", 0, True), ("axis", AXES, True), ("group", 0, True), ("channel", 0, True)),
     "Weights": (("axis", AXES, True), ("group", 0, True), ("channel", 0, True), ("filter", 0, True)),
     "Boxes": (("outputs", AXES, False), ("taps", AXES, False), ("region", AXES, False)),
+    # What a block of depthwise.cu owns: images, groups, outputs, columns of taps, the region of x that they read, the
+    # offsets of the second and third array in its shared memory in bytes, and the order of taps and filters in memory.
+    "Block": (
+        *((name, 0, False) for name in ("images", "groups", "columns", "second", "third", "taps_innermost")),
+        *((name, AXES, False) for name in ("outputs", "region")),
+    ),
+    # Extents of three axes and of the channels, and the factors by which a kernel divides by them.
+    "Items": (("extent", AXES + 1, False), ("factor", AXES + 1, False)),
     "Options": tuple(
         (name, 0, False)
         for name in (

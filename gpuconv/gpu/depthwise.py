@@ -1,0 +1,542 @@
+"""Algorithm depthwise: convolutions of few channels per group, whose operands are read from memory once.
+
+On a GPU, CUDA kernels (kernels/depthwise.cu) load the region of x that a block of outputs reads into shared memory.
+data_grad is the forward convolution of dy, once for each phase of the stride. weight_grad has partial sums that a
+second kernel adds in a fixed order. All directions give the same bits at every call.
+
+On NumPy, rows are multiplied by banded matrices of taps (gpuconv/cpu/depthwise.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy
+
+from gpuconv import dtypes
+from gpuconv.arguments import Shape
+from gpuconv.cpu import depthwise as by_rows
+from gpuconv.geometry import Geometry
+from gpuconv.gpu import params, structs
+from gpuconv.gpu.kernel import Kernel, Module
+from gpuconv.gpu.launch import blocks
+from gpuconv.operands import Operand, Result
+from gpuconv.plan import Planner
+from gpuconv.request import Request
+from gpuconv.views import View, merged
+
+THREADS = 256
+SUM_LANES = 32  # weights of a block of the second pass, as in depthwise.cu
+SECTOR = 32  # bytes of global memory that are transferred together
+VECTOR_BYTES = 16  # of a load
+SHARED_MEMORY = 48 << 10  # bytes of a block: two blocks fit a multiprocessor of every architecture
+MOST_TAPS = 7  # of the slide axis whose sums or weights a thread keeps in registers
+ENOUGH_BLOCKS = 256  # to occupy a large GPU
+TRAFFIC = 1.1  # smaller boxes are preferred up to this ratio of the memory traffic to the least possible
+MOST_PHASES = 64  # of the stride in data_grad, each of which is a launch
+# weight_grad: the number of splits is limited by their number and by their partial sums, which should be a fraction of
+# the operands.
+MOST_SPLITS = 1024
+PARTIAL_SUMS = 0.25
+
+
+def why_not(request: Request) -> str | None:
+    """Return a reason unless groups have one channel and a block's shared memory and the workspace suffice; else None.
+
+    On NumPy, groups must have one filter, too.
+    """
+    if request.backend.launch is None:
+        return by_rows.why_not(request)
+    geometry = request.geometry
+    if reason := params.why_not(geometry):
+        return reason
+    if geometry.group_channels > 1:
+        return f"it requires one channel per group, not {geometry.group_channels}"
+    if request.direction == "data_grad":
+        phases = math.prod(map(min, geometry.stride, geometry.input))
+        if phases > MOST_PHASES:
+            return f"it launches a kernel for each phase of the stride, and {phases} are more than {MOST_PHASES}"
+    least = _least_bytes(request)
+    if least > SHARED_MEMORY:
+        return f"the inputs of one output need {least} bytes of shared memory, but a block has {SHARED_MEMORY}"
+    if request.direction == "weight_grad":
+        return request.lacks(4 * geometry.group_filters * geometry.taps, "the sums of one group")
+    return None
+
+
+def nanoseconds(request: Request) -> float:
+    """Return the estimated time on NumPy."""
+    return by_rows.nanoseconds(request)
+
+
+def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
+    """Compute ``y[o, q] = sum over taps t and channels c of a group of x[o * stride + t * dilation - low, c] w[t, c, q]``."""
+    if planner.backend.launch is None:
+        by_rows.forward(x, w, y, geometry, planner)
+    else:
+        _forward(x, w, y, geometry, planner)
+
+
+def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
+    """Compute dx: for each phase of the stride, the forward convolution of dy with the taps that reach it, reversed."""
+    if planner.backend.launch is None:
+        by_rows.data_grad(dy, w, dx, geometry, planner)
+        return
+    for phase in geometry.phases:
+        part = dx.part((..., *phase.inputs, slice(None), slice(None)))
+        if phase.geometry is None:
+            part.fill(planner)
+        else:
+            taps = w.view[phase.taps][(slice(None, None, -1),) * geometry.rank].swapaxes(-1, -2)
+            _forward(dy, w.part(taps), part, phase.geometry, planner)
+
+
+def _forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
+    """Plan launches with one thread block for each box of outputs."""
+    axes = Axes.of(geometry)
+    lifted, weights = axes.geometry(geometry), w.part(axes.weights(w.view))
+    pieces = params.Images([x], [y.view], geometry, planner)
+
+    def some_images(number: int, planner: Planner) -> None:
+        (images,), (target,) = pieces.read(number, planner)
+        images, target = images.seen(axes.images), axes.images(target)
+        layer = _layer(lifted, (images, target), weights.view, planner.dtype)
+        block = chosen(layer)
+        wide = params.is_wide(lifted, target, images.view, weights.view)
+        options = params.options(images, weights, layer.innermost, bias=y.bias, activation=y.activation)
+        dtypes = images.view.dtype, weights.view.dtype, target.dtype
+        planner.launch(
+            Kernel(_module(layer, (*dtypes, planner.dtype, _stored(planner.dtype, images)), wide), "depthwise_forward"),
+            layer.channel_blocks(block) * layer.boxes(block),
+            THREADS,
+            (
+                *(images.view, images.y, weights.view, y.bias, target),
+                *params.described(lifted, target, images.view, weights.view, wide),
+                _block(layer, block, weights.view, wide),
+                _items(block.region, blocks(block.groups * layer.channels, layer.vector), wide),
+                _items(layer.strips(block), block.groups * layer.filters // layer.together, wide),
+                options.struct(wide),
+            ),
+            layer.shared_bytes(block),
+        )
+
+    planner.loop(range(len(pieces)), some_images)
+
+
+def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
+    """Compute ``dw[t, c, q] = sum over outputs o of x[o * stride + t * dilation - low, c] dy[o, q]`` with split-K."""
+    if planner.backend.launch is None:
+        by_rows.weight_grad(dy, x, dw, geometry, planner)
+        return
+    axes = Axes.of(geometry)
+    lifted, weights = axes.geometry(geometry), axes.weights(dw.view)
+    pieces = params.Images([dy, x], [], geometry, planner)
+    (total,) = planner.workspace(weights.size)
+
+    def some_images(number: int, planner: Planner) -> None:
+        (gradients, images), _ = pieces.read(number, planner)
+        operands = gradients.seen(axes.images), images.seen(axes.images)
+        _add_splits(operands, weights, total, lifted, (number, len(pieces)), planner)
+
+    planner.loop(range(len(pieces)), some_images)
+
+
+def _add_splits(
+    operands: tuple[Operand, Operand],
+    weights: View,
+    total: View,
+    geometry: Geometry,
+    chunk: tuple[int, int],
+    planner: Planner,
+) -> None:
+    """Plan the sums of the splits and their total, for one chunk of the images; one launch if there is one split."""
+    dy, x = operands
+    layer = _layer(geometry, (x, dy), weights, planner.dtype)
+    block = chosen(layer)
+    wide = params.is_wide(geometry, dy.view, x.view, weights)
+    index = structs.index_dtype(wide).type
+    splits = _splits(layer, block, min(planner.budget // 2, params.NARROW) // weights.size - 1)
+    length = blocks(layer.boxes(block), splits)
+    splits = blocks(layer.boxes(block), length)
+    stores_result = splits == chunk[1] == 1
+    (partial,) = planner.workspace(1 if stores_result else splits * weights.size)
+    dtypes = dy.view.dtype, x.view.dtype, weights.dtype, planner.dtype, _stored(planner.dtype, dy, x)
+    module = _module(layer, dtypes, wide)
+    convolution, dy_at, x_at, dw_at = params.described(geometry, dy.view, x.view, weights, wide)
+    of_block = _block(layer, block, weights, wide)
+    planner.launch(
+        Kernel(module, "depthwise_weight_grad"),
+        layer.channel_blocks(block) * blocks(layer.columns, block.columns) * splits,
+        THREADS,
+        (
+            *(dy.view, dy.y, x.view, x.y, partial, weights),
+            *(convolution, dy_at, x_at, dw_at, of_block),
+            _items(block.outputs, blocks(block.groups * layer.filters, layer.vector), wide),
+            _items(block.region, blocks(block.groups * layer.channels, layer.vector), wide),
+            _items(layer.strips(block), 1, wide),
+            *(index(length), index(stores_result), params.options(dy, x, layer.innermost).struct(wide)),
+        ),
+        layer.shared_bytes(block),
+    )
+    if not stores_result:
+        planner.launch(
+            Kernel(module, "depthwise_weight_grad_sum"),
+            blocks(weights.size, SUM_LANES),
+            THREADS,
+            (partial, total, weights, convolution, dw_at, of_block, index(splits), index(chunk[0] > 0)),
+        )
+
+
+def _splits(layer: Layer, block: Block, room: int) -> int:
+    """Return the number of splits, which depends only on the shapes and on the workspace."""
+    sums = 2 * layer.weights * layer.sums  # bytes of a split, which are written and read
+    worthwhile = int(PARTIAL_SUMS * layer.operand_bytes / sums)
+    wanted = blocks(2 * ENOUGH_BLOCKS, layer.channel_blocks(block) * blocks(layer.columns, block.columns))
+    return max(1, min(wanted, layer.boxes(block), MOST_SPLITS, worthwhile, room))
+
+
+# ------------------------------------------------------------------------------------------------- arguments
+
+
+class Axes(NamedTuple):
+    """The three spatial axes of the kernels: the axis of the convolution that each stands for, or None.
+
+    The middle one is the slide axis. The last but one axis of the convolution becomes it, or the last one if that has one
+    output.
+    """
+
+    order: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, geometry: Geometry) -> Axes:
+        order = (*(None,) * (structs.AXES - geometry.rank), *range(geometry.rank))
+        first, middle, last = order
+        is_one = middle is None or geometry.output[middle] == 1
+        return cls((first, last, middle) if is_one else (first, middle, last))
+
+    def geometry(self, geometry: Geometry) -> Geometry:
+        """Return the convolution with three spatial axes."""
+        extents = {
+            name: self._lift(getattr(geometry, name), 1) for name in ("input", "kernel", "stride", "dilation")
+        }
+        return replace(geometry, **extents, padding=self._lift(geometry.padding, (0, 0)))
+
+    def _lift(self, values: tuple[Any, ...], fill: Any) -> tuple[Any, ...]:
+        return tuple(fill if axis is None else values[axis] for axis in self.order)
+
+    def weights(self, w: View) -> View:
+        """Return a view of weights (*kernel, G, C/G, F/G) with three axes of taps."""
+        kept = [axis for axis in self.order if axis is not None]
+        index = tuple(None if axis is None else slice(None) for axis in self.order)
+        return w.transpose(*kept, *range(len(kept), w.ndim))[(*index, ...)]
+
+    def images(self, images: View) -> View:
+        """Return a view of images (N, *spatial, G, channels) with three spatial axes, and one group of all channels."""
+        kept = [axis + 1 for axis in self.order if axis is not None]
+        index = tuple(None if axis is None else slice(None) for axis in self.order)
+        ordered = images.transpose(0, *kept, images.ndim - 2, images.ndim - 1)[(slice(None), *index, ...)]
+        return ordered.reshape(*ordered.shape[:-2], 1, math.prod(ordered.shape[-2:]))
+
+
+def _stored(sums: numpy.dtype, *operands: Operand) -> numpy.dtype:
+    """Return the dtype of the operands in shared memory: their own if they have one and no derivative, else the sums'."""
+    found = {sums if operand.activation is not None else operand.view.dtype for operand in operands}
+    return found.pop() if len(found) == 1 else sums
+
+
+def _module(layer: Layer, dtypes: tuple[numpy.dtype, ...], wide: bool) -> Module:
+    constants = {"VECTOR": layer.vector, "CHANNELS": layer.together, "STRIP": layer.strip, "TAPS": layer.taps_together}
+    return params.module("depthwise", dtypes, wide, **constants, THREADS=THREADS)
+
+
+def _items(extents: Shape, channels: int, wide: bool) -> numpy.ndarray:
+    """Return the struct of these extents; see place_in() in depthwise.cu."""
+    every = (*extents, channels)
+    return structs.struct("Items", wide, every, tuple((1 << 30) // extent + 1 for extent in every))
+
+
+def _block(layer: Layer, block: Block, weights: View, wide: bool) -> numpy.ndarray:
+    *taps, _, channel, filters = weights.steps
+    inner = min((abs(step) for step, size in zip(taps, weights.shape, strict=False) if size > 1), default=0)
+    step = abs(weights.steps[-3] if weights.shape[-1] == 1 else filters)
+    numbers = block.images, block.groups, block.columns, *layer.offsets(block), inner < step
+    return structs.struct("Block", wide, *numbers, block.outputs, block.region)
+
+
+# ------------------------------------------------------------------------------------------------- boxes
+
+
+class Block(NamedTuple):
+    """What a thread block owns: images, groups, outputs, columns of taps (weight_grad), and the region of x they read."""
+
+    images: int
+    groups: int
+    outputs: Shape
+    columns: int
+    region: Shape
+
+
+class Layer(NamedTuple):
+    """The shapes of a convolution with three spatial axes, and how its kernel accesses memory."""
+
+    images: int
+    groups: int
+    channels: int  # of a group
+    filters: int
+    input: Shape
+    output: Shape
+    kernel: Shape
+    stride: Shape
+    dilation: Shape
+    low: Shape
+    itemsizes: Shape  # of x and of y or dy, in global memory
+    stored: int  # bytes of an element in shared memory
+    sums: int
+    is_gradient: bool  # whether it is weight_grad
+    innermost: bool
+    vector: int
+    together: int  # channels of a thread
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether a block owns whole planes that are contiguous."""
+        return self.vector > 1 == self.together
+
+    @property
+    def strip(self) -> int:
+        """Outputs of a thread: fewer where it has several channels, since their sums are in registers."""
+        return 8 if self.together == 1 else 4
+
+    @property
+    def taps_together(self) -> int:
+        """Taps of the slide axis that share the rows that they read."""
+        if self.stride[1] != 1 or self.dilation[1] != 1:
+            return 1
+        return max(taps for taps in range(1, MOST_TAPS + 1) if self.kernel[1] % taps == 0)
+
+    @property
+    def columns(self) -> int:
+        """Columns of taps: a thread of weight_grad owns the sums of one."""
+        return math.prod(self.kernel) // self.taps_together
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.kernel) * self.groups * self.channels * self.filters
+
+    @property
+    def operand_bytes(self) -> int:
+        """Bytes of x and of y or dy."""
+        planes = self.channels * math.prod(self.input) * self.itemsizes[0], (
+            self.filters * math.prod(self.output) * self.itemsizes[1]
+        )
+        return self.images * self.groups * sum(planes)
+
+    def strips(self, block: Block) -> Shape:
+        """Return the extents of the strips of a block."""
+        depth, rows, columns = block.outputs
+        return depth, blocks(rows, self.strip), columns
+
+    def channel_blocks(self, block: Block) -> int:
+        return blocks(self.groups, block.groups)
+
+    def boxes(self, block: Block) -> int:
+        """Return the number of boxes of outputs of all images."""
+        return blocks(self.images, block.images) * math.prod(map(blocks, self.output, block.outputs))
+
+    def offsets(self, block: Block) -> tuple[int, int]:
+        """Return where the second and the third array begin in shared memory, in bytes."""
+        x = block.images * block.groups * self.channels * math.prod(block.region) * self.stored
+        second = _aligned_size(x)
+        if self.is_gradient:
+            return second, second
+        return second, second + _aligned_size(self.weights // self.groups * block.groups * self.sums)
+
+    def shared_bytes(self, block: Block) -> int:
+        """Return the bytes of shared memory of a block."""
+        second, third = self.offsets(block)
+        results = block.images * block.groups * self.filters * math.prod(block.outputs)
+        if self.is_gradient:
+            table = THREADS * self.taps_together * self.together * self.sums
+            return max(second + results * self.stored, table)
+        return third + results * self.itemsizes[1] * self.is_linear
+
+
+    def traffic(self, block: Block) -> float:
+        """Return the bytes that are read and written, relative to the least possible."""
+        boxes = zip(self.output, block.outputs, strict=True)
+        read = math.prod(_read(self, axis, size, blocks(extent, size)) for axis, (extent, size) in enumerate(boxes))
+        x = self.groups * self.channels * self.itemsizes[0] * self.images
+        y = self.operand_bytes - x * math.prod(self.input)
+        w = 0 if self.is_gradient else self.weights * self.itemsizes[0]
+        moved = (x * read + y) * self._waste(block) + w * self.boxes(block)
+        return moved / (self.operand_bytes + w)
+
+    def _waste(self, block: Block) -> float:
+        """Return the ratio of the sectors that the channels of a block touch at each position to their bytes."""
+        itemsize = self.itemsizes[0]
+        every, some = (groups * self.channels * itemsize for groups in (self.groups, block.groups))
+        if not self.innermost or block.groups == self.groups or every % SECTOR == some % SECTOR == 0:
+            return 1
+        return 1 + (SECTOR - itemsize) / some
+
+    def time(self, block: Block) -> float:
+        """Return an estimate of the time, in units of that of the least traffic on an occupied GPU."""
+        strips = block.images * block.groups * self.filters // self.together * math.prod(self.strips(block))
+        grid = self.channel_blocks(block) * self.boxes(block)
+        busy = strips * (block.columns if self.is_gradient else 1)
+        return self.traffic(block) * max(1, ENOUGH_BLOCKS / grid) * max(1, THREADS / busy)
+
+
+@lru_cache(maxsize=1024)
+def chosen(layer: Layer) -> Block:
+    """Return the block with the least estimated time among those with little more than the least memory traffic."""
+    traffic = {block: layer.traffic(block) for block in _candidates(layer)}
+    limit = max(TRAFFIC, min(traffic.values()))
+    fitting = (block for block, ratio in traffic.items() if ratio <= limit)
+    return min(fitting, key=lambda block: (layer.time(block), layer.shared_bytes(block)))
+
+
+def _candidates(layer: Layer) -> Iterator[Block]:
+    """Yield blocks that fit shared memory. Only blocks of whole planes have several images."""
+    sizes = [[n] if layer.is_linear else _sizes(n) for n in layer.output]
+    for outputs in product(*sizes):
+        region = layer.input if layer.is_linear else tuple(
+            _region(layer, axis, size) for axis, size in enumerate(outputs)
+        )
+        for images in _doubled(1, layer.images if outputs == layer.output else 1):
+            for groups in _doubled(_fewest_groups(layer), layer.groups):
+                columns = min(layer.columns, max(1, THREADS * layer.together // _pairs(layer, groups)))
+                block = Block(images, groups, outputs, columns, region)
+                if layer.shared_bytes(block) > SHARED_MEMORY or _pairs(layer, groups) > THREADS * layer.together:
+                    break
+                yield block
+
+
+def _pairs(layer: Layer, groups: int) -> int:
+    """Return the pairs of a channel and a filter whose sums a block of weight_grad has, else 0."""
+    return groups * layer.channels * layer.filters if layer.is_gradient else 1
+
+
+def _fewest_groups(layer: Layer) -> int:
+    """Return the number of groups of which blocks have a multiple: those of a sector or of a vector, if possible."""
+    if layer.innermost:
+        return min(layer.groups, max(layer.vector, SECTOR // layer.itemsizes[0])) if layer.together > 1 else 1
+    if not layer.is_linear:
+        return 1
+    planes = zip(
+        (layer.channels * math.prod(layer.input), layer.filters * math.prod(layer.output)), layer.itemsizes, strict=True
+    )
+    return min(layer.groups, math.lcm(*(SECTOR // math.gcd(SECTOR, plane * size) for plane, size in planes)))
+
+
+def _doubled(first: int, last: int) -> Iterator[int]:
+    """Yield first, 2 first, 4 first and so on, and the last number in place of the first one beyond it."""
+    while first < last:
+        yield first
+        first *= 2
+    yield last
+
+
+def _sizes(extent: int) -> list[int]:
+    """Return the sizes of boxes with which 1, 2, 3, 4, 6, 8, 12, 16 and so on cover an extent."""
+    counts = {count * factor for count in (1, 3) for factor in map(int, 2 ** numpy.arange(extent.bit_length() + 1))}
+    return sorted({blocks(extent, count) for count in counts if count <= 2 * extent}, reverse=True)
+
+
+def _region(layer: Layer, axis: int, size: int) -> int:
+    """Return how many inputs this many outputs read on an axis."""
+    window = layer.dilation[axis] * (layer.kernel[axis] - 1) + 1
+    return min(layer.input[axis], (size - 1) * layer.stride[axis] + window)
+
+
+def _read(layer: Layer, axis: int, size: int, boxes: int) -> int:
+    """Return how many inputs all boxes of an axis read: where windows overlap, some are read by two boxes."""
+    overlap = layer.dilation[axis] * (layer.kernel[axis] - 1) + 1 - layer.stride[axis]
+    return min(boxes * _region(layer, axis, size), layer.input[axis] + (boxes - 1) * max(0, overlap))
+
+
+def _aligned_size(size: int) -> int:
+    return blocks(size, VECTOR_BYTES) * VECTOR_BYTES
+
+
+# ------------------------------------------------------------------------------------------------- memory accesses
+
+
+def _layer(geometry: Geometry, images: tuple[Operand, Operand | View], w: View, sums: numpy.dtype) -> Layer:
+    """Return the layer of these arrays with the widest vectors that are possible. The second of them is y or dy."""
+    first, second = images
+    gradient = isinstance(second, Operand)
+    x, y = first.view, second.view if isinstance(second, Operand) else second
+    stored = _stored(sums, first, second) if isinstance(second, Operand) else _stored(sums, first)
+    shapes = x.shape[0], *w.shape[-3:], *(getattr(geometry, name) for name in ("input", "output", "kernel"))
+    low = tuple(low for low, _ in geometry.padding)
+    layer = Layer(
+        *shapes,
+        *(geometry.stride, geometry.dilation, low, (x.itemsize, y.itemsize), stored.itemsize, sums.itemsize),
+        *(gradient, _is_innermost(x), 1, 1),
+    )
+    width = VECTOR_BYTES // max(x.itemsize, y.itemsize)
+    if layer.innermost:
+        together = min(width, VECTOR_BYTES // sums.itemsize)
+        is_possible = layer.channels == layer.filters == 1 and all(_is_aligned(view, width) for view in (x, y))
+    else:
+        together = 1
+        is_possible = min(low) >= 0 and all(_has_contiguous_planes(view) for view in (x, y))
+        width = VECTOR_BYTES // x.itemsize
+    if is_possible and (together > 1 or not layer.innermost):
+        vectors = layer._replace(vector=width, together=together)
+        if next(_candidates(vectors), None) is not None:
+            return vectors
+    return layer
+
+
+def _is_innermost(images: View) -> bool:
+    """Return whether the channels of (N, *spatial, 1, channels) are closer together in memory than its positions."""
+    steps = [abs(step) for step, size in zip(images.steps[1:4], images.shape[1:4], strict=True) if size > 1]
+    return images.shape[-1] > 1 and abs(images.steps[-1]) <= min(steps, default=abs(images.steps[-1]))
+
+
+def _is_aligned(images: View, width: int) -> bool:
+    """Return whether all channels of a position are vectors of this width, in elements."""
+    others = [step for step, size in zip(images.steps[:-1], images.shape[:-1], strict=True) if size > 1]
+    is_run = images.steps[-1] == 1 and images.shape[-1] % width == 0
+    return is_run and not images.address % (width * images.itemsize) and not any(step % width for step in others)
+
+
+def _has_contiguous_planes(images: View) -> bool:
+    """Return whether the planes of all channels of an image are one run of vectors of 16 bytes."""
+    width = VECTOR_BYTES // images.itemsize
+    planes = merged(
+        (images.shape[-1], *images.shape[1:4]), (images.steps[-1], *images.steps[1:4])
+    )
+    if planes is None or planes[1] != 1 or planes[0] % width or images.address:
+        return False
+    return images.shape[0] == 1 or images.steps[0] % width == 0
+
+
+@lru_cache(maxsize=1024)
+def _least_bytes(request: Request) -> int:
+    """Return the shared memory of a block with one output of one group."""
+    geometry = request.geometry
+    if request.direction == "data_grad":
+        parts = [phase.geometry for phase in geometry.phases if phase.geometry is not None]
+    else:
+        parts = [geometry]
+    return max((_least_of(part, request) for part in parts), default=0)
+
+
+def _least_of(geometry: Geometry, request: Request) -> int:
+    sums = dtypes.accumulator(request.dtype).itemsize
+    lifted = Axes.of(geometry).geometry(geometry)
+    layer = Layer(
+        *(1, 1, geometry.group_channels, geometry.group_filters, lifted.input, lifted.output, lifted.kernel),
+        *(lifted.stride, lifted.dilation, (0, 0, 0), (sums, sums), sums, sums),
+        *(request.direction == "weight_grad", False, 1, 1),
+    )
+    one = (1, 1, 1)
+    return layer.shared_bytes(Block(1, 1, one, 1, tuple(_region(layer, axis, 1) for axis in range(structs.AXES))))

@@ -1,0 +1,467 @@
+// Depthwise convolution: few source channels for each channel of the result, so that memory traffic decides. Elements are
+// read from global memory once, in whole sectors, and reused from shared memory and registers.
+//
+//   forward      y[n, o, q]  = sum over t, c of x[n, o * stride + t * dilation - low, c] w[t, c, q]
+//   data_grad    the forward of dy, with other views of w and dx, for each phase of the stride
+//   weight_grad  dw[t, c, q] = sum over n, o of x[n, o * stride + t * dilation - low, c] dy[n, o, q]
+//
+// A block owns a box of outputs, of some images and some groups. It loads the region of x that they read, then computes:
+//
+//       region of x in shared memory          strip of outputs in registers
+//         . . . . . . . .                       STRIP rows of one column, CHANNELS channels
+//         . . x . . . . .
+//         . . x . . . . .      sums[o] += x[o + r] w[r]: each row of a column of taps is read once
+//         . . x . . . . .      for all outputs of the strip; rows in the padding are skipped
+//         . . . . . . . .
+//
+// q is a channel of the result, g = q / F its group, and c one of the C channels of x in this group. Positions of padding
+// are not stored, and have no products: zeros times infinite weights would be NaN. Every order of summation is fixed.
+//
+// Constants, in addition to those of common.cuh:
+//   Element        type of x (and dy) in shared memory: its own if elements are used as they are, else Sum
+//   VECTOR         elements of a load: along the channels, or along whole planes of all channels (LINEAR); or 1
+//   CHANNELS       channels of a thread: more than 1 only if groups have one channel and one filter
+//   STRIP          outputs of a thread along the slide axis (axis 1)
+//   TAPS           taps of the slide axis that share the rows that they read: a divisor of their number; 1 unless stride
+//                  and dilation of this axis are 1
+//   THREADS
+
+constexpr bool LINEAR = VECTOR > 1 && CHANNELS == 1;
+
+// COUNT elements that are loaded or stored at once.
+template <class T, int COUNT> struct __align__(COUNT * sizeof(T) % 16 == 0 ? 16 : COUNT * sizeof(T)) Vector {
+    T v[COUNT];
+};
+
+// Returns an element as it is stored in shared memory.
+template <class T> DEVICE Element element_of(T v) { return Converted<Element>::from(Converted<Sum>::from(v)); }
+DEVICE Element element_of(Element v) { return v; }
+
+// ---------------------------------------------------------------------------------------------- places
+
+// A part of an operand: its first element, and its extents.
+struct Part {
+    Place first, count;
+};
+
+// Returns the i-th place of an image, with the extents of `items`. Its divisions are multiplications by
+// factor = 2^30 / extent + 1, which is exact for i and extents below 2^15.
+DEVICE Place place_in(int i, const Items& items, int channels_innermost) {
+    Place place = {};
+    const auto take = [&](int axis) {
+        const int quotient = int((long long)i * items.factor[axis] >> 30), rest = i - quotient * items.extent[axis];
+        i = quotient;
+        return rest;
+    };
+    if (channels_innermost) place.channel = take(3);
+    for (int axis = 2; axis >= 0; --axis) place.at[axis] = take(axis);
+    if (!channels_innermost) place.channel = take(3);
+    place.n = i;
+    return place;
+}
+
+DEVICE bool contains(const Place& extent, const Place& place) {
+    return place.n < extent.n && place.channel < extent.channel && place.at[0] < extent.at[0]
+        && place.at[1] < extent.at[1] && place.at[2] < extent.at[2];
+}
+
+// Returns the strides of an array in shared memory.
+DEVICE Images dense(int channels, const int (&extent)[3], int channels_innermost) {
+    Images at = {};
+    at.channel = channels_innermost ? 1 : extent[0] * extent[1] * extent[2];
+    at.axis[2] = channels_innermost ? channels : 1;
+    at.axis[1] = at.axis[2] * extent[2];
+    at.axis[0] = at.axis[1] * extent[1];
+    at.batch = channels * extent[0] * extent[1] * extent[2];
+    return at;
+}
+
+DEVICE Index smaller(Index a, Index b) { return a < b ? a : b; }
+
+// Returns the outputs of the i-th box of the images. `group` is the first of its groups.
+DEVICE Part outputs_of(Index i, Index group, const Convolution& conv, const Block& box) {
+    Part part = {};
+    part.first.n = take_box(part.first.at, i, conv.output, box.outputs) * box.images;
+    part.first.channel = group * conv.F;
+    part.count.n = smaller(box.images, conv.N - part.first.n);
+    part.count.channel = smaller(box.groups, conv.G - group) * conv.F;
+    for (int axis = 0; axis < 3; ++axis)
+        part.count.at[axis] = smaller(box.outputs[axis], conv.output[axis] - part.first.at[axis]);
+    return part;
+}
+
+// Returns the inputs that these outputs read. A count may be negative if there are none.
+DEVICE Part inputs_of(const Part& outputs, Index group, const Convolution& conv, const Block& box) {
+    Part part = {};
+    part.first.n = outputs.first.n;
+    part.first.channel = group * conv.C;
+    part.count.n = outputs.count.n;
+    part.count.channel = smaller(box.groups, conv.G - group) * conv.C;
+    for (int axis = 0; axis < 3; ++axis) {
+        const Index first = outputs.first.at[axis] * conv.stride[axis] - conv.low[axis];
+        part.first.at[axis] = first < 0 ? 0 : first;
+        part.count.at[axis] = smaller(box.region[axis], conv.input[axis] - part.first.at[axis]);
+    }
+    return part;
+}
+
+// ---------------------------------------------------------------------------------------------- loads
+
+// Loads VECTOR elements of an operand into shared memory.
+template <class T> DEVICE void load_vector(Element* to, const Operand<T>& from, Index at) {
+    const Vector<T, VECTOR> values = *reinterpret_cast<const Vector<T, VECTOR>*>(from.values + at);
+    Vector<Element, VECTOR> elements;
+#pragma unroll
+    for (int k = 0; k < VECTOR; ++k) {
+        elements.v[k] = element_of(values.v[k]);
+        if (from.conjugated) elements.v[k] = conjugate(elements.v[k]);
+        if (from.derivative != IDENTITY) elements.v[k] = Converted<Element>::from(from[at + k]);
+    }
+    *reinterpret_cast<Vector<Element, VECTOR>*>(to) = elements;
+}
+
+// Loads a part of an operand into shared memory, where it has the strides `to_at`. The threads of a warp load consecutive
+// elements. `items` has the extents of an image of the part, with channels in units of VECTOR.
+template <class T>
+DEVICE void load_part(Element* to, const Images& to_at, const Operand<T>& from, const Images& from_at, const Part& part,
+                      const Items& items, int channels_innermost) {
+    const Index first = part.first.offset(from_at);
+    if constexpr (LINEAR) {
+        const int length = int(part.count.channel * to_at.channel);  // the planes of all channels are contiguous
+        for (int n = 0; n < part.count.n; ++n)
+#pragma unroll 4
+            for (int i = threadIdx.x * VECTOR; i < length; i += THREADS * VECTOR)
+                load_vector(to + n * to_at.batch + i, from, first + n * from_at.batch + i);
+    } else {
+        const int length = int(part.count.n) * items.extent[0] * items.extent[1] * items.extent[2] * items.extent[3];
+#pragma unroll 4
+        for (int i = threadIdx.x; i < length; i += THREADS) {
+            Place place = place_in(i, items, channels_innermost);
+            place.channel *= VECTOR;
+            if (contains(part.count, place)) load_vector(to + place.offset(to_at), from, first + place.offset(from_at));
+        }
+    }
+}
+
+// Loads the weights of some filters: weights[(tap * C + c) * filters + q], where `filters` are those of a full block.
+// Either the taps or the filters vary fastest in global memory.
+DEVICE void load_weights(Sum* weights, const Operand<Second>& w, const Weights& w_at, const Convolution& conv,
+                         const Part& outputs, const Block& box) {
+    const int filters = int(box.groups * conv.F), count = int(outputs.count.channel), channels = int(conv.C);
+    const int terms = int(conv.kernel[0] * conv.kernel[1] * conv.kernel[2]) * channels;
+    for (int i = threadIdx.x; i < terms * count; i += THREADS) {
+        const int term = box.taps_innermost ? i % terms : i / count, q = box.taps_innermost ? i / terms : i % count;
+        // In memory the taps vary faster than the channels of a filter, or the other way round.
+        const int taps = terms / channels, tap = box.taps_innermost ? term % taps : term / channels;
+        const int c = box.taps_innermost ? term / taps : term % channels, columns = int(conv.kernel[2]);
+        const Index filter = outputs.first.channel + q;
+        const WeightPlace place = {filter / conv.F, c, filter % conv.F,
+                                   {tap / columns / conv.kernel[1], tap / columns % conv.kernel[1], tap % columns}};
+        weights[(tap * channels + c) * filters + q] = w[place.offset(w_at)];
+    }
+}
+
+template <class T> DEVICE void read_channels(Sum (&to)[CHANNELS], const T* from) {
+    const Vector<T, CHANNELS> values = *reinterpret_cast<const Vector<T, CHANNELS>*>(from);
+#pragma unroll
+    for (int k = 0; k < CHANNELS; ++k) to[k] = Converted<Sum>::from(values.v[k]);
+}
+
+// ---------------------------------------------------------------------------------------------- forward
+
+// The elements of x in shared memory that have the same place on all axes except the slide axis.
+struct Column {
+    const Element* values;
+    Index rows, pitch;
+
+    // Reads the channels of a row. Returns false if the row lies in the padding.
+    DEVICE bool read(Sum (&x)[CHANNELS], Index row) const {
+        if (!inside(row, rows)) return false;
+        read_channels(x, values + row * pitch);
+        return true;
+    }
+};
+
+// sums[o] += x[row + o * step + r] w[r] for TAPS taps r of a column. If there are several, step is 1.
+DEVICE void add_column(Sum (&sums)[STRIP][CHANNELS], const Column& x, Index row, Index step,
+                       const Sum (&w)[TAPS][CHANNELS]) {
+#pragma unroll
+    for (int j = 0; j < STRIP + TAPS - 1; ++j) {
+        Sum values[CHANNELS];
+        if (!x.read(values, row + j * step)) continue;
+#pragma unroll
+        for (int r = 0; r < TAPS; ++r)
+            if (j - r >= 0 && j - r < STRIP)
+#pragma unroll
+                for (int k = 0; k < CHANNELS; ++k) add_product(sums[j - r][k], values[k], w[r][k]);
+    }
+}
+
+// Adds the products of all taps of one channel of x. `x` and `w` are those of the channel; `start` is where the first tap
+// of the first output reads, relative to the inputs of the block. `pitch` is the step from one tap to the next in w.
+DEVICE void add_taps(Sum (&sums)[STRIP][CHANNELS], const Element* x, const Images& x_at, const Place& count,
+                     const Place& start, const Sum* w, int pitch, const Convolution& conv) {
+    for (Index t = 0; t < conv.kernel[0]; ++t) {
+        const Index depth = start.at[0] + t * conv.dilation[0];
+        if (!inside(depth, count.at[0])) continue;
+        for (Index s = 0; s < conv.kernel[2]; ++s) {
+            const Index across = start.at[2] + s * conv.dilation[2];
+            if (!inside(across, count.at[2])) continue;
+            const Column column = {x + depth * x_at.axis[0] + across * x_at.axis[2], count.at[1], x_at.axis[1]};
+            for (Index r = 0; r < conv.kernel[1]; r += TAPS) {
+                Sum taps[TAPS][CHANNELS];
+#pragma unroll
+                for (int i = 0; i < TAPS; ++i)
+                    read_channels(taps[i], w + ((t * conv.kernel[1] + r + i) * conv.kernel[2] + s) * pitch);
+                add_column(sums, column, start.at[1] + r * conv.dilation[1], conv.stride[1], taps);
+            }
+        }
+    }
+}
+
+// Returns where the first tap of an output reads, relative to the inputs of the block.
+DEVICE Place start_of(const Place& o, const Part& outputs, const Part& inputs, const Convolution& conv) {
+    Place start = {};
+    for (int axis = 0; axis < 3; ++axis)
+        start.at[axis] = (outputs.first.at[axis] + o.at[axis]) * conv.stride[axis] - conv.low[axis] - inputs.first.at[axis];
+    return start;
+}
+
+// Finishes the `rows` first outputs of a strip. `channel` is the flat index of the first of their channels.
+DEVICE void store_strip(Result* to, Index step, Index rows, const Sum (&sums)[STRIP][CHANNELS], const Sum* bias,
+                        Index channel, const Options& options) {
+#pragma unroll
+    for (int o = 0; o < STRIP; ++o) {
+        if (o >= rows) continue;
+        Vector<Result, CHANNELS> results;
+#pragma unroll
+        for (int k = 0; k < CHANNELS; ++k) finish(results.v, k, sums[o][k], bias, channel + k, options);
+        *reinterpret_cast<Vector<Result, CHANNELS>*>(to + o * step) = results;
+    }
+}
+
+// Stores the outputs of a block from shared memory: the planes of all channels are contiguous.
+DEVICE void store_planes(Result* to, Index step, const Result* from, const Images& from_at, const Place& count) {
+    constexpr int WIDTH = sizeof(Result) < 16 ? 16 / sizeof(Result) : 1;
+    const int length = int(count.channel * from_at.channel);
+    for (int n = 0; n < count.n; ++n)
+        for (int i = threadIdx.x * WIDTH; i < length; i += THREADS * WIDTH)
+            *reinterpret_cast<Vector<Result, WIDTH>*>(to + n * step + i) =
+                *reinterpret_cast<const Vector<Result, WIDTH>*>(from + n * from_at.batch + i);
+}
+
+// y = conv(x, w) with bias and activation. A block computes a box of outputs of some images and some groups. A thread
+// computes strips: STRIP outputs along the slide axis, of CHANNELS channels. Where planes are contiguous, results pass
+// through shared memory, because rows that are no multiples of a sector would be written in parts.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+depthwise_forward(const First* x_values, const First* x_y, const Second* w_values, const Sum* bias, Result* y,
+                  Convolution conv, Images y_at, Images x_at, Weights w_at, Block box, Items loads, Items strips,
+                  Options options) {
+    DYNAMIC_SHARED(unsigned char, shared);
+    Element* const region = reinterpret_cast<Element*>(shared);
+    Sum* const weights = reinterpret_cast<Sum*>(shared + box.second);
+    Result* const stage = reinterpret_cast<Result*>(shared + box.third);
+    const Operand<First> x = {x_values, x_y, options.first_conjugated, options.first_derivative};
+    const Operand<Second> w = {w_values, nullptr, options.second_conjugated, IDENTITY};
+    const int last = options.channels_innermost;
+
+    const Index blocks = ceil_div(conv.G, box.groups), group = Index(blockIdx.x) % blocks * box.groups;
+    const Part outputs = outputs_of(Index(blockIdx.x) / blocks, group, conv, box);
+    const Part inputs = inputs_of(outputs, group, conv, box);
+    const int filters = int(box.groups * conv.F);
+    const Images region_at = dense(int(box.groups * conv.C), box.region, last);
+    const Images stage_at = dense(filters, box.outputs, last);
+    load_part(region, region_at, x, x_at, inputs, loads, last);
+    load_weights(weights, w, w_at, conv, outputs, box);
+    __syncthreads();  // x and w are in shared memory
+
+    const Index first = outputs.first.offset(y_at);
+    const int length = int(outputs.count.n) * strips.extent[0] * strips.extent[1] * strips.extent[2] * strips.extent[3];
+    for (int i = threadIdx.x; i < length; i += THREADS) {
+        Place o = place_in(i, strips, last);
+        o.channel *= CHANNELS;
+        o.at[1] *= STRIP;
+        if (!contains(outputs.count, o)) continue;
+        const Place start = start_of(o, outputs, inputs, conv);
+        const Index source = CHANNELS > 1 ? o.channel : o.channel / conv.F * conv.C;
+        const Element* const plane = region + o.n * region_at.batch + source * region_at.channel;
+        Sum sums[STRIP][CHANNELS] = {};
+        for (Index c = 0; c < conv.C; ++c)
+            add_taps(sums, plane + c * region_at.channel, region_at, inputs.count, start,
+                     weights + c * filters + o.channel, int(conv.C) * filters, conv);
+        const Index rows = outputs.count.at[1] - o.at[1], channel = outputs.first.channel + o.channel;
+        if constexpr (LINEAR)
+            store_strip(stage + o.offset(stage_at), stage_at.axis[1], rows, sums, bias, channel, options);
+        else
+            store_strip(y + first + o.offset(y_at), y_at.axis[1], rows, sums, bias, channel, options);
+    }
+    if constexpr (LINEAR) {
+        __syncthreads();  // all results of the block are in shared memory
+        store_planes(y + first, y_at.batch, stage, stage_at, outputs.count);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- weight_grad
+
+// sums[r] += x[row + o * step + r] dy[o] for COUNT outputs o of a strip and TAPS taps r of a column.
+template <int COUNT>
+DEVICE void add_strip(Sum (&sums)[TAPS][CHANNELS], const Column& x, Index row, Index step, const Element* dy, Index pitch) {
+    Sum gradients[COUNT][CHANNELS];
+#pragma unroll
+    for (int o = 0; o < COUNT; ++o) read_channels(gradients[o], dy + o * pitch);
+#pragma unroll
+    for (int j = 0; j < COUNT + TAPS - 1; ++j) {
+        Sum values[CHANNELS];
+        if (!x.read(values, row + j * step)) continue;
+#pragma unroll
+        for (int r = 0; r < TAPS; ++r)
+            if (j - r >= 0 && j - r < COUNT)
+#pragma unroll
+                for (int k = 0; k < CHANNELS; ++k) add_product(sums[r][k], values[k], gradients[j - r][k]);
+    }
+}
+
+// Sums of a thread in weight_grad: TAPS taps of one column of taps, of CHANNELS pairs of a channel of x and one of dy.
+// A pair is numbered as (group, channel, filter); a column of taps has the first of them and those of the other axes.
+struct Owned {
+    int pair, column;
+    Index tap[3];
+
+    DEVICE Owned(int pair, int column, const Convolution& conv) : pair(pair), column(column) {
+        const Index chunks = conv.kernel[1] / TAPS;
+        tap[1] = column % chunks * TAPS;
+        tap[2] = column / chunks % conv.kernel[2];
+        tap[0] = column / chunks / conv.kernel[2];
+    }
+};
+
+// Adds the products of every `shares`-th strip of a box, from the strip `share` on.
+DEVICE void add_box(Sum (&sums)[TAPS][CHANNELS], const Owned& owned, const Part& outputs, const Part& inputs,
+                    const Element* x, const Images& x_at, const Element* dy, const Images& dy_at, const Convolution& conv,
+                    const Items& strips, int share, int shares) {
+    const Index pairs = conv.C * conv.F, group = owned.pair / pairs;
+    x += (group * conv.C + owned.pair % pairs / conv.F) * x_at.channel;
+    dy += (group * conv.F + owned.pair % conv.F) * dy_at.channel;
+    const int length = int(outputs.count.n) * strips.extent[0] * strips.extent[1] * strips.extent[2];
+    for (int i = share; i < length; i += shares) {
+        Place o = place_in(i, strips, false);
+        o.at[1] *= STRIP;
+        const Place start = start_of(o, outputs, inputs, conv);
+        const Index depth = start.at[0] + owned.tap[0] * conv.dilation[0];
+        const Index across = start.at[2] + owned.tap[2] * conv.dilation[2];
+        Index row = start.at[1] + owned.tap[1] * conv.dilation[1];
+        o.channel = 0;
+        if (!contains(outputs.count, o) || !inside(depth, inputs.count.at[0]) || !inside(across, inputs.count.at[2])) continue;
+        const Column column = {x + o.n * x_at.batch + depth * x_at.axis[0] + across * x_at.axis[2], inputs.count.at[1],
+                               x_at.axis[1]};
+        const Element* gradients = dy + o.offset(dy_at);
+        if (o.at[1] + STRIP <= outputs.count.at[1]) {
+            add_strip<STRIP>(sums, column, row, conv.stride[1], gradients, dy_at.axis[1]);
+        } else {
+            for (; o.at[1] < outputs.count.at[1]; ++o.at[1], row += conv.stride[1], gradients += dy_at.axis[1])
+                add_strip<1>(sums, column, row, conv.stride[1], gradients, dy_at.axis[1]);
+        }
+    }
+}
+
+// Index of a weight in the order of dw in memory, so that neighbouring threads access neighbouring elements.
+DEVICE Index weight_index(Index pair, Index tap, const Convolution& conv, const Block& box) {
+    const Index taps = conv.kernel[0] * conv.kernel[1] * conv.kernel[2], pairs = conv.G * conv.C * conv.F;
+    return box.taps_innermost ? pair * taps + tap : tap * pairs + pair;
+}
+
+// Rounds a sum and stores it in dw.
+DEVICE void store_weight(Result* dw, Index pair, Index tap, Sum sum, const Weights& dw_at, const Convolution& conv) {
+    const Index columns = conv.kernel[2];
+    const WeightPlace place = {pair / (conv.C * conv.F), pair / conv.F % conv.C, pair % conv.F,
+                               {tap / columns / conv.kernel[1], tap / columns % conv.kernel[1], tap % columns}};
+    dw[place.offset(dw_at)] = Converted<Result>::from(sum);
+}
+
+// First pass of weight_grad. A block computes all taps, or `box.columns` columns of taps, of some groups, and sums over a
+// split: the boxes [split * length, (split + 1) * length) of all images. Several threads share the boxes of each weight; their
+// sums are added in shared memory. If there is one split, its sums are stored in dw, otherwise in partial[split].
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+depthwise_weight_grad(const First* dy_values, const First* dy_y, const Second* x_values, const Second* x_y, Sum* partial,
+                      Result* dw, Convolution conv, Images dy_at, Images x_at, Weights dw_at, Block box, Items dy_loads,
+                      Items x_loads, Items strips, Index length, Index stores_result, Options options) {
+    DYNAMIC_SHARED(unsigned char, shared);
+    Element* const region = reinterpret_cast<Element*>(shared);
+    Element* const gradients = reinterpret_cast<Element*>(shared + box.second);
+    Sum* const table = reinterpret_cast<Sum*>(shared);  // in the place of both, when the boxes have been read
+    const Operand<First> dy = {dy_values, dy_y, options.first_conjugated, options.first_derivative};
+    const Operand<Second> x = {x_values, x_y, options.second_conjugated, options.second_derivative};
+    const int last = options.channels_innermost;
+
+    const int all_columns = int(conv.kernel[0] * conv.kernel[2] * (conv.kernel[1] / TAPS));
+    const int parts = int(ceil_div(all_columns, box.columns)), pairs = int(box.groups * conv.C * conv.F);
+    const Index blocks = ceil_div(conv.G, box.groups), group = Index(blockIdx.x) % blocks * box.groups;
+    const int first_column = int(Index(blockIdx.x) / blocks % parts) * box.columns;
+    const Index split = Index(blockIdx.x) / blocks / parts;
+    const int vectors = pairs / CHANNELS, owners = vectors * box.columns, shares = THREADS / owners;
+    const int owner = last ? threadIdx.x % owners : threadIdx.x / shares;
+    const int share = last ? threadIdx.x / owners : threadIdx.x % shares;
+    const Owned owned(owner % vectors * CHANNELS, first_column + owner / vectors, conv);
+    const bool is_owner = owner < owners && share < shares && owned.column < all_columns
+                       && group + owned.pair / (conv.C * conv.F) < conv.G;
+    const Images region_at = dense(int(box.groups * conv.C), box.region, last);
+    const Images gradients_at = dense(int(box.groups * conv.F), box.outputs, last);
+    Index boxes = ceil_div(conv.N, box.images);
+    for (int axis = 0; axis < 3; ++axis) boxes *= ceil_div(conv.output[axis], box.outputs[axis]);
+
+    Sum sums[TAPS][CHANNELS] = {};
+    for (Index i = split * length; i < smaller(split * length + length, boxes); ++i) {
+        const Part outputs = outputs_of(i, group, conv, box), inputs = inputs_of(outputs, group, conv, box);
+        load_part(region, region_at, x, x_at, inputs, x_loads, last);
+        load_part(gradients, gradients_at, dy, dy_at, outputs, dy_loads, last);
+        __syncthreads();  // the box is in shared memory
+        if (is_owner)
+            add_box(sums, owned, outputs, inputs, region, region_at, gradients, gradients_at, conv, strips, share, shares);
+        __syncthreads();  // the box has been read and may be overwritten
+    }
+
+    const int taps = box.columns * TAPS;
+    if (is_owner)
+        for (int r = 0; r < TAPS; ++r)
+            for (int k = 0; k < CHANNELS; ++k)
+                table[(share * taps + (owned.column - first_column) * TAPS + r) * pairs + owned.pair + k] = sums[r][k];
+    __syncthreads();  // the sums of all shares are in the table
+    const int chunks = int(conv.kernel[1] / TAPS), columns = int(conv.kernel[2]), all_taps = all_columns * TAPS;
+    for (int i = threadIdx.x; i < pairs * all_taps; i += THREADS) {
+        const int pair = box.taps_innermost ? i / all_taps : i % pairs, tap = box.taps_innermost ? i % all_taps : i / pairs;
+        const int row = tap / columns % int(conv.kernel[1]), depth = tap / columns / int(conv.kernel[1]);
+        const int column = (depth * columns + tap % columns) * chunks + row / TAPS - first_column;
+        const Index whole_pair = group * conv.C * conv.F + pair;
+        if (column < 0 || column >= box.columns || whole_pair >= conv.G * conv.C * conv.F) continue;
+        Sum sum = {};
+        for (int other = 0; other < shares; ++other)
+            add(sum, table[(other * taps + column * TAPS + row % TAPS) * pairs + pair]);
+        if (stores_result)
+            store_weight(dw, whole_pair, tap, sum, dw_at, conv);
+        else
+            partial[split * (conv.G * conv.C * conv.F * all_taps) + weight_index(whole_pair, tap, conv, box)] = sum;
+    }
+}
+
+// Second pass of weight_grad: adds the partial sums of all splits, in the order of the splits, to `total` if earlier images
+// have one, and stores the result in dw. A block computes LANES weights. A thread sums every ROWS-th split.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+depthwise_weight_grad_sum(const Sum* partial, Sum* total, Result* dw, Convolution conv, Weights dw_at, Block box, Index splits,
+                          Index adds) {
+    constexpr int LANES = 32, ROWS = THREADS / LANES;
+    __shared__ Sum sums[ROWS][LANES];
+    const Index taps = conv.kernel[0] * conv.kernel[1] * conv.kernel[2], pairs = conv.G * conv.C * conv.F;
+    const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES;
+    const Index i = Index(blockIdx.x) * LANES + lane;
+    Sum sum = {};
+    if (i < taps * pairs)
+        for (Index split = row; split < splits; split += ROWS) add(sum, partial[split * (taps * pairs) + i]);
+    sums[row][lane] = sum;
+    __syncthreads();  // the sums of all rows are stored
+    if (row > 0 || i >= taps * pairs) return;
+    Sum whole = {};
+    if (adds) whole = total[i];
+    for (int other = 0; other < ROWS; ++other) add(whole, sums[other][lane]);
+    total[i] = whole;
+    store_weight(dw, box.taps_innermost ? i / taps : i % pairs, box.taps_innermost ? i % taps : i / pairs, whole, dw_at, conv);
+}
