@@ -76,6 +76,10 @@ DEVICE Images dense(int channels, const int (&extent)[3], int channels_innermost
     return at;
 }
 
+// Whether 0 <= i < extent, by one comparison; the extent is not negative.
+DEVICE bool is_below(int i, int extent) { return unsigned(i) < unsigned(extent); }
+DEVICE bool is_below(long long i, long long extent) { return (unsigned long long)i < (unsigned long long)extent; }
+
 DEVICE Index smaller(Index a, Index b) { return a < b ? a : b; }
 
 // Returns the outputs of the i-th box of the images. `group` is the first of its groups.
@@ -90,7 +94,7 @@ DEVICE Part outputs_of(Index i, Index group, const Convolution& conv, const Bloc
     return part;
 }
 
-// Returns the inputs that these outputs read. A count may be negative if there are none.
+// Returns the inputs that these outputs read. A count is 0 if there are none.
 DEVICE Part inputs_of(const Part& outputs, Index group, const Convolution& conv, const Block& box) {
     Part part = {};
     part.first.n = outputs.first.n;
@@ -99,8 +103,11 @@ DEVICE Part inputs_of(const Part& outputs, Index group, const Convolution& conv,
     part.count.channel = smaller(box.groups, conv.G - group) * conv.C;
     for (int axis = 0; axis < 3; ++axis) {
         const Index first = outputs.first.at[axis] * conv.stride[axis] - conv.low[axis];
+        const Index last = first + (outputs.count.at[axis] - 1) * conv.stride[axis]
+                         + (conv.kernel[axis] - 1) * conv.dilation[axis];
         part.first.at[axis] = first < 0 ? 0 : first;
-        part.count.at[axis] = smaller(box.region[axis], conv.input[axis] - part.first.at[axis]);
+        const Index count = smaller(last + 1, conv.input[axis]) - part.first.at[axis];
+        part.count.at[axis] = count < 0 ? 0 : count;
     }
     return part;
 }
@@ -143,17 +150,18 @@ DEVICE void load_part(Element* to, const Images& to_at, const Operand<T>& from, 
     }
 }
 
-// Loads the weights of some filters: weights[(tap * C + c) * filters + q], where `filters` are those of a full block.
-// Either the taps or the filters vary fastest in global memory.
+// Loads the weights of some filters: weights[(tap * C + c) * filters + q], where `filters` are those of a full block. They
+// are read in the order of memory: taps vary faster than filters or more slowly, and may be reversed.
 DEVICE void load_weights(Sum* weights, const Operand<Second>& w, const Weights& w_at, const Convolution& conv,
                          const Part& outputs, const Block& box) {
     const int filters = int(box.groups * conv.F), count = int(outputs.count.channel), channels = int(conv.C);
-    const int terms = int(conv.kernel[0] * conv.kernel[1] * conv.kernel[2]) * channels;
-    for (int i = threadIdx.x; i < terms * count; i += THREADS) {
-        const int term = box.taps_innermost ? i % terms : i / count, q = box.taps_innermost ? i / terms : i % count;
-        // In memory the taps vary faster than the channels of a filter, or the other way round.
-        const int taps = terms / channels, tap = box.taps_innermost ? term % taps : term / channels;
-        const int c = box.taps_innermost ? term / taps : term % channels, columns = int(conv.kernel[2]);
+    const int taps = int(conv.kernel[0] * conv.kernel[1] * conv.kernel[2]), columns = int(conv.kernel[2]);
+    const bool reversed = w_at.axis[0] < 0 || w_at.axis[1] < 0 || w_at.axis[2] < 0;
+    for (int i = threadIdx.x; i < taps * channels * count; i += THREADS) {
+        const int q = box.taps_innermost ? i / (taps * channels) : i % count;
+        const int c = box.taps_innermost ? i / taps % channels : i / count % channels;
+        int tap = box.taps_innermost ? i % taps : i / (count * channels);
+        if (reversed) tap = taps - 1 - tap;
         const Index filter = outputs.first.channel + q;
         const WeightPlace place = {filter / conv.F, c, filter % conv.F,
                                    {tap / columns / conv.kernel[1], tap / columns % conv.kernel[1], tap % columns}};
@@ -169,26 +177,29 @@ template <class T> DEVICE void read_channels(Sum (&to)[CHANNELS], const T* from)
 
 // ---------------------------------------------------------------------------------------------- forward
 
-// The elements of x in shared memory that have the same place on all axes except the slide axis.
+// The elements of x in shared memory that have the same place on all axes except the slide axis, from a row on. The row may
+// lie in the padding.
 struct Column {
     const Element* values;
-    Index rows, pitch;
+    Index row, rows, pitch;
 
-    // Reads the channels of a row. Returns false if the row lies in the padding.
-    DEVICE bool read(Sum (&x)[CHANNELS], Index row) const {
-        if (!inside(row, rows)) return false;
-        read_channels(x, values + row * pitch);
+    DEVICE Column(const Element* values, Index row, const Place& count, const Images& at)
+        : values(values + row * at.axis[1]), row(row), rows(count.at[1]), pitch(at.axis[1]) {}
+
+    // Reads the channels of a later row. Returns false if it lies in the padding.
+    DEVICE bool read(Sum (&x)[CHANNELS], Index offset) const {
+        if (!is_below(row + offset, rows)) return false;
+        read_channels(x, values + offset * pitch);
         return true;
     }
 };
 
-// sums[o] += x[row + o * step + r] w[r] for TAPS taps r of a column. If there are several, step is 1.
-DEVICE void add_column(Sum (&sums)[STRIP][CHANNELS], const Column& x, Index row, Index step,
-                       const Sum (&w)[TAPS][CHANNELS]) {
+// sums[o] += x[o * step + r] w[r] for TAPS taps r of a column. If there are several, step is 1.
+DEVICE void add_column(Sum (&sums)[STRIP][CHANNELS], const Column& x, Index step, const Sum (&w)[TAPS][CHANNELS]) {
 #pragma unroll
     for (int j = 0; j < STRIP + TAPS - 1; ++j) {
         Sum values[CHANNELS];
-        if (!x.read(values, row + j * step)) continue;
+        if (!x.read(values, TAPS > 1 ? j : j * step)) continue;
 #pragma unroll
         for (int r = 0; r < TAPS; ++r)
             if (j - r >= 0 && j - r < STRIP)
@@ -203,17 +214,17 @@ DEVICE void add_taps(Sum (&sums)[STRIP][CHANNELS], const Element* x, const Image
                      const Place& start, const Sum* w, int pitch, const Convolution& conv) {
     for (Index t = 0; t < conv.kernel[0]; ++t) {
         const Index depth = start.at[0] + t * conv.dilation[0];
-        if (!inside(depth, count.at[0])) continue;
+        if (!is_below(depth, count.at[0])) continue;
         for (Index s = 0; s < conv.kernel[2]; ++s) {
             const Index across = start.at[2] + s * conv.dilation[2];
-            if (!inside(across, count.at[2])) continue;
-            const Column column = {x + depth * x_at.axis[0] + across * x_at.axis[2], count.at[1], x_at.axis[1]};
+            if (!is_below(across, count.at[2])) continue;
+            const Element* const column = x + depth * x_at.axis[0] + across * x_at.axis[2];
             for (Index r = 0; r < conv.kernel[1]; r += TAPS) {
                 Sum taps[TAPS][CHANNELS];
 #pragma unroll
                 for (int i = 0; i < TAPS; ++i)
                     read_channels(taps[i], w + ((t * conv.kernel[1] + r + i) * conv.kernel[2] + s) * pitch);
-                add_column(sums, column, start.at[1] + r * conv.dilation[1], conv.stride[1], taps);
+                add_column(sums, Column(column, start.at[1] + r * conv.dilation[1], count, x_at), conv.stride[1], taps);
             }
         }
     }
@@ -303,16 +314,16 @@ depthwise_forward(const First* x_values, const First* x_y, const Second* w_value
 
 // ---------------------------------------------------------------------------------------------- weight_grad
 
-// sums[r] += x[row + o * step + r] dy[o] for COUNT outputs o of a strip and TAPS taps r of a column.
+// sums[r] += x[o * step + r] dy[o] for COUNT outputs o of a strip and TAPS taps r of a column.
 template <int COUNT>
-DEVICE void add_strip(Sum (&sums)[TAPS][CHANNELS], const Column& x, Index row, Index step, const Element* dy, Index pitch) {
+DEVICE void add_strip(Sum (&sums)[TAPS][CHANNELS], const Column& x, Index step, const Element* dy, Index pitch) {
     Sum gradients[COUNT][CHANNELS];
 #pragma unroll
     for (int o = 0; o < COUNT; ++o) read_channels(gradients[o], dy + o * pitch);
 #pragma unroll
     for (int j = 0; j < COUNT + TAPS - 1; ++j) {
         Sum values[CHANNELS];
-        if (!x.read(values, row + j * step)) continue;
+        if (!x.read(values, TAPS > 1 ? j : j * step)) continue;
 #pragma unroll
         for (int r = 0; r < TAPS; ++r)
             if (j - r >= 0 && j - r < COUNT)
@@ -351,15 +362,15 @@ DEVICE void add_box(Sum (&sums)[TAPS][CHANNELS], const Owned& owned, const Part&
         const Index across = start.at[2] + owned.tap[2] * conv.dilation[2];
         Index row = start.at[1] + owned.tap[1] * conv.dilation[1];
         o.channel = 0;
-        if (!contains(outputs.count, o) || !inside(depth, inputs.count.at[0]) || !inside(across, inputs.count.at[2])) continue;
-        const Column column = {x + o.n * x_at.batch + depth * x_at.axis[0] + across * x_at.axis[2], inputs.count.at[1],
-                               x_at.axis[1]};
+        if (!contains(outputs.count, o) || !is_below(depth, inputs.count.at[0]) || !is_below(across, inputs.count.at[2]))
+            continue;
+        const Element* const column = x + o.n * x_at.batch + depth * x_at.axis[0] + across * x_at.axis[2];
         const Element* gradients = dy + o.offset(dy_at);
         if (o.at[1] + STRIP <= outputs.count.at[1]) {
-            add_strip<STRIP>(sums, column, row, conv.stride[1], gradients, dy_at.axis[1]);
+            add_strip<STRIP>(sums, Column(column, row, inputs.count, x_at), conv.stride[1], gradients, dy_at.axis[1]);
         } else {
             for (; o.at[1] < outputs.count.at[1]; ++o.at[1], row += conv.stride[1], gradients += dy_at.axis[1])
-                add_strip<1>(sums, column, row, conv.stride[1], gradients, dy_at.axis[1]);
+                add_strip<1>(sums, Column(column, row, inputs.count, x_at), conv.stride[1], gradients, dy_at.axis[1]);
         }
     }
 }

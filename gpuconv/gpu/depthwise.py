@@ -398,7 +398,7 @@ def chosen(layer: Layer) -> Block:
     traffic = {block: layer.traffic(block) for block in _candidates(layer)}
     limit = max(TRAFFIC, min(traffic.values()))
     fitting = (block for block, ratio in traffic.items() if ratio <= limit)
-    return min(fitting, key=lambda block: (layer.time(block), layer.shared_bytes(block)))
+    return min(fitting, key=lambda block: (layer.time(block), -block.outputs[2], layer.shared_bytes(block)))
 
 
 def _candidates(layer: Layer) -> Iterator[Block]:
