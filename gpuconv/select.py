@@ -93,7 +93,9 @@ def _preferences(request: Request) -> list[Choice]:
     wanted = []
     if implicit_gemm.fills_a_tile(request.geometry, request.direction):
         wanted.append(Choice("implicit_gemm", "each group fills half a tile or more"))
-    elif request.geometry.groups > 1:
+    elif request.geometry.group_channels == 1:
+        wanted.append(Choice("depthwise", "groups of one channel are limited by memory, and it reads each element once"))
+    if request.geometry.groups > 1:
         wanted.append(
             Choice(
                 "direct",

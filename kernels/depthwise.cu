@@ -369,6 +369,7 @@ DEVICE void add_box(Sum (&sums)[TAPS][CHANNELS], const Owned& owned, const Part&
         if (o.at[1] + STRIP <= outputs.count.at[1]) {
             add_strip<STRIP>(sums, Column(column, row, inputs.count, x_at), conv.stride[1], gradients, dy_at.axis[1]);
         } else {
+#pragma unroll 1
             for (; o.at[1] < outputs.count.at[1]; ++o.at[1], row += conv.stride[1], gradients += dy_at.axis[1])
                 add_strip<1>(sums, Column(column, row, inputs.count, x_at), conv.stride[1], gradients, dy_at.axis[1]);
         }
