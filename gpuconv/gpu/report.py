@@ -24,7 +24,7 @@ from gpuconv import dtypes, settings
 from gpuconv.arguments import Shape
 from gpuconv.arrays import Backend
 from gpuconv.geometry import DIRECTIONS, Geometry
-from gpuconv.gpu import bias_grad, compiler, direct, implicit_gemm, occupancy, sass, scatter, scatter_plain
+from gpuconv.gpu import bias_grad, compiler, depthwise, direct, implicit_gemm, occupancy, sass, scatter, scatter_plain
 from gpuconv.gpu.device import MODEL, Device
 from gpuconv.gpu.gemm_tiles import STAGES
 from gpuconv.gpu.kernel import Kernel, Module
@@ -47,6 +47,8 @@ CONVOLUTIONS: tuple[tuple[Shape, Shape, dict[str, Any]], ...] = (
     ((1, 64, 3199), (64, 64, 3), {"stride": 2}),
     ((1, 16, 16, 28, 28), (16, 16, 3, 3, 3), {"padding": 1}),
 )
+# In addition, for depthwise: rows and channels that are no vectors, several filters per channel, and phases of a stride.
+UNALIGNED = ((1, 33, 55, 55), (66, 1, 3, 3), {"padding": 1, "stride": 2, "groups": 33})
 FAR = 2**30  # padding on one side and cropping on the other, which makes positions too large for 32 bits
 
 _GRADIENTS: tuple[Direction, ...] = ("data_grad", "weight_grad")
@@ -56,6 +58,7 @@ _LAUNCHED: dict[ModuleType, tuple[Direction, ...]] = {
     scatter: _GRADIENTS,
     scatter_plain: _GRADIENTS,
     implicit_gemm: DIRECTIONS,
+    depthwise: DIRECTIONS,
 }
 MOST_STEPS = 1 << 12  # of a plan: more than any of these plans has
 _TURING = Device(75, 72)  # half precision and float64 are multiplied without tensor cores
@@ -102,6 +105,10 @@ def modules() -> dict[Module, dict[str, int]]:
     found = launched(convolutions, (direct, scatter, scatter_plain))
     for module, kernels in _bias_grads().items():
         found |= {module: kernels, module._replace(wide=True): kernels}
+    for module, kernels in launched(_depthwise(), [depthwise]).items():
+        found[module] = kernels
+        if dict(module.types)["First"] == "float32":
+            found[module._replace(wide=True)] = kernels
     for plan in _gemm_plans():
         found[plan.module] = plan.kernels
     return found
@@ -116,6 +123,14 @@ def _bias_grads() -> dict[Module, dict[str, int]]:
         db = View(RESULT, 0, (geometry.filters,), (dtype.itemsize,), dtype)
         bias_grad.bias_grad(Operand(contiguous("y", dtype, geometry)), db, geometry, _planner(dtype, backend))
     return found
+
+
+def _depthwise() -> Iterator[tuple[Geometry, numpy.dtype]]:
+    """Yield one layer with every dtype, and others with two dtypes, in both layouts."""
+    small, *others = CONVOLUTIONS[7], CONVOLUTIONS[8], UNALIGNED
+    for dtype, layout in product(dtypes.available(), get_args(Layout)):
+        for x, w, options in (small, *others) if dtype.name in ("float16", "float32") else (small,):
+            yield Geometry.infer(*_laid_out(x, w, layout), **options, layout=layout), dtype
 
 
 def _gemm_plans() -> Iterator[implicit_gemm.GemmPlan]:
