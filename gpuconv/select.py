@@ -96,7 +96,9 @@ def _preferences(request: Request) -> list[Choice]:
     else:
         if geometry.group_channels == 1:
             reason = "groups of one channel are limited by memory traffic, and it reads each element once"
-            wanted.append(Choice("depthwise", reason))
+        else:
+            reason = "groups of few channels leave most of a tile empty, and it reads each element once"
+        wanted.append(Choice("depthwise", reason))
         if geometry.groups > 1:
             reason = "groups of few channels leave most of a tile empty, and there are too many for one product each"
             wanted.append(Choice("direct", reason))

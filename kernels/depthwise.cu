@@ -136,12 +136,12 @@ DEVICE void load_part(Element* to, const Images& to_at, const Operand<T>& from, 
     if constexpr (LINEAR) {
         const int length = int(part.count.channel * to_at.channel);  // the planes of all channels are contiguous
         for (int n = 0; n < part.count.n; ++n)
-#pragma unroll 4
+#pragma unroll 2
             for (int i = threadIdx.x * VECTOR; i < length; i += THREADS * VECTOR)
                 load_vector(to + n * to_at.batch + i, from, first + n * from_at.batch + i);
     } else {
         const int length = int(part.count.n) * items.extent[0] * items.extent[1] * items.extent[2] * items.extent[3];
-#pragma unroll 4
+#pragma unroll 2
         for (int i = threadIdx.x; i < length; i += THREADS) {
             Place place = place_in(i, items, channels_innermost);
             place.channel *= VECTOR;
@@ -173,6 +173,13 @@ template <class T> DEVICE void read_channels(Sum (&to)[CHANNELS], const T* from)
     const Vector<T, CHANNELS> values = *reinterpret_cast<const Vector<T, CHANNELS>*>(from);
 #pragma unroll
     for (int k = 0; k < CHANNELS; ++k) to[k] = Converted<Sum>::from(values.v[k]);
+}
+
+DEVICE void write_channels(Sum* to, const Sum (&from)[CHANNELS]) {
+    Vector<Sum, CHANNELS> values;
+#pragma unroll
+    for (int k = 0; k < CHANNELS; ++k) values.v[k] = from[k];
+    *reinterpret_cast<Vector<Sum, CHANNELS>*>(to) = values;
 }
 
 // ---------------------------------------------------------------------------------------------- forward
@@ -256,6 +263,7 @@ DEVICE void store_planes(Result* to, Index step, const Result* from, const Image
     constexpr int WIDTH = sizeof(Result) < 16 ? 16 / sizeof(Result) : 1;
     const int length = int(count.channel * from_at.channel);
     for (int n = 0; n < count.n; ++n)
+#pragma unroll 2
         for (int i = threadIdx.x * WIDTH; i < length; i += THREADS * WIDTH)
             *reinterpret_cast<Vector<Result, WIDTH>*>(to + n * step + i) =
                 *reinterpret_cast<const Vector<Result, WIDTH>*>(from + n * from_at.batch + i);
@@ -434,9 +442,9 @@ depthwise_weight_grad(const First* dy_values, const First* dy_y, const Second* x
 
     const int taps = box.columns * TAPS;
     if (is_owner)
+#pragma unroll
         for (int r = 0; r < TAPS; ++r)
-            for (int k = 0; k < CHANNELS; ++k)
-                table[(share * taps + (owned.column - first_column) * TAPS + r) * pairs + owned.pair + k] = sums[r][k];
+            write_channels(table + (share * taps + (owned.column - first_column) * TAPS + r) * pairs + owned.pair, sums[r]);
     __syncthreads();  // the sums of all shares are in the table
     const int chunks = int(conv.kernel[1] / TAPS), columns = int(conv.kernel[2]), all_taps = all_columns * TAPS;
     for (int i = threadIdx.x; i < pairs * all_taps; i += THREADS) {

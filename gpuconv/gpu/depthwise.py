@@ -1,4 +1,4 @@
-"""Algorithm depthwise: convolutions of few channels per group, whose operands are read from memory once.
+"""Algorithm depthwise: convolutions of one or a few channels per group, whose operands are read from memory once.
 
 On a GPU, CUDA kernels (kernels/depthwise.cu) load the region of x that a block of outputs reads into shared memory.
 data_grad is the forward convolution of dy, once for each phase of the stride. weight_grad has partial sums that a
@@ -35,6 +35,7 @@ SUM_LANES = 32  # weights of a block of the second pass, as in depthwise.cu
 SECTOR = 32  # bytes of global memory that are transferred together
 VECTOR_BYTES = 16  # of a load
 SHARED_MEMORY = 48 << 10  # bytes of a block: two blocks fit a multiprocessor of every architecture
+MOST_CHANNELS = 16  # of a group; larger groups fill tiles of a matrix product
 MOST_TAPS = 7  # of the slide axis whose sums or weights a thread keeps in registers
 ENOUGH_BLOCKS = 256  # to occupy a large GPU
 TRAFFIC = 1.1  # smaller boxes are preferred up to this ratio of the memory traffic to the least possible
@@ -46,26 +47,26 @@ PARTIAL_SUMS = 0.25
 
 
 def why_not(request: Request) -> str | None:
-    """Return a reason unless groups have one channel and a block's shared memory and the workspace suffice; else None.
-
-    On NumPy, groups must have one filter, too.
-    """
+    """Return a reason unless groups are small, and a block's shared memory and the workspace suffice; else None."""
     if request.backend.launch is None:
         return by_rows.why_not(request)
     geometry = request.geometry
+    channels, filters = geometry.group_channels, geometry.group_filters
     if reason := params.why_not(geometry):
         return reason
-    if geometry.group_channels > 1:
-        return f"it requires one channel per group, not {geometry.group_channels}"
+    if channels > (MOST_CHANNELS if geometry.groups > 1 else 1):
+        return f"it requires groups of at most {MOST_CHANNELS} channels, or one channel, not {geometry.groups} of {channels}"
     if request.direction == "data_grad":
         phases = math.prod(map(min, geometry.stride, geometry.input))
         if phases > MOST_PHASES:
             return f"it launches a kernel for each phase of the stride, and {phases} are more than {MOST_PHASES}"
+    if request.direction == "weight_grad" and channels * filters > THREADS:
+        return f"a block of {THREADS} threads sums all pairs of a channel and a filter in a group, not {channels * filters}"
     least = _least_bytes(request)
     if least > SHARED_MEMORY:
         return f"the inputs of one output need {least} bytes of shared memory, but a block has {SHARED_MEMORY}"
     if request.direction == "weight_grad":
-        return request.lacks(4 * geometry.group_filters * geometry.taps, "the sums of one group")
+        return request.lacks(4 * channels * filters * geometry.taps, "the sums of one group")
     return None
 
 
@@ -309,8 +310,13 @@ class Layer(NamedTuple):
 
     @property
     def strip(self) -> int:
-        """Outputs of a thread: fewer where it has several channels, since their sums are in registers."""
-        return 8 if self.together == 1 else 4
+        """Outputs of a thread: fewer where it has several channels, since their sums are in registers.
+
+        Where neighbouring threads compute neighbouring strips, the number is odd, to avoid bank conflicts.
+        """
+        if self.together > 1:
+            return 4
+        return 7 if self.output[2] == 1 and not self.innermost else 8
 
     @property
     def taps_together(self) -> int:
