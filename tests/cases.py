@@ -195,7 +195,4 @@ def why_not(case, algorithm, direction="forward", dtype="float32", on_kernels=Fa
 
 def is_taken(case, algorithm, arrays="numpy", direction="forward", dtype="float32", **_):
     """Return whether an algorithm computes a case on a backend."""
-    return (
-        is_on(arrays, algorithm)
-        and why_not(case, algorithm, direction, dtype, arrays != "numpy") is None
-    )
+    return is_on(arrays, algorithm) and why_not(case, algorithm, direction, dtype, arrays != "numpy") is None

@@ -189,7 +189,8 @@ def test_padding_has_no_products_with_infinite_weights(layout, arrays):
     assert np.isfinite(dx[:, :, -1]).all()
     assert np.isfinite(dx[:, :, :, -1]).all()
     x[:, :, -1] = np.inf
-    *_, dw = results_of(arrays, x, np.ones_like(w), np.where(dy.cumsum(2) == 6, 0, dy), padding=1, groups=4, layout=layout)
+    dy[:, :, -1] = 0
+    *_, dw = results_of(arrays, x, np.ones_like(w), dy, padding=1, groups=4, layout=layout)
     assert np.isfinite(dw[:, :, 0]).all()
 
 
@@ -214,8 +215,7 @@ def test_sums_of_half_precision_are_rounded_once(arrays, rng):
 def test_an_image_alone_gives_the_same_bits_as_in_a_batch(layout, arrays, rng):
     """A batch has other boxes, several images of which are in a block."""
     x, w, dy = (
-        draw(rng, shape, "float32", False).astype(np.float32)
-        for shape in ((7, 8, 9, 8), (8, 1, 5, 5), (7, 8, 9, 8))
+        draw(rng, shape, "float32", False).astype(np.float32) for shape in ((7, 8, 9, 8), (8, 1, 5, 5), (7, 8, 9, 8))
     )
     together = results_of(arrays, x, w, dy, padding=2, groups=8, layout=layout)
     for n in range(7):

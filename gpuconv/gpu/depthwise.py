@@ -43,7 +43,7 @@ MOST_PHASES = 64  # of the stride in data_grad, each of which is a launch
 # weight_grad: the number of splits is limited by their number and by their partial sums, which should be a fraction of
 # the operands.
 MOST_SPLITS = 1024
-PARTIAL_SUMS = 0.25
+PARTIAL_SUMS = 0.2
 
 
 def why_not(request: Request) -> str | None:
@@ -55,18 +55,20 @@ def why_not(request: Request) -> str | None:
     if reason := params.why_not(geometry):
         return reason
     if channels > (MOST_CHANNELS if geometry.groups > 1 else 1):
-        return f"it requires groups of at most {MOST_CHANNELS} channels, or one channel, not {geometry.groups} of {channels}"
+        found = f"{geometry.groups} of {channels}"
+        return f"it requires groups of at most {MOST_CHANNELS} channels, or one channel, not {found}"
     if request.direction == "data_grad":
         phases = math.prod(map(min, geometry.stride, geometry.input))
         if phases > MOST_PHASES:
             return f"it launches a kernel for each phase of the stride, and {phases} are more than {MOST_PHASES}"
-    if request.direction == "weight_grad" and channels * filters > THREADS:
-        return f"a block of {THREADS} threads sums all pairs of a channel and a filter in a group, not {channels * filters}"
+    pairs = channels * filters
+    if request.direction == "weight_grad" and pairs > THREADS:
+        return f"a block of {THREADS} threads sums all pairs of a channel and a filter in a group, not {pairs}"
     least = _least_bytes(request)
     if least > SHARED_MEMORY:
         return f"the inputs of one output need {least} bytes of shared memory, but a block has {SHARED_MEMORY}"
     if request.direction == "weight_grad":
-        return request.lacks(4 * channels * filters * geometry.taps, "the sums of one group")
+        return request.lacks(4 * pairs * geometry.taps, "the sums of one group")
     return None
 
 
@@ -76,7 +78,7 @@ def nanoseconds(request: Request) -> float:
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
-    """Compute ``y[o, q] = sum over taps t and channels c of a group of x[o * stride + t * dilation - low, c] w[t, c, q]``."""
+    """Compute ``y[o, q] = sum over t, c of x[o * stride + t * dilation - low, c] w[t, c, q]``, c in the group of q."""
     if planner.backend.launch is None:
         by_rows.forward(x, w, y, geometry, planner)
     else:
@@ -207,8 +209,8 @@ def _splits(layer: Layer, block: Block, room: int) -> int:
 class Axes(NamedTuple):
     """The three spatial axes of the kernels: the axis of the convolution that each stands for, or None.
 
-    The middle one is the slide axis. The last but one axis of the convolution becomes it, or the last one if that has one
-    output.
+    The middle one is the slide axis. It is the last but one axis of the convolution, or the last one if the other has
+    one output or does not exist.
     """
 
     order: tuple[int | None, ...]
@@ -222,10 +224,14 @@ class Axes(NamedTuple):
 
     def geometry(self, geometry: Geometry) -> Geometry:
         """Return the convolution with three spatial axes."""
-        extents = {
-            name: self._lift(getattr(geometry, name), 1) for name in ("input", "kernel", "stride", "dilation")
-        }
-        return replace(geometry, **extents, padding=self._lift(geometry.padding, (0, 0)))
+        return replace(
+            geometry,
+            input=self._lift(geometry.input, 1),
+            kernel=self._lift(geometry.kernel, 1),
+            stride=self._lift(geometry.stride, 1),
+            dilation=self._lift(geometry.dilation, 1),
+            padding=self._lift(geometry.padding, (0, 0)),
+        )
 
     def _lift(self, values: tuple[Any, ...], fill: Any) -> tuple[Any, ...]:
         return tuple(fill if axis is None else values[axis] for axis in self.order)
@@ -245,7 +251,7 @@ class Axes(NamedTuple):
 
 
 def _stored(sums: numpy.dtype, *operands: Operand) -> numpy.dtype:
-    """Return the dtype of the operands in shared memory: their own if they have one and no derivative, else the sums'."""
+    """Return the dtype of operands in shared memory: their own if they share one and have no derivative, else sums."""
     found = {sums if operand.activation is not None else operand.view.dtype for operand in operands}
     return found.pop() if len(found) == 1 else sums
 
@@ -262,10 +268,10 @@ def _items(extents: Shape, channels: int, wide: bool) -> numpy.ndarray:
 
 
 def _block(layer: Layer, block: Block, weights: View, wide: bool) -> numpy.ndarray:
-    *taps, _, channel, filters = weights.steps
-    inner = min((abs(step) for step, size in zip(taps, weights.shape, strict=False) if size > 1), default=0)
-    step = abs(weights.steps[-3] if weights.shape[-1] == 1 else filters)
-    numbers = block.images, block.groups, block.columns, *layer.offsets(block), inner < step
+    """Return the struct of a block; its field taps_innermost tells in which order weights lie in memory."""
+    steps = [abs(step) if size > 1 else 0 for step, size in zip(weights.steps, weights.shape, strict=True)]
+    taps, filters = [step for step in steps[: structs.AXES] if step], steps[-1] or steps[-3]
+    numbers = block.images, block.groups, block.columns, *layer.offsets(block), min(taps, default=0) < filters
     return structs.struct("Block", wide, *numbers, block.outputs, block.region)
 
 
@@ -273,7 +279,7 @@ def _block(layer: Layer, block: Block, weights: View, wide: bool) -> numpy.ndarr
 
 
 class Block(NamedTuple):
-    """What a thread block owns: images, groups, outputs, columns of taps (weight_grad), and the region of x they read."""
+    """What a thread block owns: images, groups, outputs and, in weight_grad, columns of taps; and the inputs read."""
 
     images: int
     groups: int
@@ -294,14 +300,18 @@ class Layer(NamedTuple):
     kernel: Shape
     stride: Shape
     dilation: Shape
-    low: Shape
     itemsizes: Shape  # of x and of y or dy, in global memory
     stored: int  # bytes of an element in shared memory
     sums: int
     is_gradient: bool  # whether it is weight_grad
-    innermost: bool
-    vector: int
-    together: int  # channels of a thread
+    innermost: bool  # whether channels are innermost in memory
+    vector: int = 1  # elements of a load
+    together: int = 1  # channels of a thread
+
+    @property
+    def window(self) -> Shape:
+        """The extents of the window of one output."""
+        return tuple(d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True))
 
     @property
     def is_linear(self) -> bool:
@@ -335,12 +345,15 @@ class Layer(NamedTuple):
         return math.prod(self.kernel) * self.groups * self.channels * self.filters
 
     @property
+    def _bytes(self) -> tuple[int, int]:
+        """Bytes of a group of x, and of y or dy, at one position."""
+        return self.channels * self.itemsizes[0], self.filters * self.itemsizes[1]
+
+    @property
     def operand_bytes(self) -> int:
         """Bytes of x and of y or dy."""
-        planes = self.channels * math.prod(self.input) * self.itemsizes[0], (
-            self.filters * math.prod(self.output) * self.itemsizes[1]
-        )
-        return self.images * self.groups * sum(planes)
+        x, y = self._bytes
+        return self.images * self.groups * (x * math.prod(self.input) + y * math.prod(self.output))
 
     def strips(self, block: Block) -> Shape:
         """Return the extents of the strips of a block."""
@@ -371,24 +384,29 @@ class Layer(NamedTuple):
             return max(second + results * self.stored, table)
         return third + results * self.itemsizes[1] * self.is_linear
 
-
     def traffic(self, block: Block) -> float:
         """Return the bytes that are read and written, relative to the least possible."""
-        boxes = zip(self.output, block.outputs, strict=True)
-        read = math.prod(_read(self, axis, size, blocks(extent, size)) for axis, (extent, size) in enumerate(boxes))
-        x = self.groups * self.channels * self.itemsizes[0] * self.images
-        y = self.operand_bytes - x * math.prod(self.input)
+        x, y = self._bytes
+        x_moved = x * _read(self, block.outputs) * self._waste(block, 0, block.region[2])
+        y_moved = y * math.prod(self.output) * self._waste(block, 1, block.outputs[2])
         w = 0 if self.is_gradient else self.weights * self.itemsizes[0]
-        moved = (x * read + y) * self._waste(block) + w * self.boxes(block)
+        moved = self.images * self.groups * (x_moved + y_moved) + w * self.boxes(block)
         return moved / (self.operand_bytes + w)
 
-    def _waste(self, block: Block) -> float:
-        """Return the ratio of the sectors that the channels of a block touch at each position to their bytes."""
-        itemsize = self.itemsizes[0]
-        every, some = (groups * self.channels * itemsize for groups in (self.groups, block.groups))
-        if not self.innermost or block.groups == self.groups or every % SECTOR == some % SECTOR == 0:
+    def _waste(self, block: Block, operand: int, width: int) -> float:
+        """Return the ratio of the sectors that runs of contiguous bytes of x (0) or y (1) touch to these bytes.
+
+        A run consists of some groups of a position, or of the positions of a part of a row. Longer ones waste little.
+        """
+        group, itemsize = self._bytes[operand], self.itemsizes[operand]
+        run = block.groups * group if self.innermost else itemsize
+        if not self.innermost or block.groups == self.groups:
+            if width == (self.input, self.output)[operand][2]:
+                return 1
+            run *= width
+        if self.innermost and self.groups * group % SECTOR == block.groups * group % SECTOR == 0:
             return 1
-        return 1 + (SECTOR - itemsize) / some
+        return 1 + (SECTOR - itemsize) / run
 
     def time(self, block: Block) -> float:
         """Return an estimate of the time, in units of that of the least traffic on an occupied GPU."""
@@ -411,9 +429,7 @@ def _candidates(layer: Layer) -> Iterator[Block]:
     """Yield blocks that fit shared memory. Only blocks of whole planes have several images."""
     sizes = [[n] if layer.is_linear else _sizes(n) for n in layer.output]
     for outputs in product(*sizes):
-        region = layer.input if layer.is_linear else tuple(
-            _region(layer, axis, size) for axis, size in enumerate(outputs)
-        )
+        region = layer.input if layer.is_linear else _region(layer, outputs)
         for images in _doubled(1, layer.images if outputs == layer.output else 1):
             for groups in _doubled(_fewest_groups(layer), layer.groups):
                 columns = min(layer.columns, max(1, THREADS * layer.together // _pairs(layer, groups)))
@@ -449,21 +465,24 @@ def _doubled(first: int, last: int) -> Iterator[int]:
 
 
 def _sizes(extent: int) -> list[int]:
-    """Return the sizes of boxes with which 1, 2, 3, 4, 6, 8, 12, 16 and so on cover an extent."""
-    counts = {count * factor for count in (1, 3) for factor in map(int, 2 ** numpy.arange(extent.bit_length() + 1))}
-    return sorted({blocks(extent, count) for count in counts if count <= 2 * extent}, reverse=True)
+    """Return the sizes of boxes of which 1, 2, 3, 4, 8, 16 and so on cover an extent."""
+    counts = {3, *(1 << bits for bits in range(extent.bit_length() + 1))}
+    return sorted({blocks(extent, count) for count in counts}, reverse=True)
 
 
-def _region(layer: Layer, axis: int, size: int) -> int:
-    """Return how many inputs this many outputs read on an axis."""
-    window = layer.dilation[axis] * (layer.kernel[axis] - 1) + 1
-    return min(layer.input[axis], (size - 1) * layer.stride[axis] + window)
+def _region(layer: Layer, outputs: Shape) -> Shape:
+    """Return how many inputs a box of outputs reads on each axis."""
+    axes = zip(layer.input, outputs, layer.stride, layer.window, strict=True)
+    return tuple(min(n, (size - 1) * stride + window) for n, size, stride, window in axes)
 
 
-def _read(layer: Layer, axis: int, size: int, boxes: int) -> int:
-    """Return how many inputs all boxes of an axis read: where windows overlap, some are read by two boxes."""
-    overlap = layer.dilation[axis] * (layer.kernel[axis] - 1) + 1 - layer.stride[axis]
-    return min(boxes * _region(layer, axis, size), layer.input[axis] + (boxes - 1) * max(0, overlap))
+def _read(layer: Layer, outputs: Shape) -> int:
+    """Return how many inputs of a plane all boxes read: where windows overlap, some are read by two boxes."""
+    read = 1
+    for axis, region in enumerate(_region(layer, outputs)):
+        boxes, overlap = blocks(layer.output[axis], outputs[axis]), layer.window[axis] - layer.stride[axis]
+        read *= min(boxes * region, layer.input[axis] + (boxes - 1) * max(0, overlap))
+    return read
 
 
 def _aligned_size(size: int) -> int:
@@ -474,31 +493,47 @@ def _aligned_size(size: int) -> int:
 
 
 def _layer(geometry: Geometry, images: tuple[Operand, Operand | View], w: View, sums: numpy.dtype) -> Layer:
-    """Return the layer of these arrays with the widest vectors that are possible. The second of them is y or dy."""
+    """Return the layer of these arrays with the widest vectors that are possible. The second array is y or dy."""
     first, second = images
-    gradient = isinstance(second, Operand)
     x, y = first.view, second.view if isinstance(second, Operand) else second
-    stored = _stored(sums, first, second) if isinstance(second, Operand) else _stored(sums, first)
-    shapes = x.shape[0], *w.shape[-3:], *(getattr(geometry, name) for name in ("input", "output", "kernel"))
-    low = tuple(low for low, _ in geometry.padding)
-    layer = Layer(
-        *shapes,
-        *(geometry.stride, geometry.dilation, low, (x.itemsize, y.itemsize), stored.itemsize, sums.itemsize),
-        *(gradient, _is_innermost(x), 1, 1),
+    operands = [operand for operand in images if isinstance(operand, Operand)]
+    groups, channels, filters = w.shape[-3:]
+    plain = Layer(
+        images=x.shape[0],
+        groups=groups,
+        channels=channels,
+        filters=filters,
+        input=geometry.input,
+        output=geometry.output,
+        kernel=geometry.kernel,
+        stride=geometry.stride,
+        dilation=geometry.dilation,
+        itemsizes=(x.itemsize, y.itemsize),
+        stored=_stored(sums, *operands).itemsize,
+        sums=sums.itemsize,
+        is_gradient=len(operands) == 2,
+        innermost=_is_innermost(x),
     )
-    width = VECTOR_BYTES // max(x.itemsize, y.itemsize)
-    if layer.innermost:
-        together = min(width, VECTOR_BYTES // sums.itemsize)
-        is_possible = layer.channels == layer.filters == 1 and all(_is_aligned(view, width) for view in (x, y))
-    else:
-        together = 1
-        is_possible = min(low) >= 0 and all(_has_contiguous_planes(view) for view in (x, y))
-        width = VECTOR_BYTES // x.itemsize
-    if is_possible and (together > 1 or not layer.innermost):
-        vectors = layer._replace(vector=width, together=together)
-        if next(_candidates(vectors), None) is not None:
-            return vectors
-    return layer
+    for vector, together in _vectors(plain, x, y):
+        layer = plain._replace(vector=vector, together=together)
+        # Whole planes begin at the first input, so no input may be cropped there.
+        is_whole = not layer.is_linear or min(low for low, _ in geometry.padding) >= 0
+        if is_whole and next(_candidates(layer), None) is not None:
+            return layer
+    return plain
+
+
+def _vectors(layer: Layer, x: View, y: View) -> Iterator[tuple[int, int]]:
+    """Yield the possible elements of a load and channels of a thread, the most first."""
+    if not layer.innermost:
+        if x.itemsize < VECTOR_BYTES and _has_contiguous_planes(x) and _has_contiguous_planes(y):
+            yield VECTOR_BYTES // x.itemsize, 1
+    elif layer.channels == layer.filters == 1:
+        for size in (VECTOR_BYTES, VECTOR_BYTES // 2):
+            vector = size // max(layer.itemsizes)
+            together = min(vector, VECTOR_BYTES // layer.sums)
+            if together > 1 and _is_aligned(x, vector) and _is_aligned(y, vector):
+                yield vector, together
 
 
 def _is_innermost(images: View) -> bool:
@@ -516,10 +551,8 @@ def _is_aligned(images: View, width: int) -> bool:
 
 def _has_contiguous_planes(images: View) -> bool:
     """Return whether the planes of all channels of an image are one run of vectors of 16 bytes."""
-    width = VECTOR_BYTES // images.itemsize
-    planes = merged(
-        (images.shape[-1], *images.shape[1:4]), (images.steps[-1], *images.steps[1:4])
-    )
+    width = max(1, VECTOR_BYTES // images.itemsize)
+    planes = merged((images.shape[-1], *images.shape[1:4]), (images.steps[-1], *images.steps[1:4]))
     if planes is None or planes[1] != 1 or planes[0] % width or images.address:
         return False
     return images.shape[0] == 1 or images.steps[0] % width == 0
@@ -528,21 +561,29 @@ def _has_contiguous_planes(images: View) -> bool:
 @lru_cache(maxsize=1024)
 def _least_bytes(request: Request) -> int:
     """Return the shared memory of a block with one output of one group."""
-    geometry = request.geometry
+    geometry, parts = request.geometry, [request.geometry]
     if request.direction == "data_grad":
         parts = [phase.geometry for phase in geometry.phases if phase.geometry is not None]
-    else:
-        parts = [geometry]
     return max((_least_of(part, request) for part in parts), default=0)
 
 
 def _least_of(geometry: Geometry, request: Request) -> int:
-    sums = dtypes.accumulator(request.dtype).itemsize
-    lifted = Axes.of(geometry).geometry(geometry)
+    item, lifted = dtypes.accumulator(request.dtype).itemsize, Axes.of(geometry).geometry(geometry)
     layer = Layer(
-        *(1, 1, geometry.group_channels, geometry.group_filters, lifted.input, lifted.output, lifted.kernel),
-        *(lifted.stride, lifted.dilation, (0, 0, 0), (sums, sums), sums, sums),
-        *(request.direction == "weight_grad", False, 1, 1),
+        images=1,
+        groups=1,
+        channels=geometry.group_channels,
+        filters=geometry.group_filters,
+        input=lifted.input,
+        output=lifted.output,
+        kernel=lifted.kernel,
+        stride=lifted.stride,
+        dilation=lifted.dilation,
+        itemsizes=(item, item),
+        stored=item,
+        sums=item,
+        is_gradient=request.direction == "weight_grad",
+        innermost=False,
     )
     one = (1, 1, 1)
-    return layer.shared_bytes(Block(1, 1, one, 1, tuple(_region(layer, axis, 1) for axis in range(structs.AXES))))
+    return layer.shared_bytes(Block(1, 1, one, 1, _region(layer, one)))

@@ -47,7 +47,7 @@ CONVOLUTIONS: tuple[tuple[Shape, Shape, dict[str, Any]], ...] = (
     ((1, 64, 3199), (64, 64, 3), {"stride": 2}),
     ((1, 16, 16, 28, 28), (16, 16, 3, 3, 3), {"padding": 1}),
 )
-# In addition, for depthwise: rows and channels that are no vectors, several filters per channel, and phases of a stride.
+# In addition, for depthwise: rows and channels that are no vectors, two filters per channel, and phases of the stride.
 UNALIGNED = ((1, 33, 55, 55), (66, 1, 3, 3), {"padding": 1, "stride": 2, "groups": 33})
 FAR = 2**30  # padding on one side and cropping on the other, which makes positions too large for 32 bits
 
