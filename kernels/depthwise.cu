@@ -1,5 +1,5 @@
-// Depthwise convolution: few source channels for each channel of the result, so that memory traffic decides. Elements are
-// read from global memory once, in whole sectors, and reused from shared memory and registers.
+// Depthwise convolution, and groups of few channels: there are few products for each element, so memory traffic decides.
+// Elements are read from global memory once, in whole sectors, and reused from shared memory and registers.
 //
 //   forward      y[n, o, q]  = sum over t, c of x[n, o * stride + t * dilation - low, c] w[t, c, q]
 //   data_grad    the forward of dy, with other views of w and dx, for each phase of the stride
@@ -65,6 +65,12 @@ DEVICE bool contains(const Place& extent, const Place& place) {
         && place.at[1] < extent.at[1] && place.at[2] < extent.at[2];
 }
 
+// An array in shared memory.
+struct Stored {
+    Element* values;
+    Images at;
+};
+
 // Returns the strides of an array in shared memory.
 DEVICE Images dense(int channels, const int (&extent)[3], int channels_innermost) {
     Images at = {};
@@ -127,25 +133,26 @@ template <class T> DEVICE void load_vector(Element* to, const Operand<T>& from, 
     *reinterpret_cast<Vector<Element, VECTOR>*>(to) = elements;
 }
 
-// Loads a part of an operand into shared memory, where it has the strides `to_at`. The threads of a warp load consecutive
-// elements. `items` has the extents of an image of the part, with channels in units of VECTOR.
+// Loads a part of an operand into shared memory. The threads of a warp load consecutive elements. `items` has the extents
+// of an image of the part, with channels in units of VECTOR.
 template <class T>
-DEVICE void load_part(Element* to, const Images& to_at, const Operand<T>& from, const Images& from_at, const Part& part,
-                      const Items& items, int channels_innermost) {
+DEVICE void load_part(const Stored& to, const Operand<T>& from, const Images& from_at, const Part& part, const Items& items,
+                      int channels_innermost) {
     const Index first = part.first.offset(from_at);
     if constexpr (LINEAR) {
-        const int length = int(part.count.channel * to_at.channel);  // the planes of all channels are contiguous
+        const int length = int(part.count.channel * to.at.channel);  // the planes of all channels are contiguous
         for (int n = 0; n < part.count.n; ++n)
 #pragma unroll 2
             for (int i = threadIdx.x * VECTOR; i < length; i += THREADS * VECTOR)
-                load_vector(to + n * to_at.batch + i, from, first + n * from_at.batch + i);
+                load_vector(to.values + n * to.at.batch + i, from, first + n * from_at.batch + i);
     } else {
         const int length = int(part.count.n) * items.extent[0] * items.extent[1] * items.extent[2] * items.extent[3];
 #pragma unroll 2
         for (int i = threadIdx.x; i < length; i += THREADS) {
             Place place = place_in(i, items, channels_innermost);
             place.channel *= VECTOR;
-            if (contains(part.count, place)) load_vector(to + place.offset(to_at), from, first + place.offset(from_at));
+            if (contains(part.count, place))
+                load_vector(to.values + place.offset(to.at), from, first + place.offset(from_at));
         }
     }
 }
@@ -169,6 +176,7 @@ DEVICE void load_weights(Sum* weights, const Operand<Second>& w, const Weights& 
     }
 }
 
+// Reads and writes the numbers of CHANNELS neighbouring channels in shared memory.
 template <class T> DEVICE void read_channels(Sum (&to)[CHANNELS], const T* from) {
     const Vector<T, CHANNELS> values = *reinterpret_cast<const Vector<T, CHANNELS>*>(from);
 #pragma unroll
@@ -215,23 +223,23 @@ DEVICE void add_column(Sum (&sums)[STRIP][CHANNELS], const Column& x, Index step
     }
 }
 
-// Adds the products of all taps of one channel of x. `x` and `w` are those of the channel; `start` is where the first tap
-// of the first output reads, relative to the inputs of the block. `pitch` is the step from one tap to the next in w.
-DEVICE void add_taps(Sum (&sums)[STRIP][CHANNELS], const Element* x, const Images& x_at, const Place& count,
-                     const Place& start, const Sum* w, int pitch, const Convolution& conv) {
+// Adds the products of all taps of one channel of x. `x` and `w` are those of the channel, `count` the extents of x, and
+// `start` is where the first tap of the first output reads, relative to them. In w, `pitch` is the step between taps.
+DEVICE void add_taps(Sum (&sums)[STRIP][CHANNELS], const Stored& x, const Place& count, const Place& start, const Sum* w,
+                     int pitch, const Convolution& conv) {
     for (Index t = 0; t < conv.kernel[0]; ++t) {
         const Index depth = start.at[0] + t * conv.dilation[0];
         if (!is_below(depth, count.at[0])) continue;
         for (Index s = 0; s < conv.kernel[2]; ++s) {
             const Index across = start.at[2] + s * conv.dilation[2];
             if (!is_below(across, count.at[2])) continue;
-            const Element* const column = x + depth * x_at.axis[0] + across * x_at.axis[2];
+            const Element* const column = x.values + depth * x.at.axis[0] + across * x.at.axis[2];
             for (Index r = 0; r < conv.kernel[1]; r += TAPS) {
                 Sum taps[TAPS][CHANNELS];
 #pragma unroll
                 for (int i = 0; i < TAPS; ++i)
                     read_channels(taps[i], w + ((t * conv.kernel[1] + r + i) * conv.kernel[2] + s) * pitch);
-                add_column(sums, Column(column, start.at[1] + r * conv.dilation[1], count, x_at), conv.stride[1], taps);
+                add_column(sums, Column(column, start.at[1] + r * conv.dilation[1], count, x.at), conv.stride[1], taps);
             }
         }
     }
@@ -277,7 +285,6 @@ depthwise_forward(const First* x_values, const First* x_y, const Second* w_value
                   Convolution conv, Images y_at, Images x_at, Weights w_at, Block box, Items loads, Items strips,
                   Options options) {
     DYNAMIC_SHARED(unsigned char, shared);
-    Element* const region = reinterpret_cast<Element*>(shared);
     Sum* const weights = reinterpret_cast<Sum*>(shared + box.second);
     Result* const stage = reinterpret_cast<Result*>(shared + box.third);
     const Operand<First> x = {x_values, x_y, options.first_conjugated, options.first_derivative};
@@ -288,9 +295,9 @@ depthwise_forward(const First* x_values, const First* x_y, const Second* w_value
     const Part outputs = outputs_of(Index(blockIdx.x) / blocks, group, conv, box);
     const Part inputs = inputs_of(outputs, group, conv, box);
     const int filters = int(box.groups * conv.F);
-    const Images region_at = dense(int(box.groups * conv.C), box.region, last);
+    const Stored region = {reinterpret_cast<Element*>(shared), dense(int(box.groups * conv.C), box.region, last)};
     const Images stage_at = dense(filters, box.outputs, last);
-    load_part(region, region_at, x, x_at, inputs, loads, last);
+    load_part(region, x, x_at, inputs, loads, last);
     load_weights(weights, w, w_at, conv, outputs, box);
     __syncthreads();  // x and w are in shared memory
 
@@ -303,11 +310,10 @@ depthwise_forward(const First* x_values, const First* x_y, const Second* w_value
         if (!contains(outputs.count, o)) continue;
         const Place start = start_of(o, outputs, inputs, conv);
         const Index source = CHANNELS > 1 ? o.channel : o.channel / conv.F * conv.C;
-        const Element* const plane = region + o.n * region_at.batch + source * region_at.channel;
+        Stored plane = {region.values + o.n * region.at.batch + source * region.at.channel, region.at};
         Sum sums[STRIP][CHANNELS] = {};
-        for (Index c = 0; c < conv.C; ++c)
-            add_taps(sums, plane + c * region_at.channel, region_at, inputs.count, start,
-                     weights + c * filters + o.channel, int(conv.C) * filters, conv);
+        for (Index c = 0; c < conv.C; ++c, plane.values += region.at.channel)
+            add_taps(sums, plane, inputs.count, start, weights + c * filters + o.channel, int(conv.C) * filters, conv);
         const Index rows = outputs.count.at[1] - o.at[1], channel = outputs.first.channel + o.channel;
         if constexpr (LINEAR)
             store_strip(stage + o.offset(stage_at), stage_at.axis[1], rows, sums, bias, channel, options);
@@ -340,13 +346,15 @@ DEVICE void add_strip(Sum (&sums)[TAPS][CHANNELS], const Column& x, Index step, 
     }
 }
 
-// Sums of a thread in weight_grad: TAPS taps of one column of taps, of CHANNELS pairs of a channel of x and one of dy.
-// A pair is numbered as (group, channel, filter); a column of taps has the first of them and those of the other axes.
+// What a thread owns in weight_grad: the sums of TAPS taps of one column of taps, of CHANNELS pairs of a channel of x and one
+// of dy, over every `shares`-th strip of a box, from the strip `share` on. A pair is numbered as (group, channel, filter);
+// `tap` is the first tap of the column.
 struct Owned {
-    int pair, column;
+    int pair, column, share, shares;
     Index tap[3];
 
-    DEVICE Owned(int pair, int column, const Convolution& conv) : pair(pair), column(column) {
+    DEVICE Owned(int pair, int column, int share, int shares, const Convolution& conv)
+        : pair(pair), column(column), share(share), shares(shares) {
         const Index chunks = conv.kernel[1] / TAPS;
         tap[1] = column % chunks * TAPS;
         tap[2] = column / chunks % conv.kernel[2];
@@ -354,32 +362,31 @@ struct Owned {
     }
 };
 
-// Adds the products of every `shares`-th strip of a box, from the strip `share` on.
-DEVICE void add_box(Sum (&sums)[TAPS][CHANNELS], const Owned& owned, const Part& outputs, const Part& inputs,
-                    const Element* x, const Images& x_at, const Element* dy, const Images& dy_at, const Convolution& conv,
-                    const Items& strips, int share, int shares) {
+// Adds the products of a thread's strips of a box. x and dy are in shared memory.
+DEVICE void add_box(Sum (&sums)[TAPS][CHANNELS], const Owned& owned, const Stored& x, const Part& inputs, const Stored& dy,
+                    const Part& outputs, const Items& strips, const Convolution& conv) {
     const Index pairs = conv.C * conv.F, group = owned.pair / pairs;
-    x += (group * conv.C + owned.pair % pairs / conv.F) * x_at.channel;
-    dy += (group * conv.F + owned.pair % conv.F) * dy_at.channel;
+    const Element* const plane = x.values + (group * conv.C + owned.pair % pairs / conv.F) * x.at.channel;
+    const Index filter = group * conv.F + owned.pair % conv.F;
     const int length = int(outputs.count.n) * strips.extent[0] * strips.extent[1] * strips.extent[2];
-    for (int i = share; i < length; i += shares) {
+    for (int i = owned.share; i < length; i += owned.shares) {
         Place o = place_in(i, strips, false);
         o.at[1] *= STRIP;
         const Place start = start_of(o, outputs, inputs, conv);
         const Index depth = start.at[0] + owned.tap[0] * conv.dilation[0];
         const Index across = start.at[2] + owned.tap[2] * conv.dilation[2];
         Index row = start.at[1] + owned.tap[1] * conv.dilation[1];
-        o.channel = 0;
         if (!contains(outputs.count, o) || !is_below(depth, inputs.count.at[0]) || !is_below(across, inputs.count.at[2]))
             continue;
-        const Element* const column = x + o.n * x_at.batch + depth * x_at.axis[0] + across * x_at.axis[2];
-        const Element* gradients = dy + o.offset(dy_at);
+        const Element* const column = plane + o.n * x.at.batch + depth * x.at.axis[0] + across * x.at.axis[2];
+        o.channel = filter;
+        const Element* gradients = dy.values + o.offset(dy.at);
         if (o.at[1] + STRIP <= outputs.count.at[1]) {
-            add_strip<STRIP>(sums, Column(column, row, inputs.count, x_at), conv.stride[1], gradients, dy_at.axis[1]);
+            add_strip<STRIP>(sums, Column(column, row, inputs.count, x.at), conv.stride[1], gradients, dy.at.axis[1]);
         } else {
 #pragma unroll 1
-            for (; o.at[1] < outputs.count.at[1]; ++o.at[1], row += conv.stride[1], gradients += dy_at.axis[1])
-                add_strip<1>(sums, Column(column, row, inputs.count, x_at), conv.stride[1], gradients, dy_at.axis[1]);
+            for (; o.at[1] < outputs.count.at[1]; ++o.at[1], row += conv.stride[1], gradients += dy.at.axis[1])
+                add_strip<1>(sums, Column(column, row, inputs.count, x.at), conv.stride[1], gradients, dy.at.axis[1]);
         }
     }
 }
@@ -399,16 +406,14 @@ DEVICE void store_weight(Result* dw, Index pair, Index tap, Sum sum, const Weigh
 }
 
 // First pass of weight_grad. A block computes all taps, or `box.columns` columns of taps, of some groups, and sums over a
-// split: the boxes [split * length, (split + 1) * length) of all images. Several threads share the boxes of each weight; their
-// sums are added in shared memory. If there is one split, its sums are stored in dw, otherwise in partial[split].
+// split: the boxes [split * length, (split + 1) * length) of all images. Several threads share the boxes of each weight;
+// their sums are added in shared memory. If there is one split, its sums are stored in dw, otherwise in partial[split].
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 depthwise_weight_grad(const First* dy_values, const First* dy_y, const Second* x_values, const Second* x_y, Sum* partial,
                       Result* dw, Convolution conv, Images dy_at, Images x_at, Weights dw_at, Block box, Items dy_loads,
                       Items x_loads, Items strips, Index length, Index stores_result, Options options) {
     DYNAMIC_SHARED(unsigned char, shared);
-    Element* const region = reinterpret_cast<Element*>(shared);
-    Element* const gradients = reinterpret_cast<Element*>(shared + box.second);
-    Sum* const table = reinterpret_cast<Sum*>(shared);  // in the place of both, when the boxes have been read
+    Sum* const table = reinterpret_cast<Sum*>(shared);  // in the place of x and dy, when the boxes have been read
     const Operand<First> dy = {dy_values, dy_y, options.first_conjugated, options.first_derivative};
     const Operand<Second> x = {x_values, x_y, options.second_conjugated, options.second_derivative};
     const int last = options.channels_innermost;
@@ -421,22 +426,22 @@ depthwise_weight_grad(const First* dy_values, const First* dy_y, const Second* x
     const int vectors = pairs / CHANNELS, owners = vectors * box.columns, shares = THREADS / owners;
     const int owner = last ? threadIdx.x % owners : threadIdx.x / shares;
     const int share = last ? threadIdx.x / owners : threadIdx.x % shares;
-    const Owned owned(owner % vectors * CHANNELS, first_column + owner / vectors, conv);
+    const Owned owned(owner % vectors * CHANNELS, first_column + owner / vectors, share, shares, conv);
     const bool is_owner = owner < owners && share < shares && owned.column < all_columns
                        && group + owned.pair / (conv.C * conv.F) < conv.G;
-    const Images region_at = dense(int(box.groups * conv.C), box.region, last);
-    const Images gradients_at = dense(int(box.groups * conv.F), box.outputs, last);
+    const Stored region = {reinterpret_cast<Element*>(shared), dense(int(box.groups * conv.C), box.region, last)};
+    const Stored gradients = {reinterpret_cast<Element*>(shared + box.second),
+                              dense(int(box.groups * conv.F), box.outputs, last)};
     Index boxes = ceil_div(conv.N, box.images);
     for (int axis = 0; axis < 3; ++axis) boxes *= ceil_div(conv.output[axis], box.outputs[axis]);
 
     Sum sums[TAPS][CHANNELS] = {};
     for (Index i = split * length; i < smaller(split * length + length, boxes); ++i) {
         const Part outputs = outputs_of(i, group, conv, box), inputs = inputs_of(outputs, group, conv, box);
-        load_part(region, region_at, x, x_at, inputs, x_loads, last);
-        load_part(gradients, gradients_at, dy, dy_at, outputs, dy_loads, last);
+        load_part(region, x, x_at, inputs, x_loads, last);
+        load_part(gradients, dy, dy_at, outputs, dy_loads, last);
         __syncthreads();  // the box is in shared memory
-        if (is_owner)
-            add_box(sums, owned, outputs, inputs, region, region_at, gradients, gradients_at, conv, strips, share, shares);
+        if (is_owner) add_box(sums, owned, region, inputs, gradients, outputs, strips, conv);
         __syncthreads();  // the box has been read and may be overwritten
     }
 
@@ -466,8 +471,8 @@ depthwise_weight_grad(const First* dy_values, const First* dy_y, const Second* x
 // Second pass of weight_grad: adds the partial sums of all splits, in the order of the splits, to `total` if earlier images
 // have one, and stores the result in dw. A block computes LANES weights. A thread sums every ROWS-th split.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-depthwise_weight_grad_sum(const Sum* partial, Sum* total, Result* dw, Convolution conv, Weights dw_at, Block box, Index splits,
-                          Index adds) {
+depthwise_weight_grad_sum(const Sum* partial, Sum* total, Result* dw, Convolution conv, Weights dw_at, Block box,
+                          Index splits, Index adds) {
     constexpr int LANES = 32, ROWS = THREADS / LANES;
     __shared__ Sum sums[ROWS][LANES];
     const Index taps = conv.kernel[0] * conv.kernel[1] * conv.kernel[2], pairs = conv.G * conv.C * conv.F;
@@ -483,5 +488,6 @@ depthwise_weight_grad_sum(const Sum* partial, Sum* total, Result* dw, Convolutio
     if (adds) whole = total[i];
     for (int other = 0; other < ROWS; ++other) add(whole, sums[other][lane]);
     total[i] = whole;
-    store_weight(dw, box.taps_innermost ? i / taps : i % pairs, box.taps_innermost ? i % taps : i / pairs, whole, dw_at, conv);
+    const Index pair = box.taps_innermost ? i / taps : i % pairs, tap = box.taps_innermost ? i % taps : i / pairs;
+    store_weight(dw, pair, tap, whole, dw_at, conv);
 }

@@ -17,6 +17,7 @@ TRIED_BY = {
     "products.cuh": ("implicit_gemm",),
     "implicit_gemm.cu": ("implicit_gemm",),
     "bias_grad.cu": ("bias_grad",),
+    "depthwise.cu": ("depthwise",),
 }
 FILES = tuple(TRIED_BY)
 

@@ -54,7 +54,7 @@ def in_order(items):
 def algorithm_of(item):
     """Return the algorithm that a test runs, or None if it runs several or other than public ones."""
     stem = Path(item.fspath).stem.removeprefix("test_")
-    if stem in ("implicit_gemm", "bias_grad"):
+    if stem in ("implicit_gemm", "bias_grad", "depthwise"):
         return stem
     params = item.callspec.params if hasattr(item, "callspec") else {}
     return params.get("algorithm", "scatter_plain" if "plain" in item.originalname else None)
@@ -309,7 +309,7 @@ def sample(everything, options):
 def with_kernel_tests(work):
     """Collect the tests that run kernels and call ``work`` with them."""
     here = Path(__file__).parent
-    names = "matrix", "kernels", "checked", "profile", "conv", "nonfinite", "implicit_gemm", "bias_grad"
+    names = "matrix", "kernels", "checked", "profile", "conv", "nonfinite", "implicit_gemm", "bias_grad", "depthwise"
     with_tests(["-m", "not gpu", *(str(here / f"test_{name}.py") for name in names)], work)
 
 

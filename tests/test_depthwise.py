@@ -18,6 +18,7 @@ from tests import reference, tiers
 from tests.backends import arrays_of, on
 from tests.cases import DIRECTIONS, channels_first, draw, laid_out, named_dtype, wide
 from tests.emulation import launcher
+from tests.test_profile import source_line
 from tests.tiers import combinations
 from tests.tolerances import assert_within, direct_bound
 
@@ -66,6 +67,28 @@ def drawn(rng, x_shape, filters, kernel, dtype="float32", **settings):
 # ------------------------------------------------------------------------------------------------- traffic
 
 
+# Lines with bank conflicts in shared memory: the largest ratio of wavefronts to those without, and the reason.
+CONFLICTS = {
+    "const Vector<T, CHANNELS> values": (
+        2.5,
+        "lanes beyond the end of a row of channels_first continue in another strip",
+    ),
+    "Vector<Result, CHANNELS>*>(to": (2.5, "as above"),
+    "weights[(tap": (5, "weights are read in the order of memory, and stored by filters; this is once for each block"),
+    "Vector<Sum, CHANNELS>*>(to": (
+        4,
+        "sums of neighbouring shares are taps times pairs apart; once for each block",
+    ),
+    "add(sum, table": (5, "neighbouring threads add taps, as they lie in dw, and the table is by pairs; as above"),
+}
+
+
+def is_counted(extent, taps, dtype, layout, **_):
+    """Few combinations in a plain run, because each dtype, layout and kernel extent needs a compilation."""
+    few = taps == 5 and extent in (28, 10)
+    return tiers.full or (few and (dtype, layout) in (("float32", "channels_last"), ("float16", "channels_first")))
+
+
 @pytest.mark.emulated
 @pytest.mark.called_once("what one call reads and writes is counted")
 @combinations(
@@ -74,24 +97,39 @@ def drawn(rng, x_shape, filters, kernel, dtype="float32", **settings):
     direction=DIRECTIONS,
     dtype=["float32", "float16"],
     layout=BOTH_LAYOUTS,
-    where=lambda extent, taps, **_: tiers.full or (extent, taps) in ((28, 7), (14, 3), (10, 5), (7, 7)),
-    turns=("dtype", "layout"),
+    where=is_counted,
 )
-def test_elements_are_moved_once(extent, taps, direction, dtype, layout):
-    """x, w and y take little more than their own bytes of sectors; the partial sums of dw take at most half as much."""
-    x, w = np.ones((2, 16, extent, extent), dtype), np.ones((16, 1, taps, taps), dtype)
-    (x, dy), w = (laid_out(x, layout) for _ in range(2)), laid_out(w, layout, "w")
+def test_elements_are_moved_once_and_without_bank_conflicts(extent, taps, direction, dtype, layout):
+    """x, w and y take few more sectors than their bytes fill; with the partial sums of dw at most half as many more."""
+    x, y, w = (
+        in_sectors(np.ones(shape, dtype), layout, role)
+        for shape, role in (((2, 16, extent, extent), "x"), ((2, 16, extent, extent), "x"), ((16, 1, taps, taps), "w"))
+    )
     options = {"padding": taps // 2, "groups": 16, "layout": layout, "algorithm": "depthwise"}
+    call = {
+        "forward": lambda: gpuconv.conv(x, w, out=y, **options),
+        "data_grad": lambda: gpuconv.conv_data_grad(y, w, x.shape, out=x, **options),
+        "weight_grad": lambda: gpuconv.conv_weight_grad(y, x, w.shape, out=w, **options),
+    }[direction]
     with arrays_of("emulated"), launcher.using(mode="checked", profiled=True, order="natural") as launches:
-        if direction == "forward":
-            gpuconv.conv(x, w, **options)
-        elif direction == "data_grad":
-            gpuconv.conv_data_grad(dy, w, x.shape, **options)
-        else:
-            gpuconv.conv_weight_grad(dy, x, w.shape, **options)
-    accesses = [one for launch in launches for one in launch.accesses if one.memory == "global"]
-    ratio = SECTOR * sum(one.cost for one in accesses) / (x.nbytes + w.nbytes + dy.nbytes)
-    assert 1 <= ratio <= MOST_TRAFFIC[direction]
+        call()
+    accesses = [one for launch in launches for one in launch.accesses]
+    sectors = sum(one.cost for one in accesses if one.memory == "global")
+    assert 1 <= SECTOR * sectors / (x.nbytes + w.nbytes + y.nbytes) <= MOST_TRAFFIC[direction]
+    for line in {one.line for one in accesses if one.memory == "shared"}:
+        here = [one for one in accesses if (one.line, one.memory) == (line, "shared")]
+        most = next((most for words, (most, _) in CONFLICTS.items() if words in source_line(line)), 1)
+        assert sum(one.cost for one in here) <= most * sum(one.least for one in here), f"{line}: {source_line(line)}"
+
+
+def in_sectors(array, layout, role):
+    """Return an array in memory that begins at a sector, as all arrays of a GPU do."""
+    array = laid_out(array, layout, role)
+    memory = np.empty(array.nbytes + SECTOR, np.uint8)
+    first = -memory.ctypes.data % SECTOR
+    copy = memory[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 # ------------------------------------------------------------------------------------------------- values
@@ -373,6 +411,18 @@ def test_auto_takes_it_for_small_groups():
         assert choose(request, "auto").algorithm == expected
     on_numpy = Request(Geometry.infer((2, 8, 9, 9), (16, 1, 3, 3), groups=8), np.dtype(np.float32), "forward", NUMPY)
     assert depthwise.why_not(on_numpy) == "it requires one channel and one filter per group, not 1 and 2"
+
+
+@pytest.mark.checked
+def test_extreme_strides_overflow_nowhere():
+    """The outputs of a strip beyond the last one are not computed at positions that 32 bits do not hold."""
+    x, w = np.ones((1, 1, 3, 2, 3)), np.ones((1, 1, 1, 2, 2))
+    options = {"stride": (2**28, 1, 2**30), "algorithm": "depthwise"}
+    with arrays_of("checked"):
+        y = gpuconv.conv(x, w, **options)
+        dw = gpuconv.conv_weight_grad(y, x, w.shape, **options)
+    assert (y == 4).all()
+    assert (dw == 4).all()
 
 
 @ON_KERNELS

@@ -110,7 +110,7 @@ def _forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Pla
         images, target = images.seen(axes.images), axes.images(target)
         layer = _layer(lifted, (images, target), weights.view, planner.dtype)
         block = chosen(layer)
-        wide = params.is_wide(lifted, target, images.view, weights.view)
+        wide = layer.is_wide or params.is_wide(lifted, target, images.view, weights.view)
         options = params.options(images, weights, layer.innermost, bias=y.bias, activation=y.activation)
         dtypes = images.view.dtype, weights.view.dtype, target.dtype
         planner.launch(
@@ -161,7 +161,7 @@ def _add_splits(
     dy, x = operands
     layer = _layer(geometry, (x, dy), weights, planner.dtype)
     block = chosen(layer)
-    wide = params.is_wide(geometry, dy.view, x.view, weights)
+    wide = layer.is_wide or params.is_wide(geometry, dy.view, x.view, weights)
     index = structs.index_dtype(wide).type
     splits = _splits(layer, block, min(planner.budget // 2, params.NARROW) // weights.size - 1)
     length = blocks(layer.boxes(block), splits)
@@ -327,6 +327,11 @@ class Layer(NamedTuple):
         if self.together > 1:
             return 4
         return 7 if self.output[2] == 1 and not self.innermost else 8
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether a strip reaches positions that need 64 bits, beyond the last output."""
+        return self.strip * self.stride[1] >= params.NARROW
 
     @property
     def taps_together(self) -> int:
