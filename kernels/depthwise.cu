@@ -346,9 +346,9 @@ DEVICE void add_strip(Sum (&sums)[TAPS][CHANNELS], const Column& x, Index step, 
     }
 }
 
-// What a thread owns in weight_grad: the sums of TAPS taps of one column of taps, of CHANNELS pairs of a channel of x and one
-// of dy, over every `shares`-th strip of a box, from the strip `share` on. A pair is numbered as (group, channel, filter);
-// `tap` is the first tap of the column.
+// What a thread owns in weight_grad: the sums of TAPS taps of one column of taps, of CHANNELS pairs of a channel of x and
+// one of dy, over every `shares`-th strip of a box, from the strip `share` on. A pair is numbered as (group, channel,
+// filter); `tap` is the first tap of the column.
 struct Owned {
     int pair, column, share, shares;
     Index tap[3];

@@ -73,13 +73,13 @@ CONFLICTS = {
         2.5,
         "lanes beyond the end of a row of channels_first continue in another strip",
     ),
-    "Vector<Result, CHANNELS>*>(to": (2.5, "as above"),
-    "weights[(tap": (5, "weights are read in the order of memory, and stored by filters; this is once for each block"),
+    "Vector<Result, CHANNELS>*>(to": (3, "as above"),
+    "weights[(tap": (16, "weights are read in the order of memory, and stored by filters; this is once for each block"),
     "Vector<Sum, CHANNELS>*>(to": (
         4,
         "sums of neighbouring shares are taps times pairs apart; once for each block",
     ),
-    "add(sum, table": (5, "neighbouring threads add taps, as they lie in dw, and the table is by pairs; as above"),
+    "add(sum, table": (16, "neighbouring threads add taps, as they lie in dw, and the table is by pairs; as above"),
 }
 
 
