@@ -39,15 +39,37 @@ DEVICE Element element_of(Element v) { return v; }
 
 // ---------------------------------------------------------------------------------------------- places
 
-// A part of an operand: its first element, and its extents.
-struct Part {
-    Place first, count;
+// Strides of an array in shared memory, in elements.
+struct Steps {
+    int image, channel, axis[3];
 };
 
-// Returns the i-th place of an image, with the extents of `items`. Its divisions are multiplications by
+// A place relative to the first element of a part of an operand, or the extents of this part.
+struct Local {
+    int n, channel, at[3];
+
+    DEVICE int offset(const Steps& to) const {
+        return n * to.image + channel * to.channel + at[0] * to.axis[0] + at[1] * to.axis[1] + at[2] * to.axis[2];
+    }
+    DEVICE Index offset(const Images& in) const { return Place{n, 0, channel, {at[0], at[1], at[2]}}.offset(in); }
+};
+
+// A part of an operand: its first element, and its extents.
+struct Part {
+    Place first;
+    Local count;
+};
+
+// An array in shared memory.
+struct Stored {
+    Element* values;
+    Steps at;
+};
+
+// Returns the i-th place of a part with the extents of `items`. Divisions are multiplications by
 // factor = 2^30 / extent + 1, which is exact for i and extents below 2^15.
-DEVICE Place place_in(int i, const Items& items, int channels_innermost) {
-    Place place = {};
+DEVICE Local place_in(int i, const Items& items, int channels_innermost) {
+    Local place = {};
     const auto take = [&](int axis) {
         const int quotient = int((long long)i * items.factor[axis] >> 30), rest = i - quotient * items.extent[axis];
         i = quotient;
@@ -60,31 +82,25 @@ DEVICE Place place_in(int i, const Items& items, int channels_innermost) {
     return place;
 }
 
-DEVICE bool contains(const Place& extent, const Place& place) {
+DEVICE bool contains(const Local& extent, const Local& place) {
     return place.n < extent.n && place.channel < extent.channel && place.at[0] < extent.at[0]
         && place.at[1] < extent.at[1] && place.at[2] < extent.at[2];
 }
 
-// An array in shared memory.
-struct Stored {
-    Element* values;
-    Images at;
-};
-
-// Returns the strides of an array in shared memory.
-DEVICE Images dense(int channels, const int (&extent)[3], int channels_innermost) {
-    Images at = {};
+// Returns the strides of a dense array with channels innermost or outermost.
+DEVICE Steps dense(int channels, const int (&extent)[3], int channels_innermost) {
+    Steps at = {};
     at.channel = channels_innermost ? 1 : extent[0] * extent[1] * extent[2];
     at.axis[2] = channels_innermost ? channels : 1;
     at.axis[1] = at.axis[2] * extent[2];
     at.axis[0] = at.axis[1] * extent[1];
-    at.batch = channels * extent[0] * extent[1] * extent[2];
+    at.image = channels * extent[0] * extent[1] * extent[2];
     return at;
 }
 
 // Whether 0 <= i < extent, by one comparison; the extent is not negative.
 DEVICE bool is_below(int i, int extent) { return unsigned(i) < unsigned(extent); }
-DEVICE bool is_below(long long i, long long extent) { return (unsigned long long)i < (unsigned long long)extent; }
+DEVICE bool is_below(long long i, int extent) { return (unsigned long long)i < unsigned(extent); }
 
 DEVICE Index smaller(Index a, Index b) { return a < b ? a : b; }
 
@@ -93,10 +109,10 @@ DEVICE Part outputs_of(Index i, Index group, const Convolution& conv, const Bloc
     Part part = {};
     part.first.n = take_box(part.first.at, i, conv.output, box.outputs) * box.images;
     part.first.channel = group * conv.F;
-    part.count.n = smaller(box.images, conv.N - part.first.n);
-    part.count.channel = smaller(box.groups, conv.G - group) * conv.F;
+    part.count.n = int(smaller(box.images, conv.N - part.first.n));
+    part.count.channel = int(smaller(box.groups, conv.G - group) * conv.F);
     for (int axis = 0; axis < 3; ++axis)
-        part.count.at[axis] = smaller(box.outputs[axis], conv.output[axis] - part.first.at[axis]);
+        part.count.at[axis] = int(smaller(box.outputs[axis], conv.output[axis] - part.first.at[axis]));
     return part;
 }
 
@@ -106,14 +122,14 @@ DEVICE Part inputs_of(const Part& outputs, Index group, const Convolution& conv,
     part.first.n = outputs.first.n;
     part.first.channel = group * conv.C;
     part.count.n = outputs.count.n;
-    part.count.channel = smaller(box.groups, conv.G - group) * conv.C;
+    part.count.channel = int(smaller(box.groups, conv.G - group) * conv.C);
     for (int axis = 0; axis < 3; ++axis) {
         const Index first = outputs.first.at[axis] * conv.stride[axis] - conv.low[axis];
         const Index last = first + (outputs.count.at[axis] - 1) * conv.stride[axis]
                          + (conv.kernel[axis] - 1) * conv.dilation[axis];
         part.first.at[axis] = first < 0 ? 0 : first;
         const Index count = smaller(last + 1, conv.input[axis]) - part.first.at[axis];
-        part.count.at[axis] = count < 0 ? 0 : count;
+        part.count.at[axis] = count < 0 ? 0 : int(count);
     }
     return part;
 }
@@ -140,16 +156,16 @@ DEVICE void load_part(const Stored& to, const Operand<T>& from, const Images& fr
                       int channels_innermost) {
     const Index first = part.first.offset(from_at);
     if constexpr (LINEAR) {
-        const int length = int(part.count.channel * to.at.channel);  // the planes of all channels are contiguous
+        const int length = part.count.channel * to.at.channel;  // the planes of all channels are contiguous
         for (int n = 0; n < part.count.n; ++n)
 #pragma unroll 2
             for (int i = threadIdx.x * VECTOR; i < length; i += THREADS * VECTOR)
-                load_vector(to.values + n * to.at.batch + i, from, first + n * from_at.batch + i);
+                load_vector(to.values + n * to.at.image + i, from, first + n * from_at.batch + i);
     } else {
-        const int length = int(part.count.n) * items.extent[0] * items.extent[1] * items.extent[2] * items.extent[3];
+        const int length = part.count.n * items.extent[0] * items.extent[1] * items.extent[2] * items.extent[3];
 #pragma unroll 2
         for (int i = threadIdx.x; i < length; i += THREADS) {
-            Place place = place_in(i, items, channels_innermost);
+            Local place = place_in(i, items, channels_innermost);
             place.channel *= VECTOR;
             if (contains(part.count, place))
                 load_vector(to.values + place.offset(to.at), from, first + place.offset(from_at));
@@ -161,7 +177,7 @@ DEVICE void load_part(const Stored& to, const Operand<T>& from, const Images& fr
 // are read in the order of memory: taps vary faster than filters or more slowly, and may be reversed.
 DEVICE void load_weights(Sum* weights, const Operand<Second>& w, const Weights& w_at, const Convolution& conv,
                          const Part& outputs, const Block& box) {
-    const int filters = int(box.groups * conv.F), count = int(outputs.count.channel), channels = int(conv.C);
+    const int filters = int(box.groups * conv.F), count = outputs.count.channel, channels = int(conv.C);
     const int taps = int(conv.kernel[0] * conv.kernel[1] * conv.kernel[2]), columns = int(conv.kernel[2]);
     const bool reversed = w_at.axis[0] < 0 || w_at.axis[1] < 0 || w_at.axis[2] < 0;
     for (int i = threadIdx.x; i < taps * channels * count; i += THREADS) {
@@ -196,15 +212,16 @@ DEVICE void write_channels(Sum* to, const Sum (&from)[CHANNELS]) {
 // lie in the padding.
 struct Column {
     const Element* values;
-    Index row, rows, pitch;
+    Index row;
+    int rows, pitch;
 
-    DEVICE Column(const Element* values, Index row, const Place& count, const Images& at)
-        : values(values + row * at.axis[1]), row(row), rows(count.at[1]), pitch(at.axis[1]) {}
+    DEVICE Column(const Element* values, Index row, const Local& count, const Steps& at)
+        : values(values), row(row), rows(count.at[1]), pitch(at.axis[1]) {}
 
     // Reads the channels of a later row. Returns false if it lies in the padding.
     DEVICE bool read(Sum (&x)[CHANNELS], Index offset) const {
         if (!is_below(row + offset, rows)) return false;
-        read_channels(x, values + offset * pitch);
+        read_channels(x, values + int(row + offset) * pitch);
         return true;
     }
 };
@@ -225,7 +242,7 @@ DEVICE void add_column(Sum (&sums)[STRIP][CHANNELS], const Column& x, Index step
 
 // Adds the products of all taps of one channel of x. `x` and `w` are those of the channel, `count` the extents of x, and
 // `start` is where the first tap of the first output reads, relative to them. In w, `pitch` is the step between taps.
-DEVICE void add_taps(Sum (&sums)[STRIP][CHANNELS], const Stored& x, const Place& count, const Place& start, const Sum* w,
+DEVICE void add_taps(Sum (&sums)[STRIP][CHANNELS], const Stored& x, const Local& count, const Place& start, const Sum* w,
                      int pitch, const Convolution& conv) {
     for (Index t = 0; t < conv.kernel[0]; ++t) {
         const Index depth = start.at[0] + t * conv.dilation[0];
@@ -233,12 +250,12 @@ DEVICE void add_taps(Sum (&sums)[STRIP][CHANNELS], const Stored& x, const Place&
         for (Index s = 0; s < conv.kernel[2]; ++s) {
             const Index across = start.at[2] + s * conv.dilation[2];
             if (!is_below(across, count.at[2])) continue;
-            const Element* const column = x.values + depth * x.at.axis[0] + across * x.at.axis[2];
+            const Element* const column = x.values + int(depth) * x.at.axis[0] + int(across) * x.at.axis[2];
             for (Index r = 0; r < conv.kernel[1]; r += TAPS) {
                 Sum taps[TAPS][CHANNELS];
 #pragma unroll
                 for (int i = 0; i < TAPS; ++i)
-                    read_channels(taps[i], w + ((t * conv.kernel[1] + r + i) * conv.kernel[2] + s) * pitch);
+                    read_channels(taps[i], w + int((t * conv.kernel[1] + r + i) * conv.kernel[2] + s) * pitch);
                 add_column(sums, Column(column, start.at[1] + r * conv.dilation[1], count, x.at), conv.stride[1], taps);
             }
         }
@@ -246,7 +263,7 @@ DEVICE void add_taps(Sum (&sums)[STRIP][CHANNELS], const Stored& x, const Place&
 }
 
 // Returns where the first tap of an output reads, relative to the inputs of the block.
-DEVICE Place start_of(const Place& o, const Part& outputs, const Part& inputs, const Convolution& conv) {
+DEVICE Place start_of(const Local& o, const Part& outputs, const Part& inputs, const Convolution& conv) {
     Place start = {};
     for (int axis = 0; axis < 3; ++axis)
         start.at[axis] = (outputs.first.at[axis] + o.at[axis]) * conv.stride[axis] - conv.low[axis] - inputs.first.at[axis];
@@ -254,7 +271,7 @@ DEVICE Place start_of(const Place& o, const Part& outputs, const Part& inputs, c
 }
 
 // Finishes the `rows` first outputs of a strip. `channel` is the flat index of the first of their channels.
-DEVICE void store_strip(Result* to, Index step, Index rows, const Sum (&sums)[STRIP][CHANNELS], const Sum* bias,
+DEVICE void store_strip(Result* to, Index step, int rows, const Sum (&sums)[STRIP][CHANNELS], const Sum* bias,
                         Index channel, const Options& options) {
 #pragma unroll
     for (int o = 0; o < STRIP; ++o) {
@@ -267,14 +284,14 @@ DEVICE void store_strip(Result* to, Index step, Index rows, const Sum (&sums)[ST
 }
 
 // Stores the outputs of a block from shared memory: the planes of all channels are contiguous.
-DEVICE void store_planes(Result* to, Index step, const Result* from, const Images& from_at, const Place& count) {
+DEVICE void store_planes(Result* to, Index step, const Result* from, const Steps& from_at, const Local& count) {
     constexpr int WIDTH = sizeof(Result) < 16 ? 16 / sizeof(Result) : 1;
-    const int length = int(count.channel * from_at.channel);
+    const int length = count.channel * from_at.channel;
     for (int n = 0; n < count.n; ++n)
 #pragma unroll 2
         for (int i = threadIdx.x * WIDTH; i < length; i += THREADS * WIDTH)
             *reinterpret_cast<Vector<Result, WIDTH>*>(to + n * step + i) =
-                *reinterpret_cast<const Vector<Result, WIDTH>*>(from + n * from_at.batch + i);
+                *reinterpret_cast<const Vector<Result, WIDTH>*>(from + n * from_at.image + i);
 }
 
 // y = conv(x, w) with bias and activation. A block computes a box of outputs of some images and some groups. A thread
@@ -296,25 +313,26 @@ depthwise_forward(const First* x_values, const First* x_y, const Second* w_value
     const Part inputs = inputs_of(outputs, group, conv, box);
     const int filters = int(box.groups * conv.F);
     const Stored region = {reinterpret_cast<Element*>(shared), dense(int(box.groups * conv.C), box.region, last)};
-    const Images stage_at = dense(filters, box.outputs, last);
+    const Steps stage_at = dense(filters, box.outputs, last);
     load_part(region, x, x_at, inputs, loads, last);
     load_weights(weights, w, w_at, conv, outputs, box);
     __syncthreads();  // x and w are in shared memory
 
     const Index first = outputs.first.offset(y_at);
-    const int length = int(outputs.count.n) * strips.extent[0] * strips.extent[1] * strips.extent[2] * strips.extent[3];
+    const int length = outputs.count.n * strips.extent[0] * strips.extent[1] * strips.extent[2] * strips.extent[3];
     for (int i = threadIdx.x; i < length; i += THREADS) {
-        Place o = place_in(i, strips, last);
+        Local o = place_in(i, strips, last);
         o.channel *= CHANNELS;
         o.at[1] *= STRIP;
         if (!contains(outputs.count, o)) continue;
         const Place start = start_of(o, outputs, inputs, conv);
-        const Index source = CHANNELS > 1 ? o.channel : o.channel / conv.F * conv.C;
-        Stored plane = {region.values + o.n * region.at.batch + source * region.at.channel, region.at};
+        const int channels = int(conv.C), source = CHANNELS > 1 ? o.channel : o.channel / int(conv.F) * channels;
+        Stored plane = {region.values + o.n * region.at.image + source * region.at.channel, region.at};
         Sum sums[STRIP][CHANNELS] = {};
-        for (Index c = 0; c < conv.C; ++c, plane.values += region.at.channel)
-            add_taps(sums, plane, inputs.count, start, weights + c * filters + o.channel, int(conv.C) * filters, conv);
-        const Index rows = outputs.count.at[1] - o.at[1], channel = outputs.first.channel + o.channel;
+        for (int c = 0; c < channels; ++c, plane.values += region.at.channel)
+            add_taps(sums, plane, inputs.count, start, weights + c * filters + o.channel, channels * filters, conv);
+        const int rows = outputs.count.at[1] - o.at[1];
+        const Index channel = outputs.first.channel + o.channel;
         if constexpr (LINEAR)
             store_strip(stage + o.offset(stage_at), stage_at.axis[1], rows, sums, bias, channel, options);
         else
@@ -330,7 +348,7 @@ depthwise_forward(const First* x_values, const First* x_y, const Second* w_value
 
 // sums[r] += x[o * step + r] dy[o] for COUNT outputs o of a strip and TAPS taps r of a column.
 template <int COUNT>
-DEVICE void add_strip(Sum (&sums)[TAPS][CHANNELS], const Column& x, Index step, const Element* dy, Index pitch) {
+DEVICE void add_strip(Sum (&sums)[TAPS][CHANNELS], const Column& x, Index step, const Element* dy, int pitch) {
     Sum gradients[COUNT][CHANNELS];
 #pragma unroll
     for (int o = 0; o < COUNT; ++o) read_channels(gradients[o], dy + o * pitch);
@@ -365,12 +383,12 @@ struct Owned {
 // Adds the products of a thread's strips of a box. x and dy are in shared memory.
 DEVICE void add_box(Sum (&sums)[TAPS][CHANNELS], const Owned& owned, const Stored& x, const Part& inputs, const Stored& dy,
                     const Part& outputs, const Items& strips, const Convolution& conv) {
-    const Index pairs = conv.C * conv.F, group = owned.pair / pairs;
-    const Element* const plane = x.values + (group * conv.C + owned.pair % pairs / conv.F) * x.at.channel;
-    const Index filter = group * conv.F + owned.pair % conv.F;
-    const int length = int(outputs.count.n) * strips.extent[0] * strips.extent[1] * strips.extent[2];
+    const int channels = int(conv.C), filters = int(conv.F), group = owned.pair / (channels * filters);
+    const Element* const plane = x.values + owned.pair / filters * x.at.channel;
+    const int filter = group * filters + owned.pair % filters;
+    const int length = outputs.count.n * strips.extent[0] * strips.extent[1] * strips.extent[2];
     for (int i = owned.share; i < length; i += owned.shares) {
-        Place o = place_in(i, strips, false);
+        Local o = place_in(i, strips, false);
         o.at[1] *= STRIP;
         const Place start = start_of(o, outputs, inputs, conv);
         const Index depth = start.at[0] + owned.tap[0] * conv.dilation[0];
@@ -378,7 +396,7 @@ DEVICE void add_box(Sum (&sums)[TAPS][CHANNELS], const Owned& owned, const Store
         Index row = start.at[1] + owned.tap[1] * conv.dilation[1];
         if (!contains(outputs.count, o) || !is_below(depth, inputs.count.at[0]) || !is_below(across, inputs.count.at[2]))
             continue;
-        const Element* const column = plane + o.n * x.at.batch + depth * x.at.axis[0] + across * x.at.axis[2];
+        const Element* const column = plane + o.n * x.at.image + int(depth) * x.at.axis[0] + int(across) * x.at.axis[2];
         o.channel = filter;
         const Element* gradients = dy.values + o.offset(dy.at);
         if (o.at[1] + STRIP <= outputs.count.at[1]) {

@@ -1,7 +1,7 @@
 """Algorithms that consist of CUDA kernels, one file each, and the modules that compile and launch the kernels.
 
 implicit_gemm   gemm_layout.py: memory layout of the matrices; gemm_tiles.py, gemm_table.py: selection of tiles
-direct, scatter, scatter_plain, bias_grad
+depthwise, direct, scatter, scatter_plain, bias_grad
 params.py, structs.py          kernel arguments
 kernel.py, compiler.py, cache.py, launch.py    source, NVRTC, compiled kernels on disk, launch
 cublas.py       matrix products of the algorithms of gpuconv/cpu
