@@ -13,8 +13,8 @@ from types import ModuleType
 from typing import NamedTuple
 
 from gpuconv import settings, tuned
-from gpuconv.cpu import depthwise, fft, im2col, winograd
-from gpuconv.gpu import direct, implicit_gemm, scatter
+from gpuconv.cpu import fft, im2col, winograd
+from gpuconv.gpu import depthwise, direct, implicit_gemm, scatter
 from gpuconv.request import Request
 
 MODULES: dict[str, ModuleType] = {
@@ -90,16 +90,18 @@ def _milliseconds(nanoseconds: float) -> str:
 
 def _preferences(request: Request) -> list[Choice]:
     """Return algorithms for GPUs in order of preference, each with the reason; the last one accepts everything."""
-    wanted = []
-    if implicit_gemm.fills_a_tile(request.geometry, request.direction):
+    geometry, wanted = request.geometry, []
+    if implicit_gemm.fills_a_tile(geometry, request.direction):
         wanted.append(Choice("implicit_gemm", "each group fills half a tile or more"))
-    elif request.geometry.groups > 1:
-        wanted.append(
-            Choice(
-                "direct",
-                "groups of few channels leave most of a tile empty, and there are too many for one product each",
-            )
-        )
+    else:
+        if geometry.group_channels == 1:
+            reason = "groups of one channel are limited by memory traffic, and it reads each element once"
+        else:
+            reason = "groups of few channels leave most of a tile empty, and it reads each element once"
+        wanted.append(Choice("depthwise", reason))
+        if geometry.groups > 1:
+            reason = "groups of few channels leave most of a tile empty, and there are too many for one product each"
+            wanted.append(Choice("direct", reason))
     wanted.append(Choice("im2col", "one matrix product computes all filters at once"))
     return wanted
 

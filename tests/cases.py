@@ -26,6 +26,7 @@ def accepts(algorithm, geometry):
 GENERAL_ALGORITHMS = tuple(name for name in ALGORITHMS if accepts(name, ORDINARY))
 EXACT_ALGORITHMS = tuple(name for name in GENERAL_ALGORITHMS if name not in TRANSFORMS)  # on small integers
 KERNELS = tuple(name for name in ALGORITHMS if (kernels_folder() / f"{name}.cu").exists())  # on a GPU
+GENERAL_KERNELS = tuple(name for name in KERNELS if name in GENERAL_ALGORITHMS)
 NEED_KERNELS = ("implicit_gemm", "direct")
 NUMPY_ALGORITHMS = tuple(name for name in ALGORITHMS if name not in NEED_KERNELS)
 DIRECTIONS = ("forward", "data_grad", "weight_grad")
@@ -186,15 +187,12 @@ def compiles_little(case, algorithm, **_):
 
 
 @functools.cache
-def why_not(case, algorithm, direction="forward", is_complex=False, on_kernels=False):
+def why_not(case, algorithm, direction="forward", dtype="float32", on_kernels=False):
     """Return why an algorithm refuses a case, on NumPy or with kernels, or None."""
-    dtype, backend = np.dtype(np.complex64 if is_complex else np.float32), EMULATED if on_kernels else NUMPY
-    return MODULES[algorithm].why_not(Request(case.geometry(), dtype, direction, backend, False))
+    backend = EMULATED if on_kernels else NUMPY
+    return MODULES[algorithm].why_not(Request(case.geometry(), named_dtype(dtype), direction, backend, False))
 
 
 def is_taken(case, algorithm, arrays="numpy", direction="forward", dtype="float32", **_):
     """Return whether an algorithm computes a case on a backend."""
-    return (
-        is_on(arrays, algorithm)
-        and why_not(case, algorithm, direction, named_dtype(dtype).kind == "c", arrays != "numpy") is None
-    )
+    return is_on(arrays, algorithm) and why_not(case, algorithm, direction, dtype, arrays != "numpy") is None

@@ -56,7 +56,7 @@ def in_order(items):
 def algorithm_of(item):
     """Return the algorithm that a test runs, or None if it runs several or other than public ones."""
     stem = Path(item.fspath).stem.removeprefix("test_")
-    if stem == "bias_grad":
+    if stem in ("bias_grad", "depthwise"):
         return stem
     if stem in ("implicit_gemm", "gemm_packing", "split_sum"):
         return "implicit_gemm"
@@ -317,7 +317,7 @@ def with_kernel_tests(work):
     here = Path(__file__).parent
     names = (
         *("matrix", "kernels", "checked", "profile", "conv", "nonfinite"),
-        *("implicit_gemm", "gemm_packing", "split_sum", "bias_grad"),
+        *("implicit_gemm", "gemm_packing", "split_sum", "bias_grad", "depthwise"),
     )
     with_tests(["-m", "not gpu", *(str(here / f"test_{name}.py") for name in names)], work)
 

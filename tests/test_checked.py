@@ -14,6 +14,7 @@ from tests.tiers import combinations
 # Combinations of a plain run: they differ in what kernels do. There are few dtypes, because each needs a compilation.
 PLAIN = {
     ("direct", "float32"): ("3-D strided", "many channels", "depthwise stride 2"),
+    ("depthwise", "float32"): ("depthwise",),
     ("scatter", "float32"): (
         "3x3",
         "padding beyond stride",

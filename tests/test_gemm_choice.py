@@ -157,12 +157,12 @@ def test_every_entry_of_the_table_names_a_committed_result():
 
 @EMULATED
 def test_auto_takes_it_where_half_a_tile_is_filled(arrays):
-    """auto chooses direct for groups of few channels, but im2col for a matrix product with few channels."""
+    """auto chooses depthwise for groups of few channels, but im2col for a matrix product with few channels."""
     cases = {
         ((4, 64, 14, 14), (64, 64, 3, 3), 1): ("implicit_gemm",) * 3,
         ((4, 64, 14, 14), (4, 64, 3, 3), 1): ("im2col", "implicit_gemm", "im2col"),
         ((4, 3, 14, 14), (64, 3, 7, 7), 1): ("implicit_gemm", "im2col", "implicit_gemm"),
-        ((4, 64, 14, 14), (64, 1, 3, 3), 64): ("direct",) * 3,
+        ((4, 64, 14, 14), (64, 1, 3, 3), 64): ("depthwise",) * 3,
         ((4, 64, 1, 1), (64, 64, 1, 1), 1): ("implicit_gemm",) * 3,
         ((4, 8, 1, 1), (8, 8, 1, 1), 1): ("im2col",) * 3,
     }

@@ -15,7 +15,7 @@ from gpuconv.select import MODULES
 from gpuconv.views import View
 from tests import reference, tiers
 from tests.backends import BACKENDS, arrays_of, on
-from tests.cases import CASES, DIRECTIONS, KERNELS, draw, laid_out, named_dtype
+from tests.cases import CASES, DIRECTIONS, GENERAL_KERNELS, draw, laid_out, named_dtype
 from tests.emulation import launcher
 from tests.test_matrix import assert_right
 from tests.test_memory import assert_stays_within
@@ -246,7 +246,7 @@ VIEWS = {
 
 
 @ON_KERNELS
-@pytest.mark.parametrize("algorithm", KERNELS)
+@pytest.mark.parametrize("algorithm", GENERAL_KERNELS)
 @pytest.mark.parametrize("name", VIEWS)
 def test_views_are_read_where_they_lie(name, algorithm, arrays, rng):
     x, w = (draw(rng, shape, "float32", True) for shape in ((2, 3, 6, 7), (4, 3, 3, 3)))
@@ -264,7 +264,7 @@ def test_views_are_read_where_they_lie(name, algorithm, arrays, rng):
 
 
 @ON_KERNELS
-@pytest.mark.parametrize("algorithm", KERNELS)
+@pytest.mark.parametrize("algorithm", GENERAL_KERNELS)
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_batch_axes_in_no_one_order_are_taken_one_by_one(activation, algorithm, arrays, rng):
     x, w = (draw(rng, shape, "float32", True) for shape in ((3, 2, 2, 4, 5), (3, 2, 2, 2)))
@@ -287,7 +287,7 @@ def test_batch_axes_in_no_one_order_are_taken_one_by_one(activation, algorithm, 
 
 
 @EMULATED
-@pytest.mark.parametrize("algorithm", KERNELS)
+@pytest.mark.parametrize("algorithm", GENERAL_KERNELS)
 def test_arrays_that_kernels_cannot_address_are_copied(algorithm, arrays, rng):
     """These are arrays with unaligned elements, as operands and as results."""
     x, w = (draw(rng, shape, "float32", True).astype(np.float32) for shape in ((2, 3, 5, 5), (4, 3, 3, 3)))
@@ -324,7 +324,7 @@ EXTREME = {
 
 
 @pytest.mark.checked
-@combinations(algorithm=KERNELS, steps=EXTREME, where=lambda algorithm, steps: tiers.full or steps == "strides")
+@combinations(algorithm=GENERAL_KERNELS, steps=EXTREME, where=lambda algorithm, steps: tiers.full or steps == "strides")
 def test_extreme_steps_overflow_nowhere(steps, algorithm):
     """Checked mode detects overflow of the integers in kernels."""
     x_shape, w_shape, settings = EXTREME[steps]
@@ -338,7 +338,7 @@ def test_extreme_steps_overflow_nowhere(steps, algorithm):
 
 
 @ON_KERNELS
-@pytest.mark.parametrize("algorithm", KERNELS)
+@pytest.mark.parametrize("algorithm", GENERAL_KERNELS)
 @pytest.mark.parametrize("dtype, activation", [("complex64", None), ("float32", "relu"), ("float64", None)])
 def test_transposed_convolutions_are_those_of_numpy(dtype, activation, algorithm, arrays, rng):
     """They use the kernels of the opposite direction: forward with conjugate and derivative, data_grad with a bias."""
@@ -355,7 +355,7 @@ def test_transposed_convolutions_are_those_of_numpy(dtype, activation, algorithm
 
 
 @ON_KERNELS
-@pytest.mark.parametrize("algorithm", KERNELS)
+@pytest.mark.parametrize("algorithm", GENERAL_KERNELS)
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
 def test_derivatives_at_zero_are_those_of_numpy(activation, algorithm, arrays):
     y, w = np.array([[[-1, -0.0, 0.0, 1]]], np.float32), np.full((1, 1, 1), 3, np.float32)
@@ -446,7 +446,7 @@ LAYERS = {
 @combinations(
     arrays=["emulated"],
     layer=LAYERS,
-    algorithm=KERNELS,
+    algorithm=GENERAL_KERNELS,
     dtype=["float16", "float32"],
     activation=[None, "sigmoid", "leaky_relu"],
     turns=["dtype", "activation"],
@@ -475,7 +475,7 @@ def test_kernels_stay_within_the_workspace_limit(layer, algorithm, dtype, activa
 
 @EMULATED
 @pytest.mark.parametrize("limit", ["1000", "2000", "20000"])
-@pytest.mark.parametrize("algorithm", KERNELS)
+@pytest.mark.parametrize("algorithm", GENERAL_KERNELS)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_small_workspaces_change_no_result(dtype, algorithm, limit, arrays, monkeypatch, rng):
     x, w, b = (draw(rng, shape, dtype, True) for shape in ((3, 4, 7, 8), (6, 2, 3, 3), (6,)))
@@ -497,7 +497,7 @@ def test_small_workspaces_change_no_result(dtype, algorithm, limit, arrays, monk
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("algorithm", KERNELS)
+@pytest.mark.parametrize("algorithm", GENERAL_KERNELS)
 def test_kernels_run_on_the_current_stream(algorithm):
     """On a stream other than the default, a call reads the result of the preceding operation."""
     import cupy

@@ -37,7 +37,7 @@ def is_tested(arrays, algorithm, **one):
     if algorithm == "auto":
         return True
     if arrays == "numpy" or tiers.full or (algorithm in KERNELS and compiles_little(algorithm=algorithm, **one)):
-        return is_taken(arrays=arrays, algorithm=algorithm, **one)
+        return is_taken(arrays=arrays, algorithm=algorithm, dtype="float64", **one)
     return False
 
 

@@ -59,7 +59,7 @@ def depthwise(x_shape, w_shape, groups):
     return (x_shape[0], groups, *x_shape[2:-1], 4 * x_shape[-1]), (groups, 1, *w_shape[2:])
 
 
-EMULATED = [] if NO_EMULATION else [("emulated", name) for name in ("scatter", "direct")]
+EMULATED = [] if NO_EMULATION else [("emulated", name) for name in ("scatter", "direct", "depthwise")]
 
 
 @hypothesis_settings(max_examples=1000 if tiers.full else 30)

@@ -27,6 +27,7 @@ from gpuconv.geometry import DIRECTIONS, Geometry
 from gpuconv.gpu import (
     bias_grad,
     compiler,
+    depthwise,
     direct,
     gemm_plan,
     implicit_gemm,
@@ -58,6 +59,8 @@ CONVOLUTIONS: tuple[tuple[Shape, Shape, dict[str, Any]], ...] = (
     ((1, 64, 3199), (64, 64, 3), {"stride": 2}),
     ((1, 16, 16, 28, 28), (16, 16, 3, 3, 3), {"padding": 1}),
 )
+# In addition, for depthwise: rows and channels that are no vectors, two filters per channel, and phases of the stride.
+UNALIGNED = ((1, 33, 55, 55), (66, 1, 3, 3), {"padding": 1, "stride": 2, "groups": 33})
 FAR = 2**30  # padding on one side and cropping on the other, which makes positions too large for 32 bits
 
 _GRADIENTS: tuple[Direction, ...] = ("data_grad", "weight_grad")
@@ -67,6 +70,7 @@ _LAUNCHED: dict[ModuleType, tuple[Direction, ...]] = {
     scatter: _GRADIENTS,
     scatter_plain: _GRADIENTS,
     implicit_gemm: DIRECTIONS,
+    depthwise: DIRECTIONS,
 }
 MOST_STEPS = 1 << 12  # of a plan: more than any of these plans has
 _TURING = Device(75, 72)  # half precision and float64 are multiplied without tensor cores
@@ -113,6 +117,10 @@ def modules() -> dict[Module, dict[str, int]]:
     found = launched(convolutions, (direct, scatter, scatter_plain))
     for module, kernels in (_bias_grads() | _split_sums()).items():
         found |= {module: kernels, module._replace(wide=True): kernels}
+    for module, kernels in launched(_depthwise(), [depthwise]).items():
+        found[module] = kernels
+        if dict(module.types)["First"] == "float32":
+            found[module._replace(wide=True)] = kernels
     for plan in _gemm_plans():
         found[plan.module] = plan.kernels
     return found
@@ -141,6 +149,14 @@ def _split_sums() -> dict[Module, dict[str, int]]:
         partial = View(WORKSPACE, 0, (2 * y.size,), (sums.itemsize,), sums)
         split_sum.add_splits(partial, result, split_sum.memory_order(y), _planner(dtype, backend))
     return found
+
+
+def _depthwise() -> Iterator[tuple[Geometry, numpy.dtype]]:
+    """Yield one layer with every dtype, and others with two dtypes, in both layouts."""
+    small, *others = CONVOLUTIONS[7], CONVOLUTIONS[8], UNALIGNED
+    for dtype, layout in product(dtypes.available(), get_args(Layout)):
+        for x, w, options in (small, *others) if dtype.name in ("float16", "float32") else (small,):
+            yield Geometry.infer(*_laid_out(x, w, layout), **options, layout=layout), dtype
 
 
 def _gemm_plans() -> Iterator[gemm_plan.GemmPlan]:

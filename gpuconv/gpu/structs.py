@@ -23,6 +23,12 @@ _FIELDS: dict[str, tuple[tuple[str, str, int], ...]] = {
     "Images": (("batch", "Index", 0), ("axis", "Index", AXES), ("group", "Index", 0), ("channel", "Index", 0)),
     "Weights": (("axis", "Index", AXES), ("group", "Index", 0), ("channel", "Index", 0), ("filter", "Index", 0)),
     "Boxes": (("outputs", "int", AXES), ("taps", "int", AXES), ("region", "int", AXES)),
+    # What a block of depthwise.cu owns: images, groups, outputs, columns of taps, the region of x that they read, the
+    # offsets of the second and third array in its shared memory in bytes, and the order of taps and filters in memory.
+    "Block": (
+        *((name, "int", 0) for name in ("images", "groups", "columns", "second", "third", "taps_innermost")),
+        *((name, "int", AXES) for name in ("outputs", "region")),
+    ),
     "Options": tuple(
         (name, "int", 0)
         for name in (
@@ -31,6 +37,7 @@ _FIELDS: dict[str, tuple[tuple[str, str, int], ...]] = {
         )
     ),
     "Divisor": (("value", "Index", 0), ("multiplier", "unsigned", 0), ("shift", "int", 0)),
+    "Items": (("extent", "Divisor", AXES + 1),),  # extents of three axes and of the channels
     "Phase": (
         *(("rows", "Divisor", 0), ("taps", "Divisor", 0)),
         *(("origin", "Index", 0), ("first_tap", "Index", 0), ("start", "Index", 0)),
