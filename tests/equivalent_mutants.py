@@ -133,11 +133,6 @@ EQUIVALENT = {
     ): "a loader that reads the unit of each tile does so again before the first",
     (
         "tiles.cuh",
-        "if (is_line(round)) line_at[round] = fixed.table[line(round)];",
-        "line_at[round] = fixed.table[line(round)];",
-    ): "in all tiles whose lines are fixed, threads share them evenly",
-    (
-        "tiles.cuh",
         "template <int AXES> struct __align__(AXES == 1 ? 2 * sizeof(Index) : 16) Coordinate {",
         "template <int AXES> struct __align__(AXES == 1 || true ? 2 * sizeof(Index) : 16) Coordinate {",
     ): ALIGNMENT,
@@ -176,16 +171,6 @@ EQUIVALENT = {
         "static constexpr int PLACES = ASYNC ? 1 : UNIT;",
         "static constexpr int PLACES = ASYNC && false ? 1 : UNIT;",
     ): "of a vector only the first coordinate is used, however many are kept",
-    (
-        "tiles.cuh",
-        "DEVICE static bool is_line(int round) { return LINES % PACE == 0 || line(round) < LINES; }",
-        "DEVICE static bool is_line(int round) { return LINES % PACE != 0 || line(round) < LINES; }",
-    ): "in all tiles there are, threads share the lines evenly",
-    (
-        "tiles.cuh",
-        "DEVICE static bool is_line(int round) { return LINES % PACE == 0 || line(round) < LINES; }",
-        "DEVICE static bool is_line(int round) { return LINES / PACE == 0 || line(round) < LINES; }",
-    ): "in all tiles there are, threads share the lines evenly",
     (
         "tiles.cuh",
         "static constexpr int ROOM = AXES == 2 ? 3 : AXES;",

@@ -84,6 +84,8 @@ def test_much_work_takes_large_tiles_and_little_work_small_ones():
     assert (much.rows, much.columns) == (256, 128)
     little = chosen((1, 7, 7, 64), (3, 3, 64, 64), **layer).choice.tile
     assert (little.rows, little.columns) == (32, 32)
+    groups = chosen((8, 56, 56, 512), (3, 3, 16, 512), groups=32, **layer).choice.tile
+    assert groups.columns == 16
     few_weights = chosen((32, 56, 56, 64), (3, 3, 64, 64), direction="weight_grad", **layer)
     assert few_weights.choice.splits > 10
     assert few_weights.blocks >= MODEL.multiprocessors
@@ -192,6 +194,6 @@ def test_explain_lists_the_tiles_with_their_times(arrays, monkeypatch):
     pattern = r"  (by|or) tiles of \d+x\d+, \d+x\d+ a warp: [\d.]+ us by the model"
     assert lines[start + 1].startswith("  by ")
     last = lines.index(next(line for line in lines if line.startswith("not im2col: ")))
-    assert last - start - 1 == len(gemm_tiles._TENSOR_TILES) == 11  # deep tiles load vectors only
+    assert last - start - 1 == len(gemm_tiles._TENSOR_TILES) == 12  # deep tiles load vectors only
     assert all(re.fullmatch(pattern, line) for line in lines[start + 1 : last])
     assert all(line.startswith("  or ") for line in lines[start + 2 : last])

@@ -74,6 +74,7 @@ _TENSOR_TILES = (
     GemmTile(64, 64, 32, 32),
     GemmTile(128, 32, 32, 32),
     GemmTile(32, 128, 32, 32),
+    GemmTile(128, 16, 32, 16),  # for groups of 16 filters
     GemmTile(32, 32, 16, 16),
 )
 # Half precision only: fewer instructions for each product, and more shared memory.
