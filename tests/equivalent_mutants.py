@@ -123,6 +123,46 @@ EQUIVALENT = {
     # ----------------------------------------------------------------------------------------- tiles.cuh
     (
         "tiles.cuh",
+        "static constexpr int LINES = LINES_, LENGTH = LENGTH_, CHUNKS = LENGTH / CHUNK, TURNS = CHUNKS < 8 ? CHUNKS : 8;",
+        "static constexpr int LINES = LINES_, LENGTH = LENGTH_, CHUNKS = LENGTH / CHUNK, TURNS = CHUNKS <= 8 ? CHUNKS : 8;",
+    ): "where the two are equal, either is the smaller one",
+    (
+        "tiles.cuh",
+        "static constexpr int LINES = LINES_, LENGTH = LENGTH_, CHUNKS = LENGTH / CHUNK, TURNS = CHUNKS < 8 ? CHUNKS : 8;",
+        "static constexpr int LINES = LINES_, LENGTH = LENGTH_, CHUNKS = LENGTH / CHUNK, TURNS = CHUNKS < 8 - 1 ? CHUNKS : 8;",
+    ): "the number of chunks is a power of two",
+    (
+        "tiles.cuh",
+        "static constexpr int ROOM = AXES == 2 ? 3 : AXES;",
+        "static constexpr int ROOM = AXES == 2 || true ? 3 : AXES;",
+    ): "space that is not used",
+    (
+        "tiles.cuh",
+        "static constexpr int LINES = Matrix::LINES, UNIT = ASYNC ? VECTOR : sizeof(Element) < 4 ? 4 / sizeof(Element) : 1;",
+        "static constexpr int LINES = Matrix::LINES, UNIT = ASYNC ? VECTOR : sizeof(Element) <= 4 ? 4 / sizeof(Element) : 1;",
+    ): "4 bytes are one element of 4 bytes",
+    (
+        "tiles.cuh",
+        "static constexpr int LINES = Matrix::LINES, UNIT = ASYNC ? VECTOR : sizeof(Element) < 4 ? 4 / sizeof(Element) : 1;",
+        "static constexpr int LINES = Matrix::LINES, UNIT = ASYNC ? VECTOR : sizeof(Element) < 4 - 1 ? 4 / sizeof(Element) : 1;",
+    ): "no element has 3 bytes",
+    (
+        "tiles.cuh",
+        "static constexpr int ORDERS = PACE < 8 && ROUNDS > 1 ? 8 / PACE : 1;",
+        "static constexpr int ORDERS = PACE <= 8 && ROUNDS > 1 ? 8 / PACE : 1;",
+    ): "8 / 8 is 1",
+    (
+        "tiles.cuh",
+        "static constexpr int ORDERS = PACE < 8 && ROUNDS > 1 ? 8 / PACE : 1;",
+        "static constexpr int ORDERS = PACE < 8 - 1 && ROUNDS > 1 ? 8 / PACE : 1;",
+    ): "the pace is a power of two",
+    (
+        "tiles.cuh",
+        "static constexpr int ORDERS = PACE < 8 && ROUNDS > 1 ? 8 / PACE : 1;",
+        "static constexpr int ORDERS = PACE < 8 && ROUNDS >= 1 ? 8 / PACE : 1;",
+    ): "a thread with one line has one swizzle, however many it computes",
+    (
+        "tiles.cuh",
         "Coordinate<AXES> unit_at[PLACES], line_at[KEEPS_LINES ? ROUNDS : 1];",
         "Coordinate<AXES> unit_at[PLACES], line_at[KEEPS_LINES || true ? ROUNDS : 1];",
     ): "registers that are not used take no room",

@@ -171,7 +171,7 @@ def _kernels_by_line(lines):
 def _edits(line):
     """Yield the rules that apply to the code of a line, and the edited lines."""
     code = line.partition("//")[0]
-    if code.startswith(("#", "static_assert")):
+    if code.lstrip().startswith(("#", "static_assert")):
         return
     for rule, edits in RULES.items():
         for pattern, replacement in edits:

@@ -68,7 +68,7 @@ _TENSOR_TILES = (
     GemmTile(128, 256, 64, 64),
     GemmTile(128, 128, 64, 64),
     GemmTile(128, 128, 64, 32),
-    GemmTile(256, 64, 64, 64),
+    GemmTile(256, 64, 64, 32),
     GemmTile(128, 64, 64, 32),
     GemmTile(64, 128, 32, 64),
     GemmTile(64, 64, 32, 32),
