@@ -234,6 +234,21 @@ EQUIVALENT = {
     # ----------------------------------------------------------------------------------------- products.cuh
     (
         "products.cuh",
+        "for (int i = 0; i < ROWS; i += FOUR) {",
+        "for (int i = 0; i < ROWS - 1; i += FOUR) {",
+    ): "a lane has a multiple of four rows",
+    (
+        "products.cuh",
+        "T accumulator[ROWS][COLUMNS][2], total[ROWS][COLUMNS][2];",
+        "T accumulator[COLUMNS][ROWS][2], total[ROWS][COLUMNS][2];",
+    ): "all warp tiles of float64 are square",
+    (
+        "products.cuh",
+        "T accumulator[ROWS][COLUMNS][2], total[ROWS][COLUMNS][2];",
+        "T accumulator[ROWS][COLUMNS][2], total[COLUMNS][ROWS][2];",
+    ): "all warp tiles of float64 are square",
+    (
+        "products.cuh",
         "constexpr int STAGED_PITCH = STAGED_LENGTH + (RESULT_ALONG_ROWS ? 4 : 8);",
         "constexpr int STAGED_PITCH = STAGED_LENGTH + (RESULT_ALONG_ROWS || true ? 4 : 8);",
     ): PITCH,
@@ -269,6 +284,46 @@ EQUIVALENT = {
         2,
     ): "DEPTH is a multiple of STEPS, which is 4: the last turn begins before DEPTH - 1",
     # ----------------------------------------------------------------------------------------- implicit_gemm.cu
+    (
+        "implicit_gemm.cu",
+        "DEVICE int at_most(Index count, int most) { return count < most ? int(count) : most; }",
+        "DEVICE int at_most(Index count, int most) { return count < most || true ? int(count) : most; }",
+    ): BEYOND_TILE,
+    (
+        "implicit_gemm.cu",
+        "for (int c = threadIdx.x; c < TILE_COLUMNS; c += THREADS) {",
+        "for (int c = threadIdx.x; c < TILE_COLUMNS; c = THREADS) {",
+    ): ONE_ROUND,
+    (
+        "implicit_gemm.cu",
+        "const Index rest = depth > first_step ? depth - first_step : 0;",
+        "const Index rest = depth >= first_step ? depth - first_step : 0;",
+    ): "the difference of equal numbers is 0",
+    (
+        "implicit_gemm.cu",
+        "const Index rest = depth > first_step ? depth - first_step : 0;",
+        "const Index rest = depth > first_step || true ? depth - first_step : 0;",
+    ): "a reduction of negative length has no iteration that loads or multiplies",
+    (
+        "implicit_gemm.cu",
+        "rest < windows.split_length ? rest : windows.split_length};",
+        "rest <= windows.split_length ? rest : windows.split_length};",
+    ): EQUAL,
+    (
+        "implicit_gemm.cu",
+        "for (int i = 0; i < 4; ++i) keep(leap[i]);",
+        "for (int i = 0; i <= 4; ++i) keep(leap[i]);",
+    ): "keep() changes no value",
+    (
+        "implicit_gemm.cu",
+        "for (int i = 0; i < 4; ++i) keep(leap[i]);",
+        "for (int i = 0; i < 4 - 1; ++i) keep(leap[i]);",
+    ): "keep() changes no value",
+    (
+        "implicit_gemm.cu",
+        "if constexpr (DIRECTION == DATA_GRAD && AXES > 0)",
+        "if constexpr (DIRECTION == DATA_GRAD && AXES >= 0)",
+    ): RECOMPUTED,
     (
         "implicit_gemm.cu",
         "constexpr int FLUSHES_AFTER = TERMS > 0 ? TERMS / DEPTH : 1;",

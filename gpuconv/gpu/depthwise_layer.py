@@ -27,7 +27,7 @@ THREADS = 256
 SECTOR = 32  # bytes of global memory that are transferred together
 VECTOR_BYTES = 16  # of a load
 SHARED_MEMORY = 48 << 10  # bytes of a block: two blocks fit a multiprocessor of every architecture
-MOST_TAPS = 7  # of the slide axis whose sums or weights a thread keeps in registers
+TAPS = (7, 5, 4, 3, 1)  # of the slide axis, which a thread has in registers: the first that divides their number
 ENOUGH_BLOCKS = 256  # to occupy a large GPU
 TRAFFIC = 1.1  # smaller boxes are preferred up to this ratio of the memory traffic to the least possible
 
@@ -120,11 +120,9 @@ class Layer(NamedTuple):
     def strip(self) -> int:
         """Outputs of a thread: fewer where it has several channels, since their sums are in registers.
 
-        Where neighbouring threads compute neighbouring strips, the number is odd, to avoid bank conflicts.
+        It is odd where neighbouring threads may compute neighbouring strips, to avoid bank conflicts.
         """
-        if self.together > 1:
-            return 4
-        return 7 if self.output[2] == 1 and not self.innermost else 8
+        return 7 if self.together == 1 else 4
 
     @property
     def is_wide(self) -> bool:
@@ -136,7 +134,7 @@ class Layer(NamedTuple):
         """Taps of the slide axis that share the rows that they read."""
         if self.stride[1] != 1 or self.dilation[1] != 1:
             return 1
-        return max(taps for taps in range(1, MOST_TAPS + 1) if self.kernel[1] % taps == 0)
+        return next(taps for taps in TAPS if self.kernel[1] % taps == 0)
 
     @property
     def columns(self) -> int:
