@@ -23,7 +23,7 @@ from gpuconv.views import View, contiguous_strides
 
 FEWEST_ITERATIONS = 4  # main-loop iterations of a split of weight_grad, below which it is not profitable
 MOST_SPLITS = 64  # of forward and data_grad
-SPLIT_TERMS = 512  # of a split of forward and data_grad on tensor cores
+TERMS_OF_SPLIT = 512  # of a split of forward and data_grad on tensor cores
 SMALL_TILE = 64  # rows and columns of a tile
 
 
@@ -149,7 +149,7 @@ def problem_of(arrays: Arrays, precision: str, device: Device, room: int) -> Gem
     if direction != "weight_grad":
         images = max(1, first.view.shape[0])
         if products.tensor_products and products.element.itemsize < 8 and not _fills(work, images, device):
-            products = products._replace(terms=SPLIT_TERMS * (_longest(direction, geometry) > SPLIT_TERMS))
+            products = products._replace(terms=TERMS_OF_SPLIT * (_longest(direction, geometry) > TERMS_OF_SPLIT))
         return GemmProblem(work, matrices, products, device, most_splits=1)
     most = max(1, min(room, work.depth // (FEWEST_ITERATIONS * products.depth)))
     enough = blocks(work.depth, gemm_tiles.TENSOR_TERMS)  # splits with which no accumulator has to be flushed
