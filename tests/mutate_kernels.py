@@ -4,7 +4,8 @@ The CUDA sources are edited by rules, at every place where a rule applies, one p
 run on each edited text until one fails: on the CPU, first in fast mode, then with every access checked. The score is
 the share of caught mutants among all mutants except equivalent ones (EQUIVALENT has the reason for each).
 mutations.json has the verdicts and hashes of the sources. An interrupted run can be resumed. After a change of the
-kernels or the tests, the mutants of changed files run again, and so do mutants whose test no longer exists.
+kernels or the tests, the mutants of changed functions and structs run again, and so do those whose test no longer
+exists.
 
     python -m tests.mutate_kernels                      all mutants, on all cores
     python -m tests.mutate_kernels --sample 60 --seed 7 mutants drawn at random for 60 seconds; changes no file
