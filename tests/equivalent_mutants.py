@@ -123,6 +123,17 @@ EQUIVALENT = {
     # ----------------------------------------------------------------------------------------- tiles.cuh
     (
         "tiles.cuh",
+        "if (!is_line(round)) continue;",
+        "",
+        2,
+    ): "threads share the lines of single elements evenly in all tiles",
+    (
+        "tiles.cuh",
+        "const Coordinate<AXES> there = KEEPS_LINES ? line_at[round] : lines.table[line(round)];",
+        "const Coordinate<AXES> there = KEEPS_LINES && false ? line_at[round] : lines.table[line(round)];",
+    ): "the registers have the coordinates of the table",
+    (
+        "tiles.cuh",
         "static constexpr int LINES = LINES_, LENGTH = LENGTH_, CHUNKS = LENGTH / CHUNK, TURNS = CHUNKS < 8 ? CHUNKS : 8;",
         "static constexpr int LINES = LINES_, LENGTH = LENGTH_, CHUNKS = LENGTH / CHUNK, TURNS = CHUNKS <= 8 ? CHUNKS : 8;",
     ): "where the two are equal, either is the smaller one",

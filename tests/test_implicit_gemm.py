@@ -225,7 +225,7 @@ def test_windows_of_32_taps_and_more_are_exact(direction, kernel, arrays):
 @pytest.mark.parametrize("direction", ["forward", "weight_grad"])
 def test_elements_that_no_window_reads_have_no_influence(direction, dtype, layout, arrays):
     """Tiles that the work does not fill load none of them, since zero times NaN is NaN."""
-    problem = Problem((1, 5, 9, 9), (7, 5, 1, 1), dtype, stride=2, padding=1)
+    problem = Problem((1, 5, 7, 7), (7, 5, 1, 1), dtype, stride=2, padding=1)
     expected = problem.exact(direction)
     problem.x[:, :, ::2] = problem.x[:, :, :, ::2] = np.nan
     np.testing.assert_array_equal(problem.computed(arrays, direction, layout), expected.astype(dtype))
@@ -719,6 +719,17 @@ def test_the_sums_of_splits_stay_within_the_workspace(limit, arrays, monkeypatch
     np.testing.assert_array_equal(result, problem.exact("weight_grad").astype(np.float32))
     assert 0 < plan.space <= gpuconv.settings.workspace_limit() + 2 * 64  # two arrays are aligned to 64
     assert len(launches) == 2 * {"1728": 40, "100KiB": 1, "1MiB": 1, "64MiB": 1}[limit]
+
+
+@EMULATED
+@BOTH_LAYOUTS
+@pytest.mark.parametrize("direction", ["forward", "data_grad"])
+def test_threads_that_have_no_line_load_nothing(direction, layout, arrays):
+    """A tile of 16 columns has fewer lines than threads."""
+    problem = Problem((1, 16, 9, 8), (16, 16, 3, 3), "float16", padding=1)
+    with forced(next(tile for _, tile in TILES if tile[:2] == (128, 16))), launcher.using(mode="checked"):
+        result = problem.computed(arrays, direction, layout)
+    np.testing.assert_array_equal(result, problem.exact(direction).astype(np.float16))
 
 
 @combinations(
