@@ -395,7 +395,6 @@ def has_field(argument, field):
             15_000,
             "it needs 15376 bytes of workspace for the sums of one group, but GPUCONV_WORKSPACE_LIMIT is 15000 bytes",
         ),
-        ((1, 1, 3, 3, 3, 3), (1, 1, 2, 2, 2, 2), {}, "forward", 64 << 20, "kernels take 1 to 3 spatial axes, not 4"),
     ],
 )
 def test_refusals_state_the_rule_and_the_numbers(x_shape, w_shape, settings, direction, limit, reason):
@@ -411,6 +410,13 @@ def test_auto_takes_it_for_small_groups():
         assert choose(request, "auto").algorithm == expected
     on_numpy = Request(Geometry.infer((2, 8, 9, 9), (16, 1, 3, 3), groups=8), np.dtype(np.float32), "forward", NUMPY)
     assert depthwise.why_not(on_numpy) == "it requires one channel and one filter per group, not 1 and 2"
+
+
+@ON_KERNELS
+def test_more_than_three_axes_are_computed_by_rows(arrays, rng):
+    given, settings = drawn(rng, (2, 3, 4, 3, 5, 4), 3, (2, 2, 2, 2), padding=1)
+    for one, expected in zip(results_of(arrays, *given, **settings), exact(*given, **settings), strict=True):
+        np.testing.assert_array_equal(one, expected)
 
 
 @pytest.mark.checked

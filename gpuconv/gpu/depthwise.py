@@ -4,7 +4,8 @@ On a GPU, CUDA kernels (kernels/depthwise.cu) load the region of x that a block 
 data_grad is the forward convolution of dy, once for each phase of the stride. weight_grad has partial sums that a
 second kernel adds in a fixed order. All directions give the same bits at every call.
 
-On NumPy, rows are multiplied by banded matrices of taps (gpuconv/cpu/depthwise.py).
+On NumPy, and for more than three spatial axes, rows are multiplied by banded matrices of taps
+(gpuconv/cpu/depthwise.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 import numpy
 
 from gpuconv.arguments import Shape
+from gpuconv.arrays import Backend
 from gpuconv.cpu import depthwise as by_rows
 from gpuconv.geometry import Geometry
 from gpuconv.gpu import params, structs
@@ -47,12 +49,10 @@ PARTIAL_SUMS = 0.2
 
 def why_not(request: Request) -> str | None:
     """Return a reason unless groups are small, and a block's shared memory and the workspace suffice; else None."""
-    if request.backend.launch is None:
-        return by_rows.why_not(request)
     geometry = request.geometry
+    if not _has_kernels(geometry, request.backend):
+        return by_rows.why_not(request)
     channels, filters = geometry.group_channels, geometry.group_filters
-    if reason := params.why_not(geometry):
-        return reason
     if channels > (MOST_CHANNELS if geometry.groups > 1 else 1):
         found = f"{geometry.groups} of {channels}"
         return f"it requires groups of at most {MOST_CHANNELS} channels, or one channel, not {found}"
@@ -71,6 +71,10 @@ def why_not(request: Request) -> str | None:
     return None
 
 
+def _has_kernels(geometry: Geometry, backend: Backend) -> bool:
+    return backend.launch is not None and geometry.rank <= structs.AXES
+
+
 def nanoseconds(request: Request) -> float:
     """Return the estimated time on NumPy."""
     return by_rows.nanoseconds(request)
@@ -78,15 +82,15 @@ def nanoseconds(request: Request) -> float:
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
     """Compute ``y[o, q] = sum over t, c of x[o * stride + t * dilation - low, c] w[t, c, q]``, c in the group of q."""
-    if planner.backend.launch is None:
-        by_rows.forward(x, w, y, geometry, planner)
-    else:
+    if _has_kernels(geometry, planner.backend):
         _forward(x, w, y, geometry, planner)
+    else:
+        by_rows.forward(x, w, y, geometry, planner)
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
     """Compute dx: for each phase of the stride, the forward convolution of dy with the taps that reach it, reversed."""
-    if planner.backend.launch is None:
+    if not _has_kernels(geometry, planner.backend):
         by_rows.data_grad(dy, w, dx, geometry, planner)
         return
     for phase in geometry.phases:
@@ -134,7 +138,7 @@ def _forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Pla
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
     """Compute ``dw[t, c, q] = sum over outputs o of x[o * stride + t * dilation - low, c] dy[o, q]`` with split-K."""
-    if planner.backend.launch is None:
+    if not _has_kernels(geometry, planner.backend):
         by_rows.weight_grad(dy, x, dw, geometry, planner)
         return
     axes = Axes.of(geometry)
