@@ -297,6 +297,32 @@ EQUIVALENT = {
     # ----------------------------------------------------------------------------------------- implicit_gemm.cu
     (
         "implicit_gemm.cu",
+        "WeightPlace at = {};",
+        "WeightPlace at;",
+    ): "the filter and the group of a row are not used",
+    (
+        "implicit_gemm.cu",
+        "if (r < extents.rows) {",
+        "if (r <= extents.rows) {",
+        2,
+    ): BEYOND_TILE,
+    (
+        "implicit_gemm.cu",
+        "constexpr int LEFT_TEST = AXES == 0 ? BY_TAP : AXES, RIGHT_TEST = BY_TAP;",
+        "constexpr int LEFT_TEST = AXES == 0 && false ? BY_TAP : AXES, RIGHT_TEST = BY_TAP;",
+    ): "without axes the test is whether row and step exist, which a bit says otherwise",
+    (
+        "implicit_gemm.cu",
+        "for (int c = 0; c < extents.columns; ++c)",
+        "for (int c = 0; c <= extents.columns; ++c)",
+    ): RECOMPUTED,
+    (
+        "implicit_gemm.cu",
+        "for (int e = threadIdx.x; e < TILE_ROWS * TILE_COLUMNS; e += THREADS) {",
+        "for (int e = threadIdx.x; e <= TILE_ROWS * TILE_COLUMNS; e += THREADS) {",
+    ): "the row beyond the tile does not exist",
+    (
+        "implicit_gemm.cu",
         "DEVICE int at_most(Index count, int most) { return count < most ? int(count) : most; }",
         "DEVICE int at_most(Index count, int most) { return count < most || true ? int(count) : most; }",
     ): BEYOND_TILE,
