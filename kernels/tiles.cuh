@@ -12,6 +12,7 @@
 // gpuconv/gpu/kernel.py puts these definitions in front of this file, in addition to those for common.cuh:
 //   Element   element type of both tiles
 //   THREADS   threads of a block
+//   TENSOR_PRODUCTS   see products.cuh
 
 constexpr int CHUNK = 16 / sizeof(Element);  // elements in 16 bytes
 
@@ -98,13 +99,14 @@ template <int PENDING> DEVICE void copy_async_wait() {}
 //
 // The lines of a tile are fixed during the main loop if LINES_FIXED: they are rows or columns, and the elements along
 // them are steps. Otherwise the lines are steps. A thread keeps the coordinates that are fixed in registers, except
-// those of lines whose elements are loaded one by one, which are too many.
+// those of lines whose elements are loaded one by one, which are too many, and without tensor cores, where sums take
+// most registers.
 template <class T, int VECTOR, int AXES, class Matrix, bool LINES_FIXED> struct TileLoader {
     static constexpr bool ASYNC = COPIES_ASYNC && VECTOR * sizeof(Element) >= 4;
     static constexpr int LINES = Matrix::LINES, UNIT = ASYNC ? VECTOR : sizeof(Element) < 4 ? 4 / sizeof(Element) : 1;
     static constexpr int UNITS = Matrix::LENGTH / UNIT, PACE = THREADS / UNITS, ROUNDS = (LINES + PACE - 1) / PACE;
     static constexpr int PLACES = ASYNC ? 1 : UNIT;  // coordinates of a unit: one for a vector
-    static constexpr bool KEEPS_LINES = ASYNC && LINES_FIXED;
+    static constexpr bool KEEPS_LINES = ASYNC && LINES_FIXED && TENSOR_PRODUCTS > 0;
     static constexpr int ORDERS = PACE < 8 && ROUNDS > 1 ? 8 / PACE : 1;  // different swizzles of this thread's lines
     static_assert(UNITS * UNIT == Matrix::LENGTH && PACE * UNITS == THREADS, "threads share the units of lines evenly");
 

@@ -123,6 +123,11 @@ EQUIVALENT = {
     # ----------------------------------------------------------------------------------------- tiles.cuh
     (
         "tiles.cuh",
+        "static constexpr bool KEEPS_LINES = ASYNC && LINES_FIXED && TENSOR_PRODUCTS > 0;",
+        "static constexpr bool KEEPS_LINES = ASYNC && LINES_FIXED && TENSOR_PRODUCTS >= 0;",
+    ): "the registers have the coordinates of the table",
+    (
+        "tiles.cuh",
         "if (!is_line(round)) continue;",
         "",
         2,

@@ -18,7 +18,6 @@ TRIED_BY = {
     "implicit_gemm.cu": ("implicit_gemm",),
     "split_sum.cu": ("implicit_gemm",),
     "bias_grad.cu": ("bias_grad",),
-    "depthwise.cu": ("depthwise",),
 }
 FILES = tuple(TRIED_BY)
 

@@ -58,6 +58,8 @@ class Products(NamedTuple):
             return _PLAIN_TILES[self.element.itemsize]
         if self.element.itemsize == 8:
             return _DOUBLE_TENSOR_TILES
+        if self.tensor_products == 3:
+            return _SPLIT_TENSOR_TILES
         tiles = _TENSOR_TILES if self.element.itemsize > 2 else _TENSOR_TILES + _DEEP_TILES
         # Totals take as many registers as accumulators, so the largest warp tiles are excluded.
         return tuple(tile for tile in tiles if not self.terms or tile.warp_rows * tile.warp_columns <= 64 * 32)
@@ -84,6 +86,8 @@ _DEEP_TILES = (
     GemmTile(128, 64, 64, 32, is_deep=True),
     GemmTile(64, 64, 32, 32, is_deep=True),
 )
+# For tf32x3: larger parts of a warp spill registers on sm_100 and sm_120.
+_SPLIT_TENSOR_TILES = (GemmTile(32, 32, 16, 16),)
 _DOUBLE_TENSOR_TILES = (GemmTile(64, 64, 32, 32), GemmTile(32, 32, 16, 16))
 _PLAIN_TILES = {
     4: (
