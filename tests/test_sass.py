@@ -58,7 +58,7 @@ def test_a_tile_of_128x64_half_has_32_products_in_an_iteration():
         compiler.version()
     except BackendError as error:
         pytest.skip(str(error))
-    wanted = {"DIRECTION": 0, "TILE_ROWS": 128, "TILE_COLUMNS": 64, "TENSOR_PRODUCTS": 1, "TERMS": 0}
+    wanted = {"DIRECTION": 0, "TILE_ROWS": 128, "TILE_COLUMNS": 64, "DEPTH": 32, "TENSOR_PRODUCTS": 1, "TERMS": 0}
     (module, *_) = (
         module
         for module in report.modules()

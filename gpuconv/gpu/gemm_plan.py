@@ -220,8 +220,8 @@ def _module(arrays: Arrays, problem: GemmProblem, tile: GemmTile, wide: bool) ->
         "RESULT_VECTOR": matrices.result_vector,
         "AXES": matrices.axes,
         "TAPS_INNERMOST": int(matrices.taps_innermost),
-        "THREADS": tile.threads,
         **_conversions(arrays),
+        "THREADS": tile.threads,
     }
     of_arrays = arrays.first.view.dtype, arrays.second.view.dtype, arrays.result.dtype
     return params.module("implicit_gemm", (*of_arrays, arrays.sums, products.element), wide, **constants)

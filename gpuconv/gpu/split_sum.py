@@ -42,7 +42,7 @@ def add_splits(
     wide = max(partial.size, params.reach(target.shape, target)) >= params.NARROW
     epilogue = {"HAS_BIAS": int(result.bias is not None), "ACTIVATION": params.number(result.activation)}
     types = partial.dtype, partial.dtype, target.dtype, planner.dtype
-    module = params.module("split_sum", types, wide, THREADS=THREADS, **epilogue)
+    module = params.module("split_sum", types, wide, **epilogue, THREADS=THREADS)
     bias_steps = {target.ndim - 1: 1, target.ndim - 2: target.shape[-1]}  # of a contiguous bias (G, channels)
     fastest_first = tuple(reversed(order))
     unused = (0,) * (structs.RANK - target.ndim)
