@@ -476,24 +476,6 @@ EQUIVALENT = {
         "if (is_number(Converted<Sum>::from(to))) continue;",
         "",
     ): RECOMPUTED,
-    (
-        "implicit_gemm.cu",
-        "if (remaining > 0) {",
-        "if (remaining >= 0) {",
-        2,
-    ): BEYOND_TILE,
-    (
-        "implicit_gemm.cu",
-        "remaining -= DEPTH;",
-        "remaining += DEPTH;",
-        2,
-    ): BEYOND_TILE,
-    (
-        "implicit_gemm.cu",
-        "remaining -= DEPTH;",
-        ";",
-        2,
-    ): BEYOND_TILE,
     # ----------------------------------------------------------------------------------------- bias_grad.cu
     (
         "bias_grad.cu",
