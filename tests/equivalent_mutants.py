@@ -17,7 +17,6 @@ UNUSED = "FLUSHES_AFTER is used only where TERMS is more than 0"
 FLUSHED = "a sum of at most TERMS products is added to the total: how many fewer, or in which iteration, is left open"
 BEYOND_TILE = "rows, columns and steps beyond a whole tile are not looked at, whatever their number"
 EQUAL = "where the two are equal, either is the smaller one"
-NO_TAP = "where no tap reaches the residue, none of its numbers is used"
 BOTH_PARTS = "zero times infinity is no number in both of its parts"
 RECOMPUTED = "sums that are formed again of the same products without need are the same"
 
