@@ -364,7 +364,7 @@ y[threadIdx.x] = __shfl_xor_sync(~0u, x[threadIdx.x], 1);""",
         "steps.set(tables.left_step[now], tables.right_step[now]);",
         "reported 5/5",
         "reported 5/5",
-        "race: read of shared tables",
+        "read of shared tables",
         ("const Coordinate<AXES> there =", "unit_at[i] = along.table[slot(unit() + i)];"),
     ),
     Bug(
