@@ -87,6 +87,19 @@ def test_copies_stay_within_the_workspace(direction, limit, is_packed, arrays, m
 
 @pytest.mark.usefixtures("always_packed")
 @EMULATED
+def test_copies_leave_room_for_the_sums_of_weights(arrays, monkeypatch):
+    """Totals and the sums of one split take nearly all of the limit."""
+    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "20KiB")
+    problem = Problem((7, 4, 11, 13), (64, 4, 3, 3), "float16", padding=1)
+    execute.clear()
+    result = problem.computed(arrays, "weight_grad")
+    np.testing.assert_array_equal(result, problem.exact("weight_grad").astype(result.dtype))
+    (plan,) = execute._plans.values()
+    assert plan.space <= gpuconv.settings.workspace_limit() + 4 * 64
+
+
+@pytest.mark.usefixtures("always_packed")
+@EMULATED
 def test_special_values_of_padded_channels_do_not_appear(arrays):
     """Channels that fill a vector are zeros in both operands, so that infinite weights multiply none of them."""
     problem = Problem((1, 3, 8, 8), (4, 3, 7, 7), "float16", padding=3)

@@ -34,9 +34,10 @@ def packed_channels(arrays: Arrays, precision: str, device: Device, limit: int) 
     The copies of one image take at most half of the limit in bytes, those of weights a quarter.
     """
     alone = _one_image(arrays)
-    if not problem_of(alone, precision, device, room=1).products.tensor_products:  # others take longer than any load
+    options = list(product(_options(alone, alone.first), _options(alone, alone.second)))
+    # Without tensor cores products take longer than any load.
+    if len(options) == 1 or not problem_of(alone, precision, device, room=1).products.tensor_products:
         return 0, 0
-    options = product(_options(alone, alone.first), _options(alone, alone.second))
     possible = [channels for channels in options if _bytes(alone, channels) <= limit // 2]
     return min(possible, key=lambda channels: _microseconds(alone, channels, precision, device))
 

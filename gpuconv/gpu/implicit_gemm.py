@@ -120,7 +120,9 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
         weights, gradients = dw.view[..., part], dy.of_channels(part)
         (total,) = planner.workspace(weights.size)
         arrays = Arrays("weight_grad", geometry, gradients, x, weights, planner.dtype)
-        channels = gemm_packing.packed_channels(arrays, planner.precision, planner.backend.device(), planner.limit)
+        # Copies take half of the workspace, so the totals and the sums of a split must fit the other half.
+        limit = planner.limit if 4 * weights.size <= planner.budget else 0
+        channels = gemm_packing.packed_channels(arrays, planner.precision, planner.backend.device(), limit)
         images = params.Images([gradients, x], [], geometry, planner, channels)
         planner.loop(range(len(images)), partial(_add_outputs, images, total, weights, geometry))
 
