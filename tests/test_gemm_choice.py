@@ -1,6 +1,7 @@
 """The choice of tiles by implicit_gemm, its explanation, and the matrices in arrays; from shapes only."""
 
 import re
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,12 @@ def test_the_table_of_measurements_is_written_and_read(tmp_path, monkeypatch):
     found = gemm_table.measured()[plan.problem.key]
     assert (found["tile"], found["splits"], found["microseconds"]) == (list(plan.choice.tile), 2, 3.14)
     gemm_table.measured.cache_clear()
+
+
+def test_the_table_of_predicted_limits_is_that_of_the_model():
+    limits = runpy.run_path(str(REPOSITORY / "bench" / "gemm_limits.py"))
+    table = limits["table"]()
+    assert table in (REPOSITORY / "kernels" / "README.md").read_text(), f"kernels/README.md should have\n{table}"
 
 
 def test_every_entry_of_the_table_names_a_committed_result():
