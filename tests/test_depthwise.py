@@ -18,6 +18,7 @@ from tests import reference, tiers
 from tests.backends import arrays_of, on
 from tests.cases import DIRECTIONS, channels_first, draw, laid_out, named_dtype, wide
 from tests.emulation import launcher
+from tests.test_kernels import VIEWS as GENERAL_VIEWS
 from tests.test_profile import source_line
 from tests.tiers import combinations
 from tests.tolerances import assert_within, direct_bound
@@ -160,11 +161,7 @@ def test_results_are_right(x_shape, filters, kernel, settings, layout, arrays, r
 
 
 VIEWS = {
-    "reversed": lambda xp, a: a[..., ::-1, ::-1],
-    "every other element": lambda xp, a: xp.repeat(xp.repeat(a, 2, -1), 2, 0)[::2, ..., ::2],
-    "axes in another order": lambda xp, a: xp.ascontiguousarray(a.transpose(3, 1, 0, 2)).transpose(2, 1, 3, 0),
-    "one channel repeated": lambda xp, a: xp.broadcast_to(a[:, :1], a.shape),
-    "inside a larger array": lambda xp, a: xp.pad(a, 1)[1:-1, 1:-1, 1:-1, 1:-1],
+    **GENERAL_VIEWS,
     "one element further": lambda xp, a: xp.concatenate([a.ravel()[:1], a.ravel()])[1:].reshape(a.shape),
 }
 

@@ -241,7 +241,7 @@ def _candidates(layer: Layer) -> Iterator[Block]:
 
 
 def _pairs(layer: Layer, groups: int) -> int:
-    """Return the pairs of a channel and a filter whose sums a block of weight_grad has, else 0."""
+    """Return the pairs of a channel and a filter whose sums a block of weight_grad has, else 1."""
     return groups * layer.channels * layer.filters if layer.is_gradient else 1
 
 
