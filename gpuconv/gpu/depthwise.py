@@ -67,8 +67,7 @@ def why_not(request: Request) -> str | None:
     if least > SHARED_MEMORY:
         return f"the inputs of one output need {least} bytes of shared memory, but a block has {SHARED_MEMORY}"
     if request.direction == "weight_grad":
-        # Totals and the sums of a split take half of the workspace; operands that are formed take the other half.
-        return request.lacks(4 * geometry.groups * pairs * geometry.taps, "the sums of all weights")
+        return request.lacks(4 * pairs * geometry.taps, "the sums of one group")
     return None
 
 
