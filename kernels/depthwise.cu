@@ -66,11 +66,17 @@ struct Stored {
     Steps at;
 };
 
+// Sets `at` to the i-th position, modulo the number of positions, and returns i divided by this number.
+DEVICE Index take_position(int (&at)[3], Index i, const Items& items) {
+    for (int axis = 2; axis >= 0; --axis) at[axis] = int(take_digit(i, items.extent[axis]));
+    return i;
+}
+
 // Returns the i-th place of a part with the extents of `items`.
 DEVICE Local place_in(Index i, const Items& items, int channels_innermost) {
     Local place = {};
     if (channels_innermost) place.channel = int(take_digit(i, items.extent[3]));
-    for (int axis = 2; axis >= 0; --axis) place.at[axis] = int(take_digit(i, items.extent[axis]));
+    i = take_position(place.at, i, items);
     if (!channels_innermost) place.channel = int(take_digit(i, items.extent[3]));
     place.n = int(i);
     return place;
@@ -382,17 +388,18 @@ DEVICE void add_box(Sum (&sums)[TAPS][CHANNELS], const Owned& owned, const Store
     const Element* const plane = x.values + owned.pair / filters * x.at.channel;
     const int filter = group * filters + owned.pair % filters;
     const int length = outputs.count.n * count_of(strips);
+    Place first = start_of({}, outputs, inputs, conv);  // what the first output of the box multiplies for the first tap
+    for (int axis = 0; axis < 3; ++axis) first.at[axis] += owned.tap[axis] * conv.dilation[axis];
     for (int i = owned.share; i < length; i += owned.shares) {
-        Local o = place_in(i, strips, false);
-        o.at[1] *= STRIP;
-        const Place start = start_of(o, outputs, inputs, conv);
-        const Index depth = start.at[0] + owned.tap[0] * conv.dilation[0];
-        const Index across = start.at[2] + owned.tap[2] * conv.dilation[2];
-        Index row = start.at[1] + owned.tap[1] * conv.dilation[1];
-        if (!contains(outputs.count, o) || !inside(depth, inputs.count.at[0]) || !inside(across, inputs.count.at[2]))
-            continue;
-        const Element* const column = plane + o.n * x.at.image + int(depth) * x.at.axis[0] + int(across) * x.at.axis[2];
+        Local o = {};
+        o.n = int(take_position(o.at, i, strips));
         o.channel = filter;
+        o.at[1] *= STRIP;
+        const Index depth = first.at[0] + o.at[0] * conv.stride[0], across = first.at[2] + o.at[2] * conv.stride[2];
+        Index row = first.at[1] + o.at[1] * conv.stride[1];
+        if (o.at[0] >= outputs.count.at[0] || o.at[2] >= outputs.count.at[2]) continue;  // beyond the last box
+        if (!inside(depth, inputs.count.at[0]) || !inside(across, inputs.count.at[2])) continue;
+        const Element* const column = plane + o.n * x.at.image + int(depth) * x.at.axis[0] + int(across) * x.at.axis[2];
         const Element* gradients = dy.values + o.offset(dy.at);
         if (o.at[1] + STRIP <= outputs.count.at[1]) {
             add_strip<STRIP>(sums, Column(column, row, inputs.count, x.at), conv.stride[1], gradients, dy.at.axis[1]);
