@@ -56,11 +56,11 @@ DEVICE bfloat16 to_bfloat16(float f) {
 #endif
 
 #if __CUDA_ARCH__ >= 800
-// Returns the nearest TF32 number, ties away from zero, as the bits of a float.
+// Returns the nearest TF32 number, ties away from zero, as the bits of a float. Finite numbers stay finite: those that
+// cvt.rna.tf32 rounds to Inf are truncated. The instructions are as many.
 DEVICE unsigned to_tf32(float f) {
-    unsigned u;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(u) : "f"(f));
-    return u;
+    const unsigned bits = __float_as_uint(f), half_step = 0x1000;
+    return (fabsf(f) < 0x1.ffep127f ? bits + half_step : bits) & 0xffffe000;
 }
 #endif
 

@@ -179,14 +179,27 @@ template <bool LEFT, int COUNT, int STEPS, class Matrix> struct SingleReader {
     }
 };
 
-// The tensor-core instruction of an element type, its steps, and the reader of its fragments.
+template <bool FIRST, class A, class B> struct Selected { using Type = A; };
+template <class A, class B> struct Selected<false, A, B> { using Type = B; };
+
+// The tensor-core instruction of an element type, its steps, the reader of its fragments, and its operands: what the
+// instruction takes, converted from COUNT registers of a fragment.
 template <class T> struct Fragments {  // half, bfloat16
     static constexpr int STEPS = 16;
 
+    template <int COUNT> struct Operand {
+        unsigned bits[COUNT];
+
+        DEVICE void set(const unsigned (&from)[COUNT]) {
+#pragma unroll
+            for (int e = 0; e < COUNT; ++e) bits[e] = from[e];
+        }
+    };
+
     template <bool ALONG_DEPTH, bool LEFT, int COUNT, class Matrix>
     using Reader = MatrixReader<ALONG_DEPTH, LEFT, COUNT, STEPS, Matrix>;
-    DEVICE static void multiply(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-        multiply_16x8x16(d, a, b, T{});
+    DEVICE static void multiply(float (&d)[4], const Operand<4>& a, const Operand<2>& b) {
+        multiply_16x8x16(d, a.bits, b.bits, T{});
     }
 };
 // The reader of float: ldmatrix for tiles along the depth, otherwise element by element.
@@ -206,7 +219,7 @@ template <> struct Fragments<float> {  // rounded to TF32
     template <int COUNT> struct Rounded {
         unsigned bits[COUNT];
 
-        DEVICE explicit Rounded(const unsigned (&from)[COUNT]) {
+        DEVICE void set(const unsigned (&from)[COUNT]) {
 #pragma unroll
             for (int e = 0; e < COUNT; ++e) bits[e] = to_tf32(__uint_as_float(from[e]));
         }
@@ -218,30 +231,29 @@ template <> struct Fragments<float> {  // rounded to TF32
     template <int COUNT> struct Parts {
         unsigned large[COUNT], finite[COUNT], small[COUNT];
 
-        DEVICE explicit Parts(const unsigned (&bits)[COUNT]) {
+        DEVICE void set(const unsigned (&bits)[COUNT]) {
 #pragma unroll
             for (int e = 0; e < COUNT; ++e) {
                 const float v = __uint_as_float(bits[e]);
+                const bool is_finite = fabsf(v) <= LARGEST;
                 large[e] = v == v ? to_tf32(v) : NOT_A_NUMBER;  // the TF32 bits of a NaN may be those of Inf
-                if (is_special(large[e]) && !is_special(bits[e])) large[e] = bits[e] & TF32_BITS;  // no overflow to Inf
-                finite[e] = is_special(large[e]) ? 0 : large[e];
-                small[e] = is_special(large[e]) ? 0 : to_tf32(v - __uint_as_float(large[e]));
+                finite[e] = is_finite ? large[e] : 0;
+                small[e] = to_tf32(is_finite ? v - __uint_as_float(large[e]) : 0);
             }
         }
     };
-    static constexpr unsigned EXPONENT_BITS = 0x7f800000, TF32_BITS = 0xffffe000, NOT_A_NUMBER = 0x7fffffff;
-    DEVICE static bool is_special(unsigned bits) { return (bits & EXPONENT_BITS) == EXPONENT_BITS; }
+    static constexpr float LARGEST = 0x1.fffffep127f;
+    static constexpr unsigned NOT_A_NUMBER = 0x7fffffff;
 
-    DEVICE static void multiply(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-        if constexpr (TENSOR_PRODUCTS == 3) {
-            const Parts<4> left(a);
-            const Parts<2> right(b);
-            multiply_16x8x8_tf32(d, left.small, right.finite);
-            multiply_16x8x8_tf32(d, left.finite, right.small);
-            multiply_16x8x8_tf32(d, left.large, right.large);
-        } else {
-            multiply_16x8x8_tf32(d, Rounded<4>(a).bits, Rounded<2>(b).bits);
-        }
+    template <int COUNT> using Operand = typename Selected<TENSOR_PRODUCTS == 3, Parts<COUNT>, Rounded<COUNT>>::Type;
+
+    DEVICE static void multiply(float (&d)[4], const Rounded<4>& a, const Rounded<2>& b) {
+        multiply_16x8x8_tf32(d, a.bits, b.bits);
+    }
+    DEVICE static void multiply(float (&d)[4], const Parts<4>& a, const Parts<2>& b) {
+        multiply_16x8x8_tf32(d, a.small, b.finite);
+        multiply_16x8x8_tf32(d, a.finite, b.small);
+        multiply_16x8x8_tf32(d, a.large, b.large);
     }
 };
 
@@ -269,14 +281,17 @@ template <class T> struct TensorProducts {
 #pragma unroll
         for (int k = 0; k < DEPTH / STEPS; ++k) {
             if (k + 1 < DEPTH / STEPS) read(a[(k + 1) % 2], b[(k + 1) % 2], left, right, k + 1);
+            typename Fragment::template Operand<4> of_rows[ROWS];  // each fragment is converted once
 #pragma unroll
-            for (int i = 0; i < ROWS; ++i)
+            for (int i = 0; i < ROWS; ++i) of_rows[i].set(a[k % 2][i]);
 #pragma unroll
-                for (int j = 0; j < COLUMNS; ++j) {
-                    const unsigned (&two)[4] = b[k % 2][j / 2];
-                    const unsigned one[2] = {two[j % 2 * 2], two[j % 2 * 2 + 1]};
-                    Fragment::multiply(accumulator[i][j], a[k % 2][i], one);
-                }
+            for (int j = 0; j < COLUMNS; ++j) {
+                const unsigned (&two)[4] = b[k % 2][j / 2];
+                typename Fragment::template Operand<2> of_columns;
+                of_columns.set({two[j % 2 * 2], two[j % 2 * 2 + 1]});
+#pragma unroll
+                for (int i = 0; i < ROWS; ++i) Fragment::multiply(accumulator[i][j], of_rows[i], of_columns);
+            }
         }
     }
     DEVICE void read(unsigned (&a)[ROWS][4], unsigned (&b)[COLUMNS / 2][4], const LeftTile& left, const RightTile& right,

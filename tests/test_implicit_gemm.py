@@ -337,11 +337,12 @@ def test_equal_terms_stay_within_the_bound(terms, precision, factor, arrays):
 
 
 LARGEST = np.finfo(np.float32).max
+ROUNDED_TO_INFINITY = np.uint32(0x7F7FF000).view(np.float32)  # the least number that TF32 would round to Inf
 SIGNALING = np.uint32(0x7F800001).view(np.float32)  # NaN whose mantissa bits are all below those of TF32
 
 
 @ON_KERNELS
-@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, SIGNALING, LARGEST, -LARGEST])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, SIGNALING, LARGEST, -LARGEST, ROUNDED_TO_INFINITY])
 @pytest.mark.parametrize("operand", ["x", "w"])
 def test_three_products_are_infinite_where_one_is(operand, value, arrays):
     """The low part of a number that is already TF32 is 0, and 0 times Inf is NaN."""
@@ -352,6 +353,20 @@ def test_three_products_are_infinite_where_one_is(operand, value, arrays):
     given = arrays.asarray(x), arrays.asarray(w)
     result = arrays.asnumpy(gpuconv.conv(*given, algorithm="implicit_gemm", precision="tf32x3"))
     np.testing.assert_allclose(result, expected, rtol=1e-6)
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, LARGEST, -LARGEST, ROUNDED_TO_INFINITY])
+def test_the_largest_numbers_are_not_rounded_to_infinity_in_tf32(value, arrays):
+    """Other weights of data_grad are 0, and 0 times Inf is NaN."""
+    w = np.zeros((4, 8, 3), np.float32)
+    w[:, :, 1], w[0, 0, 0] = 1, value
+    dy = np.full((1, 4, 16), 2.0**-100, np.float32)
+    options = {"padding": 1, "algorithm": "implicit_gemm", "precision": "tf32"}
+    result = arrays.asnumpy(gpuconv.conv_data_grad(arrays.asarray(dy), arrays.asarray(w), (1, 8, 16), **options))
+    with np.errstate(invalid="ignore"):
+        expected = reference.data_grad(dy.astype(float), w.astype(float), (1, 8, 16), (1,), ((1, 1),), (1,))
+    np.testing.assert_allclose(result, expected.astype(np.float32), rtol=1e-3)
 
 
 @combinations(arrays=["checked"], precision=["tf32", "tf32x3"])

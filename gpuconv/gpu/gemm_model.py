@@ -45,6 +45,7 @@ ISSUED = 4  # instructions of warps that it issues in a clock cycle
 # Instructions of a thread for a vector and for an element that it copies to shared memory, and of an iteration of the
 # main loop beside copies, products and loads of their operands.
 VECTOR, ELEMENT, ITERATION = 8, 11, 75
+CONVERSION = {1: 5, 3: 16}  # instructions that convert an element for one product of TF32, and for the three of tf32x3
 PROLOGUE, OUTPUT = 400, 3.5  # instructions of a thread: before the main loop, and for a sum in the epilogue
 LATENCY = 800  # clock cycles until the first tile has come from global memory
 BARRIER = 30  # clock cycles of the barrier of an iteration, in which other blocks continue
@@ -104,9 +105,9 @@ def _instructions(products: Products, tile: GemmTile, depth: int) -> float:
     size, sums = products.element.itemsize, tile.warp_rows * tile.warp_columns
     if products.tensor_products:
         of_one = 8 * 8 * 4 if size == 8 else 16 * 8 * 32 / size  # multiply-adds of an instruction
-        return (
-            sums * depth * products.tensor_products / of_one + (tile.warp_rows + tile.warp_columns) * depth * size / 512
-        )
+        elements = (tile.warp_rows + tile.warp_columns) * depth
+        converted = CONVERSION[products.tensor_products] * elements / WARP if size == 4 else 0
+        return sums * depth * products.tensor_products / of_one + elements * size / 512 + converted
     lanes = tile.warp_rows / 4 + tile.warp_columns / 8  # rows and columns of a lane, which loads 16 bytes at a time
     return sums * depth / WARP * (4 if products.element.kind == "c" else 1) + lanes * depth * size / 16
 

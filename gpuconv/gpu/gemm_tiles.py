@@ -86,8 +86,8 @@ _DEEP_TILES = (
     GemmTile(128, 64, 64, 32, is_deep=True),
     GemmTile(64, 64, 32, 32, is_deep=True),
 )
-# For tf32x3: larger parts of a warp spill registers on sm_100 and sm_120.
-_SPLIT_TENSOR_TILES = (GemmTile(32, 32, 16, 16),)
+# For tf32x3, whose operands are in registers three times: larger parts of a warp would spill.
+_SPLIT_TENSOR_TILES = (GemmTile(128, 64, 32, 32), GemmTile(64, 64, 32, 32), GemmTile(32, 32, 16, 16))
 _DOUBLE_TENSOR_TILES = (GemmTile(64, 64, 32, 32), GemmTile(32, 32, 16, 16))
 _PLAIN_TILES = {
     4: (

@@ -31,6 +31,7 @@ enum ProductKind { F16_K8, F16_K16, BF16_K16, TF32_K8 };
 // ---------------------------------------------------------------------------------------------- functions
 // The built-in names are used because g++ takes about as long to read <cmath> as to compile a small kernel.
 
+EMULATED_INLINE float fabsf(float v) { return __builtin_fabsf(v); }
 EMULATED_INLINE float exp(float v) { return __builtin_expf(v); }
 EMULATED_INLINE float tanh(float v) { return __builtin_tanhf(v); }
 EMULATED_INLINE double exp(double v) { return __builtin_exp(v); }
@@ -52,10 +53,9 @@ EMULATED_INLINE bfloat16 to_bfloat16(float f) {
     const bool up = cut > 0x8000u || (cut == 0x8000u && odd);
     return {static_cast<unsigned short>((u >> 16) + up)};
 }
-// The result of the instruction for a NaN whose set bits are all below those of TF32 is undocumented; here it is Inf.
 EMULATED_INLINE unsigned to_tf32(float f) {
-    const unsigned u = __float_as_uint(f);
-    return __builtin_isfinite(f) ? (u + 0x1000u) & 0xffffe000u : u & 0xffffe000u;  // to the nearest, ties away from zero
+    const unsigned u = __float_as_uint(f), rounded = u + 0x1000u;  // to the nearest, ties away from zero
+    return (__builtin_isfinite(f) && __builtin_isfinite(__uint_as_float(rounded)) ? rounded : u) & 0xffffe000u;
 }
 
 // ---------------------------------------------------------------------------------------------- atomic addition
