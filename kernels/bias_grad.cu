@@ -54,7 +54,7 @@ bias_grad(const First* dy_values, const First* dy_y, Sum* partial, Index images,
 }
 
 // Second pass. A block computes LANES channels of db. A thread owns one channel and every ROWS-th split; the order of the
-// additions depends on the shapes alone. The sum is rounded once.
+// additions depends on the shapes alone.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 bias_grad_sum(const Sum* partial, Result* db, Index splits, Index channels) {
     const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES;

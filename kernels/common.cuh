@@ -15,6 +15,8 @@
 //                  are Axis and Phase
 //   WeightTiles    counts of tiles of its weight_grad, and extents
 //   Elements       the elements that a launch of split_sum.cu computes
+//   Block          what a block of depthwise.cu owns, and where its arrays are in shared memory
+//   Items          extents by which depthwise.cu numbers the elements of a region or the strips of a block
 
 // ---------------------------------------------------------------------------------------------- numbers
 
@@ -37,6 +39,11 @@ template <> struct Converted<bfloat16> {
 template <class T> struct Converted<Complex<T>> {
     template <class From> static DEVICE Complex<T> from(From v) { return {T(real_of(v)), T(0)}; }
     template <class From> static DEVICE Complex<T> from(Complex<From> v) { return {T(v.real), T(v.imag)}; }
+};
+
+// COUNT elements that are loaded or stored at once.
+template <class T, int COUNT> struct __align__(COUNT * sizeof(T) % 16 == 0 ? 16 : COUNT * sizeof(T)) Numbers {
+    T v[COUNT];
 };
 
 // to += v

@@ -18,7 +18,8 @@
 // are not stored, and have no products: zeros times infinite weights would be NaN. Every order of summation is fixed.
 //
 // Constants, in addition to those of common.cuh:
-//   Element        type of x (and dy) in shared memory: its own if elements are used as they are, else Sum
+//   Element        type of x (and dy) in shared memory: that of both operands if they share one and are used as they are,
+//                  else Sum
 //   VECTOR         elements of a load: along the channels, or along whole planes of all channels (LINEAR); or 1
 //   CHANNELS       channels of a thread: more than 1 only if groups have one channel and one filter
 //   STRIP          outputs of a thread along the slide axis (axis 1)
@@ -27,11 +28,6 @@
 //   THREADS
 
 constexpr bool LINEAR = VECTOR > 1 && CHANNELS == 1;
-
-// COUNT elements that are loaded or stored at once.
-template <class T, int COUNT> struct __align__(COUNT * sizeof(T) % 16 == 0 ? 16 : COUNT * sizeof(T)) Vector {
-    T v[COUNT];
-};
 
 // Returns an element as it is stored in shared memory.
 template <class T> DEVICE Element element_of(T v) { return Converted<Element>::from(Converted<Sum>::from(v)); }
@@ -74,7 +70,7 @@ DEVICE Index take_position(int (&at)[3], Index i, const Items& items) {
 
 // Returns the i-th place of a part with the extents of `items`.
 DEVICE Local place_in(Index i, const Items& items, int channels_innermost) {
-    Local place = {};
+    Local place;
     if (channels_innermost) place.channel = int(take_digit(i, items.extent[3]));
     i = take_position(place.at, i, items);
     if (!channels_innermost) place.channel = int(take_digit(i, items.extent[3]));
@@ -87,9 +83,10 @@ DEVICE int count_of(const Items& items) {
     return int(items.extent[0].value * items.extent[1].value * items.extent[2].value);
 }
 
+// Returns whether a place of one of the images of a part lies in it.
 DEVICE bool contains(const Local& extent, const Local& place) {
-    return place.n < extent.n && place.channel < extent.channel && place.at[0] < extent.at[0]
-        && place.at[1] < extent.at[1] && place.at[2] < extent.at[2];
+    return place.channel < extent.channel && place.at[0] < extent.at[0] && place.at[1] < extent.at[1]
+        && place.at[2] < extent.at[2];
 }
 
 // Returns the strides of a dense array with channels innermost or outermost.
@@ -139,15 +136,15 @@ DEVICE Part inputs_of(const Part& outputs, Index group, const Convolution& conv,
 
 // Loads VECTOR elements of an operand into shared memory.
 template <class T> DEVICE void load_vector(Element* to, const Operand<T>& from, Index at) {
-    const Vector<T, VECTOR> values = *reinterpret_cast<const Vector<T, VECTOR>*>(from.values + at);
-    Vector<Element, VECTOR> elements;
+    const Numbers<T, VECTOR> values = *reinterpret_cast<const Numbers<T, VECTOR>*>(from.values + at);
+    Numbers<Element, VECTOR> elements;
 #pragma unroll
     for (int k = 0; k < VECTOR; ++k) {
         elements.v[k] = element_of(values.v[k]);
         if (from.conjugated) elements.v[k] = conjugate(elements.v[k]);
         if (from.derivative != IDENTITY) elements.v[k] = Converted<Element>::from(from[at + k]);
     }
-    *reinterpret_cast<Vector<Element, VECTOR>*>(to) = elements;
+    *reinterpret_cast<Numbers<Element, VECTOR>*>(to) = elements;
 }
 
 // Loads a part of an operand into shared memory. The threads of a warp load consecutive elements. `items` has the extents
@@ -174,37 +171,42 @@ DEVICE void load_part(const Stored& to, const Operand<T>& from, const Images& fr
     }
 }
 
+// Sets the tap with a number. Taps that differ in the last axis have neighbouring numbers.
+DEVICE void set_tap(Index (&tap)[3], Index number, const Convolution& conv) {
+    tap[2] = number % conv.kernel[2];
+    tap[1] = number / conv.kernel[2] % conv.kernel[1];
+    tap[0] = number / conv.kernel[2] / conv.kernel[1];
+}
+
 // Loads the weights of some filters: weights[(tap * C + c) * filters + q], where `filters` are those of a full block. They
-// are read in the order of memory: taps vary faster than filters or more slowly, and may be reversed.
+// are read in the order of memory: taps vary faster than filters or more slowly.
 DEVICE void load_weights(Sum* weights, const Operand<Second>& w, const Weights& w_at, const Convolution& conv,
                          const Part& outputs, const Block& box) {
     const int filters = int(box.groups * conv.F), count = outputs.count.channel, channels = int(conv.C);
-    const int taps = int(conv.kernel[0] * conv.kernel[1] * conv.kernel[2]), columns = int(conv.kernel[2]);
-    const bool reversed = w_at.axis[0] < 0 || w_at.axis[1] < 0 || w_at.axis[2] < 0;
+    const int taps = int(conv.kernel[0] * conv.kernel[1] * conv.kernel[2]);
     for (int i = threadIdx.x; i < taps * channels * count; i += THREADS) {
         const int q = box.taps_innermost ? i / (taps * channels) : i % count;
         const int c = box.taps_innermost ? i / taps % channels : i / count % channels;
-        int tap = box.taps_innermost ? i % taps : i / (count * channels);
-        if (reversed) tap = taps - 1 - tap;
+        const int tap = box.taps_innermost ? i % taps : i / (count * channels);
         const Index filter = outputs.first.channel + q;
-        const WeightPlace place = {filter / conv.F, c, filter % conv.F,
-                                   {tap / columns / conv.kernel[1], tap / columns % conv.kernel[1], tap % columns}};
+        WeightPlace place = {filter / conv.F, c, filter % conv.F, {}};
+        set_tap(place.tap, tap, conv);
         weights[(tap * channels + c) * filters + q] = w[place.offset(w_at)];
     }
 }
 
 // Reads and writes the numbers of CHANNELS neighbouring channels in shared memory.
 template <class T> DEVICE void read_channels(Sum (&to)[CHANNELS], const T* from) {
-    const Vector<T, CHANNELS> values = *reinterpret_cast<const Vector<T, CHANNELS>*>(from);
+    const Numbers<T, CHANNELS> values = *reinterpret_cast<const Numbers<T, CHANNELS>*>(from);
 #pragma unroll
     for (int k = 0; k < CHANNELS; ++k) to[k] = Converted<Sum>::from(values.v[k]);
 }
 
 DEVICE void write_channels(Sum* to, const Sum (&from)[CHANNELS]) {
-    Vector<Sum, CHANNELS> values;
+    Numbers<Sum, CHANNELS> values;
 #pragma unroll
     for (int k = 0; k < CHANNELS; ++k) values.v[k] = from[k];
-    *reinterpret_cast<Vector<Sum, CHANNELS>*>(to) = values;
+    *reinterpret_cast<Numbers<Sum, CHANNELS>*>(to) = values;
 }
 
 // ---------------------------------------------------------------------------------------------- forward
@@ -277,22 +279,22 @@ DEVICE void store_strip(Result* to, Index step, int rows, const Sum (&sums)[STRI
 #pragma unroll
     for (int o = 0; o < STRIP; ++o) {
         if (o >= rows) continue;
-        Vector<Result, CHANNELS> results;
+        Numbers<Result, CHANNELS> results;
 #pragma unroll
         for (int k = 0; k < CHANNELS; ++k) finish(results.v, k, sums[o][k], bias, channel + k, options);
-        *reinterpret_cast<Vector<Result, CHANNELS>*>(to + o * step) = results;
+        *reinterpret_cast<Numbers<Result, CHANNELS>*>(to + o * step) = results;
     }
 }
 
 // Stores the outputs of a block from shared memory: the planes of all channels are contiguous.
 DEVICE void store_planes(Result* to, Index step, const Result* from, const Steps& from_at, const Local& count) {
-    constexpr int WIDTH = sizeof(Result) < 16 ? 16 / sizeof(Result) : 1;
+    constexpr int WIDTH = 16 / sizeof(Result);
     const int length = count.channel * from_at.channel;
     for (int n = 0; n < count.n; ++n)
 #pragma unroll 2
         for (int i = threadIdx.x * WIDTH; i < length; i += THREADS * WIDTH)
-            *reinterpret_cast<Vector<Result, WIDTH>*>(to + n * step + i) =
-                *reinterpret_cast<const Vector<Result, WIDTH>*>(from + n * from_at.image + i);
+            *reinterpret_cast<Numbers<Result, WIDTH>*>(to + n * step + i) =
+                *reinterpret_cast<const Numbers<Result, WIDTH>*>(from + n * from_at.image + i);
 }
 
 // y = conv(x, w) with bias and activation. A block computes a box of outputs of some images and some groups. A thread
@@ -411,7 +413,8 @@ DEVICE void add_box(Sum (&sums)[TAPS][CHANNELS], const Owned& owned, const Store
     }
 }
 
-// Index of a weight in the order of dw in memory, so that neighbouring threads access neighbouring elements.
+// Index of a weight in the partial sums of a split. Taps vary fastest if they do in dw, so that the threads which read the
+// sums of neighbours store neighbouring elements.
 DEVICE Index weight_index(Index pair, Index tap, const Convolution& conv, const Block& box) {
     const Index taps = conv.kernel[0] * conv.kernel[1] * conv.kernel[2], pairs = conv.G * conv.C * conv.F;
     return box.taps_innermost ? pair * taps + tap : tap * pairs + pair;
@@ -419,13 +422,12 @@ DEVICE Index weight_index(Index pair, Index tap, const Convolution& conv, const 
 
 // Rounds a sum and stores it in dw.
 DEVICE void store_weight(Result* dw, Index pair, Index tap, Sum sum, const Weights& dw_at, const Convolution& conv) {
-    const Index columns = conv.kernel[2];
-    const WeightPlace place = {pair / (conv.C * conv.F), pair / conv.F % conv.C, pair % conv.F,
-                               {tap / columns / conv.kernel[1], tap / columns % conv.kernel[1], tap % columns}};
+    WeightPlace place = {pair / (conv.C * conv.F), pair / conv.F % conv.C, pair % conv.F, {}};
+    set_tap(place.tap, tap, conv);
     dw[place.offset(dw_at)] = Converted<Result>::from(sum);
 }
 
-// First pass of weight_grad. A block computes all taps, or `box.columns` columns of taps, of some groups, and sums over a
+// A block computes all taps, or `box.columns` columns of taps, of some groups, and sums over a
 // split: the boxes [split * length, (split + 1) * length) of all images. Several threads share the boxes of each weight;
 // their sums are added in shared memory. If there is one split, its sums are stored in dw, otherwise in partial[split].
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -471,11 +473,12 @@ depthwise_weight_grad(const First* dy_values, const First* dy_y, const Second* x
         for (int r = 0; r < TAPS; ++r)
             write_channels(table + (share * taps + (owned.column - first_column) * TAPS + r) * pairs + owned.pair, sums[r]);
     __syncthreads();  // the sums of all shares are in the table
-    const int chunks = int(conv.kernel[1] / TAPS), columns = int(conv.kernel[2]), all_taps = all_columns * TAPS;
+    const int chunks = int(conv.kernel[1] / TAPS), all_taps = all_columns * TAPS;
     for (int i = threadIdx.x; i < pairs * all_taps; i += THREADS) {
         const int pair = box.taps_innermost ? i / all_taps : i % pairs, tap = box.taps_innermost ? i % all_taps : i / pairs;
-        const int row = tap / columns % int(conv.kernel[1]), depth = tap / columns / int(conv.kernel[1]);
-        const int column = (depth * columns + tap % columns) * chunks + row / TAPS - first_column;
+        Index at[3];
+        set_tap(at, tap, conv);
+        const int row = int(at[1]), column = int(at[0] * conv.kernel[2] + at[2]) * chunks + row / TAPS - first_column;
         const Index whole_pair = group * conv.C * conv.F + pair;
         if (column < 0 || column >= box.columns || whole_pair >= conv.G * conv.C * conv.F) continue;
         Sum sum = {};
@@ -486,28 +489,4 @@ depthwise_weight_grad(const First* dy_values, const First* dy_y, const Second* x
         else
             partial[split * (conv.G * conv.C * conv.F * all_taps) + weight_index(whole_pair, tap, conv, box)] = sum;
     }
-}
-
-// Second pass of weight_grad: adds the partial sums of all splits, in the order of the splits, to `total` if earlier images
-// have one, and stores the result in dw. A block computes LANES weights. A thread sums every ROWS-th split.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-depthwise_weight_grad_sum(const Sum* partial, Sum* total, Result* dw, Convolution conv, Weights dw_at, Block box,
-                          Index splits, Index adds) {
-    constexpr int LANES = 32, ROWS = THREADS / LANES;
-    __shared__ Sum sums[ROWS][LANES];
-    const Index taps = conv.kernel[0] * conv.kernel[1] * conv.kernel[2], pairs = conv.G * conv.C * conv.F;
-    const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES;
-    const Index i = Index(blockIdx.x) * LANES + lane;
-    Sum sum = {};
-    if (i < taps * pairs)
-        for (Index split = row; split < splits; split += ROWS) add(sum, partial[split * (taps * pairs) + i]);
-    sums[row][lane] = sum;
-    __syncthreads();  // the sums of all rows are stored
-    if (row > 0 || i >= taps * pairs) return;
-    Sum whole = {};
-    if (adds) whole = total[i];
-    for (int other = 0; other < ROWS; ++other) add(whole, sums[other][lane]);
-    total[i] = whole;
-    const Index pair = box.taps_innermost ? i / taps : i % pairs, tap = box.taps_innermost ? i % taps : i / pairs;
-    store_weight(dw, pair, tap, whole, dw_at, conv);
 }

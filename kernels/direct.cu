@@ -7,10 +7,9 @@
 //   weight_grad  dw[t, c, f] = sum over n, o of x[n, o * stride + t * dilation - low, c] dy[n, o, f]
 //
 // A thread owns one element of the result and gathers its products. In weight_grad it owns one element and one split
-// of the outputs (split-K; a split is called `slice` in the code), and a second kernel adds the splits in order.
-// Every order of summation is fixed by the shapes, so the same call returns the same bits. In forward and data_grad
-// the products of one tap have an accumulator of their own, because two-level summation reduces the rounding error of
-// long sums.
+// of the outputs (split-K), and split_sum.cu adds the splits in a fixed order. Every order of summation is fixed by the shapes,
+// so the same call returns the same bits. In forward and data_grad the products of one tap have an accumulator of their
+// own, because two-level summation reduces the rounding error of long sums.
 //
 // Constants: THREADS. Arrays may have any strides.
 
@@ -108,17 +107,17 @@ direct_data_grad(const First* dy_values, const First* dy_y, const Second* w_valu
     finish(dx, in.offset(dx_at), total, bias, in.g * conv.C + in.channel, options);
 }
 
-// First pass of weight_grad. partial[slice][element of dw] is the sum over the outputs
-// [slice * length, (slice + 1) * length) of all N M P Q. A block computes THREADS consecutive elements of `partial`.
+// First pass of weight_grad. partial[split][element of dw] is the sum over the outputs
+// [split * length, (split + 1) * length) of all N M P Q. A block computes THREADS consecutive elements of `partial`.
 // A thread owns one of them: one weight and one split of the outputs.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 direct_weight_grad(const First* dy_values, const First* dy_y, const Second* x_values, const Second* x_y, Sum* partial,
-                   Convolution conv, Images dy_at, Images x_at, Index slices, Index length, Options options) {
+                   Convolution conv, Images dy_at, Images x_at, Index splits, Index length, Options options) {
     const Operand<First> dy = {dy_values, dy_y, options.first_conjugated, options.first_derivative};
     const Operand<Second> x = {x_values, x_y, options.second_conjugated, options.second_derivative};
     const Index weights = conv.G * conv.kernel[0] * conv.kernel[1] * conv.kernel[2] * conv.C * conv.F;
     const Index i = Index(blockIdx.x) * THREADS + threadIdx.x;
-    if (i >= slices * weights) return;
+    if (i >= splits * weights) return;
     const WeightPlace at = weight_place_of(i % weights, conv);
     const Index first = i / weights * length;
     const Index outputs = conv.N * conv.output[0] * conv.output[1] * conv.output[2];
@@ -143,15 +142,4 @@ direct_weight_grad(const First* dy_values, const First* dy_y, const Second* x_va
         }
     }
     partial[i] = sum;
-}
-
-// Second pass of weight_grad: adds the partial sums of all splits to `total`, in the order of the splits. A block
-// computes THREADS consecutive weights. A thread owns one of them.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-direct_weight_grad_sum(const Sum* partial, Sum* total, Index slices, Index weights) {
-    const Index i = Index(blockIdx.x) * THREADS + threadIdx.x;
-    if (i >= weights) return;
-    Sum sum = total[i];
-    for (Index slice = 0; slice < slices; ++slice) add(sum, partial[slice * weights + i]);
-    total[i] = sum;
 }

@@ -1,5 +1,5 @@
-// Implicit GEMM: a convolution is computed as a product of two matrices. The left one has windows as its rows and is
-// never stored in memory; its tiles are gathered when they are needed.
+// Implicit GEMM: a convolution is computed as a product of two matrices. The left one consists of windows and is never
+// stored in memory; its tiles are gathered when they are needed.
 //
 //                  rows                       depth (reduction)           columns       left     right
 //   forward        outputs (n, o)             taps and channels (t, c)    filters f     x        w

@@ -28,17 +28,12 @@ struct Cell { int row, column; };
 DEVICE Cell cell_by_columns(int e, int columns) { return {e / (8 * columns) * 8 + e % 8, e / 8 % columns}; }
 DEVICE Cell cell_by_rows(int e, int columns) { return {e / columns, e % columns}; }
 
-// COUNT consecutive elements of shared memory, aligned for the widest vectorised access that COUNT and their type
-// allow. Scalar accesses would cause bank conflicts between threads whose rows are far apart.
-template <int COUNT> struct __align__(COUNT * sizeof(Sum) % 16 == 0 ? 16 : COUNT * sizeof(Sum) % 8 == 0 ? 8 : 4) Numbers {
-    Sum v[COUNT];
-};
-
-// sum[i][j] += a[i] b[j]
+// sum[i][j] += a[i] b[j]. Rows are read as vectors, because scalar accesses of threads whose rows are far apart would have
+// bank conflicts.
 template <int ROWS, int COLUMNS>
 DEVICE void add_outer_product(Sum (&sum)[ROWS][COLUMNS], const Sum* a_row, const Sum* b_row) {
-    const Numbers<ROWS> a = *reinterpret_cast<const Numbers<ROWS>*>(a_row);
-    const Numbers<COLUMNS> b = *reinterpret_cast<const Numbers<COLUMNS>*>(b_row);
+    const Numbers<Sum, ROWS> a = *reinterpret_cast<const Numbers<Sum, ROWS>*>(a_row);
+    const Numbers<Sum, COLUMNS> b = *reinterpret_cast<const Numbers<Sum, COLUMNS>*>(b_row);
 #pragma unroll
     for (int i = 0; i < ROWS; ++i)
 #pragma unroll
@@ -47,8 +42,8 @@ DEVICE void add_outer_product(Sum (&sum)[ROWS][COLUMNS], const Sum* a_row, const
 
 // Adds COUNT values to a row of sums in shared memory. No other thread may access these sums at the same time.
 template <int COUNT> DEVICE void add_to_row(Sum* row, const Sum (&values)[COUNT]) {
-    Numbers<COUNT>* const to = reinterpret_cast<Numbers<COUNT>*>(row);
-    Numbers<COUNT> numbers = *to;
+    Numbers<Sum, COUNT>* const to = reinterpret_cast<Numbers<Sum, COUNT>*>(row);
+    Numbers<Sum, COUNT> numbers = *to;
     for (int j = 0; j < COUNT; ++j) add(numbers.v[j], values[j]);
     *to = numbers;
 }
@@ -57,7 +52,7 @@ template <int COUNT> DEVICE void add_to_row(Sum* row, const Sum (&values)[COUNT]
 // `fours` says that all COUNT exist, are contiguous and can be added by one float4 addition. Zero sums are skipped,
 // because they would not change the result; elements that no product reached are among them.
 template <int COUNT, class T> DEVICE void flush(T* to, const T* row, Index left, Index step, bool fours) {
-    const Numbers<COUNT> sums = *reinterpret_cast<const Numbers<COUNT>*>(row);
+    const Numbers<T, COUNT> sums = *reinterpret_cast<const Numbers<T, COUNT>*>(row);
     if constexpr (COUNT == 4 && sizeof(T) == sizeof(float)) {
         if (fours) {
             const float4 four = make_float4(sums.v[0], sums.v[1], sums.v[2], sums.v[3]);
@@ -199,21 +194,21 @@ scatter_data_grad(const First* dy_values, const First* dy_y, const Second* w_val
 // ---------------------------------------------------------------------------------------------- weight_grad
 //
 // A block owns TILE_ROWS rows (a row is a tap and a channel) and WIDTH filters of one group, and one split of all
-// outputs (split-K; a split is called `slice` in the code). The sum over the split is a matrix product with the result
-// rows x filters, computed DEPTH outputs at a time:
+// outputs (split-K). The sum over the split is a matrix product with the result rows x filters, computed DEPTH outputs at a
+// time:
 //
 //     x_tile  DEPTH x rows     dy_tile  DEPTH x filters       sum  rows x filters
 //         . . . . . .              . . .                          . . .
 //         . . . . . .              . . .          +=              . . .     then one atomic addition
 //         . . . . . .              . . .                          . . .     for each element
 //
-// Where one thread per THREAD_ROWS x THREAD_CHANNELS elements leaves threads over, the block has SPLITS teams of
-// threads. A team accumulates every SPLITS-th output, and the sums of the teams are added in shared memory.
+// Where one thread per THREAD_ROWS x THREAD_CHANNELS elements leaves threads over, the block has TEAMS teams of
+// threads. A team accumulates every TEAMS-th output, and the sums of the teams are added in shared memory.
 
 constexpr int THREAD_ROWS = 4;
 constexpr int ROW_THREADS = TILE_ROWS / THREAD_ROWS;
-constexpr int SPLITS = THREADS / (ROW_THREADS * CHANNEL_THREADS);
-static_assert(SPLITS * ROW_THREADS * CHANNEL_THREADS == THREADS, "teams of threads share the block evenly");
+constexpr int TEAMS = THREADS / (ROW_THREADS * CHANNEL_THREADS);
+static_assert(TEAMS * ROW_THREADS * CHANNEL_THREADS == THREADS, "teams of threads share the block evenly");
 
 // A block computes the contribution of its split of the outputs to a tile of TILE_ROWS x WIDTH elements of dw. A
 // thread owns THREAD_ROWS x THREAD_CHANNELS accumulators of its team. The main loop runs over DEPTH outputs at a
@@ -221,7 +216,7 @@ static_assert(SPLITS * ROW_THREADS * CHANNEL_THREADS == THREADS, "teams of threa
 // tiles, groups and splits.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 scatter_weight_grad(const First* dy_values, const First* dy_y, const Second* x_values, const Second* x_y, Sum* dw,
-                    Convolution conv, Images dy_at, Images x_at, Weights dw_at, Index slices, Index length,
+                    Convolution conv, Images dy_at, Images x_at, Weights dw_at, Index splits, Index length,
                     Options options) {
     __shared__ __align__(16) Sum x_tile[DEPTH][TILE_ROWS + PAD];
     __shared__ __align__(16) Sum dy_tile[DEPTH][WIDTH + (WIDTH % 32 == 0 ? PAD : 0)];
@@ -236,7 +231,7 @@ scatter_weight_grad(const First* dy_values, const First* dy_y, const Second* x_v
     const int thread = threadIdx.x;
     const int filter_of_thread = thread % CHANNEL_THREADS * THREAD_CHANNELS;                // [0, WIDTH)
     const int row_of_thread = thread / CHANNEL_THREADS % ROW_THREADS * THREAD_ROWS;         // [0, TILE_ROWS)
-    const int split = thread / (CHANNEL_THREADS * ROW_THREADS);                             // [0, SPLITS)
+    const int own_team = thread / (CHANNEL_THREADS * ROW_THREADS);                          // [0, TEAMS)
 
     const Index rows = conv.kernel[0] * conv.kernel[1] * conv.kernel[2] * conv.C;
     const Index row_tiles = ceil_div(rows, TILE_ROWS), filter_tiles = ceil_div(conv.F, WIDTH);
@@ -246,9 +241,9 @@ scatter_weight_grad(const First* dy_values, const First* dy_y, const Second* x_v
     const Index row0 = block % row_tiles * TILE_ROWS;
     block /= row_tiles;
     const Index g = block % conv.G;
-    const Index slice = block / conv.G;  // [0, slices)
+    const Index split = block / conv.G;  // [0, splits)
     const Index outputs = conv.N * conv.output[0] * conv.output[1] * conv.output[2];
-    const Index last = slice == slices - 1 ? outputs : (slice + 1) * length;
+    const Index last = split == splits - 1 ? outputs : (split + 1) * length;
 
     for (int j = thread; j < TILE_ROWS && row0 + j < rows; j += THREADS) {
         const WeightPlace at = weight_place_of((row0 + j) * conv.F, conv);
@@ -262,7 +257,7 @@ scatter_weight_grad(const First* dy_values, const First* dy_y, const Second* x_v
     for (int e = thread; e < TILE_ROWS * WIDTH; e += THREADS) total[e / WIDTH][e % WIDTH] = Sum{};
 
     Sum sum[THREAD_ROWS][THREAD_CHANNELS] = {};
-    for (Index first = slice * length; first < last; first += DEPTH) {
+    for (Index first = split * length; first < last; first += DEPTH) {
         const int depth = last - first < DEPTH ? int(last - first) : DEPTH;
         for (int k = thread; k < depth; k += THREADS) {
             Place o = place_of(first + k, conv.output, 1, 1, false);
@@ -290,14 +285,14 @@ scatter_weight_grad(const First* dy_values, const First* dy_y, const Second* x_v
             if (k < depth) dy_tile[k][f] = f0 + f < conv.F ? dy[dy_offset[k] + (f0 + f) * dy_at.channel] : Sum{};
         }
         __syncthreads();  // the tiles are whole
-        for (int k = split; k < depth; k += SPLITS)
+        for (int k = own_team; k < depth; k += TEAMS)
             add_outer_product(sum, &x_tile[k][row_of_thread], &dy_tile[k][filter_of_thread]);
     }
 
     // The teams add one after the other. Within a team no two threads own the same element.
-    for (int team = 0; team < SPLITS; ++team) {
+    for (int team = 0; team < TEAMS; ++team) {
         __syncthreads();  // the team before has added its sums (and total is set)
-        if (team != split) continue;
+        if (team != own_team) continue;
         for (int i = 0; i < THREAD_ROWS; ++i) add_to_row(&total[row_of_thread + i][filter_of_thread], sum[i]);
     }
     __syncthreads();  // total is complete

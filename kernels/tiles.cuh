@@ -32,11 +32,6 @@ template <int LINES_, int LENGTH_, int TURN> struct __align__(16) Tile {
     DEVICE const Element& at(int line, int i) const { return elements[place(line, i)]; }
 };
 
-// COUNT elements, aligned for vectorised loads and stores.
-template <class T, int COUNT> struct __align__(COUNT * sizeof(T) % 16 == 0 ? 16 : COUNT * sizeof(T)) Numbers {
-    T v[COUNT];
-};
-
 // The coordinate of a row, a column or a step in an operand, with a predicate. The element of the matrix at a row and
 // a step has the sum of their offsets. in_bounds() returns whether it is in the image and not in the padding. set()
 // sets the position and the predicate bits.

@@ -19,6 +19,9 @@ BEYOND_TILE = "rows, columns and steps beyond a whole tile are not looked at, wh
 EQUAL = "where the two are equal, either is the smaller one"
 BOTH_PARTS = "zero times infinity is no number in both of its parts"
 RECOMPUTED = "sums that are formed again of the same products without need are the same"
+MORE_ROWS = "a row further on is read, but no output and tap of the strip meet there"
+LOADED = "more inputs are loaded than needed, but none beyond the image or the region"
+WHOLE_VECTORS = "the length is a multiple of a vector of several elements, so none begins at its last element"
 
 EQUIVALENT = {
     # ----------------------------------------------------------------------------------------- common.cuh
@@ -39,16 +42,6 @@ EQUIVALENT = {
         "if (remainder < 0 - 1) {",
     ): "-1 is as little 0 as what it becomes, and quotient * stride + remainder stays exact, so later taps agree",
     # ----------------------------------------------------------------------------------------- scatter.cu
-    (
-        "scatter.cu",
-        "template <int COUNT> struct __align__(COUNT * sizeof(Sum) % 16 == 0 ? 16 : COUNT * sizeof(Sum) % 8 == 0 ? 8 : 4) Numbers {",
-        "template <int COUNT> struct __align__(COUNT * sizeof(Sum) % 16 == 0 && false ? 16 : COUNT * sizeof(Sum) % 8 == 0 ? 8 : 4) Numbers {",
-    ): ALIGNMENT,
-    (
-        "scatter.cu",
-        "template <int COUNT> struct __align__(COUNT * sizeof(Sum) % 16 == 0 ? 16 : COUNT * sizeof(Sum) % 8 == 0 ? 8 : 4) Numbers {",
-        "template <int COUNT> struct __align__(COUNT * sizeof(Sum) % 16 == 0 ? 16 : COUNT * sizeof(Sum) % 8 == 0 && false ? 8 : 4) Numbers {",
-    ): ALIGNMENT,
     (
         "scatter.cu",
         "for (Index f0 = 0; f0 < conv.F; f0 += CHUNK) {",
@@ -91,8 +84,8 @@ EQUIVALENT = {
     ): ONE_ROUND,
     (
         "scatter.cu",
-        "for (Index first = slice * length; first < last; first += DEPTH) {",
-        "for (Index first = slice * length; first <= last; first += DEPTH) {",
+        "for (Index first = split * length; first < last; first += DEPTH) {",
+        "for (Index first = split * length; first <= last; first += DEPTH) {",
     ): "one more chunk, of no outputs: nothing is loaded or added",
     (
         "scatter.cu",
@@ -116,8 +109,8 @@ EQUIVALENT = {
     ): "the cell beyond the last is in row DEPTH, which is not less than depth",
     (
         "scatter.cu",
-        "for (int team = 0; team < SPLITS; ++team) {",
-        "for (int team = 0; team <= SPLITS; ++team) {",
+        "for (int team = 0; team < TEAMS; ++team) {",
+        "for (int team = 0; team <= TEAMS; ++team) {",
     ): "one more round, of a team that no thread is in",
     # ----------------------------------------------------------------------------------------- tiles.cuh
     (
@@ -481,4 +474,101 @@ EQUIVALENT = {
         "const Index last = first + length < images * chunks ? first + length : images * chunks;",
         "const Index last = first + length <= images * chunks ? first + length : images * chunks;",
     ): EQUAL,
+    # ---------------------------------------------------------------------------------------------- split_sum.cu
+    (
+        "split_sum.cu",
+        "if constexpr (ROWS > 1) {",
+        "if constexpr (ROWS >= 1) {",
+    ): "with one row its sum is stored in shared memory, too, and not read",
+    # ---------------------------------------------------------------------------------------------- depthwise.cu
+    (
+        "depthwise.cu",
+        "DEVICE Index smaller(Index a, Index b) { return a < b ? a : b; }",
+        "DEVICE Index smaller(Index a, Index b) { return a <= b ? a : b; }",
+    ): EQUAL,
+    (
+        "depthwise.cu",
+        "part.first.at[axis] = first < 0 ? 0 : first;",
+        "part.first.at[axis] = first <= 0 ? 0 : first;",
+    ): "where it is 0, either is 0",
+    (
+        "depthwise.cu",
+        "part.count.at[axis] = count < 0 ? 0 : int(count);",
+        "part.count.at[axis] = count <= 0 ? 0 : int(count);",
+    ): "where it is 0, either is 0",
+    (
+        "depthwise.cu",
+        "for (int i = threadIdx.x * VECTOR; i < length; i += THREADS * VECTOR)",
+        "for (int i = threadIdx.x * VECTOR; i < length - 1; i += THREADS * VECTOR)",
+    ): WHOLE_VECTORS,
+    (
+        "depthwise.cu",
+        "for (int i = threadIdx.x * WIDTH; i < length; i += THREADS * WIDTH)",
+        "for (int i = threadIdx.x * WIDTH; i < length - 1; i += THREADS * WIDTH)",
+    ): WHOLE_VECTORS,
+    (
+        "depthwise.cu",
+        "if (o.at[1] + STRIP <= outputs.count.at[1]) {",
+        "if (o.at[1] + STRIP < outputs.count.at[1]) {",
+    ): "output by output, a strip has the same products in the same order",
+    (
+        "depthwise.cu",
+        "const Index last = first + (outputs.count.at[axis] - 1) * conv.stride[axis]",
+        "const Index last = first + (outputs.count.at[axis]) * conv.stride[axis]",
+    ): LOADED,
+    (
+        "depthwise.cu",
+        "const Index last = first + (outputs.count.at[axis] - 1) * conv.stride[axis]",
+        "const Index last = first + (outputs.count.at[axis] + 1) * conv.stride[axis]",
+    ): LOADED,
+    (
+        "depthwise.cu",
+        "+ (conv.kernel[axis] - 1) * conv.dilation[axis];",
+        "+ (conv.kernel[axis]) * conv.dilation[axis];",
+    ): LOADED,
+    (
+        "depthwise.cu",
+        "+ (conv.kernel[axis] - 1) * conv.dilation[axis];",
+        "+ (conv.kernel[axis] + 1) * conv.dilation[axis];",
+    ): LOADED,
+    (
+        "common.cuh",
+        "template <class T, int COUNT> struct __align__(COUNT * sizeof(T) % 16 == 0 ? 16 : COUNT * sizeof(T)) Numbers {",
+        "template <class T, int COUNT> struct __align__(COUNT * sizeof(T) % 16 == 0 && false ? 16 : COUNT * sizeof(T)) Numbers {",
+    ): ALIGNMENT,
+    (
+        "depthwise.cu",
+        "for (int j = 0; j < STRIP + TAPS - 1; ++j) {",
+        "for (int j = 0; j <= STRIP + TAPS - 1; ++j) {",
+    ): MORE_ROWS,
+    (
+        "depthwise.cu",
+        "for (int j = 0; j < STRIP + TAPS - 1; ++j) {",
+        "for (int j = 0; j < STRIP + TAPS; ++j) {",
+    ): MORE_ROWS,
+    (
+        "depthwise.cu",
+        "for (int j = 0; j < STRIP + TAPS - 1; ++j) {",
+        "for (int j = 0; j < STRIP + TAPS + 1; ++j) {",
+    ): MORE_ROWS,
+    (
+        "depthwise.cu",
+        "for (int j = 0; j < COUNT + TAPS - 1; ++j) {",
+        "for (int j = 0; j <= COUNT + TAPS - 1; ++j) {",
+    ): MORE_ROWS,
+    (
+        "depthwise.cu",
+        "for (int j = 0; j < COUNT + TAPS - 1; ++j) {",
+        "for (int j = 0; j < COUNT + TAPS; ++j) {",
+    ): MORE_ROWS,
+    (
+        "depthwise.cu",
+        "for (int j = 0; j < COUNT + TAPS - 1; ++j) {",
+        "for (int j = 0; j < COUNT + TAPS + 1; ++j) {",
+    ): MORE_ROWS,
+    (
+        "depthwise.cu",
+        "if (!x.read(values, TAPS > 1 ? j : j * step)) continue;",
+        "if (!x.read(values, TAPS > 1 && false ? j : j * step)) continue;",
+    ): "the step is 1 where there are several taps",
 }

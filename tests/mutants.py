@@ -8,8 +8,7 @@ from gpuconv.gpu import kernels_folder
 from tests.emulation import loader
 
 # The files, and the kernels that test their mutants; everything in common.cuh is used by direct and scatter.
-# primitives.cuh is excluded, because the CPU runs other code instead; it is tested by golden vectors. depthwise.cu is
-# not included yet.
+# primitives.cuh is excluded, because the CPU runs other code instead; it is tested by golden vectors.
 TRIED_BY = {
     "common.cuh": ("direct", "scatter"),
     "direct.cu": ("direct",),
@@ -17,7 +16,8 @@ TRIED_BY = {
     "tiles.cuh": ("implicit_gemm",),
     "products.cuh": ("implicit_gemm",),
     "implicit_gemm.cu": ("implicit_gemm",),
-    "split_sum.cu": ("implicit_gemm",),
+    "split_sum.cu": ("implicit_gemm", "depthwise"),
+    "depthwise.cu": ("depthwise",),
     "bias_grad.cu": ("bias_grad",),
 }
 FILES = tuple(TRIED_BY)

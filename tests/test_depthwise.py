@@ -70,13 +70,13 @@ def drawn(rng, x_shape, filters, kernel, dtype="float32", **settings):
 
 # Lines with bank conflicts in shared memory: the largest ratio of wavefronts to those without, and the reason.
 CONFLICTS = {
-    "const Vector<T, CHANNELS> values": (
+    "const Numbers<T, CHANNELS> values": (
         2.5,
         "lanes beyond the end of a row of channels_first continue in another strip",
     ),
-    "Vector<Result, CHANNELS>*>(to": (3, "as above"),
+    "Numbers<Result, CHANNELS>*>(to": (3, "as above"),
     "weights[(tap": (16, "weights are read in the order of memory, and stored by filters; this is once for each block"),
-    "Vector<Sum, CHANNELS>*>(to": (
+    "Numbers<Sum, CHANNELS>*>(to": (
         4,
         "sums of neighbouring shares are taps times pairs apart; once for each block",
     ),
@@ -151,6 +151,8 @@ def in_sectors(array, layout, role):
         ((1, 4, 3, 40), 4, (2, 20), {"padding": ((-1, 0), (30, 40))}),
         ((2, 12, 9, 8), 20, (3, 3), {"padding": 1, "groups": 4}),  # three channels and five filters in a group
         ((3, 32, 8, 8), 32, (5, 3), {"padding": 1, "groups": 2, "stride": (1, 2)}),
+        ((40, 4, 3, 4, 3), 4, (2, 3, 2), {}),  # several images in a block
+        ((1, 8, 3, 4), 8, (3, 3), {"padding": 30}),  # boxes that lie in the padding
     ],
 )
 def test_results_are_right(x_shape, filters, kernel, settings, layout, arrays, rng):
@@ -228,6 +230,19 @@ def test_padding_has_no_products_with_infinite_weights(layout, arrays):
     assert np.isfinite(dw[:, :, 0]).all()
 
 
+@EMULATED
+@pytest.mark.parametrize("dtypes", [("float16", "float32"), ("float32", "float16"), ("float32", "complex64")])
+def test_operands_may_have_different_dtypes(dtypes, arrays, rng):
+    """The planes of x are whole vectors of 16 bytes, and those of dy are not whole vectors of as many elements."""
+    (x, w, dy), settings = drawn(rng, (2, 4, 14, 14), 4, (3, 3), padding=1, stride=2)
+    for x_dtype, dtype in (dtypes, dtypes[::-1]):
+        given = x.astype(x_dtype), w.astype(dtype), dy.astype(dtype)
+        with launcher.using(mode="checked"):
+            found = results_of(arrays, *given, **settings)
+        for one, expected in zip(found, exact(*given, **settings), strict=True):
+            np.testing.assert_array_equal(one, expected)
+
+
 @ON_KERNELS
 def test_sums_of_half_precision_are_rounded_once(arrays, rng):
     x, w, dy = (
@@ -259,11 +274,11 @@ def test_an_image_alone_gives_the_same_bits_as_in_a_batch(layout, arrays, rng):
 
 
 def launches_of(geometry, direction, limit=64 << 20):
-    """Return the grids and arguments of the launches of a plan."""
+    """Return the kernels, grids, arguments and shared memory of the launches of a plan, and its workspace."""
     found = []
 
     def remember(kernel: Kernel, grid, block, arguments, shared_memory=0):
-        found.append((kernel.name, grid, arguments, shared_memory))
+        found.append((kernel, grid, arguments, shared_memory))
         return lambda *_: None
 
     backend = launcher.EMULATED._replace(launch=remember)
@@ -326,14 +341,19 @@ def test_boxes_fit_shared_memory_and_cover_the_outputs(layer):
             x_shape, w_shape = (x_shape[0], *x_shape[2:], x_shape[1]), (*w_shape[2:], w_shape[1], w_shape[0])
         geometry = Geometry.infer(x_shape, w_shape, **settings, groups=layer[0][1], layout=layout)
         for direction in DIRECTIONS:
-            for name, grid, arguments, shared_memory in launches_of(geometry, direction)[0]:
+            for kernel, grid, arguments, shared_memory in launches_of(geometry, direction)[0]:
                 assert shared_memory <= depthwise.SHARED_MEMORY
-                if name != "depthwise_weight_grad_sum":
-                    block, conv = (next(a for a in arguments if has_field(a, field)) for field in ("region", "stride"))
-                    boxes = -(-int(conv["N"]) // block["images"]) * math.prod(-(-conv["output"] // block["outputs"]))
-                    channel_blocks = -(-int(conv["G"]) // block["groups"])
-                    assert grid % channel_blocks == 0
-                    assert name != "depthwise_forward" or grid == channel_blocks * boxes
+                if kernel.name == "split_sum":
+                    continue
+                block, conv = (next(a for a in arguments if has_field(a, field)) for field in ("region", "stride"))
+                boxes = -(-int(conv["N"]) // block["images"]) * math.prod(-(-conv["output"] // block["outputs"]))
+                blocks = grid / -(-int(conv["G"]) // block["groups"])
+                if kernel.name == "depthwise_forward":
+                    assert blocks == boxes
+                else:
+                    columns = math.prod(conv["kernel"]) // dict(kernel.module.constants)["TAPS"]
+                    splits, length = blocks / -(-columns // block["columns"]), arguments[-3]
+                    assert splits == -(-boxes // length)
 
 
 def has_field(argument, field):

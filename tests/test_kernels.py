@@ -338,7 +338,7 @@ def test_extreme_steps_overflow_nowhere(steps, algorithm):
 
 
 @ON_KERNELS
-@pytest.mark.parametrize("algorithm", GENERAL_KERNELS)
+@pytest.mark.parametrize("algorithm", [*GENERAL_KERNELS, "scatter", "depthwise"])
 @pytest.mark.parametrize("dtype, activation", [("complex64", None), ("float32", "relu"), ("float64", None)])
 def test_transposed_convolutions_are_those_of_numpy(dtype, activation, algorithm, arrays, rng):
     """They use the kernels of the opposite direction: forward with conjugate and derivative, data_grad with a bias."""

@@ -50,8 +50,8 @@ def test_mutants_change_one_line_of_code(everything):
 def test_mutants_know_their_kernel(everything):
     wheres = {(mutant.file, mutant.before): mutant.where for mutant in everything}
     for file, line, where in (
-        ("direct.cu", "if (i >= slices * weights) return;", "direct_weight_grad"),
-        ("direct.cu", "if (i >= weights) return;", "direct_weight_grad_sum"),
+        ("direct.cu", "if (i >= splits * weights) return;", "direct_weight_grad"),
+        ("split_sum.cu", "if (row > 0 || i >= elements.count) return;", "split_sum"),
         ("tiles.cuh", "exists[i] = unit() + i < along.count;", "tiles.cuh"),
         (
             "common.cuh",

@@ -88,8 +88,8 @@ def aligned(count):
 HALVES = "four numbers of 8 bytes are read as two vectors, 32 bytes apart, so lanes use every other 16 bytes"
 CONFLICTS = {
     "float32": {
-        "Numbers<ROWS> a = ": (2, "the padding of x_tile is for those who write its columns: they would meet"),
-        "Numbers<COUNT> numbers = *to": (4, "a thread's outputs, or rows, are neighbours, so that the inner loop reads"
+        "ROWS> a = ": (2, "the padding of x_tile is for those who write its columns: they would meet"),
+        "COUNT> numbers = *to": (4, "a thread's outputs, or rows, are neighbours, so that the inner loop reads"
                                             " them as one vector; this is once for each tap, or each block"),
         "*to = numbers": (4, "as above"),
         "const int row = region_row": (2, "as above"),
@@ -97,10 +97,10 @@ CONFLICTS = {
         "x_tile[k][j] = seen": (2, "channels_last, one filter: x_tile has rows of 16, so a warp writes two of them"),
     },
     "float64": {
-        "Numbers<ROWS> a = ": (2, HALVES),
-        "Numbers<COLUMNS> b = ": (2, HALVES),
-        "Numbers<COUNT> sums = ": (2, HALVES),
-        "Numbers<COUNT> numbers = *to": (8, HALVES + "; and as for float32"),
+        "ROWS> a = ": (2, HALVES),
+        "Numbers<Sum, COLUMNS> b = ": (2, HALVES),
+        "Numbers<T, COUNT> sums = ": (2, HALVES),
+        "COUNT> numbers = *to": (8, HALVES + "; and as for float32"),
         "*to = numbers": (8, "as above"),
         "const int row = region_row": (2, "as for float32"),
         "seen = seen && inside": (1.3, "as for float32"),
@@ -185,7 +185,7 @@ def test_the_program_prints_costs_beside_the_source(capsys, monkeypatch):
     "kernel_name, expected",
     [
         ("direct_forward", ("direct", "forward")),
-        ("direct_weight_grad_sum", ("direct", "weight_grad")),
+        ("direct_weight_grad", ("direct", "weight_grad")),
         ("scatter_data_grad_plain", ("scatter_plain", "data_grad")),
     ],
 )

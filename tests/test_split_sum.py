@@ -1,4 +1,4 @@
-"""Split-K of forward and data_grad: exact, with the bits that one block computes, and only where the device is idle."""
+"""Split-K: exact; in forward and data_grad with the bits that one block computes, and only where devices are idle."""
 
 import numpy as np
 import pytest
@@ -26,10 +26,12 @@ LAYERS = {
 }
 
 
-@pytest.fixture
-def always_split(monkeypatch):
-    """Divide sums wherever that is possible, as if launches took no time."""
+@pytest.fixture(params=["packed", "as they are"])
+def always_split(request, monkeypatch):
+    """Divide sums wherever that is possible, as if launches took no time, with and without packed copies of images."""
     monkeypatch.setattr(gemm_model, "LAUNCH", -1e6)
+    if request.param == "as they are":
+        monkeypatch.setattr(gemm_model, "copying", lambda *_: 1e9)
     yield
     execute.clear()
 
@@ -63,15 +65,25 @@ def test_sums_of_splits_are_exact(kind, direction, layer, layout, arrays):
 
 @pytest.mark.usefixtures("always_split")
 @EMULATED
+@pytest.mark.parametrize("always_split", ["as they are"], indirect=True)
 @pytest.mark.parametrize(
-    ("kind", "weight"),
-    [("float16", 1), ("tf32x3", 1), ("float32", 1), ("float32", np.inf), ("complex64", np.inf)],
+    ("kind", "weight", "channels"),
+    [
+        *(
+            ("float16", 1, 70),
+            ("tf32x3", 1, 70),
+            ("float32", 1, 70),
+            ("float32", np.inf, 70),
+            ("complex64", np.inf, 70),
+        ),
+        ("float32", 1, 600),  # more splits than one thread adds in weight_grad
+    ],
 )
 @pytest.mark.parametrize("direction", GATHERED)
-def test_splits_have_the_bits_of_one_block(kind, weight, direction, arrays, monkeypatch):
+def test_splits_have_the_bits_of_one_block(kind, weight, channels, direction, arrays, monkeypatch):
     """So an image has the same bits alone, where it is divided, and in a batch, where it need not be."""
     dtype, precision = KINDS[kind]
-    problem = Problem((1, 70, 4, 4), (72, 70, 3, 3), dtype, integers=False, padding=1)
+    problem = Problem((1, channels, 4, 4), (72, channels, 3, 3), dtype, integers=False, padding=1)
     problem.w[0, 0, 0, 0] = problem.w[5, 3, 2, 2] = weight
     divided, is_divided = called(problem, arrays, direction, precision=precision)
     assert is_divided
@@ -126,3 +138,23 @@ def test_only_idle_devices_are_given_splits():
         plan, *_ = plans(geometry, named_dtype("float16"), "forward", MODEL)
         assert plan.choice.splits == splits, x
         assert plan.length == (512 if splits > 1 else 0)
+
+
+@combinations(
+    algorithm=["direct", "implicit_gemm", "depthwise"],
+    dtype=["float32", "complex64"],
+    mode=["fast", "checked"],
+    turns=["dtype", "mode"],
+)
+@EMULATED
+def test_threads_share_the_splits_of_a_weight(algorithm, dtype, mode, arrays, rng):
+    """The batch axes of x cannot be merged, so the sums of later images are added to those of earlier ones."""
+    x = rng.integers(-3, 4, (2, 3, 2100, 4)).astype(dtype).transpose(1, 0, 3, 2)
+    dy = rng.integers(-3, 4, (3, 2, 20, 2098)).astype(dtype)
+    expected = gpuconv.conv_weight_grad(dy, x, (20, 2, 3), groups=2, algorithm="im2col")
+    given = arrays.asarray(dy), arrays.asarray(x)
+    with launcher.using(mode=mode) as launches:
+        dw = gpuconv.conv_weight_grad(*given, (20, 2, 3), groups=2, algorithm=algorithm)
+    np.testing.assert_array_equal(arrays.asnumpy(dw), expected)
+    sums = [launch.grid for launch in launches if launch.name == "split_sum"]
+    assert sums[:3] == [4] * 3  # a block for 32 of 120 weights

@@ -2,9 +2,10 @@
 
 implicit_gemm   gemm_plan.py: what is launched; gemm_layout.py: memory layout of the matrices; gemm_tiles.py: tiles;
                 gemm_choice.py, gemm_model.py, gemm_table.py: selection of a tile; gemm_packing.py: packed copies;
-                gemm_windows.py: tables of windows; split_sum.py: second pass of split-K
+                gemm_windows.py: tables of windows
 depthwise       depthwise_layer.py: boxes of thread blocks
 direct, scatter, scatter_plain, bias_grad
+split_sum.py    second pass of split-K
 params.py, structs.py          kernel arguments
 kernel.py, compiler.py, cache.py, launch.py    source, NVRTC, compiled kernels on disk, launch
 cublas.py       matrix products of the algorithms of gpuconv/cpu

@@ -1,8 +1,8 @@
 """Algorithm depthwise: convolutions of one or a few channels per group, whose operands are read from memory once.
 
 On a GPU, CUDA kernels (kernels/depthwise.cu) load the region of x that a block of outputs reads into shared memory.
-data_grad is the forward convolution of dy, once for each phase of the stride. weight_grad has partial sums that a
-second kernel adds in a fixed order. All directions give the same bits at every call.
+data_grad is the forward convolution of dy, once for each phase of the stride. weight_grad has partial sums that
+split_sum adds in a fixed order. All directions give the same bits at every call.
 
 On NumPy, and for more than three spatial axes, rows are multiplied by banded matrices of taps
 (gpuconv/cpu/depthwise.py).
@@ -18,7 +18,7 @@ from gpuconv.arguments import Shape
 from gpuconv.arrays import Backend
 from gpuconv.cpu import depthwise as by_rows
 from gpuconv.geometry import Geometry
-from gpuconv.gpu import params, structs
+from gpuconv.gpu import params, split_sum, structs
 from gpuconv.gpu.depthwise_layer import (
     ENOUGH_BLOCKS,
     SHARED_MEMORY,
@@ -38,7 +38,6 @@ from gpuconv.plan import Planner
 from gpuconv.request import Request
 from gpuconv.views import View
 
-SUM_LANES = 32  # weights of a block of the second pass, as in depthwise.cu
 MOST_CHANNELS = 16  # of a group; larger groups fill tiles of a matrix product
 MOST_PHASES = 64  # of the stride in data_grad, each of which is a launch
 # weight_grad: the number of splits is limited by their number and by their partial sums, which should be a fraction of
@@ -111,15 +110,14 @@ def _forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Pla
     def some_images(number: int, planner: Planner) -> None:
         (images,), (target,) = pieces.read(number, planner)
         images, target = images.seen(axes.images), axes.images(target)
-        layer = layer_of(lifted, (images, target), weights.view, planner.dtype)
+        stored = stored_dtype(planner.dtype, images, weights)
+        layer = layer_of(lifted, (images.view, target), weights.view, (stored, planner.dtype), is_gradient=False)
         block = chosen(layer)
         wide = layer.is_wide or params.is_wide(lifted, target, images.view, weights.view)
         options = params.options(images, weights, layer.innermost, bias=y.bias, activation=y.activation)
-        dtypes = images.view.dtype, weights.view.dtype, target.dtype
+        dtypes = images.view.dtype, weights.view.dtype, target.dtype, planner.dtype, stored
         planner.launch(
-            Kernel(
-                _module(layer, (*dtypes, planner.dtype, stored_dtype(planner.dtype, images)), wide), "depthwise_forward"
-            ),
+            Kernel(_module(layer, dtypes, wide), "depthwise_forward"),
             layer.channel_blocks(block) * layer.boxes(block),
             THREADS,
             (
@@ -164,7 +162,8 @@ def _add_splits(
 ) -> None:
     """Plan the sums of the splits and their total, for one chunk of the images; one launch if there is one split."""
     dy, x = operands
-    layer = layer_of(geometry, (x, dy), weights, planner.dtype)
+    stored = stored_dtype(planner.dtype, dy, x)
+    layer = layer_of(geometry, (x.view, dy.view), weights, (stored, planner.dtype), is_gradient=True)
     block = chosen(layer)
     wide = layer.is_wide or params.is_wide(geometry, dy.view, x.view, weights)
     index = structs.index_dtype(wide).type
@@ -173,17 +172,16 @@ def _add_splits(
     splits = blocks(layer.boxes(block), length)
     stores_result = splits == chunk[1] == 1
     (partial,) = planner.workspace(1 if stores_result else splits * weights.size)
-    dtypes = dy.view.dtype, x.view.dtype, weights.dtype, planner.dtype, stored_dtype(planner.dtype, dy, x)
+    dtypes = dy.view.dtype, x.view.dtype, weights.dtype, planner.dtype, stored
     module = _module(layer, dtypes, wide)
     convolution, dy_at, x_at, dw_at = params.described(geometry, dy.view, x.view, weights, wide)
-    of_block = _block(layer, block, weights, wide)
     planner.launch(
         Kernel(module, "depthwise_weight_grad"),
         layer.channel_blocks(block) * blocks(layer.columns, block.columns) * splits,
         THREADS,
         (
             *(dy.view, dy.y, x.view, x.y, partial, weights),
-            *(convolution, dy_at, x_at, dw_at, of_block),
+            *(convolution, dy_at, x_at, dw_at, _block(layer, block, weights, wide)),
             _items(block.outputs, blocks(block.groups * layer.filters, layer.vector), wide),
             _items(block.region, blocks(block.groups * layer.channels, layer.vector), wide),
             _items(layer.strips(block), 1, wide),
@@ -192,12 +190,8 @@ def _add_splits(
         layer.shared_bytes(block),
     )
     if not stores_result:
-        planner.launch(
-            Kernel(module, "depthwise_weight_grad_sum"),
-            blocks(weights.size, SUM_LANES),
-            THREADS,
-            (partial, total, weights, convolution, dw_at, of_block, index(splits), index(chunk[0] > 0)),
-        )
+        order = (3, 4, 5, 0, 1, 2) if _has_innermost_taps(weights) else (0, 1, 2, 3, 4, 5)
+        split_sum.add_splits(partial, Result(weights), order, planner, (total, chunk[0] > 0))
 
 
 def _splits(layer: Layer, block: Block, room: int) -> int:
@@ -219,8 +213,13 @@ def _items(extents: Shape, channels: int, wide: bool) -> numpy.ndarray:
 
 
 def _block(layer: Layer, block: Block, weights: View, wide: bool) -> numpy.ndarray:
-    """Return the struct of a block; its field taps_innermost tells in which order weights lie in memory."""
+    """Return the struct of a block."""
+    numbers = block.images, block.groups, block.columns, *layer.offsets(block), _has_innermost_taps(weights)
+    return structs.struct("Block", wide, *numbers, block.outputs, block.region)
+
+
+def _has_innermost_taps(weights: View) -> bool:
+    """Return whether the taps of weights (*kernel, G, C/G, F/G) are closer together in memory than its filters."""
     steps = [abs(step) if size > 1 else 0 for step, size in zip(weights.steps, weights.shape, strict=True)]
     taps, filters = [step for step in steps[: structs.AXES] if step], steps[-1] or steps[-3]
-    numbers = block.images, block.groups, block.columns, *layer.offsets(block), min(taps, default=0) < filters
-    return structs.struct("Block", wide, *numbers, block.outputs, block.region)
+    return min(taps, default=0) < filters

@@ -26,7 +26,7 @@ from gpuconv.views import View, merged
 THREADS = 256
 SECTOR = 32  # bytes of global memory that are transferred together
 VECTOR_BYTES = 16  # of a load
-SHARED_MEMORY = 48 << 10  # bytes of a block: two blocks fit a multiprocessor of every architecture
+SHARED_MEMORY = 48 << 10  # bytes of a block, which every architecture permits without an attribute of the kernel
 TAPS = (7, 5, 4, 3, 1)  # of the slide axis, which a thread has in registers: the first that divides their number
 ENOUGH_BLOCKS = 256  # to occupy a large GPU
 TRAFFIC = 1.1  # smaller boxes are preferred up to this ratio of the memory traffic to the least possible
@@ -291,16 +291,19 @@ def _aligned_size(size: int) -> int:
 
 
 def stored_dtype(sums: numpy.dtype, *operands: Operand) -> numpy.dtype:
-    """Return the dtype of operands in shared memory: their own if they share one and have no derivative, else sums."""
+    """Return the dtype of images in shared memory: the one that operands without derivatives share, or else sums."""
     found = {sums if operand.activation is not None else operand.view.dtype for operand in operands}
     return found.pop() if len(found) == 1 else sums
 
 
-def layer_of(geometry: Geometry, images: tuple[Operand, Operand | View], w: View, sums: numpy.dtype) -> Layer:
-    """Return the layer of these arrays with the widest vectors that are possible. The second array is y or dy."""
-    first, second = images
-    x, y = first.view, second.view if isinstance(second, Operand) else second
-    operands = [operand for operand in images if isinstance(operand, Operand)]
+def layer_of(
+    geometry: Geometry, images: tuple[View, View], w: View, dtypes: tuple[numpy.dtype, numpy.dtype], is_gradient: bool
+) -> Layer:
+    """Return the layer of these arrays with the widest vectors that are possible.
+
+    The images are x, and y or dy. The dtypes are those of images in shared memory, and of sums.
+    """
+    (x, y), (stored, sums) = images, dtypes
     groups, channels, filters = w.shape[-3:]
     plain = Layer(
         images=x.shape[0],
@@ -313,9 +316,9 @@ def layer_of(geometry: Geometry, images: tuple[Operand, Operand | View], w: View
         stride=geometry.stride,
         dilation=geometry.dilation,
         itemsizes=(x.itemsize, y.itemsize),
-        stored=stored_dtype(sums, *operands).itemsize,
+        stored=stored.itemsize,
         sums=sums.itemsize,
-        is_gradient=len(operands) == 2,
+        is_gradient=is_gradient,
         innermost=_is_innermost(x),
     )
     for vector, together in _vectors(plain, x, y):
@@ -330,8 +333,10 @@ def layer_of(geometry: Geometry, images: tuple[Operand, Operand | View], w: View
 def _vectors(layer: Layer, x: View, y: View) -> Iterator[tuple[int, int]]:
     """Yield the possible elements of a load and channels of a thread, the most first."""
     if not layer.innermost:
-        if x.itemsize < VECTOR_BYTES and _has_contiguous_planes(x) and _has_contiguous_planes(y):
-            yield VECTOR_BYTES // x.itemsize, 1
+        vector = VECTOR_BYTES // x.itemsize
+        widest = VECTOR_BYTES // min(x.itemsize, y.itemsize)  # of a load of either, or a store of y
+        if vector > 1 and _has_contiguous_planes(x, widest) and _has_contiguous_planes(y, widest):
+            yield vector, 1
     elif layer.channels == layer.filters == 1:
         for size in (VECTOR_BYTES, VECTOR_BYTES // 2):
             vector = size // max(layer.itemsizes)
@@ -353,9 +358,8 @@ def _is_aligned(images: View, width: int) -> bool:
     return is_run and not images.address % (width * images.itemsize) and not any(step % width for step in others)
 
 
-def _has_contiguous_planes(images: View) -> bool:
-    """Return whether the planes of all channels of an image are one run of vectors of 16 bytes."""
-    width = max(1, VECTOR_BYTES // images.itemsize)
+def _has_contiguous_planes(images: View, width: int) -> bool:
+    """Return whether the planes of all channels of an image are one run of vectors of this width, in elements."""
     planes = merged((images.shape[-1], *images.shape[1:4]), (images.steps[-1], *images.steps[1:4]))
     if planes is None or planes[1] != 1 or planes[0] % width or images.address:
         return False

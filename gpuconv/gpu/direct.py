@@ -7,10 +7,11 @@ arrays of any strides and mixed dtypes without a copy. Its results have the same
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from gpuconv.blocking import channels_innermost, largest, pieces
 from gpuconv.geometry import Geometry
-from gpuconv.gpu import params, structs
+from gpuconv.gpu import params, split_sum, structs
 from gpuconv.gpu.kernel import Kernel
 from gpuconv.gpu.launch import blocks
 from gpuconv.operands import Operand, Result
@@ -20,10 +21,10 @@ from gpuconv.views import View
 
 THREADS = 128
 # weight_grad splits the sum over the outputs (split-K) into enough threads to fill a large GPU, unless the splits would
-# be too short or too many. One thread adds all splits of a weight.
+# be too short or too many.
 MOST_THREADS = 1 << 18
-SHORTEST_SLICE = 64
-MOST_SLICES = 1024
+SHORTEST_SPLIT = 64
+MOST_SPLITS = 1024
 
 
 def why_not(request: Request) -> str | None:
@@ -75,39 +76,28 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
     """Compute ``dw[t, c] = sum over outputs o of x[o * stride + t * dilation - low, c] dy[o]`` with split-K."""
 
     def some_filters(part: slice, planner: Planner) -> None:
-        weights = dw.view[..., part]
-        slices = _slices(geometry, weights.size, planner.budget)
-        partial_space, total = planner.workspace(slices * weights.size, weights.size)
-        planner.copy(total, 0)
-        images = params.Images([dy.of_channels(part), x], [], geometry, planner)
-        sums = partial_space.shaped((slices, weights.size)), total
-
-        def some_images(number: int, planner: Planner) -> None:
-            (gradients, seen), _ = images.read(number, planner)
-            _add_slices(gradients, seen, weights, sums, geometry, planner)
-
-        planner.loop(range(len(images)), some_images)
-        *kernel, groups, channels, filters = weights.shape
-        rank = len(kernel)
-        by_groups = total.reshape(groups, *kernel, channels, filters)
-        planner.copy(weights, by_groups.transpose(*range(1, rank + 1), 0, rank + 1, rank + 2))
+        weights, gradients = dw.view[..., part], dy.of_channels(part)
+        (total,) = planner.workspace(weights.size)
+        images = params.Images([gradients, x], [], geometry, planner)
+        planner.loop(range(len(images)), partial(_add_outputs, images, total, weights, geometry))
 
     filters = dw.view.shape[-1]
     at_once = largest(filters, planner.budget // 4, dw.view.size // filters)
     planner.loop(list(pieces(filters, at_once)), some_filters)
 
 
-def _add_slices(
-    gradients: Operand, images: Operand, weights: View, into: tuple[View, View], geometry: Geometry, planner: Planner
+def _add_outputs(
+    pieces: params.Images, total: View, weights: View, geometry: Geometry, number: int, planner: Planner
 ) -> None:
-    """Plan two launches: one thread for each weight and split of the outputs, then one for each weight."""
-    sums, total = into
+    """Plan two launches: one thread for each weight and split of the outputs, then the sums of the splits."""
+    (gradients, images), _ = pieces.read(number, planner)
     y_x_w = gradients.view, images.view, weights
     wide = params.is_wide(geometry, *y_x_w)
     index = structs.index_dtype(wide).type
-    slices = sums.shape[0]
-    length = blocks(gradients.view.shape[0] * math.prod(geometry.output), slices)
+    splits = _splits(geometry, weights.size, planner.budget)
+    length = blocks(gradients.view.shape[0] * math.prod(geometry.output), splits)
     options = params.options(gradients, images, channels_innermost=False)
+    (sums,) = planner.workspace(splits * weights.size)
     dtypes = gradients.view.dtype, images.view.dtype, sums.dtype, planner.dtype
     module = params.module("direct", dtypes, wide, THREADS=THREADS)
     planner.launch(
@@ -117,19 +107,15 @@ def _add_slices(
         (
             *(gradients.view, gradients.y, images.view, images.y, sums),
             *params.described(geometry, *y_x_w, wide)[:-1],
-            *(index(slices), index(length), options.struct(wide)),
+            *(index(splits), index(length), options.struct(wide)),
         ),
     )
-    planner.launch(
-        Kernel(module, "direct_weight_grad_sum"),
-        blocks(total.size, THREADS),
-        THREADS,
-        (sums, total, index(slices), index(total.size)),
-    )
+    order = split_sum.weight_order(geometry.rank)
+    split_sum.add_splits(sums, Result(weights), order, planner, (total, number > 0))
 
 
-def _slices(geometry: Geometry, weights: int, budget: int) -> int:
+def _splits(geometry: Geometry, weights: int, budget: int) -> int:
     """Return the number of splits of the outputs, which depends only on the shapes and the workspace."""
     outputs = math.prod((*geometry.batch, *geometry.output))
     room = min(budget // 2, params.NARROW) // weights - 1
-    return max(1, min(MOST_SLICES, outputs // SHORTEST_SLICE, MOST_THREADS // weights, room))
+    return max(1, min(MOST_SPLITS, outputs // SHORTEST_SPLIT, MOST_THREADS // weights, room))

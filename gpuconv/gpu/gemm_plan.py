@@ -52,9 +52,8 @@ class GemmPlan(NamedTuple):
     problem: GemmProblem
     choice: TileChoice
     module: Module
-    blocks: int
     shared_bytes: int
-    length: int  # steps of a split of the depth, 0 if there is one
+    length: int  # steps of a split of the depth; 0 in forward and data_grad if there is one
 
     @property
     def kernels(self) -> dict[str, int]:
@@ -81,7 +80,7 @@ def plans(
     return [used, *(_made(arrays, problem, choice, wide=False) for choice in others)]
 
 
-def planned(arrays: Arrays, precision: str, device: Device, wide: bool, room: int = 0) -> GemmPlan:
+def planned(arrays: Arrays, precision: str, device: Device, wide: bool, room: int) -> GemmPlan:
     """Return the plan to use; ``room`` is the number of splits for whose sums there is workspace."""
     problem = problem_of(arrays, precision, device, room)
     choice = gemm_choice.chosen(problem)
@@ -120,12 +119,10 @@ def _made(arrays: Arrays, problem: GemmProblem, choice: TileChoice, wide: bool) 
         depth = gemm_tiles.depth(problem, choice.tile)
         length = blocks(work.depth, choice.splits * depth) * depth
         choice = choice._replace(splits=blocks(work.depth, length))
-    tiles = blocks(work.rows, choice.tile.rows) * blocks(work.columns, choice.tile.columns)
     return GemmPlan(
         problem,
         choice,
         _module(arrays, problem, choice.tile, wide),
-        tiles * work.groups * work.phases * choice.splits,
         gemm_tiles.shared_bytes(problem, choice.tile),
         length,
     )

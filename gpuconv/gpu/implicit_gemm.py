@@ -1,9 +1,9 @@
 """Algorithm implicit_gemm: a tiled matrix product whose tiles are gathered on load (kernels/implicit_gemm.cu).
 
-No matrix is stored in memory except the sums of weight_grad's splits of the outputs (split-K), which a second kernel
-adds in a fixed order. All directions therefore give the same bits at every call; in forward and data_grad, the bits of
-an image do not depend on the other images of the batch. Half precision, float64 and, if TF32 is permitted, float32 are
-multiplied on tensor cores.
+No matrix is stored in memory except the sums of splits of the reduction (split-K), which a second kernel adds in a
+fixed order, and copies of images whose elements would be loaded one by one (gemm_packing.py). All directions therefore
+give the same bits at every call; in forward and data_grad, the bits of an image do not depend on the other images of
+the batch. Half precision, float64 and, if TF32 is permitted, float32 are multiplied on tensor cores.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _gather(
 
 
 def _add_products(arrays: Arrays, result: Result, planner: Planner) -> None:
-    """Plan the launches for images that are computed at once: one, or two with split-K."""
+    """Plan the launches for a chunk of the images: the products and, with split-K, the sums of the splits."""
     direction, geometry, images, w, target, *_ = arrays
     y_x_w = (target, images.view, w.view) if direction == "forward" else (images.view, target, w.view)
     wide = params.is_wide(geometry, *y_x_w)
@@ -143,24 +143,25 @@ def _add_outputs(
     room = max(1, min(budget, params.NARROW) // weights.size - 1)  # one is for the totals
     plan = planned(arrays, planner.precision, planner.backend.device(), wide, room)
     convolution, dy_at, x_at, _ = params.described(geometry, *y_x_w, wide)
-    tiles = _weight_tiles(plan, geometry, wide)
+    tile, work = plan.choice.tile, plan.problem.work
+    tiles = blocks(work.columns, tile.columns), blocks(work.rows, tile.rows), geometry.groups
     (partial,) = planner.workspace(plan.choice.splits * weights.size)
     planner.launch(
         Kernel(plan.module, "implicit_gemm_weight_grad"),
-        plan.blocks,
-        plan.choice.tile.threads,
-        (gradients.view, gradients.y, images.view, images.y, partial, convolution, dy_at, x_at, tiles),
+        math.prod(tiles) * plan.choice.splits,
+        tile.threads,
+        (
+            *(gradients.view, gradients.y, images.view, images.y, partial),
+            *(convolution, dy_at, x_at, _weight_tiles(tiles, plan, geometry, wide)),
+        ),
         plan.shared_bytes,
     )
-    rank = geometry.rank
-    order = (rank, *range(rank), rank + 1, rank + 2)
+    order = split_sum.weight_order(geometry.rank)
     split_sum.add_splits(partial, Result(weights), order, planner, (total, number > 0))
 
 
-def _weight_tiles(plan: GemmPlan, geometry: Geometry, wide: bool) -> numpy.ndarray:
+def _weight_tiles(tiles: tuple[int, ...], plan: GemmPlan, geometry: Geometry, wide: bool) -> numpy.ndarray:
     """Return the struct that describes the tiles of weight_grad and its splits of the outputs."""
-    tile, work = plan.choice.tile, plan.problem.work
-    counts = blocks(work.columns, tile.columns), blocks(work.rows, tile.rows), geometry.groups
-    divisors = map(structs.divisor, (*counts, geometry.group_channels))
+    divisors = map(structs.divisor, (*tiles, geometry.group_channels))
     axes = ([structs.divisor(n) for n in params.lift(extents, 1)] for extents in (geometry.kernel, geometry.output))
     return structs.struct("WeightTiles", wide, *divisors, *axes, plan.choice.splits, plan.length)

@@ -45,8 +45,8 @@ class Images:
 
     Usually there is one chunk. Batch axes that cannot be merged are processed one index at a time. Kernels multiply by
     an activation's derivative on load. If y has other strides or another dtype than the operand, the product is
-    computed beforehand, in at most half of the workspace. Operands may also be packed (gemm_packing.py): ``channels``
-    has the number of channels of each one's copy, 0 for none.
+    computed beforehand, in at most half of the workspace or for one image at a time. Operands may also be packed
+    (gemm_packing.py): ``channels`` has the number of channels of each one's copy, 0 for none.
     """
 
     def __init__(
@@ -119,9 +119,14 @@ def number(activation: Activation | None) -> int:
 
 def is_wide(geometry: Geometry, y: View, x: View, w: View) -> bool:
     """Whether 64-bit indices are required: an index or offset may not fit 32 bits, for views with these strides."""
-    # Windows that begin in the padding reach beyond x itself.
+    # Windows of forward reach into the padding of x, and those of data_grad as far beyond y as a kernel is long.
     padded = (n + abs(low) + abs(high) for n, (low, high) in zip(geometry.input, geometry.padding, strict=True))
-    reaches = reach(y.shape, y), reach((x.shape[0], *padded, *x.shape[-2:]), x), reach(w.shape, w)
+    windows = (n + d * (k - 1) for n, d, k in zip(geometry.output, geometry.dilation, geometry.kernel, strict=True))
+    reaches = (
+        reach((y.shape[0], *windows, *y.shape[-2:]), y),
+        reach((x.shape[0], *padded, *x.shape[-2:]), x),
+        reach(w.shape, w),
+    )
     return max(*reaches, geometry.largest_index) >= NARROW
 
 

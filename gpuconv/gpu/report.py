@@ -1,7 +1,8 @@
 """Resource usage of the compiled kernels for any architecture, without a GPU: ``gpuconv kernels``.
 
 The modules are those that the algorithms launch for a list of convolutions, with every dtype and with 32-bit and
-64-bit indices. To find them, the host code runs with a backend that records launches instead of executing them.
+64-bit indices; of depthwise and implicit_gemm a selection. To find them, the host code runs with a backend that records
+launches instead of executing them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from gpuconv.gpu import (
     split_sum,
 )
 from gpuconv.gpu.device import MODEL, Device
-from gpuconv.gpu.gemm_tiles import STAGES
+from gpuconv.gpu.gemm_tiles import STAGES, GemmTile
 from gpuconv.gpu.kernel import Kernel, Module
 from gpuconv.operands import ROLES, Operand, Result, contiguous
 from gpuconv.plan import RESULT, WORKSPACE, Planner, Scope
@@ -73,6 +74,8 @@ _LAUNCHED: dict[ModuleType, tuple[Direction, ...]] = {
     depthwise: DIRECTIONS,
 }
 MOST_STEPS = 1 << 12  # of a plan: more than any of these plans has
+EVERY_TILE = ("float16", "ieee"), ("float32", "ieee"), ("float32", "tf32x3")  # of which every tile is compiled
+EXAMPLE = GemmTile(128, 64, 64, 32)  # the tile whose instructions kernels/README.md lists
 _TURING = Device(75, 72)  # half precision and float64 are multiplied without tensor cores
 
 
@@ -173,13 +176,19 @@ def _gemm_plans() -> Iterator[gemm_plan.GemmPlan]:
             def best(geometry: Geometry, direction: Direction) -> gemm_plan.GemmPlan:
                 return gemm_plan.plans(geometry, dtype, direction, device, precision)[0]  # noqa: B023
 
+            if (name, precision) in EVERY_TILE and device == MODEL:
+                yield from gemm_plan.plans(layer["channels_last"], dtype, "forward", device, precision)
+            if name == "float16" and device == MODEL:
+                for direction in ("data_grad", "weight_grad"):
+                    plans = gemm_plan.plans(layer["channels_last"], dtype, direction, device)
+                    yield from (plan for plan in plans if plan.choice.tile == EXAMPLE)
             if name in ("float16", "float32") and precision == "ieee" and device == MODEL:
-                yield from gemm_plan.plans(layer["channels_last"], dtype, "forward", device)
                 for plan in (best(layer["channels_first"], direction) for direction in DIRECTIONS):
                     yield plan._replace(module=plan.module._replace(wide=True))
                 yield best(stem["channels_last"], "forward")
                 yield best(stem["channels_first"], "weight_grad")
             yield from (best(geometry, "forward") for geometry in layer.values())
+            yield best(layer["channels_first"], "weight_grad")
             if name != "bfloat16" and precision != "tf32x3":
                 yield best(layer["channels_first"], "data_grad")
                 yield best(layer["channels_last"], "weight_grad")

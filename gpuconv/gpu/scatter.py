@@ -225,18 +225,18 @@ def _launch_weight_grad(dy: Operand, x: Operand, sums: View, geometry: Geometry,
     outputs = x.view.shape[0] * math.prod(geometry.output)
     wanted = min(blocks(MOST_BLOCKS, tiles), blocks(outputs, FEWEST_CHUNKS * tile.DEPTH))
     length = blocks(outputs, wanted * tile.DEPTH) * tile.DEPTH
-    slices = blocks(outputs, length)
+    splits = blocks(outputs, length)
     index = structs.index_dtype(wide).type
     options = params.options(dy, x, channels_innermost(x.view), fours=_in_fours(sums, filters))
     module = params.module("scatter", (dy.view.dtype, x.view.dtype, sums.dtype, planner.dtype), wide, **tile._asdict())
     planner.launch(
         Kernel(module, "scatter_weight_grad"),
-        tiles * slices,
+        tiles * splits,
         THREADS,
         (
             *(dy.view, dy.y, x.view, x.y, sums),
             *params.described(geometry, *y_x_w, wide),
-            *(index(slices), index(length), options.struct(wide)),
+            *(index(splits), index(length), options.struct(wide)),
         ),
     )
 
