@@ -393,7 +393,7 @@ DEVICE void add_box(Sum (&sums)[TAPS][CHANNELS], const Owned& owned, const Store
     Place first = start_of({}, outputs, inputs, conv);  // what the first output of the box multiplies for the first tap
     for (int axis = 0; axis < 3; ++axis) first.at[axis] += owned.tap[axis] * conv.dilation[axis];
     for (int i = owned.share; i < length; i += owned.shares) {
-        Local o = {};
+        Local o;
         o.n = int(take_position(o.at, i, strips));
         o.channel = filter;
         o.at[1] *= STRIP;

@@ -571,4 +571,24 @@ EQUIVALENT = {
         "if (!x.read(values, TAPS > 1 ? j : j * step)) continue;",
         "if (!x.read(values, TAPS > 1 && false ? j : j * step)) continue;",
     ): "the step is 1 where there are several taps",
+    (
+        "depthwise.cu",
+        "const int channels = int(conv.C), source = CHANNELS > 1 ? o.channel : o.channel / int(conv.F) * channels;",
+        "const int channels = int(conv.C), source = CHANNELS > 1 && false ? o.channel : o.channel / int(conv.F) * channels;",
+    ): "where threads compute several channels, each group has one channel and one filter",
+    (
+        "depthwise.cu",
+        "Place start = {};",
+        "Place start;",
+    ): "of a start only the position is used, which is set",
+    (
+        "depthwise.cu",
+        "const bool is_owner = owner < owners && share < shares && owned.column < all_columns",
+        "const bool is_owner = owner <= owners && share < shares && owned.column < all_columns",
+    ): "a further owner has a column of another block; with several columns of blocks there is one share, behind which none is read",
+    (
+        "depthwise.cu",
+        "const bool is_owner = owner < owners && share < shares && owned.column < all_columns",
+        "const bool is_owner = owner < owners && share < shares && owned.column <= all_columns",
+    ): "the sums of a column beyond the last one are not read",
 }

@@ -8,7 +8,8 @@ import pytest
 
 import gpuconv
 from gpuconv.cli import main
-from gpuconv.gpu import compiler, occupancy, report, sass
+from gpuconv.geometry import DIRECTIONS
+from gpuconv.gpu import compiler, kernels_folder, occupancy, report, sass
 from tests import tiers
 from tests.test_cuda import NVRTC
 
@@ -55,6 +56,22 @@ def test_every_kernel_of_every_dtype_is_recorded():
     }
     found = {(*row.variant, row.threads) for row in recorded().values()}
     assert found == expected, "gpuconv kernels --sass --json bench/kernels.json writes the file anew"
+
+
+def test_the_table_of_instructions_is_that_of_the_record():
+    tile = report.EXAMPLE
+    wanted = {"TILE_ROWS": tile.rows, "TILE_COLUMNS": tile.columns, "DEPTH": 32, "LEFT_VECTOR": 8, "RIGHT_VECTOR": 8}
+    for direction in DIRECTIONS:
+        (row,) = (
+            row
+            for row in recorded().values()
+            if (row.kernel, row.arch, row.dtype) == (f"implicit_gemm_{direction}", "sm_80", "float16")
+            and row.index_bits == 32
+            and wanted.items() <= row.tile.items()
+        )
+        counts = (row.sass[name] for name in ("prologue", "loop", "epilogue", "divisions"))
+        cells = " | ".join(map(str, (direction, *counts, row.registers)))
+        assert f"| {cells} |" in (kernels_folder() / "README.md").read_text()
 
 
 def test_the_list_of_convolutions_reaches_every_kernel_and_tile():

@@ -149,16 +149,30 @@ def in_sectors(array, layout, role):
         ((1, 16, 40), 16, (31,), {"padding": "same"}),
         ((2, 8, 5, 6, 7), 8, (3, 3, 3), {"padding": 1}),
         ((1, 4, 3, 40), 4, (2, 20), {"padding": ((-1, 0), (30, 40))}),
-        ((2, 12, 9, 8), 20, (3, 3), {"padding": 1, "groups": 4}),  # three channels and five filters in a group
+        ((6, 12, 20, 20), 20, (3, 3), {"padding": 1, "groups": 4}),  # three channels and five filters in a group
         ((3, 32, 8, 8), 32, (5, 3), {"padding": 1, "groups": 2, "stride": (1, 2)}),
         ((40, 4, 3, 4, 3), 4, (2, 3, 2), {}),  # several images in a block
         ((1, 8, 3, 4), 8, (3, 3), {"padding": 30}),  # boxes that lie in the padding
+        ((1, 4, 7, 6, 5), 4, (3, 2, 3), {"padding": 1, "stride": (2, 1, 3)}),
+        ((1, 8, 15, 13, 14), 8, (3, 3, 3), {"padding": 1}),  # several boxes on the first axis
+        ((1, 4, 20, 8, 20), 4, (5, 1, 1), {}),  # several boxes on the second axis, whose extents are smaller
+        ((1, 8, 36, 36), 8, (31, 31), {}),  # blocks of weight_grad for some of the columns of taps
     ],
 )
 def test_results_are_right(x_shape, filters, kernel, settings, layout, arrays, rng):
     given, settings = drawn(rng, x_shape, filters, kernel, **settings)
     found = results_of(arrays, *given, **settings, layout=layout)
     for one, expected in zip(found, exact(*given, **settings), strict=True):
+        np.testing.assert_array_equal(one, expected)
+
+
+@combinations(arrays=["checked"], layout=BOTH_LAYOUTS)
+def test_the_last_block_does_nothing_forbidden(layout, arrays, rng):
+    """In channels_last a block of weight_grad has 16 groups, and the last one 8."""
+    given, settings = drawn(rng, (1, 40, 9, 10), 40, (3, 3), padding=1)
+    for one, expected in zip(
+        results_of(arrays, *given, **settings, layout=layout), exact(*given, **settings), strict=True
+    ):
         np.testing.assert_array_equal(one, expected)
 
 
@@ -186,12 +200,13 @@ def test_views_are_read_where_they_lie(name, arrays, rng):
 @ON_KERNELS
 @pytest.mark.parametrize("dtype", ["float32", "float16", "complex64"])
 @pytest.mark.parametrize("layout", BOTH_LAYOUTS)
-def test_bias_activation_derivative_and_conjugate_are_fused(layout, dtype, arrays, rng):
+@pytest.mark.parametrize("filters", [8, 16])  # one of each channel, or two: threads compute several channels, or one
+def test_bias_activation_derivative_and_conjugate_are_fused(filters, layout, dtype, arrays, rng):
     """Transposed convolutions conjugate complex operands. If y is not laid out as dy, the product is formed before."""
     activation = None if dtype == "complex64" else "relu"
-    given, settings = drawn(rng, (3, 8, 8, 7), 16, (3, 3), dtype, padding=1)
+    given, settings = drawn(rng, (3, 8, 8, 7), filters, (3, 3), dtype, padding=1)
     x, w, dy = (laid_out(a, layout, role) for a, role in zip(given, "xwx", strict=True))
-    b = draw(rng, (16,), dtype, True).astype(dtype)
+    b = draw(rng, (filters,), dtype, True).astype(dtype)
     c = draw(rng, (8,), dtype, True).astype(dtype)
     options = {**settings, "layout": layout, "activation": activation}
     y = gpuconv.conv(x, w, b, **options, algorithm="im2col")
