@@ -26,7 +26,7 @@ def accepts(algorithm, geometry):
 GENERAL_ALGORITHMS = tuple(name for name in ALGORITHMS if accepts(name, ORDINARY))
 EXACT_ALGORITHMS = tuple(name for name in GENERAL_ALGORITHMS if name not in TRANSFORMS)  # on small integers
 KERNELS = tuple(name for name in ALGORITHMS if (kernels_folder() / f"{name}.cu").exists())  # on a GPU
-GENERAL_KERNELS = tuple(name for name in KERNELS if name in GENERAL_ALGORITHMS)
+GENERAL_KERNELS = tuple(name for name in KERNELS if name != "depthwise")  # for any number of channels
 NEED_KERNELS = ("implicit_gemm", "direct")
 NUMPY_ALGORITHMS = tuple(name for name in ALGORITHMS if name not in NEED_KERNELS)
 DIRECTIONS = ("forward", "data_grad", "weight_grad")

@@ -15,7 +15,7 @@ from gpuconv.select import MODULES
 from gpuconv.views import View
 from tests import reference, tiers
 from tests.backends import BACKENDS, arrays_of, on
-from tests.cases import CASES, DIRECTIONS, GENERAL_KERNELS, draw, laid_out, named_dtype
+from tests.cases import CASES, DIRECTIONS, GENERAL_KERNELS, KERNELS, draw, laid_out, named_dtype
 from tests.emulation import launcher
 from tests.test_matrix import assert_right
 from tests.test_memory import assert_stays_within
@@ -338,7 +338,7 @@ def test_extreme_steps_overflow_nowhere(steps, algorithm):
 
 
 @ON_KERNELS
-@pytest.mark.parametrize("algorithm", [*GENERAL_KERNELS, "scatter", "depthwise"])
+@pytest.mark.parametrize("algorithm", KERNELS)
 @pytest.mark.parametrize("dtype, activation", [("complex64", None), ("float32", "relu"), ("float64", None)])
 def test_transposed_convolutions_are_those_of_numpy(dtype, activation, algorithm, arrays, rng):
     """They use the kernels of the opposite direction: forward with conjugate and derivative, data_grad with a bias."""
