@@ -108,9 +108,15 @@ def tried(session, items, mutant):
     return "caught", name
 
 
+def modules_with(file):
+    """Return the compiled modules whose source has a file."""
+    stems = TRIED_BY[file] if file.endswith(".cuh") else (Path(file).stem,)
+    return [module for module in report.modules() if module.stem in stems]
+
+
 def same_code(mutant):
-    """Return whether an optimizing compiler makes the same library of the mutant, for all modules of these dtypes."""
-    modules = [module for module in report.modules() if module.stem in TRIED_BY[mutant.file]]
+    """Return whether an optimizing compiler makes the same library of the mutant, for all modules with its file."""
+    modules = modules_with(mutant.file)
 
     def code(module):
         return loader.library_file(loader.emulated_source(module), "optimized").read_bytes()

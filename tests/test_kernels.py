@@ -181,6 +181,16 @@ def test_chunks_of_outputs_and_filters_may_be_cut_anywhere(channels, outputs, ar
 
 
 @ON_KERNELS
+def test_outputs_beyond_a_box_belong_to_the_next(arrays, rng):
+    """In complex128 this layer has several boxes of outputs on its first axis."""
+    w, dy = (draw(rng, shape, "complex128", True) for shape in ((3, 2, 2, 3, 2), (2, 3, 5, 5, 7)))
+    expected = gpuconv.conv_data_grad(dy, w, (2, 2, 4, 5, 6), padding=1, algorithm="im2col")
+    given = arrays.asarray(dy), arrays.asarray(w)
+    found = gpuconv.conv_data_grad(*given, (2, 2, 4, 5, 6), padding=1, algorithm="scatter")
+    np.testing.assert_array_equal(arrays.asnumpy(found), expected)
+
+
+@ON_KERNELS
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("channels", [3, 7, 33, 36])
 def test_infinity_stays_within_the_channels(channels, layout, arrays):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import mutate_kernels
+from tests.emulation import loader
 from tests.equivalent_mutants import EQUIVALENT
 from tests.mutants import FILES, RULES, mutants, read
 from tests.mutate_kernels import RESULTS
@@ -45,6 +46,14 @@ def test_mutants_change_one_line_of_code(everything):
         assert changed == [mutant.line]
         assert before[mutant.line - 1].partition("//")[2] == after[mutant.line - 1].partition("//")[2]
         assert (before[mutant.line - 1].strip(), after[mutant.line - 1].strip()) == (mutant.before, mutant.after)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_code_is_compared_in_modules_that_have_the_file(file):
+    modules = mutate_kernels.modules_with(file)
+    line = max(read(file).splitlines(), key=len)
+    assert modules
+    assert all(line in loader.emulated_source(module) for module in modules)
 
 
 def test_mutants_know_their_kernel(everything):
