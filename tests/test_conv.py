@@ -9,7 +9,7 @@ from gpuconv.select import TRANSFORMS
 from tests import reference
 from tests.backends import BACKENDS
 from tests.cases import DIRECTIONS, EXACT_ALGORITHMS, GENERAL_ALGORITHMS, draw, is_on, laid_out, named_dtype
-from tests.tiers import combinations
+from tests.tiers import combinations, compiles_much
 from tests.tolerances import assert_within, bound_of, epsilon
 
 ONE = ((1, 1), (1, 1))
@@ -165,7 +165,9 @@ ACTIVATIONS = {
     name=ACTIVATIONS,
     dtype=["float16", "bfloat16", "float32", "float64"],
     algorithm=GENERAL_ALGORITHMS,
-    where=is_on,
+    where=lambda arrays, dtype, algorithm, name: (
+        is_on(arrays, algorithm) and (compiles_much(arrays) or dtype == "float32")
+    ),
     turns=["dtype"],
 )
 def test_activation_and_its_derivative(name, dtype, algorithm, arrays, rng):

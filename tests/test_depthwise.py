@@ -15,12 +15,12 @@ from gpuconv.plan import WORKSPACE, Planner, Scope
 from gpuconv.request import Request
 from gpuconv.select import choose
 from tests import reference, tiers
-from tests.backends import arrays_of, on
+from tests.backends import BACKENDS, arrays_of, on
 from tests.cases import DIRECTIONS, channels_first, draw, laid_out, named_dtype, wide
 from tests.emulation import launcher
 from tests.test_kernels import VIEWS as GENERAL_VIEWS
 from tests.test_profile import source_line
-from tests.tiers import combinations
+from tests.tiers import combinations, compiles_much
 from tests.tolerances import assert_within, direct_bound
 
 ON_KERNELS = on("emulated", "cupy")
@@ -197,10 +197,13 @@ def test_views_are_read_where_they_lie(name, arrays, rng):
         np.testing.assert_array_equal(arrays.asnumpy(found), expected)
 
 
-@ON_KERNELS
-@pytest.mark.parametrize("dtype", ["float32", "float16", "complex64"])
-@pytest.mark.parametrize("layout", BOTH_LAYOUTS)
-@pytest.mark.parametrize("filters", [8, 16])  # one of each channel, or two: threads compute several channels, or one
+@combinations(
+    arrays=BACKENDS[1:],
+    dtype=["float32", "float16", "complex64"],
+    layout=BOTH_LAYOUTS,
+    filters=[8, 16],  # one of each channel, or two: threads compute several channels, or one
+    where=lambda arrays, dtype, layout, filters: compiles_much(arrays) or (dtype == "float16") == (filters == 8),
+)
 def test_bias_activation_derivative_and_conjugate_are_fused(filters, layout, dtype, arrays, rng):
     """Transposed convolutions conjugate complex operands. If y is not laid out as dy, the product is formed before."""
     activation = None if dtype == "complex64" else "relu"

@@ -22,7 +22,7 @@ from tests import reference
 from tests.backends import BACKENDS, marks_of, on
 from tests.cases import DIRECTIONS, channels_first, draw, laid_out, named_dtype
 from tests.emulation import launcher
-from tests.tiers import combinations
+from tests.tiers import combinations, compiles_much
 from tests.tolerances import assert_within, direct_bound
 
 ON_KERNELS = on("emulated", "cupy")
@@ -186,6 +186,7 @@ def test_every_tile_is_exact(kind, tile, direction, sizes, layout, arrays):
     rank=[1, 2, 3],
     groups_and_stride=[(1, 1), (3, 1), (1, 2), (2, 3)],
     layout=TWO_LAYOUTS,
+    where=lambda arrays, kind, **_: compiles_much(arrays) or kind in ("float16", "tf32x3"),
     turns=["rank", "groups_and_stride", "layout"],
 )
 def test_random_numbers_stay_within_their_bound(kind, direction, rank, groups_and_stride, layout, arrays):
@@ -219,10 +220,13 @@ def test_windows_of_32_taps_and_more_are_exact(direction, kernel, arrays):
     assert [c["AXES"] for c in constants] == [4 if taps <= 32 else len(kernel)]
 
 
-@ON_KERNELS
-@BOTH_LAYOUTS
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("direction", ["forward", "weight_grad"])
+@combinations(
+    arrays=BACKENDS[1:],
+    dtype=["float16", "float32"],
+    layout=TWO_LAYOUTS,
+    direction=["forward", "weight_grad"],
+    where=lambda arrays, dtype, **_: compiles_much(arrays) or dtype == "float16",
+)
 def test_elements_that_no_window_reads_have_no_influence(direction, dtype, layout, arrays):
     """Tiles that the work does not fill load none of them, since zero times NaN is NaN."""
     problem = Problem((1, 5, 7, 7), (7, 5, 1, 1), dtype, stride=2, padding=1)
@@ -427,6 +431,7 @@ def test_complex_numbers_may_lie_where_floats_do(role, arrays):
     kind=["float16", "float32", "tf32"],
     direction=["forward", "data_grad"],
     layout=TWO_LAYOUTS,
+    where=lambda arrays, kind, **_: compiles_much(arrays) or kind == "float16",
     turns=["direction", "layout"],
 )
 def test_a_sample_alone_gives_the_same_bits_as_in_a_batch(direction, kind, layout, arrays):
@@ -455,6 +460,7 @@ def test_a_sample_alone_gives_the_same_bits_as_in_a_batch(direction, kind, layou
         ("complex128", (32, 32)),
     ],
     layout=TWO_LAYOUTS,
+    where=lambda arrays, kind_and_shape, layout: compiles_much(arrays) or kind_and_shape[0] == "float16",
     turns=["layout"],
 )
 def test_tiles_that_lack_one_row_column_and_step_are_exact(kind_and_shape, layout, arrays):
@@ -609,9 +615,14 @@ def test_gradients_of_a_transposed_convolution_are_conjugated_and_activated_righ
         np.testing.assert_array_equal(arrays.asnumpy(one), other)
 
 
-@ON_KERNELS
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "sigmoid", "tanh"])
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@combinations(
+    arrays=BACKENDS[1:],
+    activation=["relu", "leaky_relu", "sigmoid", "tanh"],
+    dtype=["float16", "float32"],
+    where=lambda arrays, activation, dtype: (
+        compiles_much(arrays) or (activation, dtype) in (("relu", "float16"), ("sigmoid", "float32"))
+    ),
+)
 def test_derivatives_are_multiplied_in_as_operands_are_read(dtype, activation, arrays):
     """In half precision on tensor cores this requires that the product with the derivative is exact."""
     problem = Problem((2, 8, 7, 6), (16, 8, 3, 3), dtype, False, padding=1)
@@ -651,8 +662,11 @@ def test_transposed_convolution_adds_bias_and_activates(shape, arrays):
     np.testing.assert_array_equal(arrays.asnumpy(result), expected)
 
 
-@ON_KERNELS
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@combinations(
+    arrays=BACKENDS[1:],
+    dtype=["float16", "float32"],
+    where=lambda arrays, dtype: compiles_much(arrays) or dtype == "float16",
+)
 def test_any_strides_and_alignment_are_read_and_written_as_they_lie(dtype, arrays):
     """Views of larger arrays, reversed, strided and broadcast; copied in chunks only if all of them are aligned."""
     problem = Problem((2, 16, 8, 8), (16, 16, 3, 3), dtype, padding=1)

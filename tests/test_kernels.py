@@ -19,7 +19,7 @@ from tests.cases import CASES, DIRECTIONS, GENERAL_KERNELS, KERNELS, draw, laid_
 from tests.emulation import launcher
 from tests.test_matrix import assert_right
 from tests.test_memory import assert_stays_within
-from tests.tiers import combinations
+from tests.tiers import combinations, compiles_much
 
 ON_KERNELS = on("emulated", "cupy")
 EMULATED = on("emulated")
@@ -273,9 +273,12 @@ def test_views_are_read_where_they_lie(name, algorithm, arrays, rng):
     np.testing.assert_array_equal(arrays.asnumpy(dw), reference.weight_grad(exact_dy, x, w.shape, **settings))
 
 
-@ON_KERNELS
-@pytest.mark.parametrize("algorithm", GENERAL_KERNELS)
-@pytest.mark.parametrize("activation", [None, "relu"])
+@combinations(
+    arrays=BACKENDS[1:],
+    algorithm=GENERAL_KERNELS,
+    activation=[None, "relu"],
+    where=lambda arrays, algorithm, activation: compiles_much(arrays) or activation == "relu",
+)
 def test_batch_axes_in_no_one_order_are_taken_one_by_one(activation, algorithm, arrays, rng):
     x, w = (draw(rng, shape, "float32", True) for shape in ((3, 2, 2, 4, 5), (3, 2, 2, 2)))
     b = arrays.asarray(np.ones(3, np.float32))
@@ -347,11 +350,15 @@ def test_extreme_steps_overflow_nowhere(steps, algorithm):
         np.testing.assert_array_equal(one, other)
 
 
-@ON_KERNELS
-@pytest.mark.parametrize("algorithm", KERNELS)
-@pytest.mark.parametrize("dtype, activation", [("complex64", None), ("float32", "relu"), ("float64", None)])
-def test_transposed_convolutions_are_those_of_numpy(dtype, activation, algorithm, arrays, rng):
+@combinations(
+    arrays=BACKENDS[1:],
+    algorithm=KERNELS,
+    dtype_and_activation=[("complex64", None), ("float32", "relu"), ("float64", None)],
+    where=lambda arrays, dtype_and_activation, algorithm: compiles_much(arrays) or dtype_and_activation[0] != "float64",
+)
+def test_transposed_convolutions_are_those_of_numpy(dtype_and_activation, algorithm, arrays, rng):
     """They use the kernels of the opposite direction: forward with conjugate and derivative, data_grad with a bias."""
+    dtype, activation = dtype_and_activation
     settings = {"stride": 2, "padding": 1, "groups": 2, "activation": activation}
     x, w, b = (draw(rng, shape, dtype, True).astype(dtype) for shape in ((2, 6, 4, 5), (6, 2, 3, 3), (4,)))
     y = gpuconv.conv_transpose(x, w, b, **settings, algorithm="im2col")

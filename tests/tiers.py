@@ -28,6 +28,11 @@ def combinations(*, turns=(), where=None, **axes):
     return pytest.mark.parametrize(tuple(axes), sets, indirect=["arrays"] if "arrays" in axes else [])
 
 
+def compiles_much(arrays, **_):
+    """Return whether a backend has time for the modules of all combinations: a plain run on a GPU has not."""
+    return full or arrays != "cupy"
+
+
 def in_turns(candidates, turns):
     """Return from each group of candidates that differ only in ``turns`` the one whose values occurred least so far."""
     groups, counts = collections.defaultdict(list), collections.Counter()
