@@ -16,9 +16,6 @@ struct bfloat16 { unsigned short bits; };  // storage only
 
 template <class T> struct __align__(8) Complex { T real, imag; };
 
-struct __align__(4) half2 { half x, y; };
-struct __align__(4) bfloat162 { bfloat16 x, y; };
-
 // Keeps a value in its register. Without it the compiler computes cheap values again in each iteration of a loop.
 DEVICE void keep(int& value) { asm volatile("" : "+r"(value)); }
 DEVICE void keep(long long& value) { asm volatile("" : "+l"(value)); }
@@ -93,18 +90,6 @@ DEVICE void atomic_add(float* to, float4 value) {  // to: aligned to 16 bytes
 #endif
 }
 
-DEVICE void atomic_add(half2* to, half2 value) {
-    const unsigned bits = value.x.bits | unsigned(value.y.bits) << 16;
-    asm volatile("red.global.add.noftz.f16x2 [%0], %1;" ::"l"(to), "r"(bits) : "memory");
-}
-
-#if __CUDA_ARCH__ >= 900
-DEVICE void atomic_add(bfloat162* to, bfloat162 value) {
-    const unsigned bits = value.x.bits | unsigned(value.y.bits) << 16;
-    asm volatile("red.global.add.noftz.bf16x2 [%0], %1;" ::"l"(to), "r"(bits) : "memory");
-}
-#endif
-
 // ---------------------------------------------------------------------------------------------- asynchronous copies
 
 // Returns the address in the shared memory space that PTX instructions take.
@@ -150,14 +135,8 @@ DEVICE void load_matrices_transposed(unsigned (&result)[4], const void* row) {
                  : "r"(shared_address(row)) : "memory");
 }
 
-// d 16x8: (g, 2t) (g, 2t+1) (g+8, 2t) (g+8, 2t+1) in all products except those of float64.
-// a 16x8: (g, 2t..) (g+8, 2t..); b 8x8: (2t.., g).
-DEVICE void multiply_16x8x8(float (&d)[4], const unsigned (&a)[2], unsigned b, half) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(b));
-}
-
 #if __CUDA_ARCH__ >= 800
+// d 16x8: (g, 2t) (g, 2t+1) (g+8, 2t) (g+8, 2t+1) in all products except those of float64.
 // a 16x16: (g, 2t..) (g+8, 2t..) (g, 2t+8..) (g+8, 2t+8..); b 16x8: (2t.., g) (2t+8.., g).
 DEVICE void multiply_16x8x16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], half) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"

@@ -153,21 +153,6 @@ def test_bfloat16_is_rounded_in_integers_where_the_instruction_is_missing():
 
 
 @BOTH_MODES
-def test_half_precision_atomics(mode):
-    import ml_dtypes
-
-    body = kernel(
-        "half2* h, bfloat162* b",
-        """atomic_add(h, half2{to_half(1.0f), to_half(0.5f)});
-        atomic_add(b, bfloat162{to_bfloat16(2.0f), to_bfloat16(0.25f)});""",
-    )
-    h, b = np.zeros(2, np.float16), np.zeros(2, ml_dtypes.bfloat16)
-    launch(body, (h, b), mode=mode)
-    np.testing.assert_array_equal(h, [32, 16])
-    np.testing.assert_array_equal(b.astype(float), [64, 8])
-
-
-@BOTH_MODES
 @pytest.mark.parametrize("late", [True, False])
 def test_asynchronous_copies_fill_with_zeros(late, mode):
     body = kernel("const float* x, float* y", COPY.format(wait="copy_async_wait<0>();"))
@@ -203,7 +188,6 @@ def test_matrix_loads(transposed, mode):
 
 # Row and column of element e of each operand's fragment in lane 4 g + t, as described by PTX.
 PRODUCTS = {
-    "f16 k8": (8, "multiply_16x8x8(d, a, b[0], half{})", 2, 1, np.float16),
     "f16 k16": (16, "multiply_16x8x16(d, a, b, half{})", 4, 2, np.float16),
     "bf16 k16": (16, "multiply_16x8x16(d, a, b, bfloat16{})", 4, 2, "bfloat16"),
     "tf32 k8": (8, "multiply_16x8x8_tf32(d, a, b)", 4, 2, np.float32),

@@ -129,7 +129,6 @@ template <int K, int PACKED, float (*value)(unsigned)> void multiply_16x8(Lanes&
 
 extern "C" void emulated_multiply_16x8(float* d, const unsigned* a, const unsigned* b, int kind) {
     static const struct { Operation run; const char* name; } products[] = {
-        {multiply_16x8<8, 2, half_value>, "mma.m16n8k8.f16"},
         {multiply_16x8<16, 2, half_value>, "mma.m16n8k16.f16"},
         {multiply_16x8<16, 2, bfloat16_value>, "mma.m16n8k16.bf16"},
         {multiply_16x8<8, 1, tf32_value>, "mma.m16n8k8.tf32"},

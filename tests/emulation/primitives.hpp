@@ -9,8 +9,6 @@ struct bfloat16 { unsigned short bits; };
 
 template <class T> struct __align__(8) Complex { T real, imag; };
 
-struct __align__(4) half2 { half x, y; };
-struct __align__(4) bfloat162 { bfloat16 x, y; };
 
 namespace emulated {
 template <> constexpr unsigned element_bytes<half> = 2;
@@ -25,7 +23,7 @@ void emulated_load_matrices(unsigned* result, const void* row, bool transposed);
 void emulated_multiply_16x8(float* d, const unsigned* a, const unsigned* b, int kind);
 void emulated_multiply_8x8x4(double* d, double a, double b);
 }
-enum ProductKind { F16_K8, F16_K16, BF16_K16, TF32_K8 };
+enum ProductKind { F16_K16, BF16_K16, TF32_K8 };
 }  // namespace emulated
 
 // ---------------------------------------------------------------------------------------------- functions
@@ -77,14 +75,6 @@ EMULATED_NOINLINE void atomic_add(float* to, float4 value) {
     to[2] += value.z;
     to[3] += value.w;
 }
-EMULATED_NOINLINE void atomic_add(half2* to, half2 value) {
-    emulated::emulated_atomic(to, sizeof value, 2, __builtin_return_address(0));
-    *to = {to_half(to_float(to->x) + to_float(value.x)), to_half(to_float(to->y) + to_float(value.y))};
-}
-EMULATED_NOINLINE void atomic_add(bfloat162* to, bfloat162 value) {
-    emulated::emulated_atomic(to, sizeof value, 2, __builtin_return_address(0));
-    *to = {to_bfloat16(to_float(to->x) + to_float(value.x)), to_bfloat16(to_float(to->y) + to_float(value.y))};
-}
 
 // ---------------------------------------------------------------------------------------------- copies into shared memory
 
@@ -100,9 +90,6 @@ template <int PENDING> DEVICE void copy_async_wait() { emulated::emulated_copy_a
 DEVICE void load_matrices(unsigned (&result)[4], const void* row) { emulated::emulated_load_matrices(result, row, false); }
 DEVICE void load_matrices_transposed(unsigned (&result)[4], const void* row) {
     emulated::emulated_load_matrices(result, row, true);
-}
-DEVICE void multiply_16x8x8(float (&d)[4], const unsigned (&a)[2], unsigned b, half) {
-    emulated::emulated_multiply_16x8(d, a, &b, emulated::F16_K8);
 }
 DEVICE void multiply_16x8x16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], half) {
     emulated::emulated_multiply_16x8(d, a, b, emulated::F16_K16);

@@ -40,12 +40,6 @@ extern "C" __global__ void atomic_add_float4(const float* x, float* y) {
     atomic_add(y + 4 + 4 * threadIdx.x, make_float4(v[0], v[1], v[2], v[3]));
 }
 
-extern "C" __global__ void atomic_add_half2(const half* x, half* y) {
-    const half2 v = {x[2 * threadIdx.x], x[2 * threadIdx.x + 1]};
-    atomic_add(reinterpret_cast<half2*>(y), v);
-    atomic_add(reinterpret_cast<half2*>(y) + 1 + threadIdx.x, v);
-}
-
 // Rows of 16 bytes: four 8x8 matrices, one after the other.
 extern "C" __global__ void load_matrices_from_rows(const unsigned short* x, unsigned* y) {
     __shared__ __align__(16) unsigned short tile[256];
@@ -66,15 +60,6 @@ extern "C" __global__ void load_matrices_from_columns(const unsigned short* x, u
 }
 
 // Matrix products take and give each lane's registers, lane after lane.
-extern "C" __global__ void multiply_half_k8(const unsigned* a, const unsigned* b, float* d) {
-    const int lane = threadIdx.x;
-    const unsigned a_of_lane[2] = {a[2 * lane], a[2 * lane + 1]};
-    float sum[4];
-    for (int i = 0; i < 4; ++i) sum[i] = d[4 * lane + i];
-    multiply_16x8x8(sum, a_of_lane, b[lane], half{});
-    for (int i = 0; i < 4; ++i) d[4 * lane + i] = sum[i];
-}
-
 #if __CUDA_ARCH__ >= 800
 
 extern "C" __global__ void float_to_tf32(const float* x, unsigned* y, int count) {
@@ -131,15 +116,6 @@ extern "C" __global__ void multiply_double_k4(const double* a, const double* b, 
     multiply_8x8x4(sum, a[lane], b[lane]);
     d[2 * lane] = sum[0];
     d[2 * lane + 1] = sum[1];
-}
-
-#endif
-#if __CUDA_ARCH__ >= 900
-
-extern "C" __global__ void atomic_add_bfloat162(const bfloat16* x, bfloat16* y) {
-    const bfloat162 v = {x[2 * threadIdx.x], x[2 * threadIdx.x + 1]};
-    atomic_add(reinterpret_cast<bfloat162*>(y), v);
-    atomic_add(reinterpret_cast<bfloat162*>(y) + 1 + threadIdx.x, v);
 }
 
 #endif
