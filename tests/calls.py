@@ -46,6 +46,9 @@ LYINGS = {
 }
 
 
+NARROWER = {"float32": "float16", "float64": "float32", "complex64": "float32", "complex128": "float64"}
+
+
 class Call(NamedTuple):
     """One call. Shapes and settings are those of the convolution in channels_first; the seed draws the data."""
 
@@ -54,6 +57,7 @@ class Call(NamedTuple):
     w: tuple
     settings: dict
     dtype: str = "float32"
+    narrow: str | None = None  # the operand, "x" or "w", whose dtype is NARROWER than that of the others
     layout: str = "channels_first"
     algorithm: str = "auto"
     activation: str | None = None
@@ -92,8 +96,12 @@ class Call(NamedTuple):
         """Return x, w, dy, b and y in the wide dtype of the reference, with values that the dtype represents."""
         rng, y_shape = np.random.default_rng(self.seed), self.y_shape
         bias = self.x[1] if self.function == "conv_transpose" else self.w[0]
-        shapes = self.x, self.w, y_shape, (bias,), self.x if self.function == "conv_transpose_backward" else y_shape
-        return [draw(rng, shape, self.dtype, False) for shape in shapes]
+        y = self.x if self.function == "conv_transpose_backward" else y_shape
+        shapes = {"x": self.x, "w": self.w, "dy": y_shape, "b": (bias,), "y": y}
+        return [draw(rng, shape, self.dtype_of(name), False) for name, shape in shapes.items()]
+
+    def dtype_of(self, name):
+        return NARROWER[self.dtype] if name == self.narrow else self.dtype
 
     @property
     def y_shape(self):
@@ -110,8 +118,8 @@ class Call(NamedTuple):
     def given(self, x, w, dy, b, y):
         """Return the arguments of the call."""
         x, w, dy, y = (
-            LYINGS[self.lying](laid_out(array.astype(named_dtype(self.dtype)), self.layout, role))
-            for array, role in ((x, "x"), (w, "w"), (dy, "x"), (y, "x"))
+            LYINGS[self.lying](laid_out(array.astype(named_dtype(self.dtype_of(name))), self.layout, role))
+            for name, array, role in (("x", x, "x"), ("w", w, "w"), ("dy", dy, "x"), ("y", y, "x"))
         )
         bias = b.astype(named_dtype(self.dtype)) if self.has_bias else None
         options = {**self.settings, "layout": self.layout, "algorithm": self.algorithm}

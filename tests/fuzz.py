@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from tests import calls
 from tests.backends import NO_EMULATION
-from tests.calls import ACTIVATIONS, FUNCTIONS, LYINGS, Call, Settings, Together
+from tests.calls import ACTIVATIONS, FUNCTIONS, LYINGS, NARROWER, Call, Settings, Together
 from tests.cases import DTYPES, KERNELS, NUMPY_ALGORITHMS
 from tests.test_random import convolutions, depthwise
 
@@ -44,12 +44,15 @@ def call(draw, backend):
     x, w = draw(st.sampled_from([(x, w)] * 20 + list(empty(x, w))))
     dtype = draw(st.sampled_from(DTYPES))
     is_complex = dtype.startswith("complex")
+    function = draw(st.sampled_from(FUNCTIONS))
+    may_differ = dtype in NARROWER and function != "conv_transpose_backward"  # its db has the dtype of x
     return Call(
-        function=draw(st.sampled_from(FUNCTIONS)),
+        function=function,
         x=x,
         w=w,
         settings=settings,
         dtype=dtype,
+        narrow=draw(st.sampled_from((None, None, None, "x", "w"))) if may_differ else None,
         layout=draw(st.sampled_from(("channels_first", "channels_last"))),
         algorithm=algorithm,
         activation=None if is_complex else draw(st.sampled_from(tuple(ACTIVATIONS))),
