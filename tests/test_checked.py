@@ -57,6 +57,7 @@ def test_kernels_do_nothing_forbidden(case, algorithm, direction, dtype, arrays,
 
 
 @pytest.mark.checked
+@pytest.mark.called_once("what one call reads and writes is counted")
 @combinations(gradient=["dx", "dw"], layer=gradient_roads.LAYERS, turns=["layer"])
 def test_the_table_of_the_roads_to_a_gradient_is_what_the_emulator_counts(layer, gradient):
     assert gradient_roads.row(layer, gradient) in (kernels_folder() / "README.md").read_text()
