@@ -8,22 +8,21 @@ import pytest
 
 from gpuconv.plan import Step
 from gpuconv.views import View
-from tests import recorded_plans
+from tests import recorded_plans, tiers
 
 pytest.importorskip("ml_dtypes")
 
 
 @pytest.mark.parametrize("where, what", recorded_plans.GROUPS)
 def test_plans_are_those_of_the_record(where, what):
-    prefix = f"{where} {what}: "
-    record = json.loads(recorded_plans.RECORD.read_text())
-    before = {name: line for name, line in record.items() if name.startswith(prefix)}
-    after = recorded_plans.found(where, what)
-    pairs = {name: (before.get(name), after.get(name)) for name in before | after}
-    changed = [f"{name}\n  {old}\n  {new}" for name, (old, new) in pairs.items() if old != new]
+    """In a plain run, one in three calls of the record is planned."""
+    before = json.loads(recorded_plans.RECORD.read_text())
+    after = recorded_plans.found(where, what, 1 if tiers.full else 3)
+    changed = [f"{name}\n  {before.get(name)}\n  {new}" for name, new in after.items() if before.get(name) != new]
     some = "\n".join(changed[:5])
+    assert after
     assert not changed, (
-        f"{len(changed)} of {len(before)} calls do something else now, among them\n{some}\n"
+        f"{len(changed)} of {len(after)} calls do something else now, among them\n{some}\n"
         "If they should: python -m tests.recorded_plans writes them anew"
     )
 
