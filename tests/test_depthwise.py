@@ -203,6 +203,7 @@ def test_views_are_read_where_they_lie(name, arrays, rng):
     layout=BOTH_LAYOUTS,
     filters=[8, 16],  # one of each channel, or two: threads compute several channels, or one
     where=lambda arrays, dtype, layout, filters: compiles_much(arrays) or (dtype == "float16") == (filters == 8),
+    turns=["layout"],
 )
 def test_bias_activation_derivative_and_conjugate_are_fused(filters, layout, dtype, arrays, rng):
     """Transposed convolutions conjugate complex operands. If y is not laid out as dy, the product is formed before."""
