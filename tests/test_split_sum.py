@@ -96,6 +96,7 @@ def test_splits_have_the_bits_of_one_block(kind, weight, channels, direction, ar
 
 
 @pytest.mark.usefixtures("always_split")
+@pytest.mark.parametrize("always_split", ["as they are"], indirect=True)
 @pytest.mark.parametrize("layout", TWO_LAYOUTS)
 @pytest.mark.parametrize("mode", ["fast", "checked"])
 @EMULATED
@@ -115,6 +116,7 @@ def test_bias_and_activation_follow_the_sum(mode, layout, arrays):
 
 
 @pytest.mark.usefixtures("always_split")
+@pytest.mark.parametrize("always_split", ["as they are"], indirect=True)
 @EMULATED
 @pytest.mark.parametrize(("limit", "splits"), [("4KiB", False), ("64MiB", True)])
 def test_splits_need_workspace(limit, splits, arrays, monkeypatch):
