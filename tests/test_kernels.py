@@ -448,6 +448,15 @@ def test_strides_may_need_64_bits(steps, padding, wide):
     assert params.is_wide(geometry, y, x, strided((1, 1, 1, 1, 1), (1, 1, 1, 1, 1))) == wide
 
 
+@pytest.mark.parametrize("taps, wide", [(1, False), (3, True)])
+def test_strides_of_dy_may_need_64_bits_where_windows_reach_beyond_it(taps, wide):
+    geometry = Geometry.infer((1, 1, 1 + taps), (1, 1, taps))
+    y, x, w = (strided((*extents, 1, 1), steps) for extents, steps in (
+        ((1, 2), (8, 2**29, 1, 1)), ((1, 1 + taps), (8, 1, 1, 1)), ((taps,), (1, 1, 1))
+    ))  # fmt: skip
+    assert params.is_wide(geometry, y, x, w) == wide
+
+
 # ------------------------------------------------------------------------------------------------- memory
 
 

@@ -83,7 +83,7 @@ def is_tested(arrays, algorithm, dtype, **one):
     """In a plain run, most cases use two dtypes of algorithms with many kernels on the CPU, and none on a GPU."""
     if not is_taken(arrays=arrays, algorithm=algorithm, dtype=dtype, **one):
         return False
-    if tiers.full or arrays == "numpy" or compiles_little(algorithm=algorithm, **one):
+    if tiers.full or arrays == "numpy" or compiles_little(algorithm=algorithm, arrays=arrays, **one):
         return True
     return arrays == "emulated" and dtype in ("float16", "float32")
 

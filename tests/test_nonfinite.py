@@ -36,7 +36,11 @@ def is_tested(arrays, algorithm, **one):
     """Return whether a combination is tested; algorithms without kernels are the same as on NumPy."""
     if algorithm == "auto":
         return True
-    if arrays == "numpy" or tiers.full or (algorithm in KERNELS and compiles_little(algorithm=algorithm, **one)):
+    if (
+        arrays == "numpy"
+        or tiers.full
+        or (algorithm in KERNELS and compiles_little(algorithm=algorithm, arrays=arrays, **one))
+    ):
         return is_taken(arrays=arrays, algorithm=algorithm, dtype="float64", **one)
     return False
 
