@@ -9,8 +9,9 @@ record also says whether its test catches it alone, without the tests that ran b
     python -m tests.cupy_on_cpu python -m tests.mutate_python               all, recorded in python_mutations.json
     python -m tests.cupy_on_cpu python -m tests.mutate_python --sample 60   recorded mutants, for 60 seconds
 
-An interrupted run can be resumed. The exit status is 1 if a mutant survives for which equivalent_python.py has no
-reason or, for a sample, if a mutant is not caught again.
+Recorded mutants are first run again with the tests that caught them. An interrupted run can be resumed. The exit status
+is 1 if a mutant survives for which equivalent_python.py has no reason or, for a sample, if a mutant is not caught
+again.
 """
 
 import argparse
@@ -186,7 +187,10 @@ def table(entries):
 
 
 def full(options):
-    """Run the mutants without a valid verdict and write python_mutations.json."""
+    """Run the mutants without a valid verdict and write python_mutations.json.
+
+    A recorded verdict is valid if its test exists and, for tests that caught their mutant alone, catches it again.
+    """
     mutants = {mutant.identity: mutant for mutant in python_mutants.drawn(DRAWN, SEED)}
     verdicts = {
         name: judged(entry | {"file": mutants[name].file, "line": mutants[name].line})  # the line may have changed
@@ -201,6 +205,15 @@ def full(options):
     def work(session):
         live = python_mutants.Live()
         observed = Observed(session, live, options.jobs)
+
+        def confirmed(mutant, kind, by, seconds):
+            if kind != "caught":
+                del verdicts[mutant.identity]
+
+        alone = {name: observed.items.get(entry["by"]) for name, entry in verdicts.items() if entry.get("alone")}
+        again = [mutants[name] for name, item in alone.items() if item]
+        run_again(session, live, alone, again, options.jobs, confirmed)
+        print(f"{len(again)} recorded mutants have run again")
         todo = [mutant for name, mutant in mutants.items() if not stands(verdicts.get(name), observed.items)]
         todo.sort(key=lambda mutant: mutant.identity in verdicts)  # those without a verdict first
         with progress() as bar:

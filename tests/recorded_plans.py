@@ -78,7 +78,7 @@ SQUEEZES = tuple(1 << bits for bits in range(14, 25))  # bytes
 def geometries(layout, one_in=1):
     """Yield names and geometries: those of the tests, and one in ``one_in`` of the benchmarked layers."""
     yield from ((one.name, one.geometry(layout)) for one in (*CASES, *SQUEEZED))
-    chosen = [one for one in layers.selected(["all"], []) if int(digest_of(one.name.encode()), 16) % one_in == 0]
+    chosen = [one for one in layers.selected(["all"], []) if is_drawn(one.name, one_in)]
     yield from ((layer.name, layer.geometry(BATCH, layout)) for layer in chosen)
 
 
@@ -249,6 +249,11 @@ def digest_of(content):
     return hashlib.sha256(content).hexdigest()[:8]
 
 
+def is_drawn(name, one_in):
+    """Return whether a name is one of those drawn, one in so many; a new name does not change those drawn before."""
+    return int(digest_of(name.encode()), 16) % one_in == 0
+
+
 def short(whole):
     """Return the first line of a text, and the digest of the whole text."""
     return f"{whole.partition(chr(10))[0]}; {digest_of(whole.encode())}"
@@ -270,7 +275,7 @@ def as_on_any_machine():
 def found(where, what, one_in=1):
     """Return the lines of the record for a group, or for one in so many of its calls, by the names of the calls."""
     with as_on_any_machine():
-        some = itertools.islice(calls_of(where, what), 0, None, one_in)
+        some = ((name, made) for name, made in calls_of(where, what) if is_drawn(name, one_in))
         return {f"{where} {what}: {name}": short(made()) for name, made in some}
 
 
