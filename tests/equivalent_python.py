@@ -11,19 +11,13 @@ EQUIVALENT = {
         "y = y.astype(dy.dtype, copy=True)",
     ): "a copy changes no number, only the time",
     (
-        "gpuconv/blocking.py",
-        "largest_fitting",
-        "return _evened(extent, bisect_right(range(1, extent + 1), limit, key=cost))",
-        "return _evened(extent, bisect_right(range(1, extent + 2), limit, key=cost))",
-    ): "a size beyond the extent is evened out to the extent",
-    (
-        "gpuconv/cpu/depthwise.py",
+        "gpuconv/cpu/banded.py",
         "outputs",
         "part = view[..., self.start : self.start + self.tiles * self.m, :, 0]",
         "part = view[..., self.start : self.start ^ self.tiles * self.m, :, 0]",
     ): "a part begins at 0 or at a multiple of 16, and what it has beside that is less than 16",
     (
-        "gpuconv/cpu/depthwise.py",
+        "gpuconv/cpu/banded.py",
         "_parts",
         "m = next((m for m in range(MOST, FEWEST - 1, -1) if row % m == 0), min(MOST, row))",
         "m = next((m for m in range(MOST, FEWEST - 1, -1) if row % m <= 0), min(MOST, row))",
@@ -41,12 +35,6 @@ EQUIVALENT = {
         "axes = zip(segment, self.geometry.dilation, strict=False)",
     ): "both are of the same length at every call",
     (
-        "gpuconv/gpu/gemm_tiles.py",
-        "stages",
-        "return ASYNCHRONOUS_STAGES if device.capability >= 80 and most >= 4 else STAGES",
-        "return ASYNCHRONOUS_STAGES if device.capability >= 80 and most >= 3 else STAGES",
-    ): "a vector has 2, 4, 8 or 16 bytes, never 3",
-    (
         "gpuconv/cpu/lines.py",
         "weight_grad",
         "planner.copy(dw.view[:, :, 0], totals[0].reshape(*geometry.kernel, geometry.channels, -1))",
@@ -58,12 +46,6 @@ EQUIVALENT = {
         "factors = (windows.swapaxes(-1, -2), weights) if by_rows else (weights, windows)",
         "factors = (windows.swapaxes(-1, 2), weights) if by_rows else (weights, windows)",
     ): "the windows have four axes, so that 2 and -2 are one axis",
-    (
-        "gpuconv/cpu/lines.py",
-        "_rows",
-        "return 0",
-        "return -1",
-    ): "callers ask whether the number of lines is more than 0",
     (
         "gpuconv/cpu/phases.py",
         "_order",
@@ -131,12 +113,6 @@ EQUIVALENT = {
         "if set(map(type, arrays.values())) is {numpy.ndarray}:",
     ): "the longer way behind it gives the same kind",
     (
-        "gpuconv/gpu/params.py",
-        "__init__",
-        "split = next(a for a in range(axes + 1) if all(merged(v.shape[a:axes], v.strides[a:axes]) for v in views))",
-        "split = next(a for a in range(axes + 2) if all(merged(v.shape[a:axes], v.strides[a:axes]) for v in views))",
-    ): "the search ends at the last axis at the latest",
-    (
         "gpuconv/gpu/cache.py",
         "cubin_path",
         'key = hashlib.sha256("\\0".join(parts).encode()).hexdigest()[:32]',
@@ -179,12 +155,6 @@ EQUIVALENT = {
         'if name in ("float16", "float32") and precision == "ieee" and device is MODEL:',
     ): "the devices are these very objects",
     (
-        "gpuconv/gpu/report.py",
-        "_laid_out",
-        'if layout == "channels_first":',
-        'if layout is "channels_first":',
-    ): "the layouts are those of the type, which the interpreter keeps once",
-    (
         "gpuconv/execute.py",
         "steps",
         "if isinstance(step, Step) or (isinstance(step, Loop) and step.workers > 1):",
@@ -214,13 +184,6 @@ EQUIVALENT = {
         "for axis, (n, k, s, d) in enumerate(zip(extent, kernel, stride, dilation, strict=True)):",
         "for axis, (n, k, s, d) in enumerate(zip(extent, kernel, stride, dilation, strict=False)):",
     ): "both are of the same length at every call",
-    (
-        "gpuconv/geometry.py",
-        "_same_padding",
-        'low = total // 2 if name == "same" else -(-total // 2)',
-        'low = total // 2 if name <= "same" else -(-total // 2)',
-    ): "of the two names this one is the first in the alphabet",
-    ("gpuconv/torch.py", "_check", "continue", "break"): "only the bias, which is the last tensor, may be None",
     (
         "gpuconv/tuning.py",
         "_tuned",
@@ -275,18 +238,6 @@ EQUIVALENT = {
         'if name == "cupy":',
         'if name is not "cupy":',
     ): 'with "auto" and arrays of CuPy both ways give the backend of the CuPy that is imported',
-    (
-        "gpuconv/blocking.py",
-        "as_matrix",
-        "by_columns = (m == 1 or row_step == item) and (k == 1 or column_step >= m * item)",
-        "by_columns = (m == 1 or row_step == item) and (k == 0 or column_step >= m * item)",
-    ): "a matrix of one column whose rows lie side by side is one by rows as well",
-    (
-        "gpuconv/geometry.py",
-        "reaches_beyond",
-        "return any(start < 0 or stop > n for (start, stop), n in zip(windows, self.input, strict=True))",
-        "return any(start < 0 or stop > n for (start, stop), n in zip(windows, self.input, strict=False))",
-    ): "both have one element for each spatial axis",
     (
         "gpuconv/plan.py",
         "__init__",
