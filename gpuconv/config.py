@@ -12,6 +12,7 @@ import numpy
 from gpuconv import settings, threads
 from gpuconv.arrays import NUMPY, Backend, BackendError
 from gpuconv.backends import cupy_backend, driver_devices, selected
+from gpuconv.cpu import compiled
 from gpuconv.version import __version__
 
 
@@ -46,6 +47,7 @@ def config() -> dict[str, str]:
     facts = {
         **build(NUMPY),
         "Python": platform.python_version(),
+        "Numba": compiled.version() or "not installed (it compiles kernels for depthwise and grouped layers)",
         "CUDA devices (driver)": str(driver_devices()),
         "CuPy": _cupy_facts(),
         "backend": f"{name} (from {source})",

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import SupportsIndex
 
 from gpuconv import dtypes, settings
+from gpuconv.arrays import NUMPY
 from gpuconv.backends import backend_named
-from gpuconv.cpu import im2col
+from gpuconv.cpu import depthwise, im2col
 from gpuconv.execute import Call, contiguous_plan
 from gpuconv.geometry import DIRECTIONS, Geometry
 from gpuconv.plan import Plan
 from gpuconv.request import Request
-from gpuconv.select import MODULES, check_name, choose, consent, refused
+from gpuconv.select import MODULES, check_name, choose, consent, estimate, refused
 from gpuconv.types import Algorithm, BackendName, Direction, DtypeLike, Layout, Padding, PerAxis, Precision
 
 
@@ -147,10 +148,14 @@ def explain(
     choice = choose(request, algorithm)
     plans = getattr(MODULES[choice.algorithm], "plans", None)
     found = plans(geometry, kind, direction, where.device(), permitted, limit) if plans is not None else ()
-    note = im2col.exceeds(request) if choice.algorithm == "im2col" else None
+    notes: list[str | None] = [choice.reason]
+    if choice.algorithm == "im2col":
+        notes.append(im2col.exceeds(request))
+    if where is NUMPY:
+        notes.append(depthwise.advice(request, estimate(choice.algorithm, request)))
     return Explanation(
         choice.algorithm,
-        f"{choice.reason}; {note}" if note else choice.reason,
+        "; ".join(filter(None, notes)),
         refused=tuple(refused(request, choice.algorithm)),
         direction=direction,
         backend=where.name,

@@ -289,11 +289,14 @@ class Planner:
         """Return uninitialized flat views with these numbers of elements, valid until the task of the loop ends."""
         return [self.scope.take(size, dtype or self.dtype) for size in sizes]
 
-    def team(self, geometry: Geometry, least: int = 0) -> Team:
-        """Return the team for a convolution; ``least`` is the minimum workspace of each thread, in elements."""
-        if is_small(geometry) or self.is_share:
+    def team(self, geometry: Geometry, least: int = 0, slowness: int = 1) -> Team:
+        """Return the team for a convolution; ``least`` is the minimum workspace of each thread, in elements.
+
+        ``slowness`` is the time of a multiply-add relative to that in a long matrix product.
+        """
+        work = slowness * geometry.multiply_adds()
+        if work < _SMALL or self.is_share:
             return Team()
-        work = geometry.multiply_adds()
         # Independent of the number of threads, because the bits of a product may depend on where it is divided.
         tasks = max(2, min(_TASKS, work // _SHORT_TASK), work // _TASK)
         most = max(1, self.budget // 2 // max(1, least))  # the other half is for shared workspace

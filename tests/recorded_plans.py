@@ -26,7 +26,7 @@ import gpuconv
 from gpuconv import select, threads
 from gpuconv.arrays import NUMPY
 from gpuconv.benchmark import layers
-from gpuconv.cpu import fft, im2col
+from gpuconv.cpu import compiled, fft, im2col
 from gpuconv.execute import Call, Description, plan_for
 from gpuconv.gpu import gemm_plan, implicit_gemm
 from gpuconv.gpu.device import Device
@@ -45,6 +45,7 @@ ACTIVATIONS = "", "relu", "leaky_relu", "sigmoid", "tanh"
 DEVICES = Device(75, 72), Device(80, 108), Device(90, 132), Device(120, 170)
 # Each algorithm plans one in this many of the benchmarked layers; planning all those of scatter would take seconds.
 ONE_IN = {"im2col": 4, "winograd": 2, "fft": 16, "depthwise": 2, "scatter": 1000, "implicit_gemm": 4, "direct": 8}
+WITHOUT_NUMBA = "without Numba"
 GROUPS = (
     *(("numpy", algorithm) for algorithm in NUMPY_ALGORITHMS),
     *(("emulated", algorithm) for algorithm in KERNELS),
@@ -53,6 +54,9 @@ GROUPS = (
     ("choice", "tiles"),
     *(("limits numpy", algorithm) for algorithm in NUMPY_ALGORITHMS),
     *(("limits emulated", algorithm) for algorithm in KERNELS),
+    (WITHOUT_NUMBA, "depthwise"),
+    (f"{WITHOUT_NUMBA} limits numpy", "depthwise"),
+    (WITHOUT_NUMBA, "choice"),
 )
 # Convolutions computed by several threads, planned for workspaces of 16 KiB to 16 MiB.
 SQUEEZED = (
@@ -84,6 +88,9 @@ def geometries(layout, one_in=1):
 
 def calls_of(where, what):
     """Return the calls of a group: names, and functions that return the text of the plan."""
+    if where.startswith(WITHOUT_NUMBA):
+        where = where.removeprefix(WITHOUT_NUMBA).strip() or ("choice" if what == "choice" else "numpy")
+        what = "numpy" if where == "choice" else what
     if where == "choice":
         return tiles() if what == "tiles" else choices(NUMPY if what == "numpy" else EMULATED)
     if where.startswith("limits"):
@@ -260,29 +267,37 @@ def short(whole):
 
 
 @contextlib.contextmanager
-def as_on_any_machine():
-    """Enter a context that is independent of tuning and of installed packages: SciPy and threadpoolctl."""
+def as_on_any_machine(where):
+    """Enter the context of a group, independent of tuning and of installed packages: SciPy, threadpoolctl, Numba."""
+    numba = None if where.startswith(WITHOUT_NUMBA) else "1000.0"
     with (
         mock.patch.object(select.tuned, "recalled", return_value=None),
         mock.patch.object(fft, "_has_scipy", return_value=True),
         mock.patch.object(threads, "most", lambda limit: limit or 1),
+        mock.patch.object(compiled, "version", return_value=numba),
+        mock.patch.object(compiled, "kernel", kernel_of),
     ):
         gpuconv.clear_cache()
         yield
     gpuconv.clear_cache()
 
 
+def kernel_of(module, name, constants, dtype):
+    """Return the name of a compiled kernel in its place."""
+    return types.SimpleNamespace(__name__=f"{module}.{name}{constants} of {dtype}")
+
+
 def found(where, what, one_in=1):
     """Return the lines of the record for a group, or for one in so many of its calls, by the names of the calls."""
-    with as_on_any_machine():
+    with as_on_any_machine(where):
         some = ((name, made) for name, made in calls_of(where, what) if is_drawn(name, one_in))
         return {f"{where} {what}: {name}": short(made()) for name, made in some}
 
 
 def main(words):
     if words:
-        with as_on_any_machine():
-            for where, what in GROUPS:
+        for where, what in GROUPS:
+            with as_on_any_machine(where):
                 for name, made in calls_of(where, what):
                     if all(word in f"{where} {what}: {name}" for word in words):
                         print(f"{where} {what}: {name}", made(), sep="\n", end="\n\n")

@@ -30,7 +30,10 @@ def test_plans_are_those_of_the_record(where, what):
 def test_the_record_has_every_group_and_nothing_else():
     names = list(json.loads(recorded_plans.RECORD.read_text()))
     assert {name.partition(": ")[0] for name in names} == {" ".join(group) for group in recorded_plans.GROUPS}
-    calls = sum(1 for group in recorded_plans.GROUPS for _ in recorded_plans.calls_of(*group))
+    calls = 0
+    for group in recorded_plans.GROUPS:
+        with recorded_plans.as_on_any_machine(group[0]):
+            calls += sum(1 for _ in recorded_plans.calls_of(*group))
     assert calls == len(names) > 2000
 
 

@@ -4,8 +4,7 @@ On a GPU, CUDA kernels (kernels/depthwise.cu) load the region of x that a block 
 data_grad is the forward convolution of dy, once for each phase of the stride. weight_grad has partial sums that
 split_sum adds in a fixed order. All directions give the same bits at every call.
 
-On NumPy, and for more than three spatial axes, rows are multiplied by banded matrices of taps
-(gpuconv/cpu/depthwise.py).
+On NumPy, and for more than three spatial axes, gpuconv/cpu/depthwise.py computes it.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import numpy
 
 from gpuconv.arguments import Shape
 from gpuconv.arrays import Backend
-from gpuconv.cpu import depthwise as by_rows
+from gpuconv.cpu import depthwise as on_cpu
 from gpuconv.geometry import Geometry
 from gpuconv.gpu import params, split_sum, structs
 from gpuconv.gpu.depthwise_layer import (
@@ -50,7 +49,7 @@ def why_not(request: Request) -> str | None:
     """Return a reason unless groups are small, and a block's shared memory and the workspace suffice; else None."""
     geometry = request.geometry
     if not _has_kernels(geometry, request.backend):
-        return by_rows.why_not(request)
+        return on_cpu.why_not(request)
     channels, filters = geometry.group_channels, geometry.group_filters
     if channels > (MOST_CHANNELS if geometry.groups > 1 else 1):
         found = f"{geometry.groups} of {channels}"
@@ -76,7 +75,7 @@ def _has_kernels(geometry: Geometry, backend: Backend) -> bool:
 
 def nanoseconds(request: Request) -> float:
     """Return the estimated time on NumPy."""
-    return by_rows.nanoseconds(request)
+    return on_cpu.nanoseconds(request)
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
@@ -84,13 +83,13 @@ def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Plan
     if _has_kernels(geometry, planner.backend):
         _forward(x, w, y, geometry, planner)
     else:
-        by_rows.forward(x, w, y, geometry, planner)
+        on_cpu.forward(x, w, y, geometry, planner)
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
     """Compute dx: for each phase of the stride, the forward convolution of dy with the taps that reach it, reversed."""
     if not _has_kernels(geometry, planner.backend):
-        by_rows.data_grad(dy, w, dx, geometry, planner)
+        on_cpu.data_grad(dy, w, dx, geometry, planner)
         return
     for phase in geometry.phases:
         part = dx.part((..., *phase.inputs, slice(None), slice(None)))
@@ -137,7 +136,7 @@ def _forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Pla
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
     """Compute ``dw[t, c, q] = sum over outputs o of x[o * stride + t * dilation - low, c] dy[o, q]`` with split-K."""
     if not _has_kernels(geometry, planner.backend):
-        by_rows.weight_grad(dy, x, dw, geometry, planner)
+        on_cpu.weight_grad(dy, x, dw, geometry, planner)
         return
     axes = Axes.of(geometry)
     lifted, weights = axes.geometry(geometry), axes.weights(dw.view)

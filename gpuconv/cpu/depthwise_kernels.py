@@ -1,0 +1,260 @@
+"""Kernels of algorithm depthwise on NumPy, compiled by Numba. A vector holds one channel of several groups.
+
+    forward      y[o, f]     = b[f] + sum over taps t and channels c of x[o * stride + t * dilation - low, c] w[t, c, f]
+    weight_grad  dw[t, c, f] = sum over outputs o of x[o * stride + t * dilation - low, c] dy[o, f]
+
+Each element of x, w, b, y stands for all groups, which are contiguous in memory; the last vector may overlap the one
+before it. Registers hold the sums of four adjacent outputs of a row, or of four taps. The padding is not read, so that
+no element is multiplied by its zeros.
+
+The number of taps along the last axis, and the stride, are constants of a kernel, with which LLVM loads an input once
+for all outputs that read it. Kernels for 0 taps accept any number of taps, stride and dilation.
+
+The functions share these tuples of numbers:
+
+    axis    taps, stride and dilation of the last axis
+    lines   the number of lines of taps along the last axis that read inside, for each channel; their places in x and w
+    place   places in x, in y and of the inputs of the next row, the range of inner outputs, and the filter
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+from numba import njit, types
+
+from gpuconv.cpu.depthwise import Piece
+from gpuconv.cpu.vectors import BYTES, add, load, multiply_add, prefetch, store, zero
+
+
+def signature(name: str, item: Any) -> Any:
+    """Return the type of a kernel: arrays, the first of them writable, a Piece, and numbers of rows."""
+    number, place = types.int64, types.UniTuple(types.int64, 5)
+    piece = types.NamedTuple((*(types.UniTuple(number, 3),) * 6, place, place, *(number,) * 4, types.boolean), Piece)
+    arrays, numbers = {"forward": (3, 1), "weight_grad": (2, 2)}[name]
+    return types.void(item[::1], *(types.Array(item, 1, "C", readonly=True),) * arrays, piece, *(number,) * numbers)
+
+
+@njit(nogil=True, inline="always")
+def taps_within(start, dilation, taps, extent):
+    """Return the first tap that reads inside, and the end of these taps; tap 0 reads at ``start``."""
+    if start >= 0 and start + (taps - 1) * dilation < extent:
+        return 0, taps
+    first = -(start // dilation) if start < 0 else 0
+    return first, max(first, min(taps, (extent - 1 - start) // dilation + 1))
+
+
+@njit(nogil=True, inline="always")
+def outputs_within(piece, axis):
+    """Return the first output of a row of which all taps read inside, and the end of these; none if they are few."""
+    taps, stride, dilation = axis
+    first = min(piece.output[2], max(0, (piece.low[2] + stride - 1) // stride))
+    reach = (taps - 1) * dilation
+    end = max(first, min(piece.output[2], (piece.input[2] - 1 - reach + piece.low[2]) // stride + 1))
+    return first, end if end - first >= 4 else first
+
+
+@njit(nogil=True, inline="always")
+def row_of(piece, row):
+    """Return image, and position along the first two axes, of a row of outputs, and of the inputs of its first taps."""
+    rest, o = divmod(row, piece.output[1])
+    n, m = divmod(rest, piece.output[0])
+    return n, m, o, m * piece.stride[0] - piece.low[0], o * piece.stride[1] - piece.low[1]
+
+
+@njit(nogil=True, inline="always")
+def lines_within(piece, taps, d, h, places, weights):
+    """Fill in the lines of a row whose first taps read at ``d`` and ``h``; return their number."""
+    t_first, t_end = taps_within(d, piece.dilation[0], piece.kernel[0], piece.input[0])
+    r_first, r_end = taps_within(h, piece.dilation[1], piece.kernel[1], piece.input[1])
+    count = 0
+    for t in range(t_first, t_end):
+        for r in range(r_first, r_end):
+            of_row = (d + t * piece.dilation[0]) * piece.x[1] + (h + r * piece.dilation[1]) * piece.x[2]
+            for c in range(piece.channels):
+                places[count] = of_row + c * piece.x[4]
+                weights[count] = ((t * piece.kernel[1] + r) * piece.channels + c) * taps * piece.filters * piece.row
+                count += 1
+    return count
+
+
+@njit(nogil=True, inline="always")
+def inner_outputs(arrays, piece, axis, lines, place, block):
+    """Compute the outputs of a row of which all taps read inside, four at a time, for four vectors."""
+    y, x, w, bias = arrays
+    taps, stride, dilation = axis
+    count, places, weights = lines
+    read, written, ahead, first, end, f = place
+    lanes, pixel, tap = BYTES // x.itemsize, piece.x[3], piece.filters * piece.row
+    for tile in range(first, end, 4):
+        q = min(tile, end - 4)
+        for lane in range(block, min(block + 4 * lanes, piece.groups), lanes):
+            g = min(lane, piece.groups - lanes)
+            if piece.is_far:
+                for i in range(4 * stride):
+                    prefetch(x, ahead + i % stride * piece.x[2] + (q * stride + i) * pixel + g)
+            v0, v1, v2, v3 = zero(x), zero(x), zero(x), zero(x)
+            for line in range(count):
+                a, b = read + places[line] + q * stride * pixel + g, weights[line] + f * piece.row + g
+                for s in range(taps):
+                    v = load(w, b + s * tap)
+                    v0 = multiply_add(load(x, a + s * dilation * pixel), v, v0)
+                    v1 = multiply_add(load(x, a + (s * dilation + stride) * pixel), v, v1)
+                    v2 = multiply_add(load(x, a + (s * dilation + 2 * stride) * pixel), v, v2)
+                    v3 = multiply_add(load(x, a + (s * dilation + 3 * stride) * pixel), v, v3)
+            v, a = load(bias, f * piece.row + g), written + q * piece.y[3] + g
+            store(y, a, add(v0, v))
+            store(y, a + piece.y[3], add(v1, v))
+            store(y, a + 2 * piece.y[3], add(v2, v))
+            store(y, a + 3 * piece.y[3], add(v3, v))
+
+
+@njit(nogil=True, inline="always")
+def outer_outputs(arrays, piece, axis, lines, place, block):
+    """Compute the other outputs of a row, one at a time, for four vectors at once."""
+    y, x, w, bias = arrays
+    taps, stride, dilation = axis
+    count, places, weights = lines
+    read, written, _, first, end, f = place
+    lanes, pixel, last = BYTES // x.itemsize, piece.x[3], piece.groups - BYTES // x.itemsize
+    g0, g1, g2, g3 = (
+        min(block, last),
+        min(block + lanes, last),
+        min(block + 2 * lanes, last),
+        min(block + 3 * lanes, last),
+    )
+    for output in range(piece.output[2] - (end - first)):
+        q = output if output < first else output + end - first
+        s_first, s_end = taps_within(q * stride - piece.low[2], dilation, taps, piece.input[2])
+        v0, v1, v2, v3 = zero(x), zero(x), zero(x), zero(x)
+        for line in range(count):
+            for s in range(s_first, s_end):
+                a = read + places[line] + (q * stride + s * dilation) * pixel
+                b = weights[line] + (s * piece.filters + f) * piece.row
+                v0 = multiply_add(load(x, a + g0), load(w, b + g0), v0)
+                v1 = multiply_add(load(x, a + g1), load(w, b + g1), v1)
+                v2 = multiply_add(load(x, a + g2), load(w, b + g2), v2)
+                v3 = multiply_add(load(x, a + g3), load(w, b + g3), v3)
+        a, b = written + q * piece.y[3], f * piece.row
+        store(y, a + g0, add(v0, load(bias, b + g0)))
+        store(y, a + g1, add(v1, load(bias, b + g1)))
+        store(y, a + g2, add(v2, load(bias, b + g2)))
+        store(y, a + g3, add(v3, load(bias, b + g3)))
+
+
+def forward(taps: int, stride: int) -> Callable[..., None]:
+    """Return the kernel of the forward convolution, which computes a number of rows of outputs."""
+
+    def depthwise_forward(y, x, w, bias, piece, rows):
+        axis = (
+            taps if taps else piece.kernel[2],
+            stride if taps else piece.stride[2],
+            1 if taps else piece.dilation[2],
+        )
+        first, end = outputs_within(piece, axis)
+        places = numpy.empty(piece.kernel[0] * piece.kernel[1] * piece.channels, numpy.int64)
+        weights = numpy.empty(places.size, numpy.int64)
+        arrays = y, x, w, bias
+        for row in range(rows):
+            n, m, o, d, h = row_of(piece, row)
+            count = lines_within(piece, axis[0], d, h, places, weights)
+            lines = count, places, weights
+            read = n * piece.x[0] - piece.low[2] * piece.x[3]
+            ahead = read + d * piece.x[1] + (h + piece.kernel[1] * piece.dilation[1]) * piece.x[2]
+            for f in range(piece.filters):
+                written = n * piece.y[0] + m * piece.y[1] + o * piece.y[2] + f * piece.y[4]
+                place = read, written, ahead, first, end, f
+                for block in range(0, piece.groups, 4 * BYTES // x.itemsize):
+                    inner_outputs(arrays, piece, axis, lines, place, block)
+                    outer_outputs(arrays, piece, axis, lines, place, block)
+
+    return depthwise_forward
+
+
+@njit(nogil=True, inline="always")
+def tap_sums(arrays, piece, axis, rows, place, s):
+    """Return the sums of four taps of a line, from ``s`` on, over rows of outputs; taps beyond the last repeat it."""
+    x, dy = arrays
+    taps, stride, dilation = axis
+    count, positions = rows
+    t, r, of_x, of_y, first, end = place
+    pixel, lanes = piece.x[3], BYTES // x.itemsize
+    a0, a1 = s * dilation, min(s + 1, taps - 1) * dilation
+    a2, a3 = min(s + 2, taps - 1) * dilation, min(s + 3, taps - 1) * dilation
+    v0, v1, v2, v3 = zero(x), zero(x), zero(x), zero(x)
+    for row in range(count):
+        n, m, o, d, h = positions[row]
+        d, h = d + t * piece.dilation[0], h + r * piece.dilation[1]
+        if d < 0 or d >= piece.input[0] or h < 0 or h >= piece.input[1]:
+            continue
+        a = of_x + n * piece.x[0] + d * piece.x[1] + h * piece.x[2] - piece.low[2] * pixel
+        b = of_y + n * piece.y[0] + m * piece.y[1] + o * piece.y[2]
+        if piece.is_far and t == r == s == 0:  # for the next vector
+            for q in range(piece.output[2]):
+                prefetch(x, a + q * stride * pixel + lanes)
+                prefetch(dy, b + q * piece.y[3] + lanes)
+        for tile in range(first, end, 4):
+            for q in range(tile, tile + 4):
+                v, e = load(dy, b + q * piece.y[3]), a + q * stride * pixel
+                v0 = multiply_add(load(x, e + a0 * pixel), v, v0)
+                v1 = multiply_add(load(x, e + a1 * pixel), v, v1)
+                v2 = multiply_add(load(x, e + a2 * pixel), v, v2)
+                v3 = multiply_add(load(x, e + a3 * pixel), v, v3)
+        for output in range(piece.output[2] - (end - first)):
+            q = output if output < first else output + end - first
+            v, e, at = load(dy, b + q * piece.y[3]), a + q * stride * pixel, q * stride - piece.low[2]
+            if 0 <= at + a0 < piece.input[2]:
+                v0 = multiply_add(load(x, e + a0 * pixel), v, v0)
+            if 0 <= at + a1 < piece.input[2]:
+                v1 = multiply_add(load(x, e + a1 * pixel), v, v1)
+            if 0 <= at + a2 < piece.input[2]:
+                v2 = multiply_add(load(x, e + a2 * pixel), v, v2)
+            if 0 <= at + a3 < piece.input[2]:
+                v3 = multiply_add(load(x, e + a3 * pixel), v, v3)
+    return v0, v1, v2, v3
+
+
+@njit(nogil=True, inline="always")
+def weight_sums(dw, arrays, piece, axis, rows, place):
+    """Store the sums of all taps, channels and filters of one vector over some rows of outputs."""
+    at, g, first, end = place
+    tap = piece.filters * piece.row
+    for line in range(piece.kernel[0] * piece.kernel[1] * piece.channels * piece.filters):
+        rest, f = divmod(line, piece.filters)
+        of_taps, c = divmod(rest, piece.channels)
+        t, r = divmod(of_taps, piece.kernel[1])
+        of_line = t, r, c * piece.x[4] + g, f * piece.y[4] + g, first, end
+        e = at + rest * axis[0] * tap + f * piece.row + g
+        for s in range(0, axis[0], 4):
+            v0, v1, v2, v3 = tap_sums(arrays, piece, axis, rows, of_line, s)
+            store(dw, e + s * tap, v0)
+            store(dw, e + min(s + 1, axis[0] - 1) * tap, v1)
+            store(dw, e + min(s + 2, axis[0] - 1) * tap, v2)
+            store(dw, e + min(s + 3, axis[0] - 1) * tap, v3)
+
+
+def weight_grad(taps: int, stride: int) -> Callable[..., None]:
+    """Return the kernel of weight_grad, which stores the sums over each ``most`` of a number of rows of outputs."""
+
+    def depthwise_weight_grad(dw, x, dy, piece, most, rows):
+        axis = (
+            taps if taps else piece.kernel[2],
+            stride if taps else piece.stride[2],
+            1 if taps else piece.dilation[2],
+        )
+        lanes = BYTES // x.itemsize
+        size = piece.kernel[0] * piece.kernel[1] * piece.channels * axis[0] * piece.filters * piece.row
+        first, end = outputs_within(piece, axis)
+        end -= (end - first) % 4
+        positions = numpy.empty((most, 5), numpy.int64)
+        for start in range(0, rows, most):
+            count = min(most, rows - start)
+            for row in range(count):
+                positions[row] = row_of(piece, start + row)
+            for block in range(0, piece.groups, lanes):
+                place = start // most * size, min(block, piece.groups - lanes), first, end
+                weight_sums(dw, (x, dy), piece, axis, (count, positions), place)
+
+    return depthwise_weight_grad
