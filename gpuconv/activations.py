@@ -24,7 +24,7 @@ def apply(z: Array, name: Activation, xp: Any) -> None:
     else:
         # 1 / (1 + exp(-z)). If exp overflows, the quotient is 0, which is correct.
         with numpy.errstate(over="ignore"):
-            xp.negative(z, out=z)
+            xp.multiply(z, -1, out=z)  # NumPy 2.4's negative is wrong in place for some strides
             xp.exp(z, out=z)
         xp.add(z, 1, out=z)
         xp.divide(1, z, out=z)

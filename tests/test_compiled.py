@@ -39,6 +39,7 @@ CASES = (
     case("groups of channels", (2, 54, 7, 8), (36, 3, 3, 3), padding=1, groups=18),
     case("groups of channels, stride 2", (1, 64, 9, 9), (64, 4, 3, 3), stride=2, padding=1, groups=16),
     case("a few groups of channels", (1, 8, 6, 9), (12, 4, 3, 3), padding=1, groups=2),
+    case("one channel", (2, 1, 8, 9), (3, 1, 3, 3), padding=1),
     case("1-D", (2, 20, 40), (20, 1, 5), padding=2, groups=20),
     case("3-D", (1, 16, 4, 5, 7), (16, 1, 3, 3, 3), padding=1, groups=16),
     case("3-D stride 2", (2, 18, 5, 6, 7), (18, 1, 2, 3, 3), stride=2, padding=1, groups=18),
@@ -313,19 +314,37 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert in_process(script, tmp_path, PYTHONWARNINGS="ignore") == ["7"]
 
 
-@pytest.mark.parametrize("version, words", [(None, "not installed"), ("0.60.0", "0.61 or later, not 0.60.0")])
-def test_without_numba_other_code_computes(version, words, rng, monkeypatch):
-    monkeypatch.setattr(compiled, "version", lambda: version)
+@pytest.fixture
+def no_numba(monkeypatch):
+    """Run a test as without Numba."""
+    monkeypatch.setattr(compiled, "version", lambda: None)
     monkeypatch.setattr(compiled, "_compiled", None)
     gpuconv.clear_cache()
-    grouped, one = (next(one for one in CASES if one.name == name) for name in ("groups of channels", "one vector"))
-    with pytest.raises(ValueError, match=f"Numba.*{words}.*; without compiled kernels, it requires one channel"):
-        results(*operands(grouped, rng), grouped.settings)
-    arrays = operands(one, rng)
-    assert_equal(results(*arrays, one.settings), expected(*arrays, one.settings))
-    large = gpuconv.explain((8, 64, 56, 56), (64, 1, 3, 3), padding=1, groups=64, backend="numpy")
-    assert "with Numba, depthwise would take" in str(large)
+    yield
     gpuconv.clear_cache()
+
+
+@pytest.mark.usefixtures("no_numba")
+@combinations(
+    case=[case for case in CASES if case.x[1] == case.w[0] == case.groups],
+    layout=LAYOUTS,
+    dtype=["float64", "float32"],
+    turns=["layout", "dtype"],
+)
+def test_without_numba_other_code_computes(case, layout, dtype, rng):
+    arrays = operands(case, rng)
+    assert_equal(results(*arrays, case.settings, layout, dtype), expected(*arrays, case.settings))
+
+
+@pytest.mark.usefixtures("no_numba")
+@pytest.mark.parametrize("version, words", [(None, "not installed"), ("0.60.0", "0.61 or later, not 0.60.0")])
+def test_messages_say_that_numba_is_missing(version, words, rng, monkeypatch):
+    monkeypatch.setattr(compiled, "version", lambda: version)
+    one = next(one for one in CASES if one.name == "groups of channels")
+    with pytest.raises(ValueError, match=f"requires Numba.*{words}"):
+        results(*operands(one, rng), one.settings)
+    slow = gpuconv.explain((8, 64, 56, 56), (64, 1, 3, 3), padding=1, groups=64, backend="numpy")
+    assert "with Numba, depthwise would take" in str(slow)
 
 
 @pytest.mark.called_once("it warns once in a process")

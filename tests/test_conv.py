@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import gpuconv
+from gpuconv import activations
 from gpuconv.select import TRANSFORMS
 from tests import reference
 from tests.backends import BACKENDS
@@ -158,6 +159,16 @@ ACTIVATIONS = {
     "sigmoid": (lambda z: 1 / (1 + np.exp(-z)), lambda y: y * (1 - y)),
     "tanh": (np.tanh, lambda y: 1 - y * y),
 }
+
+
+@pytest.mark.parametrize("name", list(filter(None, ACTIVATIONS)))
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_activations_are_applied_in_place_at_any_stride(name, dtype, rng):
+    for stride in range(1, 18):
+        given = rng.standard_normal((100, stride)).astype(dtype)[:, 0]
+        expected = ACTIVATIONS[name][0](given.astype(np.float64))
+        activations.apply(given, name, np)
+        np.testing.assert_allclose(given, expected, rtol=1e-5)
 
 
 @combinations(

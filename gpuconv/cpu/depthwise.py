@@ -198,10 +198,12 @@ def why_not(request: Request) -> str | None:
     """Return a reason if neither compiled kernels nor banded matrices are applicable, else None."""
     geometry, dtype = request.geometry, dtypes.accumulator(request.dtype)
     refused = _not_compiled(geometry, dtype, request.backend)
+    if geometry.groups == 1 < geometry.group_channels:
+        refused = f"it requires several groups, or one channel, not one group of {geometry.group_channels} channels"
     if refused is None and _least(geometry, request.direction, dtype) <= request.budget:
         return None
     reason = banded.why_not(request)
-    return f"{refused}; without compiled kernels, {reason}" if refused and reason else reason
+    return refused or reason if reason else None
 
 
 def _not_compiled(geometry: Geometry, dtype: numpy.dtype, backend: Backend) -> str | None:
@@ -241,7 +243,8 @@ def nanoseconds(request: Request) -> float:
 def advice(request: Request, nanoseconds: float) -> str | None:
     """Return how long a convolution would take with Numba if that is missing and less than so many nanoseconds."""
     geometry, missing = request.geometry, compiled.missing()
-    suits = max(geometry.group_channels, geometry.group_filters) <= MOST_CHANNELS and geometry.rank <= AXES
+    is_small = max(geometry.group_channels, geometry.group_filters) <= MOST_CHANNELS
+    suits = is_small and geometry.groups > 1 and geometry.rank <= AXES
     if missing is None or not suits or dtypes.is_complex(request.dtype) or _nanoseconds(request) >= nanoseconds:
         return None
     return f"with Numba, depthwise would take {_nanoseconds(request) / 1e6:.2g} ms (estimate)"

@@ -14,7 +14,7 @@ The functions share these tuples of numbers:
 
     axis    taps, stride and dilation of the last axis
     lines   the number of lines of taps along the last axis that read inside, for each channel; their places in x and w
-    place   places in x, in y and of the inputs of the next row, the range of inner outputs, and the filter
+    place   places in x and y, and what a function needs beside: inputs to prefetch, a range of outputs or of taps
 """
 
 from __future__ import annotations
@@ -81,67 +81,88 @@ def lines_within(piece, taps, d, h, places, weights):
 
 
 @njit(nogil=True, inline="always")
-def inner_outputs(arrays, piece, axis, lines, place, block):
-    """Compute the outputs of a row of which all taps read inside, four at a time, for four vectors."""
+def four_outputs(arrays, piece, axis, lines, place, g):
+    """Compute four adjacent outputs of which all taps read inside, for one vector and every filter."""
     y, x, w, bias = arrays
     taps, stride, dilation = axis
     count, places, weights = lines
-    read, written, ahead, first, end, f = place
-    lanes, pixel, tap = BYTES // x.itemsize, piece.x[3], piece.filters * piece.row
+    read, written = place
+    pixel, tap = piece.x[3], piece.filters * piece.row
+    for f in range(piece.filters):
+        v0, v1, v2, v3 = zero(x), zero(x), zero(x), zero(x)
+        for line in range(count):
+            a, b = read + places[line] + g, weights[line] + f * piece.row + g
+            for s in range(taps):
+                v = load(w, b + s * tap)
+                v0 = multiply_add(load(x, a + s * dilation * pixel), v, v0)
+                v1 = multiply_add(load(x, a + (s * dilation + stride) * pixel), v, v1)
+                v2 = multiply_add(load(x, a + (s * dilation + 2 * stride) * pixel), v, v2)
+                v3 = multiply_add(load(x, a + (s * dilation + 3 * stride) * pixel), v, v3)
+        v, a = load(bias, f * piece.row + g), written + f * piece.y[4] + g
+        store(y, a, add(v0, v))
+        store(y, a + piece.y[3], add(v1, v))
+        store(y, a + 2 * piece.y[3], add(v2, v))
+        store(y, a + 3 * piece.y[3], add(v3, v))
+
+
+@njit(nogil=True, inline="always")
+def inner_outputs(arrays, piece, axis, lines, place, block):
+    """Compute the outputs of a row of which all taps read inside, four at a time, for four vectors."""
+    x, stride = arrays[1], axis[1]
+    read, written, ahead, first, end = place
+    lanes = BYTES // x.itemsize
     for tile in range(first, end, 4):
         q = min(tile, end - 4)
+        of_tile = read + q * stride * piece.x[3], written + q * piece.y[3]
         for lane in range(block, min(block + 4 * lanes, piece.groups), lanes):
             g = min(lane, piece.groups - lanes)
             if piece.is_far:
                 for i in range(4 * stride):
-                    prefetch(x, ahead + i % stride * piece.x[2] + (q * stride + i) * pixel + g)
-            v0, v1, v2, v3 = zero(x), zero(x), zero(x), zero(x)
-            for line in range(count):
-                a, b = read + places[line] + q * stride * pixel + g, weights[line] + f * piece.row + g
-                for s in range(taps):
-                    v = load(w, b + s * tap)
-                    v0 = multiply_add(load(x, a + s * dilation * pixel), v, v0)
-                    v1 = multiply_add(load(x, a + (s * dilation + stride) * pixel), v, v1)
-                    v2 = multiply_add(load(x, a + (s * dilation + 2 * stride) * pixel), v, v2)
-                    v3 = multiply_add(load(x, a + (s * dilation + 3 * stride) * pixel), v, v3)
-            v, a = load(bias, f * piece.row + g), written + q * piece.y[3] + g
-            store(y, a, add(v0, v))
-            store(y, a + piece.y[3], add(v1, v))
-            store(y, a + 2 * piece.y[3], add(v2, v))
-            store(y, a + 3 * piece.y[3], add(v3, v))
+                    prefetch(x, ahead + i % stride * piece.x[2] + (q * stride + i) * piece.x[3] + g)
+            four_outputs(arrays, piece, axis, lines, of_tile, g)
 
 
 @njit(nogil=True, inline="always")
-def outer_outputs(arrays, piece, axis, lines, place, block):
-    """Compute the other outputs of a row, one at a time, for four vectors at once."""
+def one_output(arrays, piece, axis, lines, place, part):
+    """Compute an output with the taps that read inside, for four vectors and one filter."""
     y, x, w, bias = arrays
-    taps, stride, dilation = axis
     count, places, weights = lines
-    read, written, _, first, end, f = place
-    lanes, pixel, last = BYTES // x.itemsize, piece.x[3], piece.groups - BYTES // x.itemsize
+    read, written, s_first, s_end = place
+    block, f = part
+    lanes, step, last = BYTES // x.itemsize, axis[2] * piece.x[3], piece.groups - BYTES // x.itemsize
     g0, g1, g2, g3 = (
         min(block, last),
         min(block + lanes, last),
         min(block + 2 * lanes, last),
         min(block + 3 * lanes, last),
     )
+    v0, v1, v2, v3 = zero(x), zero(x), zero(x), zero(x)
+    for line in range(count):
+        for s in range(s_first, s_end):
+            a, b = read + places[line] + s * step, weights[line] + (s * piece.filters + f) * piece.row
+            v0 = multiply_add(load(x, a + g0), load(w, b + g0), v0)
+            v1 = multiply_add(load(x, a + g1), load(w, b + g1), v1)
+            v2 = multiply_add(load(x, a + g2), load(w, b + g2), v2)
+            v3 = multiply_add(load(x, a + g3), load(w, b + g3), v3)
+    a, b = written + f * piece.y[4], f * piece.row
+    store(y, a + g0, add(v0, load(bias, b + g0)))
+    store(y, a + g1, add(v1, load(bias, b + g1)))
+    store(y, a + g2, add(v2, load(bias, b + g2)))
+    store(y, a + g3, add(v3, load(bias, b + g3)))
+
+
+@njit(nogil=True, inline="always")
+def outer_outputs(arrays, piece, axis, lines, place, block):
+    """Compute the other outputs of a row, one at a time, for four vectors at once."""
+    _, written, _, first, end = place
+    taps, stride, dilation = axis
     for output in range(piece.output[2] - (end - first)):
         q = output if output < first else output + end - first
-        s_first, s_end = taps_within(q * stride - piece.low[2], dilation, taps, piece.input[2])
-        v0, v1, v2, v3 = zero(x), zero(x), zero(x), zero(x)
-        for line in range(count):
-            for s in range(s_first, s_end):
-                a = read + places[line] + (q * stride + s * dilation) * pixel
-                b = weights[line] + (s * piece.filters + f) * piece.row
-                v0 = multiply_add(load(x, a + g0), load(w, b + g0), v0)
-                v1 = multiply_add(load(x, a + g1), load(w, b + g1), v1)
-                v2 = multiply_add(load(x, a + g2), load(w, b + g2), v2)
-                v3 = multiply_add(load(x, a + g3), load(w, b + g3), v3)
-        a, b = written + q * piece.y[3], f * piece.row
-        store(y, a + g0, add(v0, load(bias, b + g0)))
-        store(y, a + g1, add(v1, load(bias, b + g1)))
-        store(y, a + g2, add(v2, load(bias, b + g2)))
-        store(y, a + g3, add(v3, load(bias, b + g3)))
+        start = q * stride - piece.low[2]
+        s_first, s_end = taps_within(start, dilation, taps, piece.input[2])
+        of_output = place[0] + q * stride * piece.x[3], written + q * piece.y[3], s_first, s_end
+        for f in range(piece.filters):
+            one_output(arrays, piece, axis, lines, of_output, (block, f))
 
 
 def forward(taps: int, stride: int) -> Callable[..., None]:
@@ -163,12 +184,10 @@ def forward(taps: int, stride: int) -> Callable[..., None]:
             lines = count, places, weights
             read = n * piece.x[0] - piece.low[2] * piece.x[3]
             ahead = read + d * piece.x[1] + (h + piece.kernel[1] * piece.dilation[1]) * piece.x[2]
-            for f in range(piece.filters):
-                written = n * piece.y[0] + m * piece.y[1] + o * piece.y[2] + f * piece.y[4]
-                place = read, written, ahead, first, end, f
-                for block in range(0, piece.groups, 4 * BYTES // x.itemsize):
-                    inner_outputs(arrays, piece, axis, lines, place, block)
-                    outer_outputs(arrays, piece, axis, lines, place, block)
+            place = read, n * piece.y[0] + m * piece.y[1] + o * piece.y[2], ahead, first, end
+            for block in range(0, piece.groups, 4 * BYTES // x.itemsize):
+                inner_outputs(arrays, piece, axis, lines, place, block)
+                outer_outputs(arrays, piece, axis, lines, place, block)
 
     return depthwise_forward
 
