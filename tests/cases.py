@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gpuconv.arrays import NUMPY
+from gpuconv.cpu import compiled
 from gpuconv.geometry import Geometry
 from gpuconv.gpu import kernels_folder
 from gpuconv.request import Request
@@ -27,7 +28,7 @@ GENERAL_ALGORITHMS = tuple(name for name in ALGORITHMS if accepts(name, ORDINARY
 EXACT_ALGORITHMS = tuple(name for name in GENERAL_ALGORITHMS if name not in TRANSFORMS)  # on small integers
 KERNELS = tuple(name for name in ALGORITHMS if (kernels_folder() / f"{name}.cu").exists())  # on a GPU
 GENERAL_KERNELS = tuple(name for name in KERNELS if name != "depthwise")  # for any number of channels
-NEED_KERNELS = ("implicit_gemm", "direct")
+NEED_KERNELS = ("implicit_gemm", *(("direct",) if compiled.missing() else ()))
 NUMPY_ALGORITHMS = tuple(name for name in ALGORITHMS if name not in NEED_KERNELS)
 DIRECTIONS = ("forward", "data_grad", "weight_grad")
 

@@ -35,7 +35,7 @@ from gpuconv.plan import Branch, Deferred, Loop, Step
 from gpuconv.request import Request
 from gpuconv.select import MODULES
 from gpuconv.views import contiguous_strides
-from tests.cases import CASES, DIRECTIONS, DTYPES, KERNELS, NUMPY_ALGORITHMS, case, named_dtype
+from tests.cases import CASES, DIRECTIONS, DTYPES, KERNELS, case, named_dtype
 from tests.emulation.launcher import EMULATED
 
 RECORD = Path(__file__).parent / "plans.json"
@@ -46,13 +46,14 @@ DEVICES = Device(75, 72), Device(80, 108), Device(90, 132), Device(120, 170)
 # Each algorithm plans one in this many of the benchmarked layers; planning all those of scatter would take seconds.
 ONE_IN = {"im2col": 4, "winograd": 2, "fft": 16, "depthwise": 2, "scatter": 1000, "implicit_gemm": 4, "direct": 8}
 WITHOUT_NUMBA = "without Numba"
+ON_NUMPY = [name for name in gpuconv.ALGORITHMS if name != "implicit_gemm"]
 GROUPS = (
-    *(("numpy", algorithm) for algorithm in NUMPY_ALGORITHMS),
+    *(("numpy", algorithm) for algorithm in ON_NUMPY),
     *(("emulated", algorithm) for algorithm in KERNELS),
     ("choice", "numpy"),
     ("choice", "emulated"),
     ("choice", "tiles"),
-    *(("limits numpy", algorithm) for algorithm in NUMPY_ALGORITHMS),
+    *(("limits numpy", algorithm) for algorithm in ON_NUMPY),
     *(("limits emulated", algorithm) for algorithm in KERNELS),
     (WITHOUT_NUMBA, "depthwise"),
     (f"{WITHOUT_NUMBA} limits numpy", "depthwise"),

@@ -10,9 +10,11 @@ import pytest
 
 import gpuconv
 from gpuconv.arrays import NUMPY
-from gpuconv.cpu import banded, compiled, depthwise
+from gpuconv.cpu import banded, compiled, depthwise, slices, vector_plan
 from gpuconv.geometry import DIRECTIONS, Geometry
 from gpuconv.request import Request
+from gpuconv.select import MODULES
+from gpuconv.settings import DEFAULT_WORKSPACE_LIMIT
 from tests import reference
 from tests.calls import ACTIVATIONS, LYINGS
 from tests.cases import LAYOUTS, case, channels_first, draw, laid_out
@@ -40,6 +42,9 @@ CASES = (
     case("groups of channels, stride 2", (1, 64, 9, 9), (64, 4, 3, 3), stride=2, padding=1, groups=16),
     case("a few groups of channels", (1, 8, 6, 9), (12, 4, 3, 3), padding=1, groups=2),
     case("one channel", (2, 1, 8, 9), (3, 1, 3, 3), padding=1),
+    case("one group", (2, 5, 8, 9), (35, 5, 3, 3), padding=1),
+    case("one group, stride 2", (1, 3, 15, 16), (16, 3, 7, 7), stride=2, padding=3),
+    case("large groups", (1, 40, 5, 6), (34, 20, 3, 3), padding=1, groups=2),
     case("1-D", (2, 20, 40), (20, 1, 5), padding=2, groups=20),
     case("3-D", (1, 16, 4, 5, 7), (16, 1, 3, 3, 3), padding=1, groups=16),
     case("3-D stride 2", (2, 18, 5, 6, 7), (18, 1, 2, 3, 3), stride=2, padding=1, groups=18),
@@ -47,19 +52,16 @@ CASES = (
 FEW = [one for one in CASES if one.name in ("overlapping vectors", "stride 2", "groups of channels")]
 
 
-def is_planned(one, dtype="float32", limit=None):
-    """Return whether every direction of a case is applicable."""
-    limits = {} if limit is None else {"limit": limit}
-    return all(
-        depthwise.why_not(Request(one.geometry(), np.dtype(dtype), direction, NUMPY, **limits)) is None
-        for direction in DIRECTIONS
-    )
+def is_applicable(one, algorithm, limit=DEFAULT_WORKSPACE_LIMIT):
+    """Return whether an algorithm computes every direction of a case."""
+    requests = (Request(one.geometry(), np.dtype("float32"), direction, NUMPY, limit=limit) for direction in DIRECTIONS)
+    return not any(map(MODULES[algorithm].why_not, requests))
 
 
 @pytest.fixture
 def only_compiled(monkeypatch):
     """Let the algorithm fail where it would not use a compiled kernel."""
-    for module in (banded, depthwise.slices):
+    for module in (banded, slices):
         for direction in DIRECTIONS:
             monkeypatch.setattr(module, direction, None)
 
@@ -79,11 +81,11 @@ def expected(x, w, dy, settings):
     )
 
 
-def results(x, w, dy, settings, layout="channels_first", dtype="float64"):
+def results(x, w, dy, settings, layout="channels_first", dtype="float64", algorithm="depthwise"):
     """Return y, dx and dw in channels_first."""
     x, w, dy = (laid_out(a.astype(dtype), layout, role) for a, role in ((x, "x"), (w, "w"), (dy, "x")))
     axes = "channels_last" if layout == "channels_last" else "channels_first"
-    options = settings | {"algorithm": "depthwise", "layout": axes}
+    options = settings | {"algorithm": algorithm, "layout": axes}
     y = gpuconv.conv(x, w, **options)
     dx = gpuconv.conv_data_grad(dy, w, x.shape, **options)
     dw = gpuconv.conv_weight_grad(dy, x, w.shape, **options)
@@ -96,34 +98,44 @@ def assert_equal(found, exact):
 
 
 @pytest.mark.usefixtures("only_compiled")
-@combinations(case=CASES, layout=LAYOUTS, dtype=["float64", "float32", "float16"], turns=["layout", "dtype"])
-def test_values_are_exact_on_small_integers(case, layout, dtype, rng):
+@combinations(
+    case=CASES,
+    algorithm=["depthwise", "direct"],
+    layout=LAYOUTS,
+    dtype=["float64", "float32", "float16"],
+    where=lambda case, algorithm, **_: is_applicable(case, algorithm),
+    turns=["layout", "dtype"],
+)
+def test_values_are_exact_on_small_integers(case, algorithm, layout, dtype, rng):
     arrays = operands(case, rng)
     exact = [array.astype(dtype) for array in expected(*arrays, case.settings)]
-    assert_equal(results(*arrays, case.settings, layout, dtype), exact)
+    assert_equal(results(*arrays, case.settings, layout, dtype, algorithm), exact)
 
 
 @pytest.mark.usefixtures("only_compiled")
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kilobytes", [24, 60, 200])
-def test_small_workspaces_cut_a_layer_into_pieces(kilobytes, layout, rng, monkeypatch):
+@pytest.mark.parametrize("algorithm, kilobytes", [("depthwise", 24), ("depthwise", 200), ("direct", 60)])
+def test_small_workspaces_cut_a_layer_into_pieces(algorithm, kilobytes, layout, rng, monkeypatch):
     """The sums of weight_grad do not fit at once, nor do blocks of more than a few rows."""
     one = case("", (2, 16, 30, 31), (16, 1, 3, 3), padding=1, groups=16)
     monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", f"{kilobytes}KiB")
-    monkeypatch.setattr(depthwise, "SUM_BYTES", 4 << 10)
-    assert is_planned(one, limit=kilobytes << 10)
+    monkeypatch.setattr(vector_plan, "SUM_BYTES", 4 << 10)
+    assert is_applicable(one, algorithm, kilobytes << 10)
     arrays = operands(one, rng)
-    assert_equal(results(*arrays, one.settings, layout, "float32"), expected(*arrays, one.settings))
+    assert_equal(results(*arrays, one.settings, layout, "float32", algorithm), expected(*arrays, one.settings))
 
 
 @pytest.mark.usefixtures("only_compiled")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_long_sums_are_within_the_bound(dtype, layout, rng):
+@pytest.mark.parametrize("algorithm", ["depthwise", "direct"])
+def test_long_sums_are_within_the_bound(algorithm, dtype, layout, rng):
     one = case("", (4, 16, 60, 70), (16, 1, 7, 7), padding=3, groups=16)
+    if algorithm == "direct":
+        one = case("", (4, 9, 30, 40), (18, 9, 7, 7), padding=3)
     arrays = operands(one, rng, dtype, integers=False)
     absolute = expected(*map(np.abs, arrays), one.settings)
-    exact, found = expected(*arrays, one.settings), results(*arrays, one.settings, layout, dtype)
+    exact, found = expected(*arrays, one.settings), results(*arrays, one.settings, layout, dtype, algorithm)
     for result, value, size, direction in zip(found, exact, absolute, DIRECTIONS, strict=True):
         terms = one.geometry().reduction_length(direction)
         eps = np.finfo(dtype).eps
@@ -151,14 +163,15 @@ def test_bias_activation_and_derivative(activation, layout, one, rng):
 
 @pytest.mark.usefixtures("only_compiled")
 @pytest.mark.parametrize("lying", LYINGS)
+@pytest.mark.parametrize("algorithm", ["depthwise", "direct"])
 @pytest.mark.parametrize("one", FEW, ids=str)
-def test_operands_and_results_may_lie_in_any_way_in_memory(one, lying, rng):
+def test_operands_and_results_may_lie_in_any_way_in_memory(one, algorithm, lying, rng):
     arrays = operands(one, rng)
     x, w, dy = (LYINGS[lying](array) for array in arrays)
     for array in (x, w, dy):
         array.flags.writeable = False
     y, dx, dw = expected(*arrays, one.settings)
-    options = one.settings | {"algorithm": "depthwise"}
+    options = one.settings | {"algorithm": algorithm}
     for function, inputs, exact in (
         (gpuconv.conv, (x, w), y),
         (gpuconv.conv_data_grad, (dy, w, x.shape), dx),
@@ -184,11 +197,12 @@ def test_batch_axes_that_cannot_be_merged(rng):
 @combinations(
     case=FEW,
     place=[0, 1, 2],
+    algorithm=["depthwise", "direct"],
     value=[np.nan, np.inf],
     layout=["channels_first", "channels_last"],
     turns=["value", "layout"],
 )
-def test_nonfinite_elements_reach_exactly_what_a_direct_sum_reaches(case, place, value, layout, rng):
+def test_nonfinite_elements_reach_exactly_what_a_direct_sum_reaches(case, place, algorithm, value, layout, rng):
     """The padding is not read, so an infinite weight, too, spreads to nothing else."""
     arrays = operands(case, rng)
     is_bad = np.zeros(arrays[place].shape, bool)
@@ -197,7 +211,7 @@ def test_nonfinite_elements_reach_exactly_what_a_direct_sum_reaches(case, place,
     reaching = [is_bad if number == place else np.ones_like(array) for number, array in enumerate(arrays)]
     with np.errstate(invalid="ignore"):
         given = [np.where(is_bad, value, array) if number == place else array for number, array in enumerate(arrays)]
-        found = results(*given, case.settings, layout)
+        found = results(*given, case.settings, layout, algorithm=algorithm)
     of_results = (0, 1), (1, 2), (0, 2)
     for which, result, direct, count in zip(
         of_results, found, expected(*finite, case.settings), expected(*reaching, case.settings), strict=True
@@ -221,13 +235,17 @@ def test_denormal_numbers_are_kept(dtype, rng):
 
 @pytest.mark.usefixtures("only_compiled")
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
-def test_the_bits_are_the_same_with_any_number_of_threads(layout, rng, monkeypatch):
+@pytest.mark.parametrize("algorithm", ["depthwise", "direct"])
+def test_the_bits_are_the_same_with_any_number_of_threads(algorithm, layout, rng, monkeypatch):
     one = case("", (3, 40, 64, 60), (40, 1, 3, 3), stride=1, padding=1, groups=40)
+    if algorithm == "direct":
+        one = case("", (3, 18, 40, 60), (36, 18, 3, 3), padding=1)
     arrays = operands(one, rng, "float32", integers=False)
     bits = []
     for threads in ("1", "2", "3"):
         monkeypatch.setenv("GPUCONV_NUM_THREADS", threads)
-        bits.append([array.tobytes() for array in results(*arrays, one.settings, layout, "float32")])
+        found = results(*arrays, one.settings, layout, "float32", algorithm)
+        bits.append([array.tobytes() for array in found])
     assert bits[0] == bits[1] == bits[2]
 
 

@@ -7,7 +7,8 @@ estimates its time on NumPy, and ``forward``, ``data_grad`` and ``weight_grad`` 
 im2col          windows.py, unfold.py: im2col matrix; phases.py: stride phases; col2im.py, lines.py: few channels
 winograd        winograd_plan.py: tiles and blocks; winograd_tiles.py: steps
 fft
-depthwise       depthwise_kernels.py, vectors.py: kernels compiled by Numba (compiled.py); banded.py: without Numba
+depthwise, direct    vector_plan.py, vector_kernels.py, vectors.py: kernels compiled by Numba (compiled.py)
+banded          depthwise without Numba
 slices          tap by tap; the scatter algorithm on NumPy
 bias_grad       db
 containment.py, finite.py    non-finite fallback of algorithms that mix neighbouring elements

@@ -55,6 +55,22 @@ def load(typing: Any, array: Any, index: Any) -> Any:
 
 
 @intrinsic
+def splat(typing: Any, array: Any, index: Any) -> Any:
+    """Return a Vector of which every element is the one at an index."""
+    kind = Vector(array.dtype)
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value = builder.load(_place(context, builder, signature, arguments))
+        unset = ir.Constant(ir.VectorType(value.type, kind.lanes), ir.Undefined)
+        first = ir.Constant(ir.VectorType(ir.IntType(32), kind.lanes), [0] * kind.lanes)
+        return builder.shuffle_vector(
+            builder.insert_element(unset, value, ir.Constant(ir.IntType(32), 0)), unset, first
+        )
+
+    return kind(array, types.intp), code
+
+
+@intrinsic
 def store(typing: Any, array: Any, index: Any, vector: Any) -> Any:
     """Store a Vector in the elements that begin at an index."""
 

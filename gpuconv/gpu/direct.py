@@ -1,7 +1,8 @@
 """Algorithm direct: one thread of a CUDA kernel (kernels/direct.cu) computes each sum, in a fixed order.
 
 It is the reference kernel of the faster ones. It accepts every convolution of one to three axes in every direction, and
-arrays of any strides and mixed dtypes without a copy. Its results have the same bits at every call.
+arrays of any strides and mixed dtypes without a copy. Its results have the same bits at every call. On NumPy,
+gpuconv/cpu/direct.py computes it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 from functools import partial
 
 from gpuconv.blocking import channels_innermost, largest, pieces
+from gpuconv.cpu import direct as on_cpu
 from gpuconv.geometry import Geometry
 from gpuconv.gpu import params, split_sum, structs
 from gpuconv.gpu.kernel import Kernel
@@ -28,7 +30,9 @@ MOST_SPLITS = 1024
 
 
 def why_not(request: Request) -> str | None:
-    """Return a reason on NumPy, for more than three spatial axes, or if weight_grad lacks workspace; else None."""
+    """Return a reason for more than three spatial axes, or if weight_grad lacks workspace; else None."""
+    if request.backend.launch is None:
+        return on_cpu.why_not(request)
     if reason := params.why_not_here(request.geometry, request.backend):
         return reason
     if request.direction != "weight_grad":
@@ -37,13 +41,24 @@ def why_not(request: Request) -> str | None:
     return request.lacks(sums, "the sums of one filter of each group")
 
 
+def nanoseconds(request: Request) -> float:
+    """Return the estimated time on NumPy."""
+    return on_cpu.nanoseconds(request)
+
+
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
     """Compute ``y[o] = sum over taps t and channels c of x[o * stride + t * dilation - low, c] w[t, c]``."""
+    if planner.backend.launch is None:
+        on_cpu.forward(x, w, y, geometry, planner)
+        return
     _gather("forward", x, w, y, geometry, planner)
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
     """Compute ``dx[i] = sum of dy[o] w[t]'`` over taps t and outputs o with ``o * stride + t * dilation - low = i``."""
+    if planner.backend.launch is None:
+        on_cpu.data_grad(dy, w, dx, geometry, planner)
+        return
     _gather("data_grad", dy, w, dx, geometry, planner)
 
 
@@ -74,6 +89,9 @@ def _gather(direction: str, first: Operand, w: Operand, result: Result, geometry
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
     """Compute ``dw[t, c] = sum over outputs o of x[o * stride + t * dilation - low, c] dy[o]`` with split-K."""
+    if planner.backend.launch is None:
+        on_cpu.weight_grad(dy, x, dw, geometry, planner)
+        return
 
     def some_filters(part: slice, planner: Planner) -> None:
         weights, gradients = dw.view[..., part], dy.of_channels(part)

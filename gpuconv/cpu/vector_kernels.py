@@ -1,18 +1,18 @@
-"""Kernels of algorithm depthwise on NumPy, compiled by Numba. A vector holds one channel of several groups.
+"""Kernels of the algorithms depthwise and direct on NumPy, compiled by Numba.
 
     forward      y[o, f]     = b[f] + sum over taps t and channels c of x[o * stride + t * dilation - low, c] w[t, c, f]
     weight_grad  dw[t, c, f] = sum over outputs o of x[o * stride + t * dilation - low, c] dy[o, f]
 
-Each element of x, w, b, y stands for all groups, which are contiguous in memory; the last vector may overlap the one
-before it. Registers hold the sums of four adjacent outputs of a row, or of four taps. The padding is not read, so that
-no element is multiplied by its zeros.
+Each element of w, b, y stands for the lanes of vectors, which are contiguous in memory; the last vector may overlap the
+one before it. For depthwise the lanes are groups, which x has, too. For direct they are filters, which share an element
+of x. Registers hold the sums of four adjacent outputs of a row, or of four taps. The padding is not
+read, so that no element is multiplied by its zeros.
 
 The number of taps along the last axis, and the stride, are constants of a kernel, with which LLVM loads an input once
-for all outputs that read it. Kernels for 0 taps accept any number of taps, stride and dilation.
+for all outputs that read it. Kernels for 0 taps accept any number of taps, stride and dilation. The functions share
+these tuples of numbers:
 
-The functions share these tuples of numbers:
-
-    axis    taps, stride and dilation of the last axis
+    axis    taps, stride and dilation of the last axis, and whether lanes share an element of x
     lines   the number of lines of taps along the last axis that read inside, for each channel; their places in x and w
     place   places in x and y, and what a function needs beside: inputs to prefetch, a range of outputs or of taps
 """
@@ -25,8 +25,8 @@ from typing import Any
 import numpy
 from numba import njit, types
 
-from gpuconv.cpu.depthwise import Piece
-from gpuconv.cpu.vectors import BYTES, add, load, multiply_add, prefetch, store, zero
+from gpuconv.cpu.vector_plan import Piece
+from gpuconv.cpu.vectors import BYTES, add, load, multiply_add, prefetch, splat, store, zero
 
 
 def signature(name: str, item: Any) -> Any:
@@ -35,6 +35,12 @@ def signature(name: str, item: Any) -> Any:
     piece = types.NamedTuple((*(types.UniTuple(number, 3),) * 6, place, place, *(number,) * 4, types.boolean), Piece)
     arrays, numbers = {"forward": (3, 1), "weight_grad": (2, 2)}[name]
     return types.void(item[::1], *(types.Array(item, 1, "C", readonly=True),) * arrays, piece, *(number,) * numbers)
+
+
+@njit(nogil=True, inline="always")
+def inputs(x, index, shared):
+    """Return the inputs of all lanes: the element at an index in each of them, or the elements from there on."""
+    return splat(x, index) if shared else load(x, index)
 
 
 @njit(nogil=True, inline="always")
@@ -49,7 +55,7 @@ def taps_within(start, dilation, taps, extent):
 @njit(nogil=True, inline="always")
 def outputs_within(piece, axis):
     """Return the first output of a row of which all taps read inside, and the end of these; none if they are few."""
-    taps, stride, dilation = axis
+    taps, stride, dilation, _ = axis
     first = min(piece.output[2], max(0, (piece.low[2] + stride - 1) // stride))
     reach = (taps - 1) * dilation
     end = max(first, min(piece.output[2], (piece.input[2] - 1 - reach + piece.low[2]) // stride + 1))
@@ -75,7 +81,7 @@ def lines_within(piece, taps, d, h, places, weights):
             of_row = (d + t * piece.dilation[0]) * piece.x[1] + (h + r * piece.dilation[1]) * piece.x[2]
             for c in range(piece.channels):
                 places[count] = of_row + c * piece.x[4]
-                weights[count] = ((t * piece.kernel[1] + r) * piece.channels + c) * taps * piece.filters * piece.row
+                weights[count] = ((t * piece.kernel[1] + r) * taps * piece.channels + c) * piece.filters * piece.row
                 count += 1
     return count
 
@@ -84,20 +90,20 @@ def lines_within(piece, taps, d, h, places, weights):
 def four_outputs(arrays, piece, axis, lines, place, g):
     """Compute four adjacent outputs of which all taps read inside, for one vector and every filter."""
     y, x, w, bias = arrays
-    taps, stride, dilation = axis
+    taps, stride, dilation, shared = axis
     count, places, weights = lines
     read, written = place
-    pixel, tap = piece.x[3], piece.filters * piece.row
+    pixel, tap = piece.x[3], piece.channels * piece.filters * piece.row
     for f in range(piece.filters):
         v0, v1, v2, v3 = zero(x), zero(x), zero(x), zero(x)
         for line in range(count):
-            a, b = read + places[line] + g, weights[line] + f * piece.row + g
+            a, b = read + places[line] + (0 if shared else g), weights[line] + f * piece.row + g
             for s in range(taps):
                 v = load(w, b + s * tap)
-                v0 = multiply_add(load(x, a + s * dilation * pixel), v, v0)
-                v1 = multiply_add(load(x, a + (s * dilation + stride) * pixel), v, v1)
-                v2 = multiply_add(load(x, a + (s * dilation + 2 * stride) * pixel), v, v2)
-                v3 = multiply_add(load(x, a + (s * dilation + 3 * stride) * pixel), v, v3)
+                v0 = multiply_add(inputs(x, a + s * dilation * pixel, shared), v, v0)
+                v1 = multiply_add(inputs(x, a + (s * dilation + stride) * pixel, shared), v, v1)
+                v2 = multiply_add(inputs(x, a + (s * dilation + 2 * stride) * pixel, shared), v, v2)
+                v3 = multiply_add(inputs(x, a + (s * dilation + 3 * stride) * pixel, shared), v, v3)
         v, a = load(bias, f * piece.row + g), written + f * piece.y[4] + g
         store(y, a, add(v0, v))
         store(y, a + piece.y[3], add(v1, v))
@@ -114,8 +120,8 @@ def inner_outputs(arrays, piece, axis, lines, place, block):
     for tile in range(first, end, 4):
         q = min(tile, end - 4)
         of_tile = read + q * stride * piece.x[3], written + q * piece.y[3]
-        for lane in range(block, min(block + 4 * lanes, piece.groups), lanes):
-            g = min(lane, piece.groups - lanes)
+        for lane in range(block, min(block + 4 * lanes, piece.lanes), lanes):
+            g = min(lane, piece.lanes - lanes)
             if piece.is_far:
                 for i in range(4 * stride):
                     prefetch(x, ahead + i % stride * piece.x[2] + (q * stride + i) * piece.x[3] + g)
@@ -126,10 +132,12 @@ def inner_outputs(arrays, piece, axis, lines, place, block):
 def one_output(arrays, piece, axis, lines, place, part):
     """Compute an output with the taps that read inside, for four vectors and one filter."""
     y, x, w, bias = arrays
+    _, _, dilation, shared = axis
     count, places, weights = lines
     read, written, s_first, s_end = place
     block, f = part
-    lanes, step, last = BYTES // x.itemsize, axis[2] * piece.x[3], piece.groups - BYTES // x.itemsize
+    lanes, step, last = BYTES // x.itemsize, dilation * piece.x[3], piece.lanes - BYTES // x.itemsize
+    tap = piece.channels * piece.filters * piece.row
     g0, g1, g2, g3 = (
         min(block, last),
         min(block + lanes, last),
@@ -139,11 +147,11 @@ def one_output(arrays, piece, axis, lines, place, part):
     v0, v1, v2, v3 = zero(x), zero(x), zero(x), zero(x)
     for line in range(count):
         for s in range(s_first, s_end):
-            a, b = read + places[line] + s * step, weights[line] + (s * piece.filters + f) * piece.row
-            v0 = multiply_add(load(x, a + g0), load(w, b + g0), v0)
-            v1 = multiply_add(load(x, a + g1), load(w, b + g1), v1)
-            v2 = multiply_add(load(x, a + g2), load(w, b + g2), v2)
-            v3 = multiply_add(load(x, a + g3), load(w, b + g3), v3)
+            a, b = read + places[line] + s * step, weights[line] + s * tap + f * piece.row
+            v0 = multiply_add(inputs(x, a + (0 if shared else g0), shared), load(w, b + g0), v0)
+            v1 = multiply_add(inputs(x, a + (0 if shared else g1), shared), load(w, b + g1), v1)
+            v2 = multiply_add(inputs(x, a + (0 if shared else g2), shared), load(w, b + g2), v2)
+            v3 = multiply_add(inputs(x, a + (0 if shared else g3), shared), load(w, b + g3), v3)
     a, b = written + f * piece.y[4], f * piece.row
     store(y, a + g0, add(v0, load(bias, b + g0)))
     store(y, a + g1, add(v1, load(bias, b + g1)))
@@ -155,7 +163,7 @@ def one_output(arrays, piece, axis, lines, place, part):
 def outer_outputs(arrays, piece, axis, lines, place, block):
     """Compute the other outputs of a row, one at a time, for four vectors at once."""
     _, written, _, first, end = place
-    taps, stride, dilation = axis
+    taps, stride, dilation, _ = axis
     for output in range(piece.output[2] - (end - first)):
         q = output if output < first else output + end - first
         start = q * stride - piece.low[2]
@@ -165,14 +173,15 @@ def outer_outputs(arrays, piece, axis, lines, place, block):
             one_output(arrays, piece, axis, lines, of_output, (block, f))
 
 
-def forward(taps: int, stride: int) -> Callable[..., None]:
+def forward(taps: int, stride: int, shared: int) -> Callable[..., None]:
     """Return the kernel of the forward convolution, which computes a number of rows of outputs."""
 
-    def depthwise_forward(y, x, w, bias, piece, rows):
+    def vector_forward(y, x, w, bias, piece, rows):
         axis = (
             taps if taps else piece.kernel[2],
             stride if taps else piece.stride[2],
             1 if taps else piece.dilation[2],
+            shared,
         )
         first, end = outputs_within(piece, axis)
         places = numpy.empty(piece.kernel[0] * piece.kernel[1] * piece.channels, numpy.int64)
@@ -185,18 +194,18 @@ def forward(taps: int, stride: int) -> Callable[..., None]:
             read = n * piece.x[0] - piece.low[2] * piece.x[3]
             ahead = read + d * piece.x[1] + (h + piece.kernel[1] * piece.dilation[1]) * piece.x[2]
             place = read, n * piece.y[0] + m * piece.y[1] + o * piece.y[2], ahead, first, end
-            for block in range(0, piece.groups, 4 * BYTES // x.itemsize):
+            for block in range(0, piece.lanes, 4 * BYTES // x.itemsize):
                 inner_outputs(arrays, piece, axis, lines, place, block)
                 outer_outputs(arrays, piece, axis, lines, place, block)
 
-    return depthwise_forward
+    return vector_forward
 
 
 @njit(nogil=True, inline="always")
 def tap_sums(arrays, piece, axis, rows, place, s):
     """Return the sums of four taps of a line, from ``s`` on, over rows of outputs; taps beyond the last repeat it."""
     x, dy = arrays
-    taps, stride, dilation = axis
+    taps, stride, dilation, shared = axis
     count, positions = rows
     t, r, of_x, of_y, first, end = place
     pixel, lanes = piece.x[3], BYTES // x.itemsize
@@ -217,21 +226,21 @@ def tap_sums(arrays, piece, axis, rows, place, s):
         for tile in range(first, end, 4):
             for q in range(tile, tile + 4):
                 v, e = load(dy, b + q * piece.y[3]), a + q * stride * pixel
-                v0 = multiply_add(load(x, e + a0 * pixel), v, v0)
-                v1 = multiply_add(load(x, e + a1 * pixel), v, v1)
-                v2 = multiply_add(load(x, e + a2 * pixel), v, v2)
-                v3 = multiply_add(load(x, e + a3 * pixel), v, v3)
+                v0 = multiply_add(inputs(x, e + a0 * pixel, shared), v, v0)
+                v1 = multiply_add(inputs(x, e + a1 * pixel, shared), v, v1)
+                v2 = multiply_add(inputs(x, e + a2 * pixel, shared), v, v2)
+                v3 = multiply_add(inputs(x, e + a3 * pixel, shared), v, v3)
         for output in range(piece.output[2] - (end - first)):
             q = output if output < first else output + end - first
             v, e, at = load(dy, b + q * piece.y[3]), a + q * stride * pixel, q * stride - piece.low[2]
             if 0 <= at + a0 < piece.input[2]:
-                v0 = multiply_add(load(x, e + a0 * pixel), v, v0)
+                v0 = multiply_add(inputs(x, e + a0 * pixel, shared), v, v0)
             if 0 <= at + a1 < piece.input[2]:
-                v1 = multiply_add(load(x, e + a1 * pixel), v, v1)
+                v1 = multiply_add(inputs(x, e + a1 * pixel, shared), v, v1)
             if 0 <= at + a2 < piece.input[2]:
-                v2 = multiply_add(load(x, e + a2 * pixel), v, v2)
+                v2 = multiply_add(inputs(x, e + a2 * pixel, shared), v, v2)
             if 0 <= at + a3 < piece.input[2]:
-                v3 = multiply_add(load(x, e + a3 * pixel), v, v3)
+                v3 = multiply_add(inputs(x, e + a3 * pixel, shared), v, v3)
     return v0, v1, v2, v3
 
 
@@ -239,13 +248,13 @@ def tap_sums(arrays, piece, axis, rows, place, s):
 def weight_sums(dw, arrays, piece, axis, rows, place):
     """Store the sums of all taps, channels and filters of one vector over some rows of outputs."""
     at, g, first, end = place
-    tap = piece.filters * piece.row
+    tap = piece.channels * piece.filters * piece.row
     for line in range(piece.kernel[0] * piece.kernel[1] * piece.channels * piece.filters):
         rest, f = divmod(line, piece.filters)
         of_taps, c = divmod(rest, piece.channels)
         t, r = divmod(of_taps, piece.kernel[1])
-        of_line = t, r, c * piece.x[4] + g, f * piece.y[4] + g, first, end
-        e = at + rest * axis[0] * tap + f * piece.row + g
+        of_line = t, r, c * piece.x[4] + (0 if axis[3] else g), f * piece.y[4] + g, first, end
+        e = at + of_taps * axis[0] * tap + (c * piece.filters + f) * piece.row + g
         for s in range(0, axis[0], 4):
             v0, v1, v2, v3 = tap_sums(arrays, piece, axis, rows, of_line, s)
             store(dw, e + s * tap, v0)
@@ -254,14 +263,15 @@ def weight_sums(dw, arrays, piece, axis, rows, place):
             store(dw, e + min(s + 3, axis[0] - 1) * tap, v3)
 
 
-def weight_grad(taps: int, stride: int) -> Callable[..., None]:
+def weight_grad(taps: int, stride: int, shared: int) -> Callable[..., None]:
     """Return the kernel of weight_grad, which stores the sums over each ``most`` of a number of rows of outputs."""
 
-    def depthwise_weight_grad(dw, x, dy, piece, most, rows):
+    def vector_weight_grad(dw, x, dy, piece, most, rows):
         axis = (
             taps if taps else piece.kernel[2],
             stride if taps else piece.stride[2],
             1 if taps else piece.dilation[2],
+            shared,
         )
         lanes = BYTES // x.itemsize
         size = piece.kernel[0] * piece.kernel[1] * piece.channels * axis[0] * piece.filters * piece.row
@@ -272,8 +282,8 @@ def weight_grad(taps: int, stride: int) -> Callable[..., None]:
             count = min(most, rows - start)
             for row in range(count):
                 positions[row] = row_of(piece, start + row)
-            for block in range(0, piece.groups, lanes):
-                place = start // most * size, min(block, piece.groups - lanes), first, end
+            for block in range(0, piece.lanes, lanes):
+                place = start // most * size, min(block, piece.lanes - lanes), first, end
                 weight_sums(dw, (x, dy), piece, axis, (count, positions), place)
 
-    return depthwise_weight_grad
+    return vector_weight_grad
