@@ -214,8 +214,9 @@ def not_compiled(geometry: Geometry, dtype: numpy.dtype, backend: Backend) -> st
 def least(geometry: Geometry, direction: Direction, dtype: numpy.dtype, shared: bool) -> int:
     """Return the elements of workspace for weights, bias, and blocks of one output."""
     if shared:
-        filters = geometry.group_channels if direction == "data_grad" else geometry.group_filters
-        channels = geometry.group_filters if direction == "data_grad" else geometry.group_channels
+        channels, filters = max(1, geometry.group_channels), max(1, geometry.group_filters)
+        if direction == "data_grad":
+            channels, filters = filters, channels
         geometry = _with_filters_as_groups(replace(geometry, groups=1, channels=channels, filters=filters))
     lifted = _Lifted.of(geometry, dtype, shared)
     most = 2 * lifted.lanes
