@@ -100,6 +100,22 @@ class _Lifted:
         """The number of elements of the weights."""
         return self.geometry.taps * self.geometry.group_channels * self.geometry.group_filters * self.groups
 
+    @property
+    def reserved(self) -> int:
+        """The number of elements of the weights and of the bias."""
+        return self.weights + self.geometry.group_filters * self.groups
+
+    @property
+    def least(self) -> int:
+        """The number of elements of the smallest block: copies for one output, of up to two vectors."""
+        groups = 2 * self.lanes
+        copied = self.inputs((1,) * (AXES + 1), groups) + groups * self.geometry.group_filters
+        return (1 + MOST_TEMPORARIES) * copied
+
+    def team(self, planner: Planner) -> Team:
+        """Return the threads for the convolution."""
+        return planner.team(self.geometry, 2 * self.least, 1 if self.shared else SLOWNESS)
+
     def images(self, view: View) -> View:
         """Return images (*batch, *spatial, G, channels) with one batch axis and three spatial axes."""
         batch = view.ndim - self.rank - 2
@@ -213,16 +229,17 @@ def not_compiled(geometry: Geometry, dtype: numpy.dtype, backend: Backend) -> st
 
 def least(geometry: Geometry, direction: Direction, dtype: numpy.dtype, shared: bool) -> int:
     """Return the elements of workspace for weights, bias, and blocks of one output."""
+    problems = 1
     if shared:
+        problems = geometry.groups
         channels, filters = max(1, geometry.group_channels), max(1, geometry.group_filters)
         if direction == "data_grad":
             channels, filters = filters, channels
         geometry = _with_filters_as_groups(replace(geometry, groups=1, channels=channels, filters=filters))
     lifted = _Lifted.of(geometry, dtype, shared)
-    most = 2 * lifted.lanes
-    block = (1 + MOST_TEMPORARIES) * (lifted.inputs((1,) * (AXES + 1), most) + most * geometry.group_filters)
-    weights = lifted.weights * (4 if direction == "weight_grad" else 1)
-    return 2 * (weights + geometry.group_filters * lifted.groups + block)
+    if direction == "weight_grad":
+        return 8 * lifted.weights + 4 * lifted.least
+    return 2 * (problems * lifted.reserved + 2 * lifted.least)
 
 
 def padded(lanes: int, dtype: numpy.dtype) -> float:
@@ -292,38 +309,37 @@ def _with_filters_first(w: View) -> View:
 
 def _loop(problems: list[_Problem], others: list[Body], planner: Planner) -> bool:
     """Plan the tasks of convolutions, and others; return False if there is no kernel."""
+    lifted = [_Lifted.of(problem.geometry, planner.dtype, problem.shared) for problem in problems]
+    room = planner.budget - sum(one.reserved for one in lifted)
     tasks, workers = others, 1
-    for problem in problems:
-        more = _tasks(problem, len(problems), planner)
+    for problem, one in zip(problems, lifted, strict=True):
+        team = one.team(planner)
+        share = max(1, -(-team.workers // len(problems)))
+        more = _tasks(problem, one, (room // 2 // team.shares, share), planner)
         if more is None:
             return False
-        tasks = tasks + more
-        workers = max(workers, _team(problem, planner).workers)
+        tasks, workers = tasks + more, max(workers, team.workers)
     planner.loop(tasks, _planned, workers)
     return True
-
-
-def _team(problem: _Problem, planner: Planner) -> Team:
-    return planner.team(problem.geometry, slowness=1 if problem.shared else SLOWNESS)
 
 
 def _planned(task: Body, planner: Planner) -> None:
     task(planner)
 
 
-def _tasks(problem: _Problem, number: int, planner: Planner) -> list[Body] | None:
-    """Copy weights and bias for the kernels; return the tasks of one of several convolutions, None without a kernel."""
+def _tasks(problem: _Problem, lifted: _Lifted, share: tuple[int, int], planner: Planner) -> list[Body] | None:
+    """Copy weights and bias for the kernels; return the tasks, or None without a kernel.
+
+    ``share``: elements of workspace for a task, and the number of threads that compute the convolution.
+    """
     x, w, y, geometry, shared = problem
-    lifted = _Lifted.of(geometry, planner.dtype, shared)
     kernel = lifted.kernel("forward", x.view, x.y, y.view)
     if kernel is None:
         return None
     x, y = x.seen(lifted.images), replace(y, view=lifted.images(y.view))
     weights, bias = _weights(w, lifted, planner), _bias(y, lifted, planner)
     copies_x, copies_y = lifted.copies(x), not lifted.is_in_place(y.view)
-    team = _team(problem, planner)
-    room = planner.budget - lifted.weights - bias.size
-    limit = min(room // 2 // team.shares, BLOCK_BYTES // planner.dtype.itemsize)
+    limit = min(share[0], BLOCK_BYTES // planner.dtype.itemsize)
     parts = lifted.some_groups(limit) if copies_y or (copies_x and not shared) else [slice(0, geometry.groups)]
     most = max(part.stop - part.start for part in parts)
 
@@ -336,8 +352,7 @@ def _tasks(problem: _Problem, number: int, planner: Planner) -> list[Body] | Non
 
     outputs = (*lifted.geometry.batch, *lifted.geometry.output)
     # The bits of a result do not depend on the blocks, so that every thread may compute one.
-    share = min(math.prod(outputs), math.ceil(math.prod(outputs) * number / team.workers))
-    blocks = Blocks.fitting(outputs, limit, buffers_of, share)
+    blocks = Blocks.fitting(outputs, limit, buffers_of, math.ceil(math.prod(outputs) / share[1]))
 
     def some_outputs(groups: slice, index: Index, planner: Planner) -> None:
         x_space, y_space = planner.workspace(*blocks.sizes)
@@ -403,9 +418,8 @@ def _weight_grad(dy: Operand, x: Operand, dw: View, geometry: Geometry, planner:
         return False
     x, dy, target = x.seen(lifted.images), dy.seen(lifted.images), lifted.weight(dw)
     copies = lifted.copies(x), not dy.is_plain(planner.dtype) or not lifted.is_in_place(dy.view)
-    team = planner.team(geometry, slowness=1 if shared else SLOWNESS)
-    room = planner.budget // 2 // team.shares
-    limit = min(room, BLOCK_BYTES // planner.dtype.itemsize)
+    team = lifted.team(planner)
+    limit = min(planner.budget // 2 // team.shares, BLOCK_BYTES // planner.dtype.itemsize)
     parts = lifted.some_groups(limit) if copies[1] or (copies[0] and not shared) else [slice(0, geometry.groups)]
     most = max(lifted.lanes, *(part.stop - part.start for part in parts))
 
@@ -416,10 +430,12 @@ def _weight_grad(dy: Operand, x: Operand, dw: View, geometry: Geometry, planner:
         )
 
     outputs = (*lifted.geometry.batch, *lifted.geometry.output)
-    blocks = Blocks.fitting(outputs, limit, buffers_of, math.ceil(math.prod(outputs) / team.tasks))
     rows = lifted.rows_of_a_slice(most)
+    fitting = max(1, planner.budget // 4 // lifted.weights)  # sums of slices
+    largest = min(math.ceil(math.prod(outputs) / team.tasks), fitting * rows * outputs[-1])
+    blocks = Blocks.fitting(outputs, limit, buffers_of, largest)
     each = -(-math.prod(blocks.box[:-1]) // rows)  # slices of a block
-    at_once = max(1, planner.budget // 2 // (each * lifted.weights) - 1)  # blocks
+    at_once = max(1, fitting // each)  # blocks
     is_there = in_place(dw, planner.dtype)
     sum_space, total_space, term_space = planner.workspace(
         min(at_once, len(blocks)) * each * lifted.weights,
