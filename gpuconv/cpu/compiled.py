@@ -94,7 +94,8 @@ def _cache_in(folder: Path, config: Any) -> Iterator[None]:
 @lru_cache
 def _digest(module: str) -> str:
     """Return a hash of the sources of a kernel; Numba itself compares only those of the kernel's own file."""
-    sources = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in (module, "vectors"))
+    names = module, "vectors", "vector_plan"  # which has the type of an argument
+    sources = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in names)
     return hashlib.sha256(b"\0".join(sources)).hexdigest()[:16]
 
 
