@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -300,7 +301,9 @@ def test_kernels_are_kept_in_the_cache_folder(tmp_path):
 def test_a_cache_folder_that_cannot_be_written_is_no_error(tmp_path):
     (tmp_path / "file").touch()
     script = f"{LAYER}layer()\nprint(len(compiled._kernels), compiled._failure)"
+    before = set(Path(gpuconv.__file__).parent.rglob("*.nbi"))
     assert in_process(script, tmp_path / "file" / "folder") == ["1", "None"]
+    assert set(Path(gpuconv.__file__).parent.rglob("*.nbi")) == before
 
 
 def test_the_cache_of_a_caller_s_own_functions_is_not_moved(tmp_path):

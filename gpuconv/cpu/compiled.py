@@ -84,6 +84,7 @@ def _compiled(module: str, name: str, constants: tuple[int, ...], dtype: numpy.d
 @contextlib.contextmanager
 def _cache_in(folder: Path, config: Any) -> Iterator[None]:
     """Return a context in which Numba caches in a folder. Functions that the caller compiles are not affected."""
+    folder.mkdir(parents=True, exist_ok=True)  # if that fails, Numba would cache in the folder of its sources
     before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
     try:
         yield
