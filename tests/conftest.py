@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 import gpuconv
 from gpuconv import execute, tuned
+from gpuconv.cpu import vector_plan
 from tests import backends, parts, repeat, tiers
 from tests.backends import BACKENDS, HAS_GPU, IS_CUPY_ON_CPU, NO_EMULATION, NO_GPU
 from tests.cupy_on_cpu import loaded
@@ -73,6 +74,13 @@ def _working_device(request):
         if "PYTEST_XDIST_WORKER" in os.environ:
             os._exit(1)  # xdist names the test and starts another worker
         pytest.exit(f"the device is unusable after {request.node.nodeid}: {error}")
+
+
+@pytest.fixture(autouse=True)
+def _few_compiled_kernels(request, monkeypatch):
+    """Let tests of other things compile few kernels for a number of taps, since Numba takes seconds for each."""
+    if request.path.name not in ("test_compiled.py", "test_recorded_plans.py"):
+        monkeypatch.setattr(vector_plan, "UNROLLED", ((3, 1),))
 
 
 @pytest.fixture
