@@ -47,7 +47,7 @@ def config() -> dict[str, str]:
     facts = {
         **build(NUMPY),
         "Python": platform.python_version(),
-        "Numba": compiled.version() or "not installed (it compiles kernels for depthwise and grouped layers)",
+        "Numba": compiled.version() or "not installed (it compiles kernels for depthwise, grouped and small layers)",
         "CUDA devices (driver)": str(driver_devices()),
         "CuPy": _cupy_facts(),
         "backend": f"{name} (from {source})",

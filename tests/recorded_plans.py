@@ -283,9 +283,9 @@ def as_on_any_machine(where):
     gpuconv.clear_cache()
 
 
-def kernel_of(module, name, constants, dtype):
+def kernel_of(name, constants, dtype):
     """Return the name of a compiled kernel in its place."""
-    return types.SimpleNamespace(__name__=f"{module}.{name}{constants} of {dtype}")
+    return types.SimpleNamespace(__name__=f"{name}{constants} of {dtype}")
 
 
 def found(where, what, one_in=1):

@@ -358,7 +358,10 @@ def test_without_numba_other_code_computes(case, layout, dtype, rng):
 
 
 @pytest.mark.usefixtures("no_numba")
-@pytest.mark.parametrize("version, words", [(None, "not installed"), ("0.60.0", "0.61 or later, not 0.60.0")])
+@pytest.mark.parametrize(
+    "version, words",
+    [(None, "not installed"), ("0.60.0", "0.61 or later, not 0.60.0"), ("unknown", "0.61 or later, not unknown")],
+)
 def test_messages_say_that_numba_is_missing(version, words, rng, monkeypatch):
     monkeypatch.setattr(compiled, "version", lambda: version)
     one = next(one for one in CASES if one.name == "groups of channels")

@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -39,7 +40,10 @@ def why_not(dtype: numpy.dtype) -> str | None:
 @lru_cache(maxsize=1)
 def version() -> str | None:
     """Return the version of Numba, or None if it is not installed."""
-    return None if importlib.util.find_spec("numba") is None else importlib.metadata.version("numba")
+    try:
+        return None if importlib.util.find_spec("numba") is None else importlib.metadata.version("numba")
+    except importlib.metadata.PackageNotFoundError:  # something else has this name
+        return None
 
 
 def missing() -> str | None:
@@ -47,15 +51,16 @@ def missing() -> str | None:
     found = version()
     if found is None:
         return "it requires Numba, which is not installed (pip install numba)"
-    if tuple(map(int, found.split(".")[:2])) < OLDEST_NUMBA:
+    numbers = re.match(r"(\d+)\.(\d+)", found)
+    if numbers is None or tuple(map(int, numbers.groups())) < OLDEST_NUMBA:
         return f"it requires Numba {'.'.join(map(str, OLDEST_NUMBA))} or later, not {found}"
     return None
 
 
-def kernel(module: str, name: str, constants: tuple[int, ...], dtype: numpy.dtype) -> Callable[..., None] | None:
-    """Return a kernel of a module of gpuconv.cpu, or None, after a warning, if Numba fails."""
+def kernel(name: str, constants: tuple[int, ...], dtype: numpy.dtype) -> Callable[..., None] | None:
+    """Return a kernel of vector_kernels.py, or None, after a warning, if Numba fails."""
     global _failure
-    key = module, name, constants, dtype
+    key = name, constants, dtype
     with _lock:
         if key not in _kernels and _failure is None:
             try:
@@ -66,16 +71,16 @@ def kernel(module: str, name: str, constants: tuple[int, ...], dtype: numpy.dtyp
     return _kernels.get(key)
 
 
-def _compiled(module: str, name: str, constants: tuple[int, ...], dtype: numpy.dtype) -> Callable[..., None]:
+def _compiled(name: str, constants: tuple[int, ...], dtype: numpy.dtype) -> Callable[..., None]:
     import numba
 
     if numba.config.DISABLE_JIT:
         raise RuntimeError("NUMBA_DISABLE_JIT is set")
-    kernels = importlib.import_module(f"gpuconv.cpu.{module}")
+    kernels = importlib.import_module("gpuconv.cpu.vector_kernels")  # which imports Numba
     signature = kernels.signature(name, numba.from_dtype(dtype))
     function = getattr(kernels, name)(*constants)
     try:
-        with _cache_in(settings.cache_folder() / "numba" / _digest(module), numba.config):
+        with _cache_in(settings.cache_folder() / "numba" / _digest(), numba.config):
             return numba.njit([signature], nogil=True, cache=True)(function)  # type: ignore[no-any-return]
     except Exception:  # the folder is read-only, full or damaged
         return numba.njit([signature], nogil=True)(function)  # type: ignore[no-any-return]
@@ -92,10 +97,10 @@ def _cache_in(folder: Path, config: Any) -> Iterator[None]:
         config.CACHE_DIR = before
 
 
-@lru_cache
-def _digest(module: str) -> str:
-    """Return a hash of the sources of a kernel; Numba itself compares only those of the kernel's own file."""
-    names = module, "vectors", "vector_plan"  # which has the type of an argument
+@lru_cache(maxsize=1)
+def _digest() -> str:
+    """Return a hash of the sources of the kernels; Numba itself compares only those of their own file."""
+    names = "vector_kernels", "vectors", "vector_plan"  # which has the type of an argument
     sources = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in names)
     return hashlib.sha256(b"\0".join(sources)).hexdigest()[:16]
 

@@ -42,18 +42,17 @@ def _unsuitable(geometry: Geometry) -> str | None:
     return f"a group may have at most {MOST_CHANNELS} channels and filters, not {channels} and {filters}"
 
 
-def _is_compiled(geometry: Geometry, direction: Direction, planner: Planner) -> bool:
-    refused = vector_plan.not_compiled(geometry, planner.dtype, planner.backend) or _unsuitable(geometry)
-    return refused is None and vector_plan.least(geometry, direction, planner.dtype, False) <= planner.budget
+def _is_compiled(geometry: Geometry, direction: Direction, place: Planner | Request) -> bool:
+    """Return whether kernels compute a convolution under the conditions of a planner or a request."""
+    dtype = dtypes.accumulator(place.dtype)
+    refused = vector_plan.not_compiled(geometry, dtype, place.backend) or _unsuitable(geometry)
+    return refused is None and vector_plan.least(geometry, direction, dtype, False) <= place.budget
 
 
 def nanoseconds(request: Request) -> float:
     """Estimate the time with compiled kernels if there are any, else with banded matrices."""
-    geometry, dtype = request.geometry, dtypes.accumulator(request.dtype)
-    refused = vector_plan.not_compiled(geometry, dtype, request.backend) or _unsuitable(geometry)
-    if refused or vector_plan.least(geometry, request.direction, dtype, False) > request.budget:
-        return banded.nanoseconds(request)
-    return _nanoseconds(request)
+    is_compiled = _is_compiled(request.geometry, request.direction, request)
+    return _nanoseconds(request) if is_compiled else banded.nanoseconds(request)
 
 
 def advice(request: Request, nanoseconds: float) -> str | None:
@@ -76,7 +75,8 @@ def _nanoseconds(request: Request) -> float:
     if geometry.layout == "channels_first":
         each = COPY
     else:
-        each = READ if is_one and dtype == request.dtype and padded <= geometry.groups * 2 else COPY / 2
+        fills = geometry.groups >= vector_plan.padded(1, dtype)
+        each = READ if is_one and dtype == request.dtype and fills else COPY / 2
     inputs, outputs = math.prod(geometry.input) * geometry.channels, math.prod(geometry.output) * geometry.filters
     moved = 1.0 * math.prod(geometry.batch) * (inputs + outputs)
     if request.direction == "data_grad" and set(geometry.stride) != {1}:

@@ -277,7 +277,7 @@ def weight_grad(taps: int, stride: int, shared: int) -> Callable[..., None]:
         size = piece.kernel[0] * piece.kernel[1] * piece.channels * axis[0] * piece.filters * piece.row
         first, end = outputs_within(piece, axis)
         end -= (end - first) % 4
-        positions = numpy.empty((most, 5), numpy.int64)
+        positions = numpy.empty((min(most, rows), 5), numpy.int64)
         for start in range(0, rows, most):
             count = min(most, rows - start)
             for row in range(count):

@@ -25,7 +25,7 @@ from gpuconv.arguments import Shape
 from gpuconv.arrays import Backend
 from gpuconv.blocking import Blocks, Buffer, Buffers, pieces
 from gpuconv.cpu import compiled
-from gpuconv.cpu.windows import region_elements
+from gpuconv.cpu.windows import in_bounds, region_elements
 from gpuconv.geometry import Geometry
 from gpuconv.operands import MOST_TEMPORARIES, Index, Operand, Result, in_place
 from gpuconv.plan import Body, Planner, Team
@@ -169,7 +169,7 @@ class _Lifted:
         taps, stride, dilation = geometry.kernel[-1], geometry.stride[-1], geometry.dilation[-1]
         is_unrolled = (taps, stride) in UNROLLED and (dilation == 1 or taps == 1)
         constants = (taps, stride) if is_unrolled else (0, 0)
-        return compiled.kernel("vector_kernels", name, (*constants, int(self.shared)), self.dtype)
+        return compiled.kernel(name, (*constants, int(self.shared)), self.dtype)
 
     def piece(self, x: View, y: View, index: Index, start: Shape) -> Piece:
         """Return the block of outputs ``y`` at an index, of inputs ``x`` that begin at ``start``."""
@@ -196,9 +196,7 @@ class _Lifted:
         groups = slice(0, 1) if self.shared else groups
         if not self.copies(x):
             return x.view[index[0], ..., groups, :], (0,) * AXES
-        region = zip(self.geometry.inputs_in_windows(index[1:]), self.geometry.input, strict=True)
-        inside = [slice(min(max(0, first), n), max(0, min(end, n))) for (first, end), n in region]
-        inside = [slice(axis.start, max(axis.start, axis.stop)) for axis in inside]
+        inside = in_bounds(self.geometry.inputs_in_windows(index[1:]), self.geometry)
         seen, start = (index[0], *inside, groups), tuple(axis.start for axis in inside)
         if not self.shared:
             return self.copied(x, seen, space, planner), start
@@ -242,7 +240,7 @@ def least(geometry: Geometry, direction: Direction, dtype: numpy.dtype, shared: 
     return 2 * (problems * lifted.reserved + 2 * lifted.least)
 
 
-def padded(lanes: int, dtype: numpy.dtype) -> float:
+def padded(lanes: int, dtype: numpy.dtype) -> int:
     """Return the number of lanes of the vectors that a convolution fills, which may overlap."""
     of_vector = VECTOR_BYTES // dtype.itemsize
     return of_vector * -(-lanes // of_vector)

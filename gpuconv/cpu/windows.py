@@ -19,6 +19,12 @@ def region_elements(geometry: Geometry, box: Shape) -> int:
     return math.prod(box[:batch]) * geometry.channels * math.prod((size - 1) * s + window for size, s, window in axes)
 
 
+def in_bounds(region: tuple[tuple[int, int], ...], geometry: Geometry) -> list[slice]:
+    """Return the part of a region of x, given by its first and end positions, that is in bounds."""
+    axes = zip(region, geometry.input, strict=True)
+    return [slice(min(max(start, 0), n), max(min(stop, n), 0)) for (start, stop), n in axes]
+
+
 def windows_of(
     x: Operand, index: Index, geometry: Geometry, order: Arrangement, patch_space: View, planner: Planner
 ) -> View:
@@ -28,10 +34,7 @@ def windows_of(
     """
     batch = len(geometry.batch)
     region = geometry.inputs_in_windows(index[batch:])
-    inside = [
-        slice(min(max(start, 0), n), max(min(stop, n), 0))
-        for (start, stop), n in zip(region, geometry.input, strict=True)
-    ]
+    inside = in_bounds(region, geometry)
     seen = (*index[:batch], *inside)
     is_inside = all((axis.start, axis.stop) == ends for axis, ends in zip(inside, region, strict=True))
     in_place = is_inside and x.is_plain(planner.dtype)
