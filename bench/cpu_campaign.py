@@ -21,7 +21,7 @@ from gpuconv.benchmark import compare, report, results
 
 SUITES = (
     *("resnet50", "vgg16", "audio1d", "unet3d", "transposed", "dilated", "large", "mobilenet", "convnext", "textbook"),
-    *("quick", "stems", "grouped", "replknet", "patch", "jsense", "deepbench"),
+    *("quick", "stems", "grouped", "replknet", "patch", "jsense", "deepbench", "small", "tiny"),
 )
 TEXTBOOK = ["--case", "n=8 c=16 h=32 w=32 k=32 r=3 s=3 pad=1", "--peer", "loops,scipy,torch"]
 
