@@ -8,6 +8,7 @@ import numpy
 
 from gpuconv.arrays import Backend
 
+_LINE = 64  # bytes of a cache line
 _MOST_KEPT = 8  # buffers, one for each of several concurrent calls
 
 # Buffers kept between calls; CuPy has its own memory pool. Threads need no lock, because pop and append are atomic in
@@ -23,11 +24,18 @@ def take(backend: Backend, size: int, limit: int) -> Any:
     try:
         kept = _kept.pop()
     except IndexError:  # there is none, or another thread was faster
-        return numpy.empty(size, numpy.uint8)
+        return _aligned(size)
     if size <= kept.size <= max(size, limit):
         return kept
     del kept  # free it before another one is allocated
-    return numpy.empty(size, numpy.uint8)
+    return _aligned(size)
+
+
+def _aligned(size: int) -> Any:
+    """Return a buffer that begins at a cache line; NumPy's arrays begin anywhere, so that vectors lie in two lines."""
+    memory = numpy.empty(size + _LINE - 1, numpy.uint8)
+    start = -memory.ctypes.data % _LINE
+    return memory[start : start + size]
 
 
 def give_back(backend: Backend, memory: Any) -> None:
