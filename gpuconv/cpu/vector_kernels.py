@@ -44,6 +44,16 @@ def inputs(x, index, shared):
 
 
 @njit(nogil=True, inline="always")
+def unaligned(piece, array):
+    """Return how many lanes before the first one a cache line begins, where the first of many vectors begins, too.
+
+    Lanes before the first and beyond the last are computed with it: the two vectors overlap. For few vectors it is 0.
+    """
+    lanes = BYTES // array.itemsize
+    return array.ctypes.data // array.itemsize % lanes if piece.lanes >= 6 * lanes else 0
+
+
+@njit(nogil=True, inline="always")
 def taps_within(start, dilation, taps, extent):
     """Return the first tap that reads inside, and the end of these taps; tap 0 reads at ``start``."""
     if start >= 0 and start + (taps - 1) * dilation < extent:
@@ -121,7 +131,7 @@ def inner_outputs(arrays, piece, axis, lines, place, block):
         q = min(tile, end - 4)
         of_tile = read + q * stride * piece.x[3], written + q * piece.y[3]
         for lane in range(block, min(block + 4 * lanes, piece.lanes), lanes):
-            g = min(lane, piece.lanes - lanes)
+            g = max(0, min(lane, piece.lanes - lanes))
             if piece.is_far:
                 for i in range(4 * stride):
                     prefetch(x, ahead + i % stride * piece.x[2] + (q * stride + i) * piece.x[3] + g)
@@ -138,12 +148,8 @@ def one_output(arrays, piece, axis, lines, place, part):
     block, f = part
     lanes, step, last = BYTES // x.itemsize, dilation * piece.x[3], piece.lanes - BYTES // x.itemsize
     tap = piece.channels * piece.filters * piece.row
-    g0, g1, g2, g3 = (
-        min(block, last),
-        min(block + lanes, last),
-        min(block + 2 * lanes, last),
-        min(block + 3 * lanes, last),
-    )
+    g0, g1 = max(0, min(block, last)), min(block + lanes, last)
+    g2, g3 = min(block + 2 * lanes, last), min(block + 3 * lanes, last)
     v0, v1, v2, v3 = zero(x), zero(x), zero(x), zero(x)
     for line in range(count):
         for s in range(s_first, s_end):
@@ -187,14 +193,18 @@ def forward(taps: int, stride: int, shared: int) -> Callable[..., None]:
         places = numpy.empty(piece.kernel[0] * piece.kernel[1] * piece.channels, numpy.int64)
         weights = numpy.empty(places.size, numpy.int64)
         arrays = y, x, w, bias
-        for row in range(rows):
+        four = 4 * BYTES // x.itemsize
+        part = four if shared else piece.lanes  # whose weights remain in the cache for all rows
+        before = 0 if shared else unaligned(piece, x)
+        for number in range(-(-piece.lanes // part) * rows):
+            start, row = divmod(number, rows)
             n, m, o, d, h = row_of(piece, row)
             count = lines_within(piece, axis[0], d, h, places, weights)
             lines = count, places, weights
             read = n * piece.x[0] - piece.low[2] * piece.x[3]
             ahead = read + d * piece.x[1] + (h + piece.kernel[1] * piece.dilation[1]) * piece.x[2]
             place = read, n * piece.y[0] + m * piece.y[1] + o * piece.y[2], ahead, first, end
-            for block in range(0, piece.lanes, 4 * BYTES // x.itemsize):
+            for block in range(start * part - before, min(start * part + part, piece.lanes), four):
                 inner_outputs(arrays, piece, axis, lines, place, block)
                 outer_outputs(arrays, piece, axis, lines, place, block)
 
@@ -202,65 +212,86 @@ def forward(taps: int, stride: int, shared: int) -> Callable[..., None]:
 
 
 @njit(nogil=True, inline="always")
-def tap_sums(arrays, piece, axis, rows, place, s):
-    """Return the sums of four taps of a line, from ``s`` on, over rows of outputs; taps beyond the last repeat it."""
+def term(piece, axis, c, k):
+    """Return where a term of a line reads, along the last axis and in x: a tap, or a channel of a tap if shared."""
+    s = k
+    if axis[3]:
+        s, c = divmod(k, piece.channels)
+    return s * axis[2], s * axis[2] * piece.x[3] + c * piece.x[4]
+
+
+@njit(nogil=True, inline="always")
+def term_sums(arrays, piece, axis, rows, place, terms):
+    """Return the sums of three terms of a line over rows of outputs, each for two vectors."""
     x, dy = arrays
-    taps, stride, dilation, shared = axis
+    _, stride, _, shared = axis
     count, positions = rows
-    t, r, of_x, of_y, first, end = place
-    pixel, lanes = piece.x[3], BYTES // x.itemsize
-    a0, a1 = s * dilation, min(s + 1, taps - 1) * dilation
-    a2, a3 = min(s + 2, taps - 1) * dilation, min(s + 3, taps - 1) * dilation
-    v0, v1, v2, v3 = zero(x), zero(x), zero(x), zero(x)
+    t, r, g, g_next, of_f, first, end = place
+    (s0, a0), (s1, a1), (s2, a2) = terms
+    step, lanes = stride * piece.x[3], BYTES // x.itemsize
+    of_g, of_next = (0, 0) if shared else (g, g_next - g)
+    v0, v1, v2, u0, u1, u2 = zero(x), zero(x), zero(x), zero(x), zero(x), zero(x)
     for row in range(count):
         n, m, o, d, h = positions[row]
         d, h = d + t * piece.dilation[0], h + r * piece.dilation[1]
         if d < 0 or d >= piece.input[0] or h < 0 or h >= piece.input[1]:
             continue
-        a = of_x + n * piece.x[0] + d * piece.x[1] + h * piece.x[2] - piece.low[2] * pixel
-        b = of_y + n * piece.y[0] + m * piece.y[1] + o * piece.y[2]
-        if piece.is_far and t == r == s == 0:  # for the next vector
+        a = of_g + n * piece.x[0] + d * piece.x[1] + h * piece.x[2] - piece.low[2] * piece.x[3]
+        b = of_f + n * piece.y[0] + m * piece.y[1] + o * piece.y[2]
+        if piece.is_far and t == r == s0 == 0:  # for the next vectors
             for q in range(piece.output[2]):
-                prefetch(x, a + q * stride * pixel + lanes)
-                prefetch(dy, b + q * piece.y[3] + lanes)
+                prefetch(x, a + q * step + 2 * lanes)
+                prefetch(dy, b + q * piece.y[3] + g + 2 * lanes)
         for tile in range(first, end, 4):
             for q in range(tile, tile + 4):
-                v, e = load(dy, b + q * piece.y[3]), a + q * stride * pixel
-                v0 = multiply_add(inputs(x, e + a0 * pixel, shared), v, v0)
-                v1 = multiply_add(inputs(x, e + a1 * pixel, shared), v, v1)
-                v2 = multiply_add(inputs(x, e + a2 * pixel, shared), v, v2)
-                v3 = multiply_add(inputs(x, e + a3 * pixel, shared), v, v3)
+                e, v, u = a + q * step, load(dy, b + q * piece.y[3] + g), load(dy, b + q * piece.y[3] + g_next)
+                v0 = multiply_add(inputs(x, e + a0, shared), v, v0)
+                v1 = multiply_add(inputs(x, e + a1, shared), v, v1)
+                v2 = multiply_add(inputs(x, e + a2, shared), v, v2)
+                u0 = multiply_add(inputs(x, e + a0 + of_next, shared), u, u0)
+                u1 = multiply_add(inputs(x, e + a1 + of_next, shared), u, u1)
+                u2 = multiply_add(inputs(x, e + a2 + of_next, shared), u, u2)
         for output in range(piece.output[2] - (end - first)):
             q = output if output < first else output + end - first
-            v, e, at = load(dy, b + q * piece.y[3]), a + q * stride * pixel, q * stride - piece.low[2]
-            if 0 <= at + a0 < piece.input[2]:
-                v0 = multiply_add(inputs(x, e + a0 * pixel, shared), v, v0)
-            if 0 <= at + a1 < piece.input[2]:
-                v1 = multiply_add(inputs(x, e + a1 * pixel, shared), v, v1)
-            if 0 <= at + a2 < piece.input[2]:
-                v2 = multiply_add(inputs(x, e + a2 * pixel, shared), v, v2)
-            if 0 <= at + a3 < piece.input[2]:
-                v3 = multiply_add(inputs(x, e + a3 * pixel, shared), v, v3)
-    return v0, v1, v2, v3
+            e, v, u = a + q * step, load(dy, b + q * piece.y[3] + g), load(dy, b + q * piece.y[3] + g_next)
+            at = q * stride - piece.low[2]
+            if 0 <= at + s0 < piece.input[2]:
+                v0 = multiply_add(inputs(x, e + a0, shared), v, v0)
+                u0 = multiply_add(inputs(x, e + a0 + of_next, shared), u, u0)
+            if 0 <= at + s1 < piece.input[2]:
+                v1 = multiply_add(inputs(x, e + a1, shared), v, v1)
+                u1 = multiply_add(inputs(x, e + a1 + of_next, shared), u, u1)
+            if 0 <= at + s2 < piece.input[2]:
+                v2 = multiply_add(inputs(x, e + a2, shared), v, v2)
+                u2 = multiply_add(inputs(x, e + a2 + of_next, shared), u, u2)
+    return v0, v1, v2, u0, u1, u2
 
 
 @njit(nogil=True, inline="always")
 def weight_sums(dw, arrays, piece, axis, rows, place):
-    """Store the sums of all taps, channels and filters of one vector over some rows of outputs."""
-    at, g, first, end = place
+    """Store the sums of all taps, channels and filters of two vectors over some rows of outputs."""
+    at, g, g_next, first, end = place
+    taps, _, _, shared = axis
     tap = piece.channels * piece.filters * piece.row
-    for line in range(piece.kernel[0] * piece.kernel[1] * piece.channels * piece.filters):
-        rest, f = divmod(line, piece.filters)
-        of_taps, c = divmod(rest, piece.channels)
+    channels, filters, terms, step = piece.channels, piece.filters, taps, tap
+    if shared:  # lines have the channels of their taps
+        channels, filters, terms, step = 1, 1, taps * piece.channels, piece.row
+    for line in range(piece.kernel[0] * piece.kernel[1] * channels * filters):
+        rest, f = divmod(line, filters)
+        of_taps, c = divmod(rest, channels)
         t, r = divmod(of_taps, piece.kernel[1])
-        of_line = t, r, c * piece.x[4] + (0 if axis[3] else g), f * piece.y[4] + g, first, end
-        e = at + of_taps * axis[0] * tap + (c * piece.filters + f) * piece.row + g
-        for s in range(0, axis[0], 4):
-            v0, v1, v2, v3 = tap_sums(arrays, piece, axis, rows, of_line, s)
-            store(dw, e + s * tap, v0)
-            store(dw, e + min(s + 1, axis[0] - 1) * tap, v1)
-            store(dw, e + min(s + 2, axis[0] - 1) * tap, v2)
-            store(dw, e + min(s + 3, axis[0] - 1) * tap, v3)
+        of_line = t, r, g, g_next, f * piece.y[4], first, end
+        e = at + of_taps * taps * tap + (c * piece.filters + f) * piece.row
+        for k0 in range(0, terms, 3):
+            k1, k2 = min(k0 + 1, terms - 1), min(k0 + 2, terms - 1)
+            three = term(piece, axis, c, k0), term(piece, axis, c, k1), term(piece, axis, c, k2)
+            v0, v1, v2, u0, u1, u2 = term_sums(arrays, piece, axis, rows, of_line, three)
+            store(dw, e + k0 * step + g, v0)
+            store(dw, e + k1 * step + g, v1)
+            store(dw, e + k2 * step + g, v2)
+            store(dw, e + k0 * step + g_next, u0)
+            store(dw, e + k1 * step + g_next, u1)
+            store(dw, e + k2 * step + g_next, u2)
 
 
 def weight_grad(taps: int, stride: int, shared: int) -> Callable[..., None]:
@@ -282,8 +313,9 @@ def weight_grad(taps: int, stride: int, shared: int) -> Callable[..., None]:
             count = min(most, rows - start)
             for row in range(count):
                 positions[row] = row_of(piece, start + row)
-            for block in range(0, piece.lanes, lanes):
-                place = start // most * size, min(block, piece.lanes - lanes), first, end
+            last = piece.lanes - lanes
+            for block in range(-unaligned(piece, dy), piece.lanes, 2 * lanes):
+                place = start // most * size, max(0, min(block, last)), min(block + lanes, last), first, end
                 weight_sums(dw, (x, dy), piece, axis, (count, positions), place)
 
     return vector_weight_grad

@@ -40,6 +40,7 @@ VECTORS = 4  # whose lanes are copied together
 BLOCK_BYTES = 512 << 10  # of copies of x and y
 SUM_BYTES = 256 << 10  # of x and dy of which weight_grad forms one sum
 SUMS = 4  # they are at least this many times as large as the sum
+REUSED = 64  # multiply-adds of an element from which on it is worth a copy that lies at a cache line
 FAR_BYTES = 8 << 20  # of x, w and y, from which on x is prefetched
 SLOWNESS = 2  # of a multiply-add of depthwise, compared with a matrix product
 
@@ -144,8 +145,14 @@ class _Lifted:
         groups = 1 if self.shared else groups
         return region_elements(replace(self.geometry, channels=groups * self.geometry.group_channels), box)
 
-    def some_groups(self, limit: float) -> list[slice]:
+    def is_whole(self, limit: float) -> bool:
+        """Return whether a row of outputs of all filters, which share an input, has at most ``limit`` elements."""
+        return self.shared and self.geometry.output[-1] * self.groups <= limit
+
+    def parts(self, copies_x: bool, copies_y: bool, limit: float) -> list[slice]:
         """Return parts of the groups. A block of each, for one output at least, has at most ``limit`` elements."""
+        if self.is_whole(limit) or not (copies_y or (copies_x and not self.shared)):
+            return [slice(0, self.geometry.groups)]
         one = (1,) * (AXES + 1)
         each = self.inputs(one, 1) + self.geometry.group_filters
         size = self.lanes * (VECTORS if 2 * VECTORS * self.lanes * each <= limit else 1)
@@ -338,7 +345,7 @@ def _tasks(problem: _Problem, lifted: _Lifted, share: tuple[int, int], planner: 
     weights, bias = _weights(w, lifted, planner), _bias(y, lifted, planner)
     copies_x, copies_y = lifted.copies(x), not lifted.is_in_place(y.view)
     limit = min(share[0], BLOCK_BYTES // planner.dtype.itemsize)
-    parts = lifted.some_groups(limit) if copies_y or (copies_x and not shared) else [slice(0, geometry.groups)]
+    parts = lifted.parts(copies_x, copies_y, limit)
     most = max(part.stop - part.start for part in parts)
 
     def buffers_of(box: Shape) -> Buffers:
@@ -372,10 +379,12 @@ def _first(view: View) -> View:
 
 
 def _weights(w: Operand, lifted: _Lifted, planner: Planner) -> View:
-    """Return the weights (T, R, S, C/G, F/G, G), contiguous, in place if they are so there."""
+    """Return the weights (T, R, S, C/G, F/G, G), contiguous, in place if they are so there and seldom read."""
     w = w.seen(lifted.weight)
     shape = (*w.view.shape[:-1], lifted.groups)
-    if w.is_plain(planner.dtype) and is_contiguous(shape, w.view.strides, w.view.itemsize) and shape == w.view.shape:
+    is_there = w.is_plain(planner.dtype) and is_contiguous(w.view.shape, w.view.strides, w.view.itemsize)
+    outputs = math.prod((*lifted.geometry.batch, *lifted.geometry.output))
+    if is_there and shape == w.view.shape and not (lifted.shared and outputs >= 4 * REUSED):
         return w.view
     (space,) = planner.workspace(lifted.weights)
     weights = space.shaped(shape)
@@ -415,10 +424,11 @@ def _weight_grad(dy: Operand, x: Operand, dw: View, geometry: Geometry, planner:
     if kernel is None:
         return False
     x, dy, target = x.seen(lifted.images), dy.seen(lifted.images), lifted.weight(dw)
-    copies = lifted.copies(x), not dy.is_plain(planner.dtype) or not lifted.is_in_place(dy.view)
     team = lifted.team(planner)
     limit = min(planner.budget // 2 // team.shares, BLOCK_BYTES // planner.dtype.itemsize)
-    parts = lifted.some_groups(limit) if copies[1] or (copies[0] and not shared) else [slice(0, geometry.groups)]
+    aligns = lifted.is_whole(limit) and geometry.taps * geometry.group_channels >= REUSED
+    copies = lifted.copies(x), aligns or not dy.is_plain(planner.dtype) or not lifted.is_in_place(dy.view)
+    parts = lifted.parts(*copies, limit)
     most = max(lifted.lanes, *(part.stop - part.start for part in parts))
 
     def buffers_of(box: Shape) -> Buffers:
