@@ -337,7 +337,7 @@ def _tasks(problem: _Problem, lifted: _Lifted, share: tuple[int, int], planner: 
 
     ``share``: elements of workspace for a task, and the number of threads that compute the convolution.
     """
-    x, w, y, geometry, shared = problem
+    x, w, y, geometry, _ = problem
     kernel = lifted.kernel("forward", x.view, x.y, y.view)
     if kernel is None:
         return None
