@@ -34,7 +34,7 @@ T = TypeVar("T")
 # operand; then follow these. Higher numbers belong to the threads of loops and to deferred steps.
 BIAS, RESULT, WORKSPACE = 4, 5, 6
 _ALIGNMENT = 64  # bytes: a cache line
-_SMALL = 8 << 20  # multiply-adds, below which one thread is faster than two
+_SMALL = 16 << 20  # multiply-adds, below which one thread is about as fast as two
 _TASK = 64 << 20  # multiply-adds of a task: a millisecond, compared with which the time to start it is negligible
 _TASKS, _SHORT_TASK = 16, 16 << 20  # up to this many tasks may be as short as this, so that every core has some
 _SHARES = 4  # minimum
@@ -289,12 +289,12 @@ class Planner:
         """Return uninitialized flat views with these numbers of elements, valid until the task of the loop ends."""
         return [self.scope.take(size, dtype or self.dtype) for size in sizes]
 
-    def team(self, geometry: Geometry, least: int = 0, slowness: int = 1) -> Team:
+    def team(self, geometry: Geometry, least: int = 0, slowness: float = 1) -> Team:
         """Return the team for a convolution; ``least`` is the minimum workspace of each thread, in elements.
 
         ``slowness`` is the time of a multiply-add relative to that in a long matrix product.
         """
-        work = slowness * geometry.multiply_adds()
+        work = int(slowness * geometry.multiply_adds())
         if work < _SMALL or self.is_share:
             return Team()
         # Independent of the number of threads, because the bits of a product may depend on where it is divided.

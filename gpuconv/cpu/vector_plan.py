@@ -42,7 +42,7 @@ SUM_BYTES = 256 << 10  # of x and dy of which weight_grad forms one sum
 SUMS = 4  # they are at least this many times as large as the sum
 REUSED = 64  # multiply-adds of an element from which on it is worth a copy that lies at a cache line
 FAR_BYTES = 8 << 20  # of x, w and y, from which on x is prefetched
-SLOWNESS = 2  # of a multiply-add of depthwise, compared with a matrix product
+SLOWNESS = 4  # of a multiply-add of depthwise, compared with a matrix product
 
 
 class Piece(NamedTuple):

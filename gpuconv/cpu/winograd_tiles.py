@@ -25,6 +25,7 @@ from gpuconv.views import View
 # The finite points of F(m, r). With 1/sqrt(2) and sqrt(2) instead of 1 and 2 the error is a fourth.
 POINTS = {1: (), 2: (0.0, 1.0, -1.0), 4: (0.0, 2**-0.5, -(2**-0.5), 2**0.5, -(2**0.5))}
 PAGE = 4096  # bytes
+FEWER = 4  # multiply-adds of a convolution for each one in tiles
 FEW_WEIGHTS = 1 << 16  # of a tap, up to which copying them in another order is fast
 
 
@@ -88,7 +89,7 @@ class Tiling:
     @classmethod
     def of(cls, geometry: Geometry, direction: Direction, planner: Planner, temporaries: int) -> Tiling:
         # The shares of the team determine the blocks, so that bits do not depend on the number of threads.
-        team = planner.team(geometry)
+        team = planner.team(geometry, slowness=1 / (FEWER * geometry.groups))  # a group at a time
         dtype = planner.dtype
         sizes = plan.sizes(geometry, direction, planner.budget, team.shares, dtype.itemsize, temporaries)
         sizes = sizes._replace(workers=min(sizes.workers, team.workers))
