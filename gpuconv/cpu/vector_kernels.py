@@ -1,20 +1,22 @@
 """Kernels of the algorithms depthwise and direct on NumPy, compiled by Numba.
 
-    forward      y[o, f]     = b[f] + sum over taps t and channels c of x[o * stride + t * dilation - low, c] w[t, c, f]
-    weight_grad  dw[t, c, f] = sum over outputs o of x[o * stride + t * dilation - low, c] dy[o, f]
+    forward      y[o, f]     = b[f] + sum over taps t and channels c of x[o * stride + t * dilation - low, c] w[f, t, c]
+    weight_grad  dw[f, t, c] = sum over outputs o of x[o * stride + t * dilation - low, c] dy[o, f]
 
 Each element of w, b, y stands for the lanes of vectors, which are contiguous in memory; the last vector may overlap the
-one before it. For depthwise the lanes are groups, which x has, too. For direct they are filters, which share an element
-of x. Registers hold the sums of four adjacent outputs of a row, or of four taps. The padding is not
-read, so that no element is multiplied by its zeros.
+one before it. For depthwise the lanes are groups, which x has, too, and f are the filters of a group. For direct the
+lanes are the filters of a group, which share an element of x, and f are groups, each with channels of its own.
+Registers hold the sums of four adjacent outputs of a row, or of three taps. The padding is not read, so that no element
+is multiplied by its zeros.
 
-The number of taps along the last axis, and the stride, are constants of a kernel, with which LLVM loads an input once
-for all outputs that read it. Kernels for 0 taps accept any number of taps, stride and dilation. The functions share
-these tuples of numbers:
+For depthwise, the number of taps along the last axis and the stride are constants of a kernel, with which LLVM loads an
+input once for all outputs that read it. Kernels for 0 taps accept any number of taps, stride and dilation. The
+functions share these tuples of numbers:
 
     axis    taps, stride and dilation of the last axis, and whether lanes share an element of x
-    lines   the number of lines of taps along the last axis that read inside, for each channel; their places in x and w
-    place   places in x and y, and what a function needs beside: inputs to prefetch, a range of outputs or of taps
+    lines   the number of lines of taps along the last axis that read inside; their places in x and w. For depthwise,
+            each channel has lines of its own
+    place   places in x and y, and what a function needs beside, such as a range of filters or outputs
 """
 
 from __future__ import annotations
@@ -26,13 +28,14 @@ import numpy
 from numba import njit, types
 
 from gpuconv.cpu.vector_plan import Piece
-from gpuconv.cpu.vectors import BYTES, add, load, multiply_add, prefetch, splat, store, zero
+from gpuconv.cpu.vectors import BYTES, add, load, multiply_add, splat, store, zero
 
 
 def signature(name: str, item: Any) -> Any:
     """Return the type of a kernel: arrays, the first of them writable, a Piece, and numbers of rows."""
-    number, place = types.int64, types.UniTuple(types.int64, 5)
-    piece = types.NamedTuple((*(types.UniTuple(number, 3),) * 6, place, place, *(number,) * 4, types.boolean), Piece)
+    number = types.int64
+    axes, x, y = (types.UniTuple(number, count) for count in (3, 6, 5))
+    piece = types.NamedTuple((*(axes,) * 6, x, y, *(number,) * 4), Piece)
     arrays, numbers = {"forward": (3, 1), "weight_grad": (2, 2)}[name]
     return types.void(item[::1], *(types.Array(item, 1, "C", readonly=True),) * arrays, piece, *(number,) * numbers)
 
@@ -81,39 +84,53 @@ def row_of(piece, row):
 
 
 @njit(nogil=True, inline="always")
-def lines_within(piece, taps, d, h, places, weights):
+def lines_within(piece, axis, d, h, places, weights):
     """Fill in the lines of a row whose first taps read at ``d`` and ``h``; return their number."""
+    taps, _, _, shared = axis
     t_first, t_end = taps_within(d, piece.dilation[0], piece.kernel[0], piece.input[0])
     r_first, r_end = taps_within(h, piece.dilation[1], piece.kernel[1], piece.input[1])
     count = 0
     for t in range(t_first, t_end):
         for r in range(r_first, r_end):
             of_row = (d + t * piece.dilation[0]) * piece.x[1] + (h + r * piece.dilation[1]) * piece.x[2]
-            for c in range(piece.channels):
+            for c in range(1 if shared else piece.channels):
                 places[count] = of_row + c * piece.x[4]
-                weights[count] = ((t * piece.kernel[1] + r) * taps * piece.channels + c) * piece.filters * piece.row
+                weights[count] = ((t * piece.kernel[1] + r) * taps * piece.channels + c) * piece.row
                 count += 1
     return count
 
 
 @njit(nogil=True, inline="always")
+def loops(piece, axis, first, end):
+    """Return two loops, the inner one last, over some taps of a line, and over channels if lines have all of them.
+
+    Each is a range, and its steps in pixels of x, in elements of x, and in elements of w.
+    """
+    taps = first, end, axis[2], 0, piece.channels * piece.row
+    return (taps, (0, piece.channels, 0, piece.x[4], piece.row)) if axis[3] else ((0, 1, 0, 0, 0), taps)
+
+
+@njit(nogil=True, inline="always")
 def four_outputs(arrays, piece, axis, lines, place, g):
-    """Compute four adjacent outputs of which all taps read inside, for one vector and every filter."""
+    """Compute four adjacent outputs of which all taps read inside, for one vector and some filters."""
     y, x, w, bias = arrays
-    taps, stride, dilation, shared = axis
+    taps, stride, _, shared = axis
     count, places, weights = lines
-    read, written = place
-    pixel, tap = piece.x[3], piece.channels * piece.filters * piece.row
-    for f in range(piece.filters):
+    read, written, f_first, f_end = place
+    pixel, size = piece.x[3], piece.kernel[0] * piece.kernel[1] * taps * piece.channels * piece.row
+    outer, inner = loops(piece, axis, 0, taps)
+    for f in range(f_first, f_end):
         v0, v1, v2, v3 = zero(x), zero(x), zero(x), zero(x)
         for line in range(count):
-            a, b = read + places[line] + (0 if shared else g), weights[line] + f * piece.row + g
-            for s in range(taps):
-                v = load(w, b + s * tap)
-                v0 = multiply_add(inputs(x, a + s * dilation * pixel, shared), v, v0)
-                v1 = multiply_add(inputs(x, a + (s * dilation + stride) * pixel, shared), v, v1)
-                v2 = multiply_add(inputs(x, a + (s * dilation + 2 * stride) * pixel, shared), v, v2)
-                v3 = multiply_add(inputs(x, a + (s * dilation + 3 * stride) * pixel, shared), v, v3)
+            for i in range(outer[0], outer[1]):
+                a = read + f * piece.x[5] + places[line] + i * outer[2] * pixel + i * outer[3] + (0 if shared else g)
+                b = f * size + weights[line] + i * outer[4] + g
+                for k in range(inner[0], inner[1]):
+                    v, p, e = load(w, b + k * inner[4]), k * inner[2], a + k * inner[3]
+                    v0 = multiply_add(inputs(x, e + p * pixel, shared), v, v0)
+                    v1 = multiply_add(inputs(x, e + (p + stride) * pixel, shared), v, v1)
+                    v2 = multiply_add(inputs(x, e + (p + 2 * stride) * pixel, shared), v, v2)
+                    v3 = multiply_add(inputs(x, e + (p + 3 * stride) * pixel, shared), v, v3)
         v, a = load(bias, f * piece.row + g), written + f * piece.y[4] + g
         store(y, a, add(v0, v))
         store(y, a + piece.y[3], add(v1, v))
@@ -125,16 +142,13 @@ def four_outputs(arrays, piece, axis, lines, place, g):
 def inner_outputs(arrays, piece, axis, lines, place, block):
     """Compute the outputs of a row of which all taps read inside, four at a time, for four vectors."""
     x, stride = arrays[1], axis[1]
-    read, written, ahead, first, end = place
+    read, written, f_first, f_end, first, end = place
     lanes = BYTES // x.itemsize
     for tile in range(first, end, 4):
         q = min(tile, end - 4)
-        of_tile = read + q * stride * piece.x[3], written + q * piece.y[3]
+        of_tile = read + q * stride * piece.x[3], written + q * piece.y[3], f_first, f_end
         for lane in range(block, min(block + 4 * lanes, piece.lanes), lanes):
             g = max(0, min(lane, piece.lanes - lanes))
-            if piece.is_far:
-                for i in range(4 * stride):
-                    prefetch(x, ahead + i % stride * piece.x[2] + (q * stride + i) * piece.x[3] + g)
             four_outputs(arrays, piece, axis, lines, of_tile, g)
 
 
@@ -142,22 +156,26 @@ def inner_outputs(arrays, piece, axis, lines, place, block):
 def one_output(arrays, piece, axis, lines, place, part):
     """Compute an output with the taps that read inside, for four vectors and one filter."""
     y, x, w, bias = arrays
-    _, _, dilation, shared = axis
+    taps, _, _, shared = axis
     count, places, weights = lines
     read, written, s_first, s_end = place
     block, f = part
-    lanes, step, last = BYTES // x.itemsize, dilation * piece.x[3], piece.lanes - BYTES // x.itemsize
-    tap = piece.channels * piece.filters * piece.row
+    lanes, last = BYTES // x.itemsize, piece.lanes - BYTES // x.itemsize
+    size = piece.kernel[0] * piece.kernel[1] * taps * piece.channels * piece.row
     g0, g1 = max(0, min(block, last)), min(block + lanes, last)
     g2, g3 = min(block + 2 * lanes, last), min(block + 3 * lanes, last)
     v0, v1, v2, v3 = zero(x), zero(x), zero(x), zero(x)
+    outer, inner = loops(piece, axis, s_first, s_end)
     for line in range(count):
-        for s in range(s_first, s_end):
-            a, b = read + places[line] + s * step, weights[line] + s * tap + f * piece.row
-            v0 = multiply_add(inputs(x, a + (0 if shared else g0), shared), load(w, b + g0), v0)
-            v1 = multiply_add(inputs(x, a + (0 if shared else g1), shared), load(w, b + g1), v1)
-            v2 = multiply_add(inputs(x, a + (0 if shared else g2), shared), load(w, b + g2), v2)
-            v3 = multiply_add(inputs(x, a + (0 if shared else g3), shared), load(w, b + g3), v3)
+        for i in range(outer[0], outer[1]):
+            for k in range(inner[0], inner[1]):
+                pixels, elements = i * outer[2] + k * inner[2], i * outer[3] + k * inner[3]
+                a = read + f * piece.x[5] + places[line] + pixels * piece.x[3] + elements
+                b = f * size + weights[line] + i * outer[4] + k * inner[4]
+                v0 = multiply_add(inputs(x, a + (0 if shared else g0), shared), load(w, b + g0), v0)
+                v1 = multiply_add(inputs(x, a + (0 if shared else g1), shared), load(w, b + g1), v1)
+                v2 = multiply_add(inputs(x, a + (0 if shared else g2), shared), load(w, b + g2), v2)
+                v3 = multiply_add(inputs(x, a + (0 if shared else g3), shared), load(w, b + g3), v3)
     a, b = written + f * piece.y[4], f * piece.row
     store(y, a + g0, add(v0, load(bias, b + g0)))
     store(y, a + g1, add(v1, load(bias, b + g1)))
@@ -168,14 +186,13 @@ def one_output(arrays, piece, axis, lines, place, part):
 @njit(nogil=True, inline="always")
 def outer_outputs(arrays, piece, axis, lines, place, block):
     """Compute the other outputs of a row, one at a time, for four vectors at once."""
-    _, written, _, first, end = place
+    read, written, f_first, f_end, first, end = place
     taps, stride, dilation, _ = axis
     for output in range(piece.output[2] - (end - first)):
         q = output if output < first else output + end - first
-        start = q * stride - piece.low[2]
-        s_first, s_end = taps_within(start, dilation, taps, piece.input[2])
-        of_output = place[0] + q * stride * piece.x[3], written + q * piece.y[3], s_first, s_end
-        for f in range(piece.filters):
+        s_first, s_end = taps_within(q * stride - piece.low[2], dilation, taps, piece.input[2])
+        of_output = read + q * stride * piece.x[3], written + q * piece.y[3], s_first, s_end
+        for f in range(f_first, f_end):
             one_output(arrays, piece, axis, lines, of_output, (block, f))
 
 
@@ -190,21 +207,22 @@ def forward(taps: int, stride: int, shared: int) -> Callable[..., None]:
             shared,
         )
         first, end = outputs_within(piece, axis)
-        places = numpy.empty(piece.kernel[0] * piece.kernel[1] * piece.channels, numpy.int64)
+        places = numpy.empty(piece.kernel[0] * piece.kernel[1] * (1 if shared else piece.channels), numpy.int64)
         weights = numpy.empty(places.size, numpy.int64)
-        arrays = y, x, w, bias
-        four = 4 * BYTES // x.itemsize
-        part = four if shared else piece.lanes  # whose weights remain in the cache for all rows
-        before = 0 if shared else unaligned(piece, x)
-        for number in range(-(-piece.lanes // part) * rows):
-            start, row = divmod(number, rows)
+        arrays, four = (y, x, w, bias), 4 * BYTES // x.itemsize
+        blocks = -(-piece.lanes // four)
+        for number in range(piece.filters * blocks * rows if shared else rows):
+            part, row = divmod(number, rows)
+            f, block = divmod(part, blocks)
+            f_first, f_end, g_first, g_end = f, f + 1, block * four, min(block * four + four, piece.lanes)
+            if not shared:
+                f_first, f_end, g_first, g_end = 0, piece.filters, -unaligned(piece, x), piece.lanes
             n, m, o, d, h = row_of(piece, row)
-            count = lines_within(piece, axis[0], d, h, places, weights)
-            lines = count, places, weights
+            lines = lines_within(piece, axis, d, h, places, weights), places, weights
             read = n * piece.x[0] - piece.low[2] * piece.x[3]
-            ahead = read + d * piece.x[1] + (h + piece.kernel[1] * piece.dilation[1]) * piece.x[2]
-            place = read, n * piece.y[0] + m * piece.y[1] + o * piece.y[2], ahead, first, end
-            for block in range(start * part - before, min(start * part + part, piece.lanes), four):
+            written = n * piece.y[0] + m * piece.y[1] + o * piece.y[2]
+            place = read, written, f_first, f_end, first, end
+            for block in range(g_first, g_end, four):
                 inner_outputs(arrays, piece, axis, lines, place, block)
                 outer_outputs(arrays, piece, axis, lines, place, block)
 
@@ -226,22 +244,18 @@ def term_sums(arrays, piece, axis, rows, place, terms):
     x, dy = arrays
     _, stride, _, shared = axis
     count, positions = rows
-    t, r, g, g_next, of_f, first, end = place
+    t, r, f, g, g_next, first, end = place
     (s0, a0), (s1, a1), (s2, a2) = terms
-    step, lanes = stride * piece.x[3], BYTES // x.itemsize
-    of_g, of_next = (0, 0) if shared else (g, g_next - g)
+    step = stride * piece.x[3]
+    of_x, of_next = (f * piece.x[5], 0) if shared else (g, g_next - g)
     v0, v1, v2, u0, u1, u2 = zero(x), zero(x), zero(x), zero(x), zero(x), zero(x)
     for row in range(count):
         n, m, o, d, h = positions[row]
         d, h = d + t * piece.dilation[0], h + r * piece.dilation[1]
         if d < 0 or d >= piece.input[0] or h < 0 or h >= piece.input[1]:
             continue
-        a = of_g + n * piece.x[0] + d * piece.x[1] + h * piece.x[2] - piece.low[2] * piece.x[3]
-        b = of_f + n * piece.y[0] + m * piece.y[1] + o * piece.y[2]
-        if piece.is_far and t == r == s0 == 0:  # for the next vectors
-            for q in range(piece.output[2]):
-                prefetch(x, a + q * step + 2 * lanes)
-                prefetch(dy, b + q * piece.y[3] + g + 2 * lanes)
+        a = of_x + n * piece.x[0] + d * piece.x[1] + h * piece.x[2] - piece.low[2] * piece.x[3]
+        b = f * piece.y[4] + n * piece.y[0] + m * piece.y[1] + o * piece.y[2]
         for tile in range(first, end, 4):
             for q in range(tile, tile + 4):
                 e, v, u = a + q * step, load(dy, b + q * piece.y[3] + g), load(dy, b + q * piece.y[3] + g_next)
@@ -272,16 +286,16 @@ def weight_sums(dw, arrays, piece, axis, rows, place):
     """Store the sums of all taps, channels and filters of two vectors over some rows of outputs."""
     at, g, g_next, first, end = place
     taps, _, _, shared = axis
-    tap = piece.channels * piece.filters * piece.row
-    channels, filters, terms, step = piece.channels, piece.filters, taps, tap
-    if shared:  # lines have the channels of their taps
-        channels, filters, terms, step = 1, 1, taps * piece.channels, piece.row
-    for line in range(piece.kernel[0] * piece.kernel[1] * channels * filters):
-        rest, f = divmod(line, filters)
-        of_taps, c = divmod(rest, channels)
+    terms = taps * piece.channels if shared else taps
+    apart = 1 if shared else piece.channels  # that are not terms of one line
+    step = piece.row * apart
+    lines = piece.kernel[0] * piece.kernel[1]
+    for line in range(piece.filters * lines * apart):
+        rest, c = divmod(line, apart)
+        f, of_taps = divmod(rest, lines)
         t, r = divmod(of_taps, piece.kernel[1])
-        of_line = t, r, g, g_next, f * piece.y[4], first, end
-        e = at + of_taps * taps * tap + (c * piece.filters + f) * piece.row
+        of_line = t, r, f, g, g_next, first, end
+        e = at + (rest * taps * piece.channels + c) * piece.row
         for k0 in range(0, terms, 3):
             k1, k2 = min(k0 + 1, terms - 1), min(k0 + 2, terms - 1)
             three = term(piece, axis, c, k0), term(piece, axis, c, k1), term(piece, axis, c, k2)

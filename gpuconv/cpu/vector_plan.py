@@ -3,8 +3,8 @@
 Vectors have the lanes of one of two things:
 
     depthwise   groups: one channel of x, and one filter of y, of several groups
-    direct      filters: one channel of x, shared by several filters of a group; this is the same as a convolution with
-                one group for each filter (``shared``), in which all groups read the same channels
+    direct      filters: one channel of x, ``shared`` by several filters of a group. In the terms of depthwise, these
+                filters are groups, all of which read the same channels, and the groups are filters of each of them
 
 Images whose lanes are contiguous are written, and for depthwise read, in place. Others are copied to blocks of the
 workspace, which fit in the cache, and the results back. data_grad is the forward convolution of dy, once for each phase
@@ -41,7 +41,6 @@ BLOCK_BYTES = 512 << 10  # of copies of x and y
 SUM_BYTES = 256 << 10  # of x and dy of which weight_grad forms one sum
 SUMS = 4  # they are at least this many times as large as the sum
 REUSED = 64  # multiply-adds of an element from which on it is worth a copy that lies at a cache line
-FAR_BYTES = 8 << 20  # of x, w and y, from which on x is prefetched
 SLOWNESS = 4  # of a multiply-add of depthwise, compared with a matrix product
 
 
@@ -54,13 +53,12 @@ class Piece(NamedTuple):
     stride: Shape
     dilation: Shape
     low: Shape  # padding before the first input
-    x: Shape  # strides of images, of the three axes, and of channels
+    x: Shape  # strides of images, of the three axes, of channels, and of groups if lanes share an input, else 0
     y: Shape  # strides of images, of the three axes, and of filters
     lanes: int  # groups
     channels: int  # of a group
     filters: int  # of a group
-    row: int  # stride of filters in w, which is (*kernel, channels, filters, lanes), and in b
-    is_far: bool  # whether the arrays are larger than the cache, so that inputs are prefetched
+    row: int  # lanes of a row of w, which is (filters, *kernel, channels, lanes), and of b
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,9 @@ class _Lifted:
 
     @classmethod
     def of(cls, geometry: Geometry, dtype: numpy.dtype, shared: bool) -> _Lifted:
+        if shared:
+            lanes, groups = max(1, geometry.group_filters), geometry.groups
+            geometry = replace(geometry, groups=lanes, channels=lanes * geometry.group_channels, filters=lanes * groups)
         more = (1,) * (AXES - geometry.rank)
         lifted = replace(
             geometry,
@@ -123,9 +124,15 @@ class _Lifted:
         one = view.reshape(math.prod(view.shape[:batch]), *view.shape[batch:])
         return one[(slice(None), *(None,) * (AXES - self.rank), ...)]
 
+    def outputs(self, view: View) -> View:
+        """Return y or dy (*batch, *spatial, G, F/G) with one batch axis, three spatial axes, lanes and filters."""
+        return self.images(view.swapaxes(-1, -2) if self.shared else view)
+
     def weight(self, view: View) -> View:
-        """Return a weight (*kernel, G, C/G, F/G) as (T, R, S, C/G, F/G, G)."""
-        return view[(*(None,) * (AXES - self.rank), ...)].transpose(0, 1, 2, 4, 5, 3)
+        """Return a weight (*kernel, G, C/G, F/G) as (filters, T, R, S, channels, lanes)."""
+        return view[(*(None,) * (AXES - self.rank), ...)].transpose(
+            *((3, 0, 1, 2, 4, 5) if self.shared else (5, 0, 1, 2, 4, 3))
+        )
 
     def is_in_place(self, view: View) -> bool:
         """Return whether vectors can be loaded from images, or stored in them."""
@@ -142,12 +149,12 @@ class _Lifted:
 
     def inputs(self, box: Shape, groups: int) -> int:
         """Return the number of elements of the inputs that a block of outputs of some groups reads."""
-        groups = 1 if self.shared else groups
-        return region_elements(replace(self.geometry, channels=groups * self.geometry.group_channels), box)
+        channels = self.geometry.group_channels * (self.geometry.group_filters if self.shared else groups)
+        return region_elements(replace(self.geometry, channels=channels), box)
 
     def is_whole(self, limit: float) -> bool:
         """Return whether a row of outputs of all filters, which share an input, has at most ``limit`` elements."""
-        return self.shared and self.geometry.output[-1] * self.groups <= limit
+        return self.shared and self.geometry.output[-1] * self.geometry.group_filters * self.groups <= limit
 
     def parts(self, copies_x: bool, copies_y: bool, limit: float) -> list[slice]:
         """Return parts of the groups. A block of each, for one output at least, has at most ``limit`` elements."""
@@ -162,7 +169,8 @@ class _Lifted:
     def rows_of_a_slice(self, groups: int) -> int:
         """Return the number of rows of outputs of which weight_grad forms one sum, over some groups."""
         geometry = self.geometry
-        inputs = geometry.group_channels * math.prod(geometry.stride[1:]) * (1 if self.shared else groups)
+        channels = geometry.group_channels * (geometry.group_filters if self.shared else groups)
+        inputs = channels * math.prod(geometry.stride[1:])
         row = geometry.output[-1] * (geometry.group_filters * groups + inputs)
         return max(1, max(SUM_BYTES // self.dtype.itemsize, SUMS * self.weights) // row)
 
@@ -174,7 +182,7 @@ class _Lifted:
                 return None
         geometry = self.geometry
         taps, stride, dilation = geometry.kernel[-1], geometry.stride[-1], geometry.dilation[-1]
-        is_unrolled = (taps, stride) in UNROLLED and (dilation == 1 or taps == 1)
+        is_unrolled = not self.shared and (taps, stride) in UNROLLED and (dilation == 1 or taps == 1)
         constants = (taps, stride) if is_unrolled else (0, 0)
         return compiled.kernel(name, (*constants, int(self.shared)), self.dtype)
 
@@ -189,18 +197,17 @@ class _Lifted:
             geometry.stride,
             geometry.dilation,
             tuple(low - outputs.start * s + first for (low, _), outputs, s, first in axes),
-            (*x.steps[:4], x.steps[5]),
+            (*x.steps[:4], x.steps[5], x.steps[4] if self.shared else 0),
             (*y.steps[:4], y.steps[5]),
             y.shape[4],
             geometry.group_channels,
             geometry.group_filters,
             self.groups,
-            not self.shared and geometry.bytes(self.dtype.itemsize) > FAR_BYTES,
         )
 
     def loaded(self, x: Operand, index: Index, groups: slice, space: View, planner: Planner) -> tuple[View, Shape]:
         """Return the inputs of a block of outputs, in place or copied, and the position of the first one."""
-        groups = slice(0, 1) if self.shared else groups
+        groups = slice(None) if self.shared else groups
         if not self.copies(x):
             return x.view[index[0], ..., groups, :], (0,) * AXES
         inside = in_bounds(self.geometry.inputs_in_windows(index[1:]), self.geometry)
@@ -234,17 +241,12 @@ def not_compiled(geometry: Geometry, dtype: numpy.dtype, backend: Backend) -> st
 
 def least(geometry: Geometry, direction: Direction, dtype: numpy.dtype, shared: bool) -> int:
     """Return the elements of workspace for weights, bias, and blocks of one output."""
-    problems = 1
-    if shared:
-        problems = geometry.groups
-        channels, filters = max(1, geometry.group_channels), max(1, geometry.group_filters)
-        if direction == "data_grad":
-            channels, filters = filters, channels
-        geometry = _with_filters_as_groups(replace(geometry, groups=1, channels=channels, filters=filters))
+    if direction == "data_grad":
+        geometry = replace(geometry, channels=geometry.filters, filters=geometry.channels)
     lifted = _Lifted.of(geometry, dtype, shared)
     if direction == "weight_grad":
         return 8 * lifted.weights + 4 * lifted.least
-    return 2 * (problems * lifted.reserved + 2 * lifted.least)
+    return 2 * (lifted.reserved + 2 * lifted.least)
 
 
 def padded(lanes: int, dtype: numpy.dtype) -> int:
@@ -255,7 +257,7 @@ def padded(lanes: int, dtype: numpy.dtype) -> int:
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner, *, shared: bool) -> bool:
     """Plan the kernels of the forward convolution; return False if there are none."""
-    return _loop(_problems(x, w, y, geometry, shared), [], planner)
+    return _loop([_Problem(x, w, y, geometry)], [], planner, shared)
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner, *, shared: bool) -> bool:
@@ -268,53 +270,22 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: 
             unreached.append(part.fill)
         else:
             taps = w.view[phase.taps][(slice(None, None, -1),) * geometry.rank].swapaxes(-1, -2)
-            problems += _problems(dy, w.part(taps), part, phase.geometry, shared)
-    return _loop(problems, unreached, planner)
+            problems.append(_Problem(dy, w.part(taps), part, phase.geometry))
+    return _loop(problems, unreached, planner, shared)
 
 
 class _Problem(NamedTuple):
-    """A forward convolution whose groups are the lanes of vectors."""
+    """A forward convolution."""
 
     x: Operand
     w: Operand
     y: Result
     geometry: Geometry
-    shared: bool
 
 
-def _problems(x: Operand, w: Operand, y: Result, geometry: Geometry, shared: bool) -> list[_Problem]:
-    """Return the convolution, or one for each group whose filters share the channels."""
-    if not shared:
-        return [_Problem(x, w, y, geometry, shared)]
-    one = _with_filters_as_groups(_of_one_group(geometry))
-    made = []
-    for number in range(geometry.groups):
-        group = slice(number, number + 1)
-        result = y.of_groups(group, "y")
-        bias = None if result.bias is None else result.bias.swapaxes(0, 1)
-        result = replace(result, view=result.view.swapaxes(-1, -2), bias=bias)
-        weight = w.of_groups(group, "w").seen(_with_filters_first)
-        made.append(_Problem(x.of_groups(group, "x"), weight, result, one, shared))
-    return made
-
-
-def _of_one_group(geometry: Geometry) -> Geometry:
-    return replace(geometry, groups=1, channels=geometry.group_channels, filters=geometry.group_filters)
-
-
-def _with_filters_as_groups(geometry: Geometry) -> Geometry:
-    """Return a convolution of one group as one with a group for each filter, all of which read the same channels."""
-    return replace(geometry, groups=geometry.filters, channels=geometry.filters * geometry.channels)
-
-
-def _with_filters_first(w: View) -> View:
-    """Return a weight (*kernel, 1, C, F) as (*kernel, F, C, 1)."""
-    return w.swapaxes(-1, -3)
-
-
-def _loop(problems: list[_Problem], others: list[Body], planner: Planner) -> bool:
+def _loop(problems: list[_Problem], others: list[Body], planner: Planner, shared: bool) -> bool:
     """Plan the tasks of convolutions, and others; return False if there is no kernel."""
-    lifted = [_Lifted.of(problem.geometry, planner.dtype, problem.shared) for problem in problems]
+    lifted = [_Lifted.of(problem.geometry, planner.dtype, shared) for problem in problems]
     room = planner.budget - sum(one.reserved for one in lifted)
     tasks, workers = others, 1
     for problem, one in zip(problems, lifted, strict=True):
@@ -337,11 +308,12 @@ def _tasks(problem: _Problem, lifted: _Lifted, share: tuple[int, int], planner: 
 
     ``share``: elements of workspace for a task, and the number of threads that compute the convolution.
     """
-    x, w, y, geometry, _ = problem
+    x, w, y, _ = problem
+    geometry = lifted.geometry
     kernel = lifted.kernel("forward", x.view, x.y, y.view)
     if kernel is None:
         return None
-    x, y = x.seen(lifted.images), replace(y, view=lifted.images(y.view))
+    x, y = x.seen(lifted.images), replace(y, view=lifted.outputs(y.view))
     weights, bias = _weights(w, lifted, planner), _bias(y, lifted, planner)
     copies_x, copies_y = lifted.copies(x), not lifted.is_in_place(y.view)
     limit = min(share[0], BLOCK_BYTES // planner.dtype.itemsize)
@@ -355,7 +327,7 @@ def _tasks(problem: _Problem, lifted: _Lifted, share: tuple[int, int], planner: 
             Buffer(math.prod(box) * groups * geometry.group_filters, copies_y, y.temporaries),
         )
 
-    outputs = (*lifted.geometry.batch, *lifted.geometry.output)
+    outputs = (*geometry.batch, *geometry.output)
     # The bits of a result do not depend on the blocks, so that every thread may compute one.
     blocks = Blocks.fitting(outputs, limit, buffers_of, math.ceil(math.prod(outputs) / share[1]))
 
@@ -379,7 +351,7 @@ def _first(view: View) -> View:
 
 
 def _weights(w: Operand, lifted: _Lifted, planner: Planner) -> View:
-    """Return the weights (T, R, S, C/G, F/G, G), contiguous, in place if they are so there and seldom read."""
+    """Return the weights (filters, T, R, S, channels, lanes), in place if they are contiguous there and seldom read."""
     w = w.seen(lifted.weight)
     shape = (*w.view.shape[:-1], lifted.groups)
     is_there = w.is_plain(planner.dtype) and is_contiguous(w.view.shape, w.view.strides, w.view.itemsize)
@@ -395,35 +367,23 @@ def _weights(w: Operand, lifted: _Lifted, planner: Planner) -> View:
 
 
 def _bias(y: Result, lifted: _Lifted, planner: Planner) -> View:
-    """Return the bias (F/G, G), zeros if there is none."""
+    """Return the bias (filters, lanes), zeros if there is none."""
     (space,) = planner.workspace(lifted.geometry.group_filters * lifted.groups)
     bias = space.shaped((lifted.geometry.group_filters, lifted.groups))
     planner.copy(bias, 0)
     if y.bias is not None:
-        planner.copy(bias[:, : lifted.geometry.groups], y.bias.swapaxes(0, 1))
+        planner.copy(bias[:, : lifted.geometry.groups], y.bias if lifted.shared else y.bias.swapaxes(0, 1))
     return bias
 
 
 def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner, *, shared: bool) -> bool:
     """Plan the kernels of weight_grad; return False if there are none."""
-    if not shared:
-        return _weight_grad(dy, x, dw.view, geometry, planner, shared)
-    one = _with_filters_as_groups(_of_one_group(geometry))
-    for number in range(geometry.groups):
-        group = slice(number, number + 1)
-        gradients = dy.of_groups(group, "y").seen(lambda view: view.swapaxes(-1, -2))
-        target = _with_filters_first(dw.of_groups(group, "w").view)
-        if not _weight_grad(gradients, x.of_groups(group, "x"), target, one, planner, shared):
-            return False
-    return True
-
-
-def _weight_grad(dy: Operand, x: Operand, dw: View, geometry: Geometry, planner: Planner, shared: bool) -> bool:
     lifted = _Lifted.of(geometry, planner.dtype, shared)
     kernel = lifted.kernel("weight_grad", x.view, x.y, dy.view, dy.y)
     if kernel is None:
         return False
-    x, dy, target = x.seen(lifted.images), dy.seen(lifted.images), lifted.weight(dw)
+    geometry = lifted.geometry
+    x, dy, target = x.seen(lifted.images), dy.seen(lifted.outputs), lifted.weight(dw.view)
     team = lifted.team(planner)
     limit = min(planner.budget // 2 // team.shares, BLOCK_BYTES // planner.dtype.itemsize)
     aligns = lifted.is_whole(limit) and geometry.taps * geometry.group_channels >= REUSED
@@ -437,14 +397,14 @@ def _weight_grad(dy: Operand, x: Operand, dw: View, geometry: Geometry, planner:
             Buffer(math.prod(box) * most * geometry.group_filters, copies[1], dy.temporaries * copies[1]),
         )
 
-    outputs = (*lifted.geometry.batch, *lifted.geometry.output)
+    outputs = (*geometry.batch, *geometry.output)
     rows = lifted.rows_of_a_slice(most)
     fitting = max(1, planner.budget // 4 // lifted.weights)  # sums of slices
     largest = min(math.ceil(math.prod(outputs) / team.tasks), fitting * rows * outputs[-1])
     blocks = Blocks.fitting(outputs, limit, buffers_of, largest)
     each = -(-math.prod(blocks.box[:-1]) // rows)  # slices of a block
     at_once = max(1, fitting // each)  # blocks
-    is_there = in_place(dw, planner.dtype)
+    is_there = in_place(target, planner.dtype)
     sum_space, total_space, term_space = planner.workspace(
         min(at_once, len(blocks)) * each * lifted.weights,
         target.size * (not is_there),

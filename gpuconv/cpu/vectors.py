@@ -111,18 +111,3 @@ def add(typing: Any, a: Any, b: Any) -> Any:
         return builder.fadd(*arguments)
 
     return a(a, b), code
-
-
-@intrinsic
-def prefetch(typing: Any, array: Any, index: Any) -> Any:
-    """Begin to load the cache line of an element; an index outside of the array has no effect."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        place = builder.bitcast(_place(context, builder, signature, arguments), byte)
-        builder.call(function, [place, *(ir.Constant(number, value) for value in (0, 3, 1))])
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp), code
