@@ -23,6 +23,7 @@ SUITES = (
     *("resnet50", "vgg16", "audio1d", "unet3d", "transposed", "dilated", "large", "mobilenet", "convnext", "textbook"),
     *("quick", "stems", "grouped", "replknet", "patch", "jsense", "deepbench", "small", "tiny"),
 )
+IN_FLOAT64 = "textbook", "quick", "resnet50"  # also
 TEXTBOOK = ["--case", "n=8 c=16 h=32 w=32 k=32 r=3 s=3 pad=1", "--peer", "loops,scipy,torch"]
 
 
@@ -32,6 +33,8 @@ def measured(suite, seconds):
         file = Path(folder) / "run.json"
         words = TEXTBOOK if suite == "textbook" else [suite, "--peer", "torch"]
         options = ["--layout", "channels_last,channels_first", "--backend", "numpy", "--seconds", str(seconds)]
+        if suite in IN_FLOAT64:
+            options += ["--dtype", "float32,float64"]
         subprocess.run(
             [sys.executable, "-m", "gpuconv", "bench", *words, *options, "--json", str(file)],
             check=True,

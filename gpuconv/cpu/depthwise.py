@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from gpuconv import dtypes
-from gpuconv.cpu import banded, compiled, cost_model, slices, vector_plan
+from gpuconv.cpu import banded, compiled, slices, vector_plan
 from gpuconv.geometry import Geometry
 from gpuconv.operands import Operand, Result
 from gpuconv.plan import Planner
@@ -18,8 +18,8 @@ from gpuconv.types import Direction
 
 MOST_CHANNELS = 16  # of a group, and filters; larger groups are matrix products
 # Nanoseconds, of float32, as in cost_model.py.
-PRODUCT, PRODUCT_OF_GROUPS = 0.06, 0.085  # a multiply-add
-READ, COPY = 0.3, 1.3  # an element that is read or written in place, or copied in another order
+PRODUCT = 0.05  # a multiply-add
+READ, STRIDED, COPY = 0.1, 0.3, 0.75  # an element that is read or written in place, with a stride, or copied
 
 
 def why_not(request: Request) -> str | None:
@@ -67,21 +67,19 @@ def advice(request: Request, nanoseconds: float) -> str | None:
 def _nanoseconds(request: Request) -> float:
     """Estimate the time of compiled kernels to multiply and add, and to read or copy x and y."""
     geometry, dtype = request.geometry, dtypes.accumulator(request.dtype)
-    is_one = geometry.group_channels == geometry.group_filters == 1
     padded = vector_plan.padded(geometry.groups, dtype)
-    products = geometry.multiply_adds() * padded / geometry.groups * (PRODUCT if is_one else PRODUCT_OF_GROUPS)
+    products = geometry.multiply_adds() * padded / geometry.groups * PRODUCT
     if request.direction == "weight_grad":
-        products *= 1.5
-    if geometry.layout == "channels_first":
+        products *= 1.4
+    is_plain = geometry.layout == "channels_last" and dtype == request.dtype
+    each = READ
+    if not is_plain or geometry.group_channels * geometry.group_filters > 1:
         each = COPY
-    else:
-        fills = geometry.groups >= vector_plan.padded(1, dtype)
-        each = READ if is_one and dtype == request.dtype and fills else COPY / 2
+    if request.direction == "data_grad" and set(geometry.stride) != {1}:
+        each += STRIDED  # for each phase dy is read, and parts of cache lines of dx are written
     inputs, outputs = math.prod(geometry.input) * geometry.channels, math.prod(geometry.output) * geometry.filters
     moved = 1.0 * math.prod(geometry.batch) * (inputs + outputs)
-    if request.direction == "data_grad" and set(geometry.stride) != {1}:
-        moved *= 2.5  # for each phase dy is read, and parts of cache lines of dx are written
-    return (products + moved * each) * dtype.itemsize / 4 + 4 * cost_model.STEP
+    return (products + moved * each) * dtype.itemsize / 4
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:

@@ -9,15 +9,18 @@ from __future__ import annotations
 import math
 
 from gpuconv import dtypes
-from gpuconv.cpu import cost_model, slices, vector_plan
+from gpuconv.cpu import slices, vector_plan
 from gpuconv.geometry import Geometry
 from gpuconv.operands import Operand, Result
 from gpuconv.plan import Planner
 from gpuconv.request import Request
 
-PRODUCT = 0.025  # nanoseconds of a float32 multiply-add with many filters, as in cost_model.py
-GRADIENT, FAR = 2, 1.6  # times as slow: weight_grad; with weights beyond the cache
+# Nanoseconds of float32, as in cost_model.py.
+PRODUCT = 0.024  # a multiply-add
+GRADIENT = 1.15  # times as slow: weight_grad
+FAR, FAR_GRADIENT = 1.25, 2  # times as slow: with weights of a group beyond the cache
 FAR_BYTES = 1 << 20
+READ, WRITE, COPY = 0.3, 0.3, 0.35  # an element of an input, and of a result with all lanes of its vectors; copying it
 
 
 def why_not(request: Request) -> str | None:
@@ -29,24 +32,24 @@ def why_not(request: Request) -> str | None:
 
 
 def nanoseconds(request: Request) -> float:
-    """Estimate the time to multiply and add, and to copy results and weights."""
+    """Estimate the time to multiply and add, to read inputs, and to write or copy results and weights."""
     geometry, dtype = request.geometry, dtypes.accumulator(request.dtype)
-    lanes = geometry.group_channels if request.direction == "data_grad" else geometry.group_filters
-    padded = vector_plan.padded(lanes, dtype)
-    each = PRODUCT * (1 + vector_plan.padded(1, dtype) / padded)  # twice as slow with one vector
-    if request.direction == "weight_grad":
-        each *= GRADIENT
+    is_gradient, is_transposed = request.direction == "weight_grad", request.direction == "data_grad"
+    inputs, outputs = math.prod(geometry.input) * geometry.channels, math.prod(geometry.output) * geometry.filters
+    lanes = geometry.group_filters
+    if is_transposed:
+        inputs, outputs, lanes = outputs, inputs, geometry.group_channels
+    vectors = vector_plan.padded(1, dtype) * (2 if is_gradient else 1)  # whose sums are computed together
+    padded = -(-lanes // vectors) * vectors / lanes
+    each = PRODUCT * (GRADIENT if is_gradient else 1)
     if math.prod(geometry.w_shape) * dtype.itemsize > FAR_BYTES * geometry.groups:
-        each *= FAR
-    products = geometry.multiply_adds() * padded / lanes * each
-    written = geometry.filters * math.prod(geometry.output)
-    if request.direction == "data_grad":
-        written = geometry.channels * math.prod(geometry.input)
-    moved = 3 if geometry.layout == "channels_first" else 1
-    copied = cost_model.COPY * (moved * math.prod(geometry.batch) * written + 2 * moved * math.prod(geometry.w_shape))
-    phases = math.prod(geometry.stride) if request.direction == "data_grad" else 1
-    steps = (2 + 3 * geometry.groups * phases) * cost_model.STEP
-    return (products + copied) * dtype.itemsize / 4 + steps
+        each *= FAR_GRADIENT if is_gradient else FAR
+    is_last = geometry.layout == "channels_last"
+    is_there = is_last and lanes >= vector_plan.padded(1, dtype) and not (is_transposed and set(geometry.stride) != {1})
+    written = outputs * padded * (WRITE if is_there else WRITE + COPY)
+    weights = math.prod(geometry.w_shape) * (padded * COPY + (0 if is_last else 3 * COPY))
+    moved = 1.0 * math.prod(geometry.batch) * (inputs * READ + written) + weights
+    return (geometry.multiply_adds() * padded * each + moved) * dtype.itemsize / 4
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:

@@ -102,12 +102,15 @@ def lines_within(piece, axis, d, h, places, weights):
 
 @njit(nogil=True, inline="always")
 def loops(piece, axis, first, end):
-    """Return two loops, the inner one last, over some taps of a line, and over channels if lines have all of them.
+    """Return two loops, over some taps of a line, and over channels if lines have all of them; the longer one is inside.
 
     Each is a range, and its steps in pixels of x, in elements of x, and in elements of w.
     """
     taps = first, end, axis[2], 0, piece.channels * piece.row
-    return (taps, (0, piece.channels, 0, piece.x[4], piece.row)) if axis[3] else ((0, 1, 0, 0, 0), taps)
+    if not axis[3]:
+        return (0, 1, 0, 0, 0), taps
+    channels = 0, piece.channels, 0, piece.x[4], piece.row
+    return (taps, channels) if piece.channels > axis[0] else (channels, taps)
 
 
 @njit(nogil=True, inline="always")
@@ -318,7 +321,7 @@ def weight_grad(taps: int, stride: int, shared: int) -> Callable[..., None]:
             1 if taps else piece.dilation[2],
             shared,
         )
-        lanes = BYTES // x.itemsize
+        lanes, last = BYTES // x.itemsize, piece.lanes - BYTES // x.itemsize
         size = piece.kernel[0] * piece.kernel[1] * piece.channels * axis[0] * piece.filters * piece.row
         first, end = outputs_within(piece, axis)
         end -= (end - first) % 4
@@ -327,7 +330,6 @@ def weight_grad(taps: int, stride: int, shared: int) -> Callable[..., None]:
             count = min(most, rows - start)
             for row in range(count):
                 positions[row] = row_of(piece, start + row)
-            last = piece.lanes - lanes
             for block in range(-unaligned(piece, dy), piece.lanes, 2 * lanes):
                 place = start // most * size, max(0, min(block, last)), min(block + lanes, last), first, end
                 weight_sums(dw, (x, dy), piece, axis, (count, positions), place)

@@ -40,6 +40,7 @@ VECTORS = 4  # whose lanes are copied together
 BLOCK_BYTES = 512 << 10  # of copies of x and y
 SUM_BYTES = 256 << 10  # of x and dy of which weight_grad forms one sum
 SUMS = 4  # they are at least this many times as large as the sum
+MANY_CHANNELS = 8  # read one after the other
 REUSED = 64  # multiply-adds of an element from which on it is worth a copy that lies at a cache line
 SLOWNESS = 4  # of a multiply-add of depthwise, compared with a matrix product
 
@@ -139,8 +140,12 @@ class _Lifted:
         return in_place(view, self.dtype) and view.strides[-2] == view.itemsize and view.shape[-2] >= self.lanes
 
     def copies(self, x: Operand) -> bool:
-        """Return whether x is copied."""
+        """Return whether x must be copied."""
         return not x.is_plain(self.dtype) or not (self.shared or self.is_in_place(x.view))
+
+    def is_scattered(self, x: View) -> bool:
+        """Return whether many channels, which forward reads one after the other, lie far apart."""
+        return self.shared and self.geometry.group_channels >= MANY_CHANNELS and abs(x.strides[-1]) > x.itemsize
 
     def block(self, space: View, shape: Shape) -> View:
         """Return a block of images (N, D, H, W, G, channels) in the workspace, with groups for at least one vector."""
@@ -205,13 +210,16 @@ class _Lifted:
             self.groups,
         )
 
-    def loaded(self, x: Operand, index: Index, groups: slice, space: View, planner: Planner) -> tuple[View, Shape]:
-        """Return the inputs of a block of outputs, in place or copied, and the position of the first one."""
-        groups = slice(None) if self.shared else groups
-        if not self.copies(x):
-            return x.view[index[0], ..., groups, :], (0,) * AXES
-        inside = in_bounds(self.geometry.inputs_in_windows(index[1:]), self.geometry)
-        seen, start = (index[0], *inside, groups), tuple(axis.start for axis in inside)
+    def loaded(self, x: Operand, index: Index, space: View, planner: Planner, copies: bool) -> tuple[View, Shape]:
+        """Return the inputs of a block of outputs, in place or copied, and the position of the first one.
+
+        ``index``: the index of the outputs, followed by their groups.
+        """
+        outputs, groups = index[:-1], slice(None) if self.shared else index[-1]
+        if not copies:
+            return x.view[outputs[0], ..., groups, :], (0,) * AXES
+        inside = in_bounds(self.geometry.inputs_in_windows(outputs[1:]), self.geometry)
+        seen, start = (outputs[0], *inside, groups), tuple(axis.start for axis in inside)
         if not self.shared:
             return self.copied(x, seen, space, planner), start
         block = space.shaped(x.view[seen].shape)
@@ -315,7 +323,7 @@ def _tasks(problem: _Problem, lifted: _Lifted, share: tuple[int, int], planner: 
         return None
     x, y = x.seen(lifted.images), replace(y, view=lifted.outputs(y.view))
     weights, bias = _weights(w, lifted, planner), _bias(y, lifted, planner)
-    copies_x, copies_y = lifted.copies(x), not lifted.is_in_place(y.view)
+    copies_x, copies_y = lifted.copies(x) or lifted.is_scattered(x.view), not lifted.is_in_place(y.view)
     limit = min(share[0], BLOCK_BYTES // planner.dtype.itemsize)
     parts = lifted.parts(copies_x, copies_y, limit)
     most = max(part.stop - part.start for part in parts)
@@ -333,7 +341,7 @@ def _tasks(problem: _Problem, lifted: _Lifted, share: tuple[int, int], planner: 
 
     def some_outputs(groups: slice, index: Index, planner: Planner) -> None:
         x_space, y_space = planner.workspace(*blocks.sizes)
-        images, start = lifted.loaded(x, index, groups, x_space, planner)
+        images, start = lifted.loaded(x, (*index, groups), x_space, planner, copies_x)
         target = y.view[(*index, groups)]
         block = lifted.block(y_space, target.shape) if copies_y else target
         piece = lifted.piece(images, block, index, start)
@@ -419,7 +427,7 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
             groups, number = task
             index = blocks[run.start + number]
             x_space, dy_space = planner.workspace(*blocks.sizes)
-            images, start = lifted.loaded(x, index, groups, x_space, planner)
+            images, start = lifted.loaded(x, (*index, groups), x_space, planner, copies[0])
             gradients = dy.view[(*index, groups)]
             if copies[1]:
                 gradients = lifted.copied(dy, (*index, groups), dy_space, planner)
