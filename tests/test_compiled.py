@@ -28,7 +28,7 @@ pytest.importorskip("numba")
 CASES = (
     case("one vector", (2, 16, 9, 11), (16, 1, 3, 3), padding=1, groups=16),
     case("overlapping vectors", (1, 21, 6, 10), (21, 1, 3, 3), padding=1, groups=21),
-    case("several blocks", (1, 75, 7, 7), (75, 1, 3, 3), padding=1, groups=75),
+    case("many vectors", (1, 101, 7, 7), (101, 1, 3, 3), padding=1, groups=101),
     case("less than a vector", (2, 5, 8, 9), (5, 1, 3, 3), padding=1, groups=5),
     case("stride 2", (2, 20, 11, 12), (20, 1, 3, 3), stride=2, padding=1, groups=20),
     case("5x5 stride 2", (1, 17, 13, 14), (17, 1, 5, 5), stride=2, padding=2, groups=17),
@@ -43,7 +43,7 @@ CASES = (
     case("groups of channels, stride 2", (1, 64, 9, 9), (64, 4, 3, 3), stride=2, padding=1, groups=16),
     case("a few groups of channels", (1, 8, 6, 9), (12, 4, 3, 3), padding=1, groups=2),
     case("one channel", (2, 1, 8, 9), (3, 1, 3, 3), padding=1),
-    case("one group", (2, 5, 8, 9), (35, 5, 3, 3), padding=1),
+    case("one group", (2, 5, 8, 9), (101, 5, 3, 3), padding=1),
     case("one group, stride 2", (1, 3, 15, 16), (16, 3, 7, 7), stride=2, padding=3),
     case("large groups", (1, 40, 5, 6), (34, 20, 3, 3), padding=1, groups=2),
     case("1-D", (2, 20, 40), (20, 1, 5), padding=2, groups=20),
@@ -111,6 +111,16 @@ def test_values_are_exact_on_small_integers(case, algorithm, layout, dtype, rng)
     arrays = operands(case, rng)
     exact = [array.astype(dtype) for array in expected(*arrays, case.settings)]
     assert_equal(results(*arrays, case.settings, layout, dtype, algorithm), exact)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_steps_of_direct_do_not_increase_with_the_groups(direction):
+    def steps(groups):
+        shapes = (2, 8 * groups, 20, 20), (16 * groups, 8, 3, 3)
+        options = {"padding": 1, "groups": groups, "direction": direction, "backend": "numpy"}
+        return gpuconv.explain(*shapes, algorithm="direct", **options).plan.size
+
+    assert steps(64) <= steps(4)
 
 
 @pytest.mark.usefixtures("only_compiled")

@@ -13,7 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import gpuconv
-from gpuconv import threads
+from gpuconv import threads, workspace
 from gpuconv.arrays import NUMPY
 from gpuconv.cpu import im2col, winograd_plan
 from gpuconv.geometry import Geometry
@@ -143,6 +143,14 @@ def test_memory_of_unaligned_arrays(monkeypatch):
     y = np.ones(x.shape, np.float32)
     assert_stays_within(MIB, 0, lambda: gpuconv.conv(y, w, out=x))
     assert (x == 64).all()
+
+
+@pytest.mark.parametrize("size", [1, 100, 1 << 20])
+def test_the_workspace_begins_at_a_cache_line(size):
+    workspace.clear()
+    taken = [workspace.take(NUMPY, size, 0) for _ in range(10)]
+    assert {memory.ctypes.data % 64 for memory in taken} == {0}
+    assert {memory.size for memory in taken} == {size}
 
 
 def test_the_workspace_is_used_again(rng):

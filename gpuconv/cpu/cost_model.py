@@ -10,17 +10,18 @@ from __future__ import annotations
 PRODUCT = 0.022  # a multiply-add in a long matrix product
 COPY = 0.4  # an element copied in another order
 ADD = 0.5  # an element that is multiplied by a tap and added, or only added
-ACCUMULATE = 2.5  # an element of a product that is added to a plane of col2im
+ACCUMULATE = 4.0  # an element of a product that is added to a plane of col2im
 FOURIER = 0.9  # an element of a Fourier transform, for each doubling of its length
 MULTIPLY = 10.0  # a multiply-add of two complex elements of spectra
-TRANSFORM = 0.32  # an element of a product with a small matrix: 0.25 with AVX-512, 0.5 without
+TRANSFORM = 0.2  # an element of a product with a small matrix
 STEP = 2000  # a function call, with the overhead of Python
+MATRIX = 400  # a matrix product in a stack of products
 COMPLEX = 4  # ratio of a complex product to a real one
 
 
 def product(depth: int, width: int, is_complex: bool = False) -> float:
     """Return the cost of a multiply-add in sums of length ``depth``, of which ``width`` share their factors."""
-    return PRODUCT * (1 + 4 / max(1, min(depth, width))) * (COMPLEX if is_complex else 1)
+    return PRODUCT * (1 + 6 / max(1, min(depth, width))) * (COMPLEX if is_complex else 1)
 
 
 def copied(run: float) -> float:
@@ -38,7 +39,7 @@ def transform(run: int, is_whole: bool) -> float:
 
 def exchanged(elements: int) -> float:
     """Return the cost of copying elements between channels_first and channels_last."""
-    return 2.5 * COPY * elements
+    return 4 * COPY * elements
 
 
 def added(run: int) -> float:

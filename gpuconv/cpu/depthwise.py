@@ -19,7 +19,7 @@ from gpuconv.types import Direction
 MOST_CHANNELS = 16  # of a group, and filters; larger groups are matrix products
 # Nanoseconds, of float32, as in cost_model.py.
 PRODUCT = 0.05  # a multiply-add
-READ, STRIDED, COPY = 0.1, 0.3, 0.75  # an element that is read or written in place, with a stride, or copied
+READ, STRIDED, COPY = 0.1, 0.3, 1.1  # an element that is read or written in place, with a stride, or copied
 
 
 def why_not(request: Request) -> str | None:

@@ -17,10 +17,10 @@ from gpuconv.request import Request
 
 # Nanoseconds of float32, as in cost_model.py.
 PRODUCT = 0.024  # a multiply-add
-GRADIENT = 1.15  # times as slow: weight_grad
-FAR, FAR_GRADIENT = 1.25, 2  # times as slow: with weights of a group beyond the cache
+EDGES = 5  # multiply-adds of weight_grad that take as long as the ends of a row
+FAR, FAR_GRADIENT = 1.25, 2  # times as slow: with weights of a group beyond the cache; in weight_grad
 FAR_BYTES = 1 << 20
-READ, WRITE, COPY = 0.3, 0.3, 0.35  # an element of an input, and of a result with all lanes of its vectors; copying it
+READ, WRITE, COPY = 0.45, 0.25, 0.35  # an element of an input, of a result with all lanes of its vectors; to copy it
 
 
 def why_not(request: Request) -> str | None:
@@ -41,7 +41,7 @@ def nanoseconds(request: Request) -> float:
         inputs, outputs, lanes = outputs, inputs, geometry.group_channels
     vectors = vector_plan.padded(1, dtype) * (2 if is_gradient else 1)  # whose sums are computed together
     padded = -(-lanes // vectors) * vectors / lanes
-    each = PRODUCT * (GRADIENT if is_gradient else 1)
+    each = PRODUCT * (1 + EDGES / geometry.output[-1] if is_gradient else 1)
     if math.prod(geometry.w_shape) * dtype.itemsize > FAR_BYTES * geometry.groups:
         each *= FAR_GRADIENT if is_gradient else FAR
     is_last = geometry.layout == "channels_last"

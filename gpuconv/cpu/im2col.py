@@ -57,7 +57,8 @@ def nanoseconds(request: Request) -> float:
     run = geometry.group_channels if geometry.layout == "channels_last" and geometry.groups > 1 else math.inf
     weights = math.prod(geometry.w_shape) if direction == "data_grad" and not geometry.is_pointwise else 0
     copied = _unfolded(geometry, direction) * cost_model.copied(run) + 2 * cost_model.COPY * weights
-    return geometry.multiply_adds() * product + copied
+    matrices = geometry.groups * math.prod(geometry.batch) if geometry.groups > 1 else 0
+    return geometry.multiply_adds() * product + copied + matrices * cost_model.MATRIX
 
 
 def _unfolded(geometry: Geometry, direction: Direction) -> int:

@@ -80,7 +80,9 @@ def nanoseconds(request: Request) -> float:
     # If channels are innermost, products and x are copied in runs of the channels of one group.
     is_cut = geometry.layout == "channels_last" and geometry.groups > 1
     run = min(geometry.group_channels, geometry.group_filters) if is_cut else math.inf
-    added = moved * (cost_model.added(moved) + 2 * cost_model.copied(run) * is_cut) + copied * cost_model.copied(run)
+    added = copied * cost_model.copied(run)
+    if direction != "weight_grad" or geometry.layout == "channels_first":
+        added += moved * (cost_model.added(moved) + 2 * cost_model.copied(run) * is_cut)
     # Weights are copied if their taps are contiguous, and dw is accumulated tap by tap.
     moves_weights = direction == "weight_grad" or (geometry.layout == "channels_first" and geometry.taps > 1)
     around = 5 * cost_model.COPY * math.prod(geometry.w_shape) * moves_weights + 4 * geometry.taps * cost_model.STEP

@@ -102,7 +102,7 @@ def lines_within(piece, axis, d, h, places, weights):
 
 @njit(nogil=True, inline="always")
 def loops(piece, axis, first, end):
-    """Return two loops, over some taps of a line, and over channels if lines have all of them; the longer one is inside.
+    """Return two loops, over some taps of a line, and over channels if lines have all of them, the longer one inside.
 
     Each is a range, and its steps in pixels of x, in elements of x, and in elements of w.
     """

@@ -412,7 +412,8 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
     blocks = Blocks.fitting(outputs, limit, buffers_of, largest)
     each = -(-math.prod(blocks.box[:-1]) // rows)  # slices of a block
     at_once = max(1, fitting // each)  # blocks
-    is_there = in_place(target, planner.dtype)
+    # A sum of few slices into an array in another order would take NumPy many times as long as a copy.
+    is_there = in_place(target, planner.dtype) and target.strides[-1] == target.itemsize
     sum_space, total_space, term_space = planner.workspace(
         min(at_once, len(blocks)) * each * lifted.weights,
         target.size * (not is_there),

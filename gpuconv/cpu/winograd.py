@@ -28,12 +28,14 @@ from gpuconv.arguments import Shape
 from gpuconv.blocking import pieces
 from gpuconv.cpu import containment, cost_model
 from gpuconv.cpu.winograd_plan import axes, least, sizes
-from gpuconv.cpu.winograd_tiles import Tiling
+from gpuconv.cpu.winograd_tiles import Tiling, slowness
 from gpuconv.geometry import Geometry
 from gpuconv.operands import MOST_TEMPORARIES, Operand, Result
-from gpuconv.plan import Planner
+from gpuconv.plan import Planner, is_small
 from gpuconv.request import Request
 from gpuconv.views import View
+
+ALONE = 1.6  # times as slow: in one thread, where other algorithms have several
 
 
 def why_not(request: Request) -> str | None:
@@ -78,12 +80,14 @@ def nanoseconds(request: Request) -> float:
     transformed = tiles * (points + lines) * (into + out) + 4 * points * weights * cost_model.TRANSFORM
     product = cost_model.product(geometry.group_channels, geometry.group_filters)
     if geometry.rank == 1:  # a line is not cut into blocks, and does not stay in the cache
-        transformed *= 3
+        transformed *= 6
     images = math.prod((*geometry.batch, geometry.channels, *geometry.input))
     results = math.prod((*geometry.batch, geometry.filters, *geometry.output))
     exchanged = cost_model.exchanged(images + results) if geometry.layout == "channels_first" else 0
-    steps = 20 * geometry.groups * cost_model.STEP
-    return tiles * points * weights * product + transformed + exchanged + steps
+    steps = 45 * geometry.groups * cost_model.STEP
+    total = tiles * points * weights * product + transformed + exchanged + steps
+    is_alone = is_small(request.geometry, slowness(request.geometry)) and not is_small(request.geometry)
+    return total * (ALONE if is_alone else 1)
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
