@@ -35,6 +35,8 @@ def measured(suite, seconds):
         options = ["--layout", "channels_last,channels_first", "--backend", "numpy", "--seconds", str(seconds)]
         if suite in IN_FLOAT64:
             options += ["--dtype", "float32,float64"]
+        if suite == "small":
+            options += ["--batch", "1,8"]
         subprocess.run(
             [sys.executable, "-m", "gpuconv", "bench", *words, *options, "--json", str(file)],
             check=True,

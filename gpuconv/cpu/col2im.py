@@ -38,7 +38,8 @@ def nanoseconds(geometry: Geometry, is_complex: bool) -> float:
     """Estimate the time of one product and of the additions of its elements."""
     product = cost_model.product(geometry.group_filters, geometry.group_channels * geometry.taps, is_complex)
     added = geometry.reduction_length("weight_grad") * geometry.channels * geometry.taps
-    return geometry.multiply_adds() * product + added * cost_model.ACCUMULATE
+    steps = geometry.taps * math.prod(geometry.batch) * cost_model.STEP
+    return geometry.multiply_adds() * product + added * cost_model.ACCUMULATE + steps
 
 
 def pays(dy: Operand, dx: Result, geometry: Geometry, planner: Planner) -> bool:

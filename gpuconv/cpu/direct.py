@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from gpuconv import dtypes
-from gpuconv.cpu import slices, vector_plan
+from gpuconv.cpu import cost_model, slices, vector_plan
 from gpuconv.geometry import Geometry
 from gpuconv.operands import Operand, Result
 from gpuconv.plan import Planner
@@ -49,7 +49,7 @@ def nanoseconds(request: Request) -> float:
     written = outputs * padded * (WRITE if is_there else WRITE + COPY)
     weights = math.prod(geometry.w_shape) * (padded * COPY + (0 if is_last else 3 * COPY))
     moved = 1.0 * math.prod(geometry.batch) * (inputs * READ + written) + weights
-    return (geometry.multiply_adds() * padded * each + moved) * dtype.itemsize / 4
+    return (geometry.multiply_adds() * padded * each + moved) * dtype.itemsize / 4 + 5 * cost_model.STEP
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:

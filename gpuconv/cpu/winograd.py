@@ -28,14 +28,12 @@ from gpuconv.arguments import Shape
 from gpuconv.blocking import pieces
 from gpuconv.cpu import containment, cost_model
 from gpuconv.cpu.winograd_plan import axes, least, sizes
-from gpuconv.cpu.winograd_tiles import Tiling, slowness
+from gpuconv.cpu.winograd_tiles import Tiling
 from gpuconv.geometry import Geometry
 from gpuconv.operands import MOST_TEMPORARIES, Operand, Result
-from gpuconv.plan import Planner, is_small
+from gpuconv.plan import Planner
 from gpuconv.request import Request
 from gpuconv.views import View
-
-ALONE = 1.6  # times as slow: in one thread, where other algorithms have several
 
 
 def why_not(request: Request) -> str | None:
@@ -85,9 +83,7 @@ def nanoseconds(request: Request) -> float:
     results = math.prod((*geometry.batch, geometry.filters, *geometry.output))
     exchanged = cost_model.exchanged(images + results) if geometry.layout == "channels_first" else 0
     steps = 45 * geometry.groups * cost_model.STEP
-    total = tiles * points * weights * product + transformed + exchanged + steps
-    is_alone = is_small(request.geometry, slowness(request.geometry)) and not is_small(request.geometry)
-    return total * (ALONE if is_alone else 1)
+    return tiles * points * weights * product + transformed + exchanged + steps
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:

@@ -74,11 +74,6 @@ class _Taps(NamedTuple):
     lines: View | None  # (R, S, C * F), or None if that would need a copy
 
 
-def slowness(geometry: Geometry) -> float:
-    """Return the time of a multiply-add of a convolution in tiles, one group after the other, for Planner.team."""
-    return 1 / (FEWER * geometry.groups)
-
-
 @dataclass(frozen=True)
 class Tiling:
     """One group of a convolution in tiles."""
@@ -94,7 +89,7 @@ class Tiling:
     @classmethod
     def of(cls, geometry: Geometry, direction: Direction, planner: Planner, temporaries: int) -> Tiling:
         # The shares of the team determine the blocks, so that bits do not depend on the number of threads.
-        team = planner.team(geometry, slowness=slowness(geometry))
+        team = planner.team(geometry, slowness=1 / (FEWER * geometry.groups))  # one group after the other
         dtype = planner.dtype
         sizes = plan.sizes(geometry, direction, planner.budget, team.shares, dtype.itemsize, temporaries)
         sizes = sizes._replace(workers=min(sizes.workers, team.workers))
