@@ -14,6 +14,7 @@ from typing import NamedTuple, SupportsIndex
 
 from gpuconv import execute, workspace
 from gpuconv.arrays import Array
+from gpuconv.cpu import compiled
 from gpuconv.execute import Call, Source
 from gpuconv.geometry import Geometry
 from gpuconv.types import A, Activation, Algorithm, GradientName, Layout, Padding, PerAxis, Precision
@@ -501,6 +502,7 @@ def clear_cache() -> None:
     """
     execute.clear()
     workspace.clear()
+    compiled.clear()
     for path, module in list(sys.modules.items()):
         if path.partition(".")[0] == "gpuconv":
             for cached in vars(module).values():

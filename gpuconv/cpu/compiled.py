@@ -71,6 +71,12 @@ def kernel(name: str, constants: tuple[int, ...], dtype: numpy.dtype) -> Callabl
     return _kernels.get(key)
 
 
+def clear() -> None:
+    """Drop the kernels; the next call loads them from the disk."""
+    with _lock:
+        _kernels.clear()
+
+
 def _compiled(name: str, constants: tuple[int, ...], dtype: numpy.dtype) -> Callable[..., None]:
     import numba
 
