@@ -346,7 +346,7 @@ class _Memory:
             if self.backend.is_captured():
                 workspace.keep_for_graphs([self.memories[scope.memory]])
             self.memories[scope.memory] = None  # free it before the larger one is allocated
-            self.memories[scope.memory] = self.backend.memory(self.backend.xp.empty(scope.most, numpy.uint8))
+            self.memories[scope.memory] = workspace.new(self.backend, scope.most)
             self._sizes[scope.memory] = scope.most
         return scope.steps
 

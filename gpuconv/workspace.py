@@ -20,19 +20,21 @@ _in_graphs: list[Any] = []  # memory of CuPy that CUDA graphs use whenever they 
 def take(backend: Backend, size: int, limit: int) -> Any:
     """Return a buffer of at least ``size`` bytes; on NumPy the kept one if it has at most ``limit`` bytes."""
     if backend.name != "numpy":
-        return backend.memory(backend.xp.empty(size, numpy.uint8))
+        return new(backend, size)
     try:
         kept = _kept.pop()
     except IndexError:  # there is none, or another thread was faster
-        return _aligned(size)
+        return new(backend, size)
     if size <= kept.size <= max(size, limit):
         return kept
     del kept  # free it before another one is allocated
-    return _aligned(size)
+    return new(backend, size)
 
 
-def _aligned(size: int) -> Any:
-    """Return a buffer that begins at a cache line; NumPy's arrays begin anywhere, so that vectors lie in two lines."""
+def new(backend: Backend, size: int) -> Any:
+    """Return a new buffer. NumPy's arrays may begin inside a cache line, where vectors would lie in two lines."""
+    if backend.name != "numpy":
+        return backend.memory(backend.xp.empty(size, numpy.uint8))
     memory = numpy.empty(size + _LINE - 1, numpy.uint8)
     start = -memory.ctypes.data % _LINE
     return memory[start : start + size]

@@ -17,7 +17,7 @@ from gpuconv.request import Request
 
 # Nanoseconds of float32, as in cost_model.py.
 PRODUCT = 0.024  # a multiply-add
-EDGES = 5  # multiply-adds of weight_grad that take as long as the ends of a row
+EDGES = 5  # outputs that take as long in weight_grad as the two ends of a row
 FAR, FAR_GRADIENT = 1.25, 2  # times as slow: with weights of a group beyond the cache; in weight_grad
 FAR_BYTES = 1 << 20
 READ, WRITE, COPY = 0.45, 0.25, 0.35  # an element of an input, of a result with all lanes of its vectors; to copy it

@@ -48,9 +48,9 @@ def inputs(x, index, shared):
 
 @njit(nogil=True, inline="always")
 def unaligned(piece, array):
-    """Return how many lanes before the first one a cache line begins, where the first of many vectors begins, too.
+    """Return how many lanes before lane 0 a cache line begins; 0 if there are few vectors.
 
-    Lanes before the first and beyond the last are computed with it: the two vectors overlap. For few vectors it is 0.
+    Vectors that begin there lie in one cache line each; only the first is moved to lane 0, and overlaps the second.
     """
     lanes = BYTES // array.itemsize
     return array.ctypes.data // array.itemsize % lanes if piece.lanes >= 6 * lanes else 0

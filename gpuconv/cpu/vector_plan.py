@@ -33,7 +33,7 @@ from gpuconv.types import Direction
 from gpuconv.views import View, is_contiguous, merged
 
 AXES = 3  # of the kernels
-# Numbers of taps of the last axis, and strides, for which kernels are compiled; data_grad has phases of fewer taps.
+# Numbers of taps of the last axis, and strides, for which depthwise has kernels; data_grad has phases of fewer taps.
 UNROLLED = *((taps, 1) for taps in (1, 2, 3, 4, 5, 7)), *((taps, 2) for taps in (3, 5, 7))
 VECTOR_BYTES = 64
 VECTORS = 4  # whose lanes are copied together
