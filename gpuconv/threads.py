@@ -13,15 +13,21 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-MOST = 256  # threads of a pool, which starts them when they are needed
+# Returns the core that runs the calling thread.
+_core = getattr(ctypes.CDLL(None), "sched_getcpu", None) if hasattr(os, "sched_setaffinity") else None
+
+MOST = 256  # threads of a call
 FEW = 1 << 18  # multiply-adds, up to which BLAS would not use several threads
 
 
@@ -74,24 +80,69 @@ class _Blas:
             set_num_threads(threads if limit is None else min(threads, limit))
 
 
+class _Helper(threading.Thread):
+    """A helper thread. It runs one function at a time, on another core than its caller."""
+
+    def __init__(self) -> None:
+        super().__init__(name="gpuconv", daemon=True)
+        self._work: SimpleQueue[tuple[Callable[[], None], Future[None]]] = SimpleQueue()
+        self._cores: set[int] = set()
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            work, future = self._work.get()
+            try:
+                future.set_result(work())
+            except BaseException as error:  # of any kind: the caller raises it
+                future.set_exception(error)
+            del work, future  # which refer to arrays
+
+    def begin(self, work: Callable[[], None]) -> Future[None]:
+        """Run a function in this thread, with a copy of the context of the caller (and numpy.errstate)."""
+        if _core is not None:
+            self._avoid(_core())
+        future: Future[None] = Future()
+        self._work.put((partial(contextvars.copy_context().run, work), future))
+        return future
+
+    def _avoid(self, core: int) -> None:
+        """Allow this thread the cores of the caller except one, if there are others.
+
+        On a virtual machine, Linux does not see that a core is idle which the host has suspended, and would wake this
+        thread on the core of the caller. It would wait there for the caller, or the caller for it.
+        """
+        cores = os.sched_getaffinity(0) - {core}
+        if cores and cores != self._cores:
+            with contextlib.suppress(OSError):  # a core was taken from this process in the meantime
+                os.sched_setaffinity(self.native_id or 0, cores)
+            self._cores = cores
+
+
 class _Helpers:
     """The helper threads of all calls of this process."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.pool = ThreadPoolExecutor(MOST, "gpuconv")
+        self.idle: list[_Helper] = []
         self.busy = 0
 
-    def take(self, wanted: int, most: int) -> int:
-        """Reserve idle helpers, at most as many as wanted, and return how many; the caller returns them later."""
+    def take(self, wanted: int, most: int) -> list[_Helper]:
+        """Reserve idle helpers, at most as many as wanted, and return them; the caller returns them later."""
+        taken: list[_Helper] = []
         with self.lock:
-            taken = max(0, min(wanted, most - 1 - self.busy))
-            self.busy += taken
+            for _ in range(min(wanted, min(most, MOST) - 1 - self.busy)):
+                try:
+                    taken.append(self.idle.pop() if self.idle else _Helper())
+                except RuntimeError:  # no more threads can be started, or the interpreter is shutting down
+                    break
+            self.busy += len(taken)
         return taken
 
-    def give_back(self, helpers: int) -> None:
+    def give_back(self, helpers: list[_Helper]) -> None:
         with self.lock:
-            self.busy -= helpers
+            self.idle += helpers
+            self.busy -= len(helpers)
 
 
 _blas, _helpers = _Blas(), _Helpers()
@@ -157,7 +208,7 @@ def spread(tasks: Iterable[T], worker: Callable[[Iterator[T]], None], workers: i
     other calls use are not available, so there may be fewer workers. An error stops all workers and is raised here.
     """
     wanted = min(workers, len(tasks)) if isinstance(tasks, Sized) else workers
-    helpers = _helpers.take(wanted - 1, workers) if wanted > 1 else 0
+    helpers = _helpers.take(wanted - 1, workers) if wanted > 1 else []
     if not helpers:
         worker(iter(tasks))
         return
@@ -169,7 +220,7 @@ def spread(tasks: Iterable[T], worker: Callable[[Iterator[T]], None], workers: i
 
     try:
         with _blas.held(1):
-            started = [future for _ in range(helpers) if (future := _started(help_out))]
+            started = [helper.begin(help_out) for helper in helpers]
             try:
                 with contextlib.closing(shared):
                     worker(shared)
@@ -179,11 +230,3 @@ def spread(tasks: Iterable[T], worker: Callable[[Iterator[T]], None], workers: i
         _helpers.give_back(helpers)
     for error in filter(None, errors):
         raise error
-
-
-def _started(work: Callable[[], None]) -> Future[None] | None:
-    """Start a function in a helper thread with a copy of this context (and numpy.errstate); None if none can start."""
-    try:
-        return _helpers.pool.submit(contextvars.copy_context().run, work)
-    except RuntimeError:  # no more threads can be started, or the interpreter is shutting down
-        return None

@@ -65,6 +65,24 @@ def test_one_worker_is_the_caller_with_blas_as_it_is():
     assert seen == [(task, threading.get_ident(), before) for task in range(3)]
 
 
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity") or threads.cores() < 2, reason="needs two cores and a thread's affinity"
+)
+def test_a_helper_leaves_the_core_of_its_caller_to_it(monkeypatch):
+    allowed, both = os.sched_getaffinity(0), threading.Barrier(2, timeout=60)
+    for core in allowed:
+        monkeypatch.setattr(threads, "_core", lambda core=core: core)
+        found = []
+
+        def worker(tasks):
+            for _ in tasks:
+                both.wait()
+                found.append((threading.current_thread().name, os.sched_getaffinity(0)))  # noqa: B023
+
+        threads.spread(range(2), worker, 2)
+        assert sorted(found) == [("MainThread", allowed), ("gpuconv", allowed - {core})]
+
+
 def test_helpers_at_work_for_another_call_are_not_taken():
     inner = []
 
@@ -166,11 +184,11 @@ def test_without_threadpoolctl_one_python_thread_computes(xw, monkeypatch):
 def test_an_interpreter_that_has_no_more_threads_computes_alone(xw, monkeypatch):
     y = gpuconv.conv(*xw, **LAYER)
 
-    class Exhausted:
-        def submit(self, *_):
-            raise RuntimeError("can't start new thread")
+    def exhausted():
+        raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threads._helpers, "pool", Exhausted())
+    monkeypatch.setattr(threads, "_helpers", threads._Helpers())
+    monkeypatch.setattr(threads, "_Helper", exhausted)
     np.testing.assert_array_equal(gpuconv.conv(*xw, **LAYER), y)
 
 

@@ -25,7 +25,7 @@ from gpuconv.views import View
 # The finite points of F(m, r). With 1/sqrt(2) and sqrt(2) instead of 1 and 2 the error is a fourth.
 POINTS = {1: (), 2: (0.0, 1.0, -1.0), 4: (0.0, 2**-0.5, -(2**-0.5), 2**0.5, -(2**0.5))}
 PAGE = 4096  # bytes
-FEWER = 4  # multiply-adds of a convolution for each one in tiles
+FEWER = 8  # multiply-adds of a convolution for one of its tasks, of which most are short
 FEW_WEIGHTS = 1 << 16  # of a tap, up to which copying them in another order is fast
 
 
