@@ -28,7 +28,7 @@ from gpuconv.cpu import compiled
 from gpuconv.cpu.windows import in_bounds, region_elements
 from gpuconv.geometry import Geometry
 from gpuconv.operands import MOST_TEMPORARIES, Index, Operand, Result, in_place
-from gpuconv.plan import Body, Planner, Team
+from gpuconv.plan import Body, Planner
 from gpuconv.types import Direction
 from gpuconv.views import View, is_contiguous, merged
 
@@ -114,10 +114,6 @@ class _Lifted:
         groups = 2 * self.lanes
         copied = self.inputs((1,) * (AXES + 1), groups) + groups * self.geometry.group_filters
         return (1 + MOST_TEMPORARIES) * copied
-
-    def team(self, planner: Planner) -> Team:
-        """Return the threads for the convolution."""
-        return planner.team(self.geometry, 2 * self.least, 1 if self.shared else SLOWNESS)
 
     def images(self, view: View) -> View:
         """Return images (*batch, *spatial, G, channels) with one batch axis and three spatial axes."""
@@ -265,7 +261,7 @@ def padded(lanes: int, dtype: numpy.dtype) -> int:
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner, *, shared: bool) -> bool:
     """Plan the kernels of the forward convolution; return False if there are none."""
-    return _loop([_Problem(x, w, y, geometry)], [], planner, shared)
+    return _loop([_Problem(x, w, y, geometry)], [], geometry, planner, shared)
 
 
 def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner, *, shared: bool) -> bool:
@@ -279,7 +275,7 @@ def data_grad(dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: 
         else:
             taps = w.view[phase.taps][(slice(None, None, -1),) * geometry.rank].swapaxes(-1, -2)
             problems.append(_Problem(dy, w.part(taps), part, phase.geometry))
-    return _loop(problems, unreached, planner, shared)
+    return _loop(problems, unreached, geometry, planner, shared)
 
 
 class _Problem(NamedTuple):
@@ -291,20 +287,25 @@ class _Problem(NamedTuple):
     geometry: Geometry
 
 
-def _loop(problems: list[_Problem], others: list[Body], planner: Planner, shared: bool) -> bool:
-    """Plan the tasks of convolutions, and others; return False if there is no kernel."""
+def _loop(problems: list[_Problem], others: list[Body], geometry: Geometry, planner: Planner, shared: bool) -> bool:
+    """Plan the tasks of convolutions, of which a geometry consists, and others; return False if there is no kernel."""
     lifted = [_Lifted.of(problem.geometry, planner.dtype, shared) for problem in problems]
     room = planner.budget - sum(one.reserved for one in lifted)
-    tasks, workers = others, 1
+    least = max((one.least for one in lifted), default=1)
+    team = planner.team(geometry, 2 * least, _slowness(shared))
+    share = room // 2 // team.shares, -(-team.workers // max(1, len(problems)))
+    tasks = others
     for problem, one in zip(problems, lifted, strict=True):
-        team = one.team(planner)
-        share = max(1, -(-team.workers // len(problems)))
-        more = _tasks(problem, one, (room // 2 // team.shares, share), planner)
+        more = _tasks(problem, one, share, planner)
         if more is None:
             return False
-        tasks, workers = tasks + more, max(workers, team.workers)
-    planner.loop(tasks, _planned, workers)
+        tasks = tasks + more
+    planner.loop(tasks, _planned, team.workers)
     return True
+
+
+def _slowness(shared: bool) -> float:
+    return 1 if shared else SLOWNESS
 
 
 def _planned(task: Body, planner: Planner) -> None:
@@ -392,7 +393,7 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
         return False
     geometry = lifted.geometry
     x, dy, target = x.seen(lifted.images), dy.seen(lifted.outputs), lifted.weight(dw.view)
-    team = lifted.team(planner)
+    team = planner.team(geometry, 2 * lifted.least, _slowness(shared))
     limit = min(planner.budget // 2 // team.shares, BLOCK_BYTES // planner.dtype.itemsize)
     aligns = lifted.is_whole(limit) and geometry.taps * geometry.group_channels >= REUSED
     copies = lifted.copies(x), aligns or not dy.is_plain(planner.dtype) or not lifted.is_in_place(dy.view)
