@@ -324,6 +324,6 @@ class Team(NamedTuple):
         return max(fewest, -(-positions // self.tasks))
 
 
-def is_small(geometry: Geometry) -> bool:
-    """Whether a convolution is computed by one thread, even if more are available."""
-    return geometry.multiply_adds() < _SMALL
+def is_small(geometry: Geometry, slowness: float = 1) -> bool:
+    """Whether a convolution is computed by one thread, even if more are available; see Planner.team."""
+    return int(slowness * geometry.multiply_adds()) < _SMALL

@@ -73,7 +73,8 @@ def whole_numbers(rng, shapes=(X, W, Y), dtype="float32"):
 @pytest.mark.parametrize("direction, steps", [("forward", 4), ("data_grad", 6), ("weight_grad", 4)])
 def test_a_small_call_is_a_handful_of_steps(direction, steps, rng):
     """The steps are zeros, the copy of x, the windows, and the product; data_grad also inspects w and rotates it."""
-    computed(direction, *whole_numbers(rng, ((1, 8, 16, 14), (8, 8, 3, 3), (1, 8, 16, 14))), padding=1)
+    arrays = whole_numbers(rng, ((1, 8, 16, 14), (8, 8, 3, 3), (1, 8, 16, 14)))
+    computed(direction, *arrays, padding=1, algorithm="im2col")
     (made,) = execute._plans.values()
     assert made.size == steps
     assert len(repr(made).splitlines()) == 1 + steps + 2 * (direction == "data_grad")

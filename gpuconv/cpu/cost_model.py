@@ -10,12 +10,13 @@ from __future__ import annotations
 PRODUCT = 0.022  # a multiply-add in a long matrix product
 COPY = 0.4  # an element copied in another order
 ADD = 0.5  # an element that is multiplied by a tap and added, or only added
-ACCUMULATE = 4.0  # an element of a product that is added to a plane of col2im
+ACCUMULATE = 4  # an element of a product that is added to a plane of col2im
 FOURIER = 0.9  # an element of a Fourier transform, for each doubling of its length
 MULTIPLY = 10.0  # a multiply-add of two complex elements of spectra
-TRANSFORM = 0.2  # an element of a product with a small matrix
-STEP = 2000  # a function call, with the overhead of Python
-MATRIX = 400  # a matrix product in a stack of products
+TRANSFORM = 0.25  # an element of a product with a small matrix
+STEP = 1600  # a function call, with the overhead of Python
+MATRIX = 500  # a matrix product in a stack of products
+ALONE = 1.6  # ratio of the time with one thread to that with several, of a convolution that has few tasks
 COMPLEX = 4  # ratio of a complex product to a real one
 
 
@@ -26,7 +27,7 @@ def product(depth: int, width: int, is_complex: bool = False) -> float:
 
 def copied(run: float) -> float:
     """Return the cost of copying an element in another order, in contiguous runs of this length."""
-    return COPY * (1 + 8 / run)
+    return COPY * (1 + 3.5 / run)
 
 
 def transform(run: int, is_whole: bool) -> float:
@@ -34,12 +35,12 @@ def transform(run: int, is_whole: bool) -> float:
 
     ``is_whole``: whether the runs make up whole lines, which can be read in place.
     """
-    return TRANSFORM * (1 + (64 if is_whole else 96) / run)
+    return TRANSFORM * (1 + (22 if is_whole else 96) / run)
 
 
 def exchanged(elements: int) -> float:
     """Return the cost of copying elements between channels_first and channels_last."""
-    return 4 * COPY * elements
+    return 3.2 * COPY * elements
 
 
 def added(run: int) -> float:

@@ -9,17 +9,18 @@ from __future__ import annotations
 import math
 
 from gpuconv import dtypes
-from gpuconv.cpu import banded, compiled, slices, vector_plan
+from gpuconv.cpu import banded, compiled, cost_model, slices, vector_plan
 from gpuconv.geometry import Geometry
 from gpuconv.operands import Operand, Result
-from gpuconv.plan import Planner
+from gpuconv.plan import Planner, is_small
 from gpuconv.request import Request
 from gpuconv.types import Direction
 
 MOST_CHANNELS = 16  # of a group, and filters; larger groups are matrix products
 # Nanoseconds, of float32, as in cost_model.py.
-PRODUCT = 0.05  # a multiply-add
-READ, STRIDED, COPY = 0.1, 0.3, 1.1  # an element that is read or written in place, with a stride, or copied
+PRODUCT, GRADIENT = 0.032, 1.4  # a multiply-add; times as long in weight_grad
+READ, STRIDED = 0.1, 0.3  # an element that is read or written in place, with a stride
+COPY, GATHER = 1.4, 0.72  # an element that is copied to channels_last, or within that layout
 
 
 def why_not(request: Request) -> str | None:
@@ -70,16 +71,19 @@ def _nanoseconds(request: Request) -> float:
     padded = vector_plan.padded(geometry.groups, dtype)
     products = geometry.multiply_adds() * padded / geometry.groups * PRODUCT
     if request.direction == "weight_grad":
-        products *= 1.4
+        products *= GRADIENT
     is_plain = geometry.layout == "channels_last" and dtype == request.dtype
     each = READ
-    if not is_plain or geometry.group_channels * geometry.group_filters > 1:
+    if not is_plain:
         each = COPY
+    elif geometry.group_channels * geometry.group_filters > 1:
+        each = GATHER
     if request.direction == "data_grad" and set(geometry.stride) != {1}:
         each += STRIDED  # for each phase dy is read, and parts of cache lines of dx are written
     inputs, outputs = math.prod(geometry.input) * geometry.channels, math.prod(geometry.output) * geometry.filters
     moved = 1.0 * math.prod(geometry.batch) * (inputs + outputs)
-    return (products + moved * each) * dtype.itemsize / 4
+    others_are_alone = is_small(geometry) and not is_small(geometry, vector_plan.SLOWNESS)
+    return (products + moved * each) / (cost_model.ALONE if others_are_alone else 1) + 5 * cost_model.STEP
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:

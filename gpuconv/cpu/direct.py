@@ -16,11 +16,12 @@ from gpuconv.plan import Planner
 from gpuconv.request import Request
 
 # Nanoseconds of float32, as in cost_model.py.
-PRODUCT = 0.024  # a multiply-add
-EDGES = 5  # outputs that take as long in weight_grad as the two ends of a row
-FAR, FAR_GRADIENT = 1.25, 2  # times as slow: with weights of a group beyond the cache; in weight_grad
+PRODUCT, GRADIENT = 0.024, 0.018  # a multiply-add; in weight_grad
+EDGES = 8  # outputs that take as long in weight_grad as the two ends of a row
+FAR, FAR_GRADIENT = 1.2, 2.5  # times as slow: with weights of a group beyond the cache; in weight_grad
 FAR_BYTES = 1 << 20
-READ, WRITE, COPY = 0.45, 0.25, 0.35  # an element of an input, of a result with all lanes of its vectors; to copy it
+READ, WRITE, COPY = 0.56, 0.1, 0.35  # an element of an input, of a result with all lanes of its vectors; to copy it
+COLLECT, SPREAD = 0.73, 4  # in channels_first, an element of an input; of a result, to copy it with a stride
 
 
 def why_not(request: Request) -> str | None:
@@ -41,15 +42,17 @@ def nanoseconds(request: Request) -> float:
         inputs, outputs, lanes = outputs, inputs, geometry.group_channels
     vectors = vector_plan.padded(1, dtype) * (2 if is_gradient else 1)  # whose sums are computed together
     padded = -(-lanes // vectors) * vectors / lanes
-    each = PRODUCT * (1 + EDGES / geometry.output[-1] if is_gradient else 1)
+    each = GRADIENT * (1 + EDGES / geometry.output[-1]) if is_gradient else PRODUCT
     if math.prod(geometry.w_shape) * dtype.itemsize > FAR_BYTES * geometry.groups:
         each *= FAR_GRADIENT if is_gradient else FAR
     is_last = geometry.layout == "channels_last"
-    is_there = is_last and lanes >= vector_plan.padded(1, dtype) and not (is_transposed and set(geometry.stride) != {1})
-    written = outputs * padded * (WRITE if is_there else WRITE + COPY)
+    is_strided = is_transposed and set(geometry.stride) != {1}
+    is_there = is_last and lanes >= vector_plan.padded(1, dtype) and not is_strided
+    copied = 0 if is_there else COPY if is_last or not is_strided else SPREAD
+    written = outputs * padded * (WRITE + copied)
     weights = math.prod(geometry.w_shape) * (padded * COPY + (0 if is_last else 3 * COPY))
-    moved = 1.0 * math.prod(geometry.batch) * (inputs * READ + written) + weights
-    return (geometry.multiply_adds() * padded * each + moved) * dtype.itemsize / 4 + 5 * cost_model.STEP
+    moved = 1.0 * math.prod(geometry.batch) * (inputs * (READ if is_last else COLLECT) + written) + weights
+    return geometry.multiply_adds() * padded * each + moved + 5 * cost_model.STEP
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:

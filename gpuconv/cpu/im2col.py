@@ -30,6 +30,8 @@ from gpuconv.views import View
 
 # Splits of the outputs or channels in weight_grad for several threads, and the fewest outputs and channels of a split.
 SLICES, SHORT_SLICE, FEW_CHANNELS = 8, 512, 128
+# Calls of Python, and nanoseconds to add an element of the sum of a split, and of an image of several groups.
+STEPS, SUM, SUM_OF_GROUPS = 6, 0.15, 4.8
 LONGEST = 1 << 16  # sum in a product of weight_grad: the rounding errors of more similar terms would drift
 
 
@@ -58,7 +60,17 @@ def nanoseconds(request: Request) -> float:
     weights = math.prod(geometry.w_shape) if direction == "data_grad" and not geometry.is_pointwise else 0
     copied = _unfolded(geometry, direction) * cost_model.copied(run) + 2 * cost_model.COPY * weights
     matrices = geometry.groups * math.prod(geometry.batch) if geometry.groups > 1 else 0
-    return geometry.multiply_adds() * product + copied + matrices * cost_model.MATRIX
+    sums = math.prod(geometry.w_shape) * _sums(geometry) if direction == "weight_grad" else 0
+    around = sums + matrices * cost_model.MATRIX + STEPS * cost_model.STEP
+    return geometry.multiply_adds() * product + copied + around
+
+
+def _sums(geometry: Geometry) -> float:
+    """Return the nanoseconds to add the terms of an element of dw."""
+    nanoseconds = 0 if is_small(geometry) else SUM * SLICES
+    if geometry.groups > 1 and geometry.layout == "channels_first":
+        nanoseconds += SUM_OF_GROUPS * math.prod(geometry.batch)
+    return nanoseconds
 
 
 def _unfolded(geometry: Geometry, direction: Direction) -> int:

@@ -28,10 +28,10 @@ from gpuconv.arguments import Shape
 from gpuconv.blocking import pieces
 from gpuconv.cpu import containment, cost_model
 from gpuconv.cpu.winograd_plan import axes, least, sizes
-from gpuconv.cpu.winograd_tiles import Tiling
+from gpuconv.cpu.winograd_tiles import FEWER, Tiling
 from gpuconv.geometry import Geometry
 from gpuconv.operands import MOST_TEMPORARIES, Operand, Result
-from gpuconv.plan import Planner
+from gpuconv.plan import Planner, is_small
 from gpuconv.request import Request
 from gpuconv.views import View
 
@@ -83,7 +83,9 @@ def nanoseconds(request: Request) -> float:
     results = math.prod((*geometry.batch, geometry.filters, *geometry.output))
     exchanged = cost_model.exchanged(images + results) if geometry.layout == "channels_first" else 0
     steps = 45 * geometry.groups * cost_model.STEP
-    return tiles * points * weights * product + transformed + exchanged + steps
+    nanoseconds = tiles * points * weights * product + transformed + exchanged + steps
+    is_alone = is_small(geometry, 1 / (FEWER * geometry.groups)) and not is_small(geometry)
+    return nanoseconds * (cost_model.ALONE if is_alone else 1)
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
