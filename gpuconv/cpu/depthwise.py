@@ -83,7 +83,7 @@ def _nanoseconds(request: Request) -> float:
     inputs, outputs = math.prod(geometry.input) * geometry.channels, math.prod(geometry.output) * geometry.filters
     moved = 1.0 * math.prod(geometry.batch) * (inputs + outputs)
     others_are_alone = is_small(geometry) and not is_small(geometry, vector_plan.SLOWNESS)
-    return (products + moved * each) / (cost_model.ALONE if others_are_alone else 1) + 5 * cost_model.STEP
+    return (products + moved * each) / (cost_model.ALONE if others_are_alone else 1) + 10 * cost_model.STEP
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:

@@ -52,7 +52,7 @@ def nanoseconds(request: Request) -> float:
     written = outputs * padded * (WRITE + copied)
     weights = math.prod(geometry.w_shape) * (padded * COPY + (0 if is_last else 3 * COPY))
     moved = 1.0 * math.prod(geometry.batch) * (inputs * (READ if is_last else COLLECT) + written) + weights
-    return geometry.multiply_adds() * padded * each + moved + 5 * cost_model.STEP
+    return geometry.multiply_adds() * padded * each + moved + 8 * cost_model.STEP
 
 
 def forward(x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
