@@ -47,7 +47,7 @@ def config() -> dict[str, str]:
     facts = {
         **build(NUMPY),
         "Python": platform.python_version(),
-        "Numba": compiled.version() or "not installed (it compiles kernels for depthwise, grouped and small layers)",
+        "Numba": _numba_facts(),
         "CUDA devices (driver)": str(driver_devices()),
         "CuPy": _cupy_facts(),
         "backend": f"{name} (from {source})",
@@ -55,6 +55,13 @@ def config() -> dict[str, str]:
     for variable, default in settings.DEFAULTS.items():
         facts[variable] = os.environ.get(variable) or f"unset ({default})"
     return facts
+
+
+def _numba_facts() -> str:
+    found, missing = compiled.version(), compiled.missing()
+    if found is None:
+        return "not installed (it compiles kernels for depthwise, grouped and small layers)"
+    return f"{found} (unused: {missing})" if missing else found
 
 
 def _cupy_facts() -> str:

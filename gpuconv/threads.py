@@ -15,6 +15,7 @@ import contextlib
 import contextvars
 import ctypes
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future
@@ -25,7 +26,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 # Returns the core that runs the calling thread.
-_core = getattr(ctypes.CDLL(None), "sched_getcpu", None) if hasattr(os, "sched_setaffinity") else None
+_core = getattr(ctypes.PyDLL(None), "sched_getcpu", None) if hasattr(os, "sched_setaffinity") else None
 
 MOST = 256  # threads of a call
 FEW = 1 << 18  # multiply-adds, up to which BLAS would not use several threads
@@ -81,7 +82,7 @@ class _Blas:
 
 
 class _Helper(threading.Thread):
-    """A helper thread. It runs one function at a time, on another core than its caller."""
+    """A helper thread. It runs one function at a time, on other cores than its caller if there are any."""
 
     def __init__(self) -> None:
         super().__init__(name="gpuconv", daemon=True)
@@ -98,25 +99,24 @@ class _Helper(threading.Thread):
                 future.set_exception(error)
             del work, future  # which refer to arrays
 
-    def begin(self, work: Callable[[], None]) -> Future[None]:
-        """Run a function in this thread, with a copy of the context of the caller (and numpy.errstate)."""
-        if _core is not None:
-            self._avoid(_core())
-        future: Future[None] = Future()
-        self._work.put((partial(contextvars.copy_context().run, work), future))
-        return future
-
-    def _avoid(self, core: int) -> None:
-        """Allow this thread the cores of the caller except one, if there are others.
-
-        On a virtual machine, Linux does not see that a core is idle which the host has suspended, and would wake this
-        thread on the core of the caller. It would wait there for the caller, or the caller for it.
-        """
-        cores = os.sched_getaffinity(0) - {core}
+    def begin(self, work: Callable[[], None], cores: set[int]) -> Future[None]:
+        """Run a function on some cores, or any if there are none, in a copy of this context (and numpy.errstate)."""
         if cores and cores != self._cores:
             with contextlib.suppress(OSError):  # a core was taken from this process in the meantime
                 os.sched_setaffinity(self.native_id or 0, cores)
             self._cores = cores
+        future: Future[None] = Future()
+        self._work.put((partial(contextvars.copy_context().run, work), future))
+        return future
+
+
+def _other_cores() -> set[int]:
+    """Return the cores that the calling thread may use, except the one that runs it; none if the system cannot tell.
+
+    On a virtual machine, Linux does not see that a core is idle which the host has suspended, and would wake a helper
+    on the core of its caller. It would wait there for the caller, or the caller for it.
+    """
+    return set() if _core is None else os.sched_getaffinity(0) - {_core()}
 
 
 class _Helpers:
@@ -130,11 +130,13 @@ class _Helpers:
     def take(self, wanted: int, most: int) -> list[_Helper]:
         """Reserve idle helpers, at most as many as wanted, and return them; the caller returns them later."""
         taken: list[_Helper] = []
+        if sys.is_finalizing():  # threads do not run any more
+            return taken
         with self.lock:
             for _ in range(min(wanted, min(most, MOST) - 1 - self.busy)):
                 try:
                     taken.append(self.idle.pop() if self.idle else _Helper())
-                except RuntimeError:  # no more threads can be started, or the interpreter is shutting down
+                except RuntimeError:  # no more threads can be started
                     break
             self.busy += len(taken)
         return taken
@@ -218,15 +220,25 @@ def spread(tasks: Iterable[T], worker: Callable[[Iterator[T]], None], workers: i
         with contextlib.closing(shared):
             worker(shared)
 
+    started: list[Future[None]] = []
     try:
         with _blas.held(1):
-            started = [helper.begin(help_out) for helper in helpers]
             try:
+                cores = _other_cores()
+                started += (helper.begin(help_out, cores) for helper in helpers)
                 with contextlib.closing(shared):
                     worker(shared)
             finally:
-                errors = [future.exception() for future in started]
+                errors = [_error(future) for future in started]
     finally:
         _helpers.give_back(helpers)
     for error in filter(None, errors):
         raise error
+
+
+def _error(future: Future[None]) -> BaseException | None:
+    """Wait until a helper has finished, and return its error, or that of the wait (an interrupt)."""
+    try:
+        return future.exception()
+    except BaseException as interrupt:
+        return _error(future) or interrupt

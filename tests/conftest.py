@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 import gpuconv
-from gpuconv import execute, tuned
+from gpuconv import execute, plan, tuned
 from gpuconv.cpu import vector_plan
 from tests import backends, parts, repeat, tiers
 from tests.backends import BACKENDS, HAS_GPU, IS_CUPY_ON_CPU, NO_EMULATION, NO_GPU
@@ -47,6 +47,12 @@ def _plain_environment(monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     gpuconv.set_backend(None)
     execute.clear()  # also removes the plans of other tests
+
+
+@pytest.fixture
+def small_in_threads(monkeypatch):
+    """Let several threads compute small convolutions as well."""
+    monkeypatch.setattr(plan, "_SMALL", 1 << 19)
 
 
 @pytest.fixture(autouse=True)

@@ -129,10 +129,11 @@ def squeezed(backend, algorithm):
 
 def squeezed_text(call, direction):
     texts = []
-    for limit in SQUEEZES:
-        request = Request(call.geometry, call.dtype, direction, call.backend, False, limit)
-        reason = MODULES[call.algorithm].why_not(request)
-        texts.append(reason or plan_text(call._replace(limit=limit), direction))
+    with mock.patch.object(gpuconv.plan, "_SMALL", 1 << 19):  # so that all of them have several threads
+        for limit in SQUEEZES:
+            request = Request(call.geometry, call.dtype, direction, call.backend, False, limit)
+            reason = MODULES[call.algorithm].why_not(request)
+            texts.append(reason or plan_text(call._replace(limit=limit), direction))
     return "\n".join((f"{sum(map(len, texts))} characters", *texts))
 
 

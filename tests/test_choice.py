@@ -45,6 +45,10 @@ def test_estimates_lose_little_against_a_sweep(direction, sweep, monkeypatch):
     assert geometric_mean(loss for loss, _ in found) < 1.05
 
 
+def test_a_sweep_has_the_compiled_kernels():
+    assert any("Numba" in json.loads(sweep.read_text())["machine"] for sweep in SWEEPS)
+
+
 @pytest.mark.parametrize("name", ["im2col", "fft", "scatter"])
 def test_for_a_named_algorithm_only_its_own_reasons_are_asked(name, monkeypatch):
     for other, module in select.MODULES.items():

@@ -252,7 +252,7 @@ def test_denormal_numbers_are_kept(dtype, rng):
     assert_equal((y, dw), (exact * tiny, exact_dw * tiny))
 
 
-@pytest.mark.usefixtures("only_compiled")
+@pytest.mark.usefixtures("only_compiled", "small_in_threads")
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("algorithm", ["depthwise", "direct"])
 def test_the_bits_are_the_same_with_any_number_of_threads(algorithm, layout, rng, monkeypatch):
@@ -353,6 +353,30 @@ if child == 0:
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     assert in_process(script, PYTHONWARNINGS="ignore") == ["7"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_fork_waits_for_the_compiler():
+    """In the child nobody would release the locks of a compiler at work."""
+    script = f"""{LAYER}
+import threading, time
+begun, done = threading.Event(), []
+def work():
+    with compiled._lock:
+        begun.set()
+        time.sleep(0.3)
+        done.append(1)
+thread = threading.Thread(target=work)
+thread.start()
+begun.wait()
+child = os.fork()
+if child == 0:
+    layer()
+    os._exit(7 + len(done))
+thread.join()
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert in_process(script, PYTHONWARNINGS="ignore") == ["8"]
 
 
 @pytest.fixture

@@ -402,6 +402,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.usefixtures("small_in_threads")
 @combinations(layer=LAYERS, direction=DIRECTIONS, layout=["channels_first", "channels_last"], turns=["layout"])
 def test_plans_of_any_size_give_the_same_bits(layer, direction, layout, monkeypatch, rng):
     """Loops may be stored in the plan or planned by every call, and there may be any number of threads."""

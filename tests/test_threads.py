@@ -1,6 +1,7 @@
 """The threads of the NumPy backend: distribution of the work, and restoration of the BLAS setting."""
 
 import os
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ def blas_threads():
 
 
 @pytest.fixture(autouse=True)
-def left_as_found():
+def left_as_found(small_in_threads):
     before = blas_threads()
     yield
     assert blas_threads() == before
@@ -35,6 +36,11 @@ def left_as_found():
 @pytest.fixture
 def xw(rng):
     return rng.standard_normal((4, 32, 28, 28), np.float32), rng.standard_normal((32, 32, 3, 3), np.float32)
+
+
+def planned(x, w, **options):
+    """Return the plan of a forward convolution as text, with the number of threads of each loop."""
+    return str(gpuconv.explain(x.shape, w.shape, **options, backend="numpy").plan)
 
 
 def test_every_task_is_done_once():
@@ -160,6 +166,7 @@ def test_no_more_threads_than_asked_for(xw, monkeypatch):
         monkeypatch.setenv("GPUCONV_NUM_THREADS", str(number))
         seen.clear()
         gpuconv.conv(*xw, **LAYER)
+        assert ("threads" in planned(*xw, **LAYER)) == (number > 1)
         assert 1 <= max(together for together, *_ in seen) <= number
         assert {count for _, *counts in seen for count in counts} <= {1}
     gpuconv.clear_cache()
@@ -189,7 +196,28 @@ def test_an_interpreter_that_has_no_more_threads_computes_alone(xw, monkeypatch)
 
     monkeypatch.setattr(threads, "_helpers", threads._Helpers())
     monkeypatch.setattr(threads, "_Helper", exhausted)
+    monkeypatch.setenv("GPUCONV_NUM_THREADS", "2")
+    assert "in 2 threads" in planned(*xw, **LAYER)
     np.testing.assert_array_equal(gpuconv.conv(*xw, **LAYER), y)
+
+
+def test_while_the_interpreter_ends_the_caller_works_alone():
+    script = """
+import sys
+from gpuconv.threads import spread
+def total():
+    done = []
+    spread(range(9), done.extend, 2)
+    return sum(done)
+class Last:
+    def __del__(self, is_finalizing=sys.is_finalizing, total=total, print=print):
+        print(is_finalizing(), total(), flush=True)
+last = Last()
+print(total())
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["36", "True", "36"], done.stderr
 
 
 # Layers of each algorithm that several threads compute together.
@@ -216,6 +244,7 @@ def test_results_are_the_same_bits_at_any_number_of_threads(algorithm, rng, monk
         results = []
         for number in (1, 2, 3, 4):
             monkeypatch.setenv("GPUCONV_NUM_THREADS", str(number))
+            assert ("threads" in planned(x, w, **options)) == (number > 1)
             y = gpuconv.conv(x, w, **options)
             results.append((y, *gpuconv.conv_backward(y, x, w, **options)))
         for others in results[1:]:

@@ -25,7 +25,7 @@ from gpuconv import settings
 
 OLDEST_NUMBA = (0, 61)
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _kernels: dict[tuple[Any, ...], Callable[..., None]] = {}
 _failure: str | None = None  # the reason why Numba is not used any more
 
@@ -61,6 +61,8 @@ def kernel(name: str, constants: tuple[int, ...], dtype: numpy.dtype) -> Callabl
     """Return a kernel of vector_kernels.py, or None, after a warning, if Numba fails."""
     global _failure
     key = name, constants, dtype
+    if found := _kernels.get(key):  # without waiting for the compilation of another kernel
+        return found
     with _lock:
         if key not in _kernels and _failure is None:
             try:
@@ -68,7 +70,7 @@ def kernel(name: str, constants: tuple[int, ...], dtype: numpy.dtype) -> Callabl
             except Exception as error:  # an import, the compiler or LLVM may fail in any way
                 _failure = f"Numba failed: {type(error).__name__}: {error}"
                 warnings.warn(f"gpuconv computes without compiled kernels, because {_failure}", stacklevel=2)
-    return _kernels.get(key)
+        return _kernels.get(key)
 
 
 def clear() -> None:
@@ -94,7 +96,7 @@ def _compiled(name: str, constants: tuple[int, ...], dtype: numpy.dtype) -> Call
 
 @contextlib.contextmanager
 def _cache_in(folder: Path, config: Any) -> Iterator[None]:
-    """Return a context in which Numba caches in a folder. Functions that the caller compiles are not affected."""
+    """Return a context in which Numba caches in a folder. What the caller compiles later is not affected."""
     folder.mkdir(parents=True, exist_ok=True)  # if that fails, Numba would cache in the folder of its sources
     before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
     try:
@@ -111,11 +113,5 @@ def _digest() -> str:
     return hashlib.sha256(b"\0".join(sources)).hexdigest()[:16]
 
 
-def _renew_lock() -> None:
-    """Replace the lock in a forked child, where another thread of the parent may hold it."""
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
+if hasattr(os, "register_at_fork"):  # a fork waits for the compiler, whose locks nobody would release in the child
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)

@@ -26,13 +26,13 @@ COPY, GATHER = 1.4, 0.72  # an element that is copied to channels_last, or withi
 def why_not(request: Request) -> str | None:
     """Return a reason if neither compiled kernels nor banded matrices are applicable, else None."""
     geometry, dtype = request.geometry, dtypes.accumulator(request.dtype)
-    refused = vector_plan.not_compiled(geometry, dtype, request.backend) or _unsuitable(geometry)
-    if geometry.groups == 1 < geometry.group_channels:
-        refused = f"it requires several groups, or one channel, not one group of {geometry.group_channels} channels"
-    if refused is None and vector_plan.least(geometry, request.direction, dtype, False) <= request.budget:
+    is_dense = geometry.groups == 1 < geometry.group_channels
+    if _is_compiled(geometry, request.direction, request) and not is_dense:
         return None
     reason = banded.why_not(request)
-    return refused or reason if reason else None
+    if reason and is_dense:
+        return f"it requires several groups, or one channel, not one group of {geometry.group_channels} channels"
+    return reason and (vector_plan.not_compiled(geometry, dtype, request.backend) or _unsuitable(geometry) or reason)
 
 
 def _unsuitable(geometry: Geometry) -> str | None:

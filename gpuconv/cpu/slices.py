@@ -85,8 +85,9 @@ def nanoseconds(request: Request) -> float:
         added += moved * (cost_model.added(moved) + 2 * cost_model.copied(run) * is_cut)
     # Weights are copied if their taps are contiguous, and dw is accumulated tap by tap.
     moves_weights = direction == "weight_grad" or (geometry.layout == "channels_first" and geometry.taps > 1)
-    around = 5 * cost_model.COPY * math.prod(geometry.w_shape) * moves_weights + 4 * geometry.taps * cost_model.STEP
-    return met * (geometry.channels * geometry.group_filters * product + added) + around
+    around = 5 * cost_model.COPY * math.prod(geometry.w_shape) * moves_weights
+    called = (4 * geometry.taps + 4) * cost_model.STEP
+    return met * (geometry.channels * geometry.group_filters * product + added) + around + called
 
 
 def _outputs_met(geometry: Geometry) -> Iterator[float]:

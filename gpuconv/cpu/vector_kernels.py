@@ -27,8 +27,8 @@ from typing import Any
 import numpy
 from numba import njit, types
 
-from gpuconv.cpu.vector_plan import Piece
-from gpuconv.cpu.vectors import BYTES, add, load, multiply_add, splat, store, zero
+from gpuconv.cpu.vector_plan import VECTOR_BYTES, Piece
+from gpuconv.cpu.vectors import add, load, multiply_add, splat, store, zero
 
 
 def signature(name: str, item: Any) -> Any:
@@ -52,7 +52,7 @@ def unaligned(piece, array):
 
     Vectors that begin there lie in one cache line each; only the first is moved to lane 0, and overlaps the second.
     """
-    lanes = BYTES // array.itemsize
+    lanes = VECTOR_BYTES // array.itemsize
     return array.ctypes.data // array.itemsize % lanes if piece.lanes >= 6 * lanes else 0
 
 
@@ -146,7 +146,7 @@ def inner_outputs(arrays, piece, axis, lines, place, block):
     """Compute the outputs of a row of which all taps read inside, four at a time, for four vectors."""
     x, stride = arrays[1], axis[1]
     read, written, f_first, f_end, first, end = place
-    lanes = BYTES // x.itemsize
+    lanes = VECTOR_BYTES // x.itemsize
     for tile in range(first, end, 4):
         q = min(tile, end - 4)
         of_tile = read + q * stride * piece.x[3], written + q * piece.y[3], f_first, f_end
@@ -163,7 +163,7 @@ def one_output(arrays, piece, axis, lines, place, part):
     count, places, weights = lines
     read, written, s_first, s_end = place
     block, f = part
-    lanes, last = BYTES // x.itemsize, piece.lanes - BYTES // x.itemsize
+    lanes, last = VECTOR_BYTES // x.itemsize, piece.lanes - VECTOR_BYTES // x.itemsize
     size = piece.kernel[0] * piece.kernel[1] * taps * piece.channels * piece.row
     g0, g1 = max(0, min(block, last)), min(block + lanes, last)
     g2, g3 = min(block + 2 * lanes, last), min(block + 3 * lanes, last)
@@ -212,12 +212,12 @@ def forward(taps: int, stride: int, shared: int) -> Callable[..., None]:
         first, end = outputs_within(piece, axis)
         places = numpy.empty(piece.kernel[0] * piece.kernel[1] * (1 if shared else piece.channels), numpy.int64)
         weights = numpy.empty(places.size, numpy.int64)
-        arrays, four = (y, x, w, bias), 4 * BYTES // x.itemsize
+        arrays, four = (y, x, w, bias), 4 * VECTOR_BYTES // x.itemsize
         blocks = -(-piece.lanes // four)
         for number in range(piece.filters * blocks * rows if shared else rows):
             part, row = divmod(number, rows)
-            f, block = divmod(part, blocks)
-            f_first, f_end, g_first, g_end = f, f + 1, block * four, min(block * four + four, piece.lanes)
+            f, g = part // blocks, part % blocks * four
+            f_first, f_end, g_first, g_end = f, f + 1, g, min(g + four, piece.lanes)
             if not shared:
                 f_first, f_end, g_first, g_end = 0, piece.filters, -unaligned(piece, x), piece.lanes
             n, m, o, d, h = row_of(piece, row)
@@ -321,7 +321,7 @@ def weight_grad(taps: int, stride: int, shared: int) -> Callable[..., None]:
             1 if taps else piece.dilation[2],
             shared,
         )
-        lanes, last = BYTES // x.itemsize, piece.lanes - BYTES // x.itemsize
+        lanes, last = VECTOR_BYTES // x.itemsize, piece.lanes - VECTOR_BYTES // x.itemsize
         size = piece.kernel[0] * piece.kernel[1] * piece.channels * axis[0] * piece.filters * piece.row
         first, end = outputs_within(piece, axis)
         end -= (end - first) % 4

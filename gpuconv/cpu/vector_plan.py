@@ -56,7 +56,7 @@ class Piece(NamedTuple):
     low: Shape  # padding before the first input
     x: Shape  # strides of images, of the three axes, of channels, and of groups if lanes share an input, else 0
     y: Shape  # strides of images, of the three axes, and of filters
-    lanes: int  # groups
+    lanes: int  # groups, or filters of a group if they share an input
     channels: int  # of a group
     filters: int  # of a group
     row: int  # lanes of a row of w, which is (filters, *kernel, channels, lanes), and of b
@@ -434,7 +434,7 @@ def weight_grad(dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner
             if copies[1]:
                 gradients = lifted.copied(dy, (*index, groups), dy_space, planner)
             units = math.prod(gradients.shape[:3])
-            unused = sums[number, -(-units // rows) :]
+            unused = sums[number, -(-units // rows) :, ..., groups]
             planner.copy(unused, 0)
             arrays = sums[number, 0, ..., groups], images, gradients
             planner.call(kernel, *map(_first, arrays), lifted.piece(images, gradients, index, start), rows, units)

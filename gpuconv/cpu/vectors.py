@@ -14,14 +14,14 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, register_model
 
-BYTES = 64
+from gpuconv.cpu.vector_plan import VECTOR_BYTES
 
 
 class Vector(types.Type):
     """The Numba type of a vector of elements of one type."""
 
     def __init__(self, item: Any) -> None:
-        self.lanes = BYTES * 8 // item.bitwidth
+        self.lanes = VECTOR_BYTES * 8 // item.bitwidth
         self.item = item
         super().__init__(f"Vector({item})")
 

@@ -28,7 +28,7 @@ from gpuconv.arguments import Shape
 from gpuconv.blocking import pieces
 from gpuconv.cpu import containment, cost_model
 from gpuconv.cpu.winograd_plan import axes, least, sizes
-from gpuconv.cpu.winograd_tiles import FEWER, Tiling
+from gpuconv.cpu.winograd_tiles import Tiling, has_threads
 from gpuconv.geometry import Geometry
 from gpuconv.operands import MOST_TEMPORARIES, Operand, Result
 from gpuconv.plan import Planner, is_small
@@ -84,7 +84,7 @@ def nanoseconds(request: Request) -> float:
     exchanged = cost_model.exchanged(images + results) if geometry.layout == "channels_first" else 0
     steps = 45 * geometry.groups * cost_model.STEP
     nanoseconds = tiles * points * weights * product + transformed + exchanged + steps
-    is_alone = is_small(geometry, 1 / (FEWER * geometry.groups)) and not is_small(geometry)
+    is_alone = not (has_threads(geometry) or is_small(geometry))
     return nanoseconds * (cost_model.ALONE if is_alone else 1)
 
 

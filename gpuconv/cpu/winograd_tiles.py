@@ -18,15 +18,20 @@ from gpuconv.cpu.finite import is_finite_block, note
 from gpuconv.cpu.winograd_plan import APART, SLICES, WEIGHTS, Unit
 from gpuconv.geometry import Geometry
 from gpuconv.operands import Index, Operand, Result, in_place
-from gpuconv.plan import Planner
+from gpuconv.plan import Planner, Team, is_small
 from gpuconv.types import Direction
 from gpuconv.views import View
 
 # The finite points of F(m, r). With 1/sqrt(2) and sqrt(2) instead of 1 and 2 the error is a fourth.
 POINTS = {1: (), 2: (0.0, 1.0, -1.0), 4: (0.0, 2**-0.5, -(2**-0.5), 2**0.5, -(2**0.5))}
 PAGE = 4096  # bytes
-FEWER = 8  # multiply-adds of a convolution for one of its tasks, of which most are short
+FEWER = 8  # its steps are short, so that several threads pay only from this many times as many multiply-adds on
 FEW_WEIGHTS = 1 << 16  # of a tap, up to which copying them in another order is fast
+
+
+def has_threads(geometry: Geometry) -> bool:
+    """Whether several threads are faster than one; groups are computed one after the other."""
+    return not is_small(geometry, 1 / (FEWER * geometry.groups))
 
 
 class Transforms(NamedTuple):
@@ -89,7 +94,7 @@ class Tiling:
     @classmethod
     def of(cls, geometry: Geometry, direction: Direction, planner: Planner, temporaries: int) -> Tiling:
         # The shares of the team determine the blocks, so that bits do not depend on the number of threads.
-        team = planner.team(geometry, slowness=1 / (FEWER * geometry.groups))  # one group after the other
+        team = planner.team(geometry) if has_threads(geometry) else Team()
         dtype = planner.dtype
         sizes = plan.sizes(geometry, direction, planner.budget, team.shares, dtype.itemsize, temporaries)
         sizes = sizes._replace(workers=min(sizes.workers, team.workers))
