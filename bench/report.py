@@ -40,14 +40,19 @@ def runs(folder):
 
 
 def newest():
-    """Return the newest folder of each device with its runs, GPUs first."""
+    """Return the newest folder of each device with its runs, GPUs first, the newest first."""
     by_device = {}
     for folder in sorted(path for path in (HERE / "results").iterdir() if path.is_dir()):
         if made := runs(folder):
             device = made[0].device
             if device not in by_device or made[0].date > by_device[device][1][0].date:
                 by_device[device] = folder, made
-    return sorted(by_device.values(), key=lambda pair: pair[1][0].machine["GPU"] == "none")
+    newest_first = sorted(by_device.values(), key=lambda pair: pair[1][0].date, reverse=True)
+    return sorted(newest_first, key=lambda pair: is_cpu(pair[1]))
+
+
+def is_cpu(made):
+    return made[0].machine["GPU"] == "none"
 
 
 def all_rows(made):
@@ -67,9 +72,10 @@ def about(made):
 
 
 def project_page(folders):
-    """Return the text for the README of the project: a few suites of each device, and a link to the rest."""
+    """Return the text for the README of the project: a few suites of each GPU and the newest CPU, and a link."""
     parts = []
-    for folder, made in folders:
+    cpus = [pair for pair in folders if is_cpu(pair[1])]
+    for folder, made in [pair for pair in folders if pair not in cpus[1:]]:
         found = [ratio for run in made for ratio in compare.ratios(run.rows)]
         if not found:
             continue
@@ -84,7 +90,7 @@ def project_page(folders):
         if picture(folder).exists():
             link = picture(folder).relative_to(HERE.parent)
             parts.append(f"![Ratio of times for each layer of {PICTURED} in three directions]({link})")
-    if not any(made[0].machine["GPU"] != "none" for _, made in folders):
+    if len(cpus) == len(folders):
         parts.append("**No result of a GPU exists yet.** `bench/gpu_campaign.sh` is to measure them.")
     return "\n\n".join(parts)
 
