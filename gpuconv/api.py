@@ -72,8 +72,9 @@ def conv(
     padding : int, sequence or str, default 0
         Zeros at both ends of each spatial axis: one int, one int per axis, or one ``(low, high)`` pair per axis.
         Negative values crop. Or one of ``"valid"`` (none), ``"same"`` (output extent ``ceil(input / stride)``, the odd
-        element at the high end), ``"same_lower"`` (at the low end), ``"full"`` (``dilation * (kernel - 1)`` at both
-        ends) and ``"causal"`` (one spatial axis; the same at the low end only).
+        element at the high end), ``"same_lower"`` (at the low end, as SciPy's mode "same" has it for even kernels),
+        ``"full"`` (``dilation * (kernel - 1)`` at both ends) and ``"causal"`` (one spatial axis; the same at the low
+        end only).
     dilation : int or sequence of int, default 1
         Distance between taps, written as `stride` is.
     groups : int, default 1
@@ -86,7 +87,8 @@ def conv(
     activation : {None, "relu", "leaky_relu", "sigmoid", "tanh"}, default None
         Function applied to the sum, for real dtypes. The slope of "leaky_relu" is 0.01.
     algorithm : str, default "auto"
-        ``"auto"`` or one of ``gpuconv.ALGORITHMS``.
+        ``"auto"`` or one of ``gpuconv.ALGORITHMS``. The errors of ``"fft"`` and ``"winograd"`` are relative to the
+        largest result, so that zeros may become tiny numbers of any sign; ``"im2col"`` avoids that.
     precision : {None, "ieee", "tf32", "tf32x3"}, default None
         Permits TensorFloat-32 products of float32 arrays on a GPU. None reads GPUCONV_PRECISION.
     deterministic : bool, optional
@@ -383,7 +385,8 @@ def conv_transpose(
         As in :func:`conv`.
     output_padding : int or sequence of int, default 0
         Elements that are appended at the high end of each axis, at least 0 and less than ``max(stride, dilation)``; 0
-        with ``"same"`` and ``"same_lower"``. Where no tap reaches, the sum is the bias.
+        with ``"same"`` and ``"same_lower"``. Where no tap reaches, the sum is the bias. Keras and JAX append
+        ``max(stride - kernel, 0)`` to the output of "valid".
     activation, algorithm, precision, deterministic, out
         As in :func:`conv`.
 

@@ -100,8 +100,10 @@ def _padding(value: object, rank: int) -> Pairs | str:
         return ((size, size),) * rank
     items = tuple(value)  # type: ignore[arg-type, var-annotated]
     if len(items) != rank:
-        bare = rank == 1 and len(items) == 2 and not any(_is_sequence(item) for item in items)
-        hint = f"; for one axis write padding=(({items[0]}, {items[1]}),)" if bare else ""
+        is_flat = len(items) == 2 * rank and not any(_is_sequence(item) for item in items)
+        hint = (
+            f"; low and high of each axis are written {tuple(zip(*[iter(items)] * 2, strict=True))}" if is_flat else ""
+        )
         raise ValueError(
             f"padding must have one int or one (low, high) pair per spatial axis: {rank} expected, got {value!r}{hint}"
         )
@@ -133,7 +135,10 @@ def geometry_settings(w_shape: Shape, w_name: str, *written: Any) -> Settings:
     if rank > MOST_AXES:
         raise ValueError(f"{w_name} must have at most {MOST_AXES} spatial axes, got shape {w_shape}")
     if rank < 1:
-        raise ValueError(f"{w_name} must have two channel axes and at least one spatial axis, got shape {w_shape}")
+        hint = f"; one filter of one channel is {with_axes(w_name, 2, layout)}" if w_shape else ""
+        raise ValueError(
+            f"{w_name} must have two channel axes and at least one spatial axis, got shape {w_shape}{hint}"
+        )
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
     if not isinstance(flip, bool) and type(flip).__name__ not in ("bool", "bool_"):
@@ -149,3 +154,9 @@ def geometry_settings(w_shape: Shape, w_name: str, *written: Any) -> Settings:
         layout,
         bool(flip),
     )
+
+
+def with_axes(name: str, number: int, layout: object) -> str:
+    """Return the expression that adds channel axes to an array without any."""
+    name, axes = name.removesuffix("_shape"), ", ".join(["None"] * number)
+    return f"{name}[..., {axes}]" if layout == "channels_last" else f"{name}[{axes}]"

@@ -101,9 +101,10 @@ def _kind(name: str, array: Array) -> Kind:
     if cupy is not None and isinstance(array, getattr(cupy, "ndarray", ())):
         return "cupy"
     found = f"{type(array).__module__}.{type(array).__qualname__}".removeprefix("builtins.")
-    raise TypeError(
-        f"{name} must be a numpy.ndarray or a cupy.ndarray, not {found}; numpy.asarray({name}) may convert it"
-    )
+    hint = f"numpy.asarray({name}) may convert it"
+    if isinstance(array, numpy.ma.MaskedArray):
+        hint = f"{name}.filled(0) is one, in which masked elements count as zeros"
+    raise TypeError(f"{name} must be a numpy.ndarray or a cupy.ndarray, not {found}; {hint}")
 
 
 def module_of(kind: Kind) -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
@@ -19,12 +20,13 @@ from itertools import product
 from threading import RLock
 from typing import Any, NamedTuple, SupportsIndex, TypeAlias, get_args
 
-from gpuconv.arguments import Pairs, Settings, Shape, are_plain, geometry_settings, per_axis, shape_of
+from gpuconv.arguments import Pairs, Settings, Shape, are_plain, geometry_settings, per_axis, shape_of, with_axes
 from gpuconv.types import Direction, Layout
 
 Slices: TypeAlias = tuple[slice, ...]  # one for each spatial axis
 
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+MOST_ELEMENTS = sys.maxsize // 16  # of an array of complex128 that has an address
 TRANSPOSED_PADDING_NAMES = ("valid", "same", "same_lower")
 
 
@@ -310,9 +312,10 @@ def _split(x_shape: Shape, w_shape: Shape, layout: Layout, x_name: str, w_name: 
     """Return the batch axes, channels and extents of x, and the extents of the kernel."""
     rank = len(w_shape) - 2
     if len(x_shape) <= rank:
+        hint = f"; an image of one channel is {with_axes(x_name, 1, layout)}" if len(x_shape) == rank else ""
         raise ValueError(
             f"{x_name} must have a channel axis and the {rank} spatial axes of {w_name}"
-            f" ({x_name} {x_shape}, {w_name} {w_shape})"
+            f" ({x_name} {x_shape}, {w_name} {w_shape}){hint}"
         )
     axes = len(x_shape) - rank - 1
     if layout == "channels_last":
@@ -328,9 +331,23 @@ def _layout_hint(x_shape: Shape, w_shape: Shape, layout: Layout, groups: int) ->
     return f"; they fit layout={'channels_last' if last else 'channels_first'!r}" if channels == expected else ""
 
 
+def _depthwise_hint(w_name: str, w_shape: Shape, layout: Layout, groups: int) -> str:
+    """Return a hint for the error message if the weight may be TensorFlow's for depthwise convolutions."""
+    *kernel, channels, multiplier = w_shape
+    if layout != "channels_last" or groups == 1 or channels != groups:
+        return ""
+    shape = ", ".join(map(str, (*kernel, 1, channels * multiplier)))
+    return f"; if its last axes are channels and multiplier, pass {w_name.removesuffix('_shape')}.reshape({shape})"
+
+
 def _check_kernel(kernel: Shape, w_shape: Shape, w_name: str) -> None:
     if min(kernel) < 1:
         raise ValueError(f"{w_name} must have a kernel extent of at least 1 on every axis ({w_name} {w_shape})")
+
+
+def _check_size(y_shape: Shape) -> None:
+    if (elements := math.prod(y_shape)) > MOST_ELEMENTS:
+        raise ValueError(f"y would have the shape {y_shape}, {elements:.2g} elements, more than memory can have")
 
 
 # What callers write, as they write it: a repeated call finds its geometry in one step.
@@ -361,9 +378,12 @@ def _infer(x_shape: Shape, w_shape: Shape, settings: Settings, x_name: str, w_na
             f"groups must divide the channels of {x_name}, but {groups} does not divide {channels} {shapes}"
         )
     if filters % groups:
-        raise ValueError(f"groups must divide the filters of {w_name}, but {groups} does not divide {filters} {shapes}")
+        hint = _depthwise_hint(w_name, w_shape, layout, groups)
+        raise ValueError(
+            f"groups must divide the filters of {w_name}, but {groups} does not divide {filters} {shapes}{hint}"
+        )
     if channels != group_channels * groups:
-        hint = _layout_hint(x_shape, w_shape, layout, groups)
+        hint = _layout_hint(x_shape, w_shape, layout, groups) or _depthwise_hint(w_name, w_shape, layout, groups)
         raise ValueError(
             f"{x_name} has {channels} channels but {w_name} expects {group_channels * groups} {shapes}{hint}"
         )
@@ -376,8 +396,10 @@ def _infer(x_shape: Shape, w_shape: Shape, settings: Settings, x_name: str, w_na
             raise ValueError(
                 f"y would be empty on spatial axis {axis}:"
                 f" ({n} + {low} + {high} - {d} * ({k} - 1) - 1) // {s} + 1 = {size},"
-                f" from (input + low + high - dilation * (kernel - 1) - 1) // stride + 1 {shapes}"
+                f" from (input + low + high - dilation * (kernel - 1) - 1) // stride + 1 {shapes};"
+                f" {w_name} spans {d * (k - 1) + 1} there, and the padded {x_name} {n + low + high}"
             )
+    _check_size(geometry.y_shape)
     return geometry
 
 
@@ -453,9 +475,11 @@ def _infer_transposed(x_shape: Shape, w_shape: Shape, settings: Settings, output
         pairs.append((low, high - extra))
         result.append(size)
     channels = group_channels * groups
-    return Geometry(
+    geometry = Geometry(
         batch, channels, filters, tuple(result), kernel, stride, tuple(pairs), dilation, groups, layout, flip
     )
+    _check_size(geometry.x_shape)
+    return geometry
 
 
 def _renew_locks() -> None:

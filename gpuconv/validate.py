@@ -25,7 +25,9 @@ def checked(**arrays: Array) -> tuple[Kind, numpy.dtype]:
     kind = kind_of(**arrays)
     for name, array in arrays.items():
         if not dtypes.supported(array.dtype):
-            hint = f"; {name}.astype('float32') converts it" if array.dtype.kind in "iub" else ""
+            hint = ""
+            if array.dtype.kind in "iub":
+                hint = f"; {name}.astype('float64') keeps integers up to 2**53, 'float32' up to 2**24"
             raise TypeError(f"{name} must be one of {', '.join(dtypes.NAMES)}, not {array.dtype}{hint}")
     return kind, dtypes.promoted(*(array.dtype for array in arrays.values()))
 

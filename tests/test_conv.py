@@ -361,3 +361,11 @@ def test_without_channels_filters_or_images_each_sum_is_zero(images, channels, f
 def test_the_gradient_of_an_empty_extent_is_empty(algorithm):
     dx = gpuconv.conv_data_grad(np.ones((1, 1, 4)), np.ones((1, 1, 3)), (1, 1, 0), padding=3, algorithm=algorithm)
     assert dx.shape == (1, 1, 0)
+
+
+@pytest.mark.parametrize("extent", [2, 3, 4, 5])
+def test_same_lower_is_the_mode_same_of_scipy(extent, rng):
+    signal = pytest.importorskip("scipy.signal")
+    x, w = rng.integers(-9, 9, 11).astype(float), rng.integers(-9, 9, extent).astype(float)
+    y = gpuconv.conv(x[None, None], w[None, None], padding="same_lower", flip=True, algorithm="im2col")[0, 0]
+    np.testing.assert_array_equal(y, signal.convolve(x, w, "same", method="direct"))

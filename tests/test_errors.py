@@ -21,6 +21,16 @@ BAD = {
     "x of too few axes": (lambda: C(np.ones((9, 8)), W), ValueError, "x must have a channel axis and the 2 spatial axes of w"),
     "w of too few axes": (lambda: C(X, np.ones((4, 3))), ValueError, "w must have two channel axes and at least one spatial axis, got shape (4, 3)"),
     "kernel of extent 0": (lambda: C(X, np.ones((4, 3, 0, 3))), ValueError, "w must have a kernel extent of at least 1"),
+    "a bare kernel": (lambda: C(X, W[0, 0]), ValueError, "; one filter of one channel is w[None, None]"),
+    "a bare kernel, channels_last": (lambda: C(X, W[0, 0], layout="channels_last"), ValueError, "is w[..., None, None]"),
+    "the shape of a bare kernel": (lambda: gpuconv.conv_weight_grad(Y, X, (3, 3)), ValueError, "w_shape must have two channel axes and at least one spatial axis, got shape (3, 3); one filter of one channel is w[None, None]"),
+    "a bare image": (lambda: C(X[0, 0], W[:1, :1]), ValueError, "(x (9, 8), w (1, 1, 3, 3)); an image of one channel is x[None]"),
+    "a bare image, channels_last": (lambda: C(X[0, 0], W[:1, :1], layout="channels_last"), ValueError, "is x[..., None]"),
+    "TensorFlow's depthwise weight": (lambda: C(np.ones((2, 9, 8, 3)), np.ones((3, 4, 3, 2)), groups=3, layout="channels_last"), ValueError, "3 does not divide 2 (x (2, 9, 8, 3), w (3, 4, 3, 2), groups=3); if its last axes are channels and multiplier, pass w.reshape(3, 4, 1, 6)"),
+    "TensorFlow's depthwise weight, divisible": (lambda: C(np.ones((2, 9, 8, 3)), np.ones((3, 4, 3, 3)), groups=3, layout="channels_last"), ValueError, "pass w.reshape(3, 4, 1, 9)"),
+    "a kernel beyond x": (lambda: C(X, np.ones((4, 3, 3, 9))), ValueError, "would be empty on spatial axis 1: (8 + 0 + 0 - 1 * (9 - 1) - 1) // 1 + 1 = 0, from (input + low + high - dilation * (kernel - 1) - 1) // stride + 1 (x (2, 3, 9, 8), w (4, 3, 3, 9), groups=1); w spans 9 there, and the padded x 8"),
+    "padding beyond memory": (lambda: C(X, W, padding=2**31 - 1), ValueError, "y would have the shape (2, 4, 4294967301, 4294967300), 1.5e+20 elements, more than memory can have"),
+    "a stride beyond memory": (lambda: gpuconv.conv_transpose(Y, W, stride=2**31 - 1), ValueError, "y would have the shape (2, 3, 12884901885, 10737418238)"),
     "empty output": (lambda: C(X, W, dilation=9), ValueError, "(9 + 0 + 0 - 9 * (3 - 1) - 1) // 1 + 1 = -9"),
     "cropped away": (lambda: C(X, W, padding=-4), ValueError, "would be empty on spatial axis 0"),
     "empty x": (lambda: C(np.ones((2, 3, 0, 8)), W), ValueError, "would be empty on spatial axis 0: (0 + 0 + 0"),
@@ -64,7 +74,8 @@ BAD = {
     "padding of pairs, one short": (lambda: C(X, W, padding=((1, 2), (1,))), ValueError, "padding must be ints or (low, high) pairs throughout"),
     "padding mixed": (lambda: C(X, W, padding=(1, (1, 2))), ValueError, "padding must be ints or (low, high) pairs throughout"),
     "padding of triples": (lambda: C(X, W, padding=((1, 2, 3), (1, 2, 3))), ValueError, "padding must be ints or (low, high) pairs"),
-    "bare pair in 1-D": (lambda: C(X[0], np.ones((4, 9, 3)), padding=(1, 2)), ValueError, "for one axis write padding=((1, 2),)"),
+    "bare pair in 1-D": (lambda: C(X[0], np.ones((4, 9, 3)), padding=(1, 2)), ValueError, "low and high of each axis are written ((1, 2),)"),
+    "bare pairs in 2-D": (lambda: C(X, W, padding=(1, 1, 2, 2)), ValueError, "got (1, 1, 2, 2); low and high of each axis are written ((1, 1), (2, 2))"),
     "bare pairs in 1-D": (lambda: C(X[0], np.ones((4, 9, 3)), padding=((1, 2), (3, 4))), ValueError, "1 expected, got ((1, 2), (3, 4))"),
     "stride beyond any array": (lambda: C(X, W, stride=2**62), ValueError, "stride must be between -2147483647 and 2147483647"),
     "too many axes": (lambda: C(np.ones((1,) * 33), np.ones((1,) * 33)), ValueError, "w must have at most 28 spatial axes"),
@@ -98,7 +109,8 @@ BAD = {
     "x masked": (lambda: C(np.ma.ones(X.shape), W), TypeError, "x must be a numpy.ndarray or a cupy.ndarray, not numpy.ma.MaskedArray"),
     "x a matrix": (lambda: C(np.matrix([[1.0]]), W), TypeError, "x must be a numpy.ndarray or a cupy.ndarray, not numpy.matrix"),
     "b a scalar": (lambda: C(X, W, 1.0), TypeError, "b must be a numpy.ndarray"),
-    "x of ints": (lambda: C(X.astype(int), W), TypeError, "x must be one of float16, bfloat16, float32, float64, complex64, complex128, not int64; x.astype('float32')"),
+    "x of ints": (lambda: C(X.astype(int), W), TypeError, "x must be one of float16, bfloat16, float32, float64, complex64, complex128, not int64; x.astype('float64') keeps integers up to 2**53, 'float32' up to 2**24"),
+    "a masked x": (lambda: C(np.ma.masked_array(X), W), TypeError, "not numpy.ma.MaskedArray; x.filled(0) is one, in which masked elements count as zeros"),
     "w of bools": (lambda: C(X, W > 0), TypeError, "w must be one of"),
     "x of long doubles": (lambda: C(X.astype(np.longdouble), W), TypeError, "x must be one of float16"),
     "x of objects": (lambda: C(X.astype(object), W), TypeError, "x must be one of float16"),
@@ -172,7 +184,7 @@ def test_arrays_whose_elements_share_memory_are_recognised(shape, rng):
 def test_a_pair_is_recognised_where_one_axis_is_padded(padding, is_bare):
     with pytest.raises(ValueError, match="1 expected") as caught:
         C(X[0], np.ones((4, 9, 3)), padding=padding)
-    assert ("for one axis write" in str(caught.value)) == is_bare
+    assert ("low and high of each axis are written" in str(caught.value)) == is_bare
 
 
 @pytest.mark.parametrize(
