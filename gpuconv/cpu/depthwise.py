@@ -66,7 +66,7 @@ def advice(request: Request, nanoseconds: float) -> str | None:
 
 
 def _nanoseconds(request: Request) -> float:
-    """Estimate the time of compiled kernels to multiply and add, and to read or copy x and y."""
+    """Estimate the time of compiled kernels to multiply and add, to read or copy x and y, and of calls."""
     geometry, dtype = request.geometry, dtypes.accumulator(request.dtype)
     padded = vector_plan.padded(geometry.groups, dtype)
     products = geometry.multiply_adds() * padded / geometry.groups * PRODUCT

@@ -33,7 +33,7 @@ def why_not(request: Request) -> str | None:
 
 
 def nanoseconds(request: Request) -> float:
-    """Estimate the time to multiply and add, to read inputs, and to write or copy results and weights."""
+    """Estimate the time to multiply and add, to read inputs, to write or copy results and weights, and of calls."""
     geometry, dtype = request.geometry, dtypes.accumulator(request.dtype)
     is_gradient, is_transposed = request.direction == "weight_grad", request.direction == "data_grad"
     inputs, outputs = math.prod(geometry.input) * geometry.channels, math.prod(geometry.output) * geometry.filters

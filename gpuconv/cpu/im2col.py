@@ -50,7 +50,7 @@ def exceeds(request: Request) -> str | None:
 
 
 def nanoseconds(request: Request) -> float:
-    """Estimate the time of products, of copying windows of x or dy and, for data_grad, of copying weights."""
+    """Estimate the time of products, copies of windows and weights, sums of the splits of weight_grad, and calls."""
     geometry, direction, is_complex = request.geometry, request.direction, request.is_complex
     if direction == "data_grad" and col2im.suits(geometry):
         return col2im.nanoseconds(geometry, is_complex)

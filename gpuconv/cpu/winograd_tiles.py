@@ -25,7 +25,7 @@ from gpuconv.views import View
 # The finite points of F(m, r). With 1/sqrt(2) and sqrt(2) instead of 1 and 2 the error is a fourth.
 POINTS = {1: (), 2: (0.0, 1.0, -1.0), 4: (0.0, 2**-0.5, -(2**-0.5), 2**0.5, -(2**0.5))}
 PAGE = 4096  # bytes
-FEWER = 8  # its steps are short, so that several threads pay only from this many times as many multiply-adds on
+FEWER = 8  # steps are short: several threads pay only from this many times as many multiply-adds on as elsewhere
 FEW_WEIGHTS = 1 << 16  # of a tap, up to which copying them in another order is fast
 
 
