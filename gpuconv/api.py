@@ -360,6 +360,7 @@ def conv_transpose(
     layout: Layout = "channels_first",
     flip: bool = False,
     output_padding: PerAxis = 0,
+    output_shape: PerAxis | None = None,
     activation: Activation | None = None,
     algorithm: Algorithm = "auto",
     precision: Precision | None = None,
@@ -387,6 +388,9 @@ def conv_transpose(
         Elements that are appended at the high end of each axis, at least 0 and less than ``max(stride, dilation)``; 0
         with ``"same"`` and ``"same_lower"``. Where no tap reaches, the sum is the bias. Keras and JAX append
         ``max(stride - kernel, 0)`` to the output of "valid".
+    output_shape : int or sequence of int, optional
+        Spatial extents of the result, instead of `output_padding`: those of which :func:`conv` with the same arguments
+        makes the extents of `x`. There are ``stride`` such extents on each axis.
     activation, algorithm, precision, deterministic, out
         As in :func:`conv`.
 
@@ -410,10 +414,12 @@ def conv_transpose(
     >>> import numpy, gpuconv
     >>> gpuconv.conv_transpose(numpy.ones((1, 1, 2)), numpy.ones((1, 1, 3)), stride=2)
     array([[[1., 1., 2., 1., 1.]]])
+    >>> gpuconv.conv_transpose(numpy.ones((1, 1, 2)), numpy.ones((1, 1, 3)), stride=2, output_shape=6)
+    array([[[1., 1., 2., 1., 1., 0.]]])
     """
     kind, dtype = checked(x=x, w=w, **given(b=b))
     geometry = Geometry.infer_transposed(
-        x.shape, w.shape, stride, padding, dilation, groups, layout, flip, output_padding
+        x.shape, w.shape, stride, padding, dilation, groups, layout, flip, output_padding, output_shape
     )
     check_bias(b, geometry.channels)
     check_activation(activation, dtype)
@@ -434,6 +440,7 @@ def conv_transpose_backward(
     layout: Layout = "channels_first",
     flip: bool = False,
     output_padding: PerAxis = 0,
+    output_shape: PerAxis | None = None,
     activation: Activation | None = None,
     y: A | None = None,
     needs: GradientName | Sequence[GradientName] = ("dx", "dw", "db"),
@@ -451,7 +458,7 @@ def conv_transpose_backward(
         Input.
     w : array of shape ``(C_in, C_out/G, *kernel)``
         Filters.
-    stride, padding, dilation, groups, layout, flip, output_padding
+    stride, padding, dilation, groups, layout, flip, output_padding, output_shape
         As in :func:`conv_transpose`.
     activation, y, needs
         As in :func:`conv_backward`.
@@ -478,7 +485,7 @@ def conv_transpose_backward(
     """
     kind, dtype = checked(dy=dy, x=x, w=w)
     geometry = Geometry.infer_transposed(
-        x.shape, w.shape, stride, padding, dilation, groups, layout, flip, output_padding
+        x.shape, w.shape, stride, padding, dilation, groups, layout, flip, output_padding, output_shape
     )
     check_gradient(dy, geometry.x_shape, x=x.shape, w=w.shape)
     check_derivative(activation, y, dy, dtype)

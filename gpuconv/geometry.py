@@ -98,13 +98,14 @@ class Geometry:
         layout: object = "channels_first",
         flip: object = False,
         output_padding: object = 0,
+        output_shape: object = None,
     ) -> Geometry:
         """Return the convolution whose transpose accepts x: its y_shape is x_shape, its x_shape is that of the result.
 
         >>> Geometry.infer_transposed((8, 16, 16, 16), (16, 3, 3, 3), stride=2, padding=1, output_padding=1).x_shape
         (8, 3, 32, 32)
         """
-        given = (x_shape, w_shape, output_padding, stride, padding, dilation, groups, layout, flip)
+        given = (x_shape, w_shape, output_padding, output_shape, stride, padding, dilation, groups, layout, flip)
         return (_of_transposed if are_plain(given) else _of_transposed.__wrapped__)(*given)
 
     def __hash__(self) -> int:
@@ -360,11 +361,15 @@ def _of_arguments(x_name: str, w_name: str, x_shape: Any, w_shape: Any, *setting
 
 
 @lru_cache(maxsize=4096, typed=True)
-def _of_transposed(x_shape: Any, w_shape: Any, output_padding: Any, *settings: Any) -> Geometry:
+def _of_transposed(x_shape: Any, w_shape: Any, output_padding: Any, output_shape: Any, *settings: Any) -> Geometry:
     shapes = shape_of(x_shape, "x"), shape_of(w_shape, "w")
-    checked = geometry_settings(shapes[1], "w", *settings)
-    extra = per_axis(output_padding, len(shapes[1]) - 2, "output_padding", minimum=0)
-    return _infer_transposed(*shapes, checked, extra)
+    checked, rank = geometry_settings(shapes[1], "w", *settings), len(shapes[1]) - 2
+    extra = per_axis(output_padding, rank, "output_padding", minimum=0)
+    if output_shape is None:
+        return _infer_transposed(*shapes, checked, extra)
+    if any(extra):
+        raise ValueError(f"output_padding must be 0 beside output_shape, which takes its place; got {output_padding}")
+    return _infer_of_output(*shapes, checked, per_axis(output_shape, rank, "output_shape", minimum=1))
 
 
 @lru_cache(maxsize=4096)
@@ -427,9 +432,19 @@ def _same_padding(name: str, n: int, s: int, reach: int) -> tuple[int, int]:
     return low, total - low
 
 
-@lru_cache(maxsize=4096)
-def _infer_transposed(x_shape: Shape, w_shape: Shape, settings: Settings, output_padding: Shape) -> Geometry:
-    stride, padding, dilation, groups, layout, flip = settings
+class _Transposed(NamedTuple):
+    """The checked parts of a transposed convolution: of x, which is like the y of a convolution, and of w."""
+
+    batch: Shape
+    filters: int
+    extent: Shape  # of x
+    kernel: Shape
+    channels: int  # of the result
+    shapes: str  # for error messages
+
+
+def _transposed(x_shape: Shape, w_shape: Shape, settings: Settings) -> _Transposed:
+    _, padding, _, groups, layout, _ = settings
     batch, filters, extent, kernel = _split(x_shape, w_shape, layout, "x", "w")
     group_channels, expected = w_shape[-2:] if layout == "channels_last" else (w_shape[1], w_shape[0])
     shapes = f"(x {x_shape}, w {w_shape}, groups={groups})"
@@ -438,17 +453,42 @@ def _infer_transposed(x_shape: Shape, w_shape: Shape, settings: Settings, output
     if filters != expected:
         raise ValueError(f"x has {filters} channels but w expects {expected} {shapes}")
     _check_kernel(kernel, w_shape, "w")
-    if isinstance(padding, str):
-        if padding not in TRANSPOSED_PADDING_NAMES:
+    if isinstance(padding, str) and padding not in TRANSPOSED_PADDING_NAMES:
+        raise ValueError(
+            f"padding={padding!r} has no meaning for a transposed convolution;"
+            f" the names are {', '.join(TRANSPOSED_PADDING_NAMES)}"
+        )
+    return _Transposed(batch, filters, extent, kernel, group_channels * groups, shapes)
+
+
+@lru_cache(maxsize=4096)
+def _infer_of_output(x_shape: Shape, w_shape: Shape, settings: Settings, output_shape: Shape) -> Geometry:
+    """Return the convolution of an array with the extents ``output_shape``, whose result must be like x."""
+    batch, _, extent, kernel, channels, shapes = _transposed(x_shape, w_shape, settings)
+    padding = settings.padding
+    for axis, (n, k, s, d) in enumerate(zip(extent, kernel, settings.stride, settings.dilation, strict=True)):
+        low, high = padding[axis] if isinstance(padding, tuple) else (0, 0)
+        reach = 0 if padding in ("same", "same_lower") else d * (k - 1)
+        shortest = (n - 1) * s + reach + 1 - low - high
+        first, last = max(1, shortest), shortest + s - 1
+        if n < 1 or not first <= output_shape[axis] <= last:
             raise ValueError(
-                f"padding={padding!r} has no meaning for a transposed convolution;"
-                f" the names are {', '.join(TRANSPOSED_PADDING_NAMES)}"
+                f"output_shape must be {first} to {last} on spatial axis {axis}, of which conv makes {n};"
+                f" got {output_shape[axis]} {shapes}"
             )
-        if padding != "valid" and any(output_padding):
-            raise ValueError(
-                f"output_padding must be 0 beside padding={padding!r}, which sets the output itself,"
-                f" got {output_padding}"
-            )
+    is_last = settings.layout == "channels_last"
+    shape = (*batch, *output_shape, channels) if is_last else (*batch, channels, *output_shape)
+    return _infer(shape, w_shape, settings, "y", "w")
+
+
+@lru_cache(maxsize=4096)
+def _infer_transposed(x_shape: Shape, w_shape: Shape, settings: Settings, output_padding: Shape) -> Geometry:
+    stride, padding, dilation, groups, layout, flip = settings
+    batch, filters, extent, kernel, channels, shapes = _transposed(x_shape, w_shape, settings)
+    if isinstance(padding, str) and padding != "valid" and any(output_padding):
+        raise ValueError(
+            f"output_padding must be 0 beside padding={padding!r}, which sets the output itself, got {output_padding}"
+        )
     pairs, result = [], []
     for axis, (n, k, s, d) in enumerate(zip(extent, kernel, stride, dilation, strict=True)):
         reach, extra = d * (k - 1), output_padding[axis]
@@ -474,7 +514,6 @@ def _infer_transposed(x_shape: Shape, w_shape: Shape, settings: Settings, output
         # What is added at the high end is padding that the convolution on the result does not see.
         pairs.append((low, high - extra))
         result.append(size)
-    channels = group_channels * groups
     geometry = Geometry(
         batch, channels, filters, tuple(result), kernel, stride, tuple(pairs), dilation, groups, layout, flip
     )

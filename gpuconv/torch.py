@@ -107,6 +107,7 @@ def conv_transpose(
     layout: Layout = "channels_first",
     flip: bool = False,
     output_padding: PerAxis = 0,
+    output_shape: PerAxis | None = None,
     algorithm: Algorithm = "auto",
     precision: Precision | None = None,
     deterministic: bool | None = None,
@@ -121,7 +122,7 @@ def conv_transpose(
         Filters.
     b : Tensor of shape ``(C_out,)``, optional
         Bias.
-    stride, padding, dilation, groups, layout, flip, output_padding
+    stride, padding, dilation, groups, layout, flip, output_padding, output_shape
         As in :func:`gpuconv.conv_transpose`.
     algorithm, precision, deterministic
         As in :func:`gpuconv.conv`.
@@ -144,7 +145,7 @@ def conv_transpose(
     """
     geometry = {
         "stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "layout": layout, "flip": flip,
-        "output_padding": output_padding,
+        "output_padding": output_padding, "output_shape": output_shape,
     }  # fmt: skip
     return _called("data_grad", x, w, b, geometry, algorithm, precision, deterministic)
 

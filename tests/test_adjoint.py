@@ -120,3 +120,18 @@ def test_transposed_of_half_precision(rng):
     bfloat16 = named_dtype("bfloat16")
     y = gpuconv.conv_transpose(x.astype(bfloat16), w.astype(bfloat16), b.astype(bfloat16), stride=2, padding=1)
     np.testing.assert_array_equal(y, exact.astype(bfloat16))
+
+
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+@pytest.mark.parametrize("padding", [0, ((1, 0), (2, 1)), "same"])
+def test_transposed_convolution_to_a_given_shape_is_data_grad(padding, layout, rng):
+    settings = {"stride": (2, 3), "padding": padding, "layout": layout}
+    for shape in ((9, 11), (10, 12)):
+        x = rng.integers(-3, 4, (2, 3, *shape) if layout == "channels_first" else (2, *shape, 3)).astype(float)
+        w = rng.integers(-3, 4, (4, 3, 3, 2) if layout == "channels_first" else (3, 2, 3, 4)).astype(float)
+        y = gpuconv.conv(x, w, **settings)
+        found = gpuconv.conv_transpose(y, w, **settings, output_shape=shape)
+        np.testing.assert_array_equal(found, gpuconv.conv_data_grad(y, w, x.shape, **settings))
+        gradients = gpuconv.conv_transpose_backward(x, y, w, **settings, output_shape=shape)
+        np.testing.assert_array_equal(gradients.dx, y)
+        np.testing.assert_array_equal(gradients.dw, gpuconv.conv_weight_grad(y, x, w.shape, **settings))

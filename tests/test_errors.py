@@ -53,6 +53,11 @@ BAD = {
     "x_shape of floats": (lambda: gpuconv.conv_data_grad(Y, W, (2, 3, 9.0, 8)), TypeError, "x_shape must be"),
     "x_shape negative": (lambda: gpuconv.conv_data_grad(Y, W, (2, 3, -9, 8)), ValueError, "x_shape must have no negative extent"),
     "transposed channels": (lambda: gpuconv.conv_transpose(X, W), ValueError, "x has 3 channels but w expects 4"),
+    "output_shape too large": (lambda: gpuconv.conv_transpose(Y, W, stride=2, output_shape=(15, 15)), ValueError, "output_shape must be 13 to 14 on spatial axis 1, of which conv makes 6; got 15 (x (2, 4, 7, 6), w (4, 3, 3, 3), groups=1)"),
+    "output_shape too small": (lambda: gpuconv.conv_transpose(Y, W, stride=2, padding="same", output_shape=12), ValueError, "output_shape must be 13 to 14 on spatial axis 0"),
+    "output_shape of one axis": (lambda: gpuconv.conv_transpose(Y, W, output_shape=(9,)), ValueError, "output_shape must be an int or one int per spatial axis: 2 expected"),
+    "output_shape beside output_padding": (lambda: gpuconv.conv_transpose(Y, W, stride=2, output_padding=1, output_shape=16), ValueError, "output_padding must be 0 beside output_shape"),
+    "output_shape of conv_transpose_backward": (lambda: gpuconv.conv_transpose_backward(X, Y, W, output_shape=10), ValueError, "output_shape must be 9 to 9 on spatial axis 0"),
     "transposed empty": (lambda: gpuconv.conv_transpose(Y, W, padding=9), ValueError, "(7 - 1) * 1 + 1 * (3 - 1) + 1 - 9 - 9 + 0 = -9"),
     # geometry values
     "stride 0": (lambda: C(X, W, stride=0), ValueError, "stride must be at least 1, got 0"),

@@ -89,6 +89,22 @@ def test_transposed_same_padding_gives_n_times_stride():
             assert transposed.padding[0][0] == forward.padding[0][0]
 
 
+def test_transposed_output_shapes_are_those_of_which_conv_makes_x():
+    paddings = ("valid", "same", "same_lower", ((1, 0),), ((-1, 1),))
+    for k, s, d, padding, size in itertools.product((1, 2, 3), (1, 2, 3), (1, 2), paddings, range(1, 12)):
+        try:
+            forward = INFER((1, 3, size), (2, 3, k), stride=s, dilation=d, padding=padding)
+        except ValueError:
+            continue  # it would be empty
+        for n in range(5):
+            x, w, settings = (1, 2, n), (2, 3, k), {"stride": s, "dilation": d, "padding": padding}
+            if n == forward.output[0]:
+                assert Geometry.infer_transposed(x, w, **settings, output_shape=size) == forward
+            else:
+                with pytest.raises(ValueError, match=r"output_shape must be .* on spatial axis 0, of which conv makes"):
+                    Geometry.infer_transposed(x, w, **settings, output_shape=size)
+
+
 def test_transposed_valid_padding_is_none():
     valid, none = (
         Geometry.infer_transposed((1, 1, 5, 4), (1, 1, 3, 2), stride=2, padding=padding) for padding in ("valid", 0)

@@ -27,9 +27,10 @@ SETTINGS = {
     "flipped, channels_last": ((2, 3, 3, 2), (2, 2, 2, 2), {"layout": "channels_last", "flip": True}),
     "no batch": ((2, 4, 4), (2, 2, 3, 3), {"padding": "same"}),
     "output padding": ((1, 2, 3), (2, 2, 2), {"stride": 3, "dilation": 2, "output_padding": 2}),
+    "output shape": ((1, 2, 3), (2, 2, 2), {"stride": 3, "output_shape": 10}),
 }
 WAYS = [
-    *(("conv", name) for name in SETTINGS if name != "output padding"),
+    *(("conv", name) for name in SETTINGS if not name.startswith("output")),
     *(("conv_transpose", name) for name in SETTINGS if name not in ("plain", "no batch")),
 ]
 

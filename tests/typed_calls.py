@@ -23,6 +23,7 @@ def right() -> list[Any]:
     gradients = gpuconv.conv_backward(Y, X, W, padding=1, needs=("dx", "db"))
     activated = gpuconv.conv(X, W, numpy.ones(4), activation="relu", layout="channels_first", out=y)
     wide = gpuconv.conv_transpose(Y, W, stride=2, output_padding=1)
+    wide = gpuconv.conv_transpose(Y, W, stride=2, output_shape=(17, 18))
     explanation = gpuconv.explain((2, 3, 8, 8), (4, 3, 3, 3), dtype="bfloat16", direction="data_grad", backend="numpy")
     tuned = gpuconv.tune(X.shape, W.shape, dtype=numpy.float64, directions=["forward"])
     with gpuconv.backend("numpy"):
