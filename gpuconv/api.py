@@ -390,7 +390,7 @@ def conv_transpose(
         ``max(stride - kernel, 0)`` to the output of "valid".
     output_shape : int or sequence of int, optional
         Spatial extents of the result, instead of `output_padding`: those of which :func:`conv` with the same arguments
-        makes the extents of `x`. There are ``stride`` such extents on each axis.
+        makes the extents of `x`, at most ``stride`` different ones on each axis. `output_padding` must be 0 then.
     activation, algorithm, precision, deterministic, out
         As in :func:`conv`.
 

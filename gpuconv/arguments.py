@@ -101,9 +101,8 @@ def _padding(value: object, rank: int) -> Pairs | str:
     items = tuple(value)  # type: ignore[arg-type, var-annotated]
     if len(items) != rank:
         is_flat = len(items) == 2 * rank and not any(_is_sequence(item) for item in items)
-        hint = (
-            f"; low and high of each axis are written {tuple(zip(*[iter(items)] * 2, strict=True))}" if is_flat else ""
-        )
+        pairs_of_axes = tuple(zip(items[::2], items[1::2], strict=False))
+        hint = f"; low and high of each axis are written {pairs_of_axes}" if is_flat else ""
         raise ValueError(
             f"padding must have one int or one (low, high) pair per spatial axis: {rank} expected, got {value!r}{hint}"
         )

@@ -101,9 +101,9 @@ class _Helper(threading.Thread):
 
     def begin(self, work: Callable[[], None], cores: set[int]) -> Future[None]:
         """Run a function on some cores, or any if there are none, in a copy of this context (and numpy.errstate)."""
-        if cores and cores != self._cores:
+        if cores and cores != self._cores and self.native_id:
             with contextlib.suppress(OSError):  # a core was taken from this process in the meantime
-                os.sched_setaffinity(self.native_id or 0, cores)
+                os.sched_setaffinity(self.native_id, cores)
             self._cores = cores
         future: Future[None] = Future()
         self._work.put((partial(contextvars.copy_context().run, work), future))

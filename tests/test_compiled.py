@@ -413,6 +413,7 @@ def test_messages_say_that_numba_is_missing(version, words, rng, monkeypatch):
         results(*operands(one, rng), one.settings)
     slow = gpuconv.explain((8, 64, 56, 56), (64, 1, 3, 3), padding=1, groups=64, backend="numpy")
     assert "with Numba, depthwise would take" in str(slow)
+    assert ("not installed" if version is None else f"{version} (unused: ") in gpuconv.config.config()["Numba"]
 
 
 @pytest.mark.called_once("it warns once in a process")
