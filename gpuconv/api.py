@@ -17,7 +17,7 @@ from gpuconv.arrays import Array
 from gpuconv.cpu import compiled
 from gpuconv.execute import Call, Source
 from gpuconv.geometry import Geometry
-from gpuconv.types import A, Activation, Algorithm, GradientName, Layout, Padding, PerAxis, Precision
+from gpuconv.types import A, Activation, Algorithm, GradientName, Layout, Padding, PaddingMode, PerAxis, Precision
 from gpuconv.validate import (
     check_activation,
     check_bias,
@@ -45,6 +45,7 @@ def conv(
     *,
     stride: PerAxis = 1,
     padding: Padding = 0,
+    padding_mode: PaddingMode = "zeros",
     dilation: PerAxis = 1,
     groups: int = 1,
     layout: Layout = "channels_first",
@@ -137,7 +138,7 @@ def conv(
              [4., 4.]]]])
     """
     kind, dtype = checked(x=x, w=w, **given(b=b))
-    geometry = Geometry.infer(x.shape, w.shape, stride, padding, dilation, groups, layout, flip)
+    geometry = Geometry.infer(x.shape, w.shape, stride, padding, dilation, groups, layout, flip, padding_mode)
     check_bias(b, geometry.filters)
     check_activation(activation, dtype)
     call = Call.of(geometry, kind, dtype, algorithm, precision, deterministic)
@@ -152,6 +153,7 @@ def conv_data_grad(
     *,
     stride: PerAxis = 1,
     padding: Padding = 0,
+    padding_mode: PaddingMode = "zeros",
     dilation: PerAxis = 1,
     groups: int = 1,
     layout: Layout = "channels_first",
@@ -171,7 +173,7 @@ def conv_data_grad(
         Filters.
     x_shape : sequence of int
         Shape of `x`, batch axes included.
-    stride, padding, dilation, groups, layout, flip
+    stride, padding, padding_mode, dilation, groups, layout, flip
         As in :func:`conv`.
     algorithm, precision, deterministic
         As in :func:`conv`.
@@ -204,7 +206,9 @@ def conv_data_grad(
              [1., 2., 1.]]]])
     """
     kind, dtype = checked(dy=dy, w=w)
-    geometry = Geometry.infer(x_shape, w.shape, stride, padding, dilation, groups, layout, flip, x_name="x_shape")
+    geometry = Geometry.infer(
+        x_shape, w.shape, stride, padding, dilation, groups, layout, flip, padding_mode, x_name="x_shape"
+    )
     check_gradient(dy, geometry.y_shape, x_shape=geometry.x_shape, w=w.shape)
     call = Call.of(geometry, kind, dtype, algorithm, precision, deterministic)
     check_out(out, kind, dtype, geometry.x_shape, dy=dy, w=w)
@@ -218,6 +222,7 @@ def conv_weight_grad(
     *,
     stride: PerAxis = 1,
     padding: Padding = 0,
+    padding_mode: PaddingMode = "zeros",
     dilation: PerAxis = 1,
     groups: int = 1,
     layout: Layout = "channels_first",
@@ -237,7 +242,7 @@ def conv_weight_grad(
         Input.
     w_shape : sequence of int
         Shape of `w`.
-    stride, padding, dilation, groups, layout, flip
+    stride, padding, padding_mode, dilation, groups, layout, flip
         As in :func:`conv`.
     algorithm, precision, deterministic
         As in :func:`conv`.
@@ -269,7 +274,9 @@ def conv_weight_grad(
              [20., 24.]]]])
     """
     kind, dtype = checked(dy=dy, x=x)
-    geometry = Geometry.infer(x.shape, w_shape, stride, padding, dilation, groups, layout, flip, w_name="w_shape")
+    geometry = Geometry.infer(
+        x.shape, w_shape, stride, padding, dilation, groups, layout, flip, padding_mode, w_name="w_shape"
+    )
     check_gradient(dy, geometry.y_shape, x=x.shape, w_shape=geometry.w_shape)
     call = Call.of(geometry, kind, dtype, algorithm, precision, deterministic)
     check_out(out, kind, dtype, geometry.w_shape, dy=dy, x=x)
@@ -283,6 +290,7 @@ def conv_backward(
     *,
     stride: PerAxis = 1,
     padding: Padding = 0,
+    padding_mode: PaddingMode = "zeros",
     dilation: PerAxis = 1,
     groups: int = 1,
     layout: Layout = "channels_first",
@@ -304,7 +312,7 @@ def conv_backward(
         Input.
     w : array of shape ``(F, C/G, *kernel)``
         Filters.
-    stride, padding, dilation, groups, layout, flip
+    stride, padding, padding_mode, dilation, groups, layout, flip
         As in :func:`conv`.
     activation : {None, "relu", "leaky_relu", "sigmoid", "tanh"}, default None
         Activation of the forward call.
@@ -335,7 +343,7 @@ def conv_backward(
     ((2, 3, 8, 8), (4, 3, 3, 3), array([72., 72., 72., 72.]))
     """
     kind, dtype = checked(dy=dy, x=x, w=w)
-    geometry = Geometry.infer(x.shape, w.shape, stride, padding, dilation, groups, layout, flip)
+    geometry = Geometry.infer(x.shape, w.shape, stride, padding, dilation, groups, layout, flip, padding_mode)
     check_gradient(dy, geometry.y_shape, x=x.shape, w=w.shape)
     check_derivative(activation, y, dy, dtype)
     names = needed(needs)

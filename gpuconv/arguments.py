@@ -9,7 +9,7 @@ import operator
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeAlias, get_args
 
-from gpuconv.types import Layout, PaddingName
+from gpuconv.types import Layout, PaddingMode, PaddingName
 
 Shape: TypeAlias = tuple[int, ...]
 Pairs: TypeAlias = tuple[tuple[int, int], ...]
@@ -22,6 +22,7 @@ MOST_AXES = 28
 LARGEST = 2**31 - 1
 
 PADDING_NAMES: tuple[PaddingName, ...] = get_args(PaddingName)
+PADDING_MODES: tuple[PaddingMode, ...] = get_args(PaddingMode)
 
 
 _PLAIN = frozenset((int, bool, str))
@@ -125,11 +126,12 @@ class Settings(NamedTuple):
     groups: int
     layout: Layout
     flip: bool
+    padding_mode: PaddingMode
 
 
 def geometry_settings(w_shape: Shape, w_name: str, *written: Any) -> Settings:
     """Return the settings that a caller has written, in the order of :class:`Settings`."""
-    stride, padding, dilation, groups, layout, flip = written
+    stride, padding, dilation, groups, layout, flip, padding_mode = written
     rank = len(w_shape) - 2
     if rank > MOST_AXES:
         raise ValueError(f"{w_name} must have at most {MOST_AXES} spatial axes, got shape {w_shape}")
@@ -142,6 +144,8 @@ def geometry_settings(w_shape: Shape, w_name: str, *written: Any) -> Settings:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
     if not isinstance(flip, bool) and type(flip).__name__ not in ("bool", "bool_"):
         raise TypeError(f"flip must be True or False, got {flip!r}")
+    if padding_mode not in PADDING_MODES:
+        raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}; got {padding_mode!r}")
     count = integer(groups, "groups")
     if count < 1:
         raise ValueError(f"groups must be at least 1, got {groups!r}")
@@ -152,6 +156,7 @@ def geometry_settings(w_shape: Shape, w_name: str, *written: Any) -> Settings:
         count,
         layout,
         bool(flip),
+        padding_mode,
     )
 
 

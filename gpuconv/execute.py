@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy
 
-from gpuconv import dtypes, settings, threads, workspace
+from gpuconv import dtypes, padding_modes, settings, threads, workspace
 from gpuconv.arguments import Shape
 from gpuconv.arrays import Array, Backend, Kind, address, addressable, device_of, module_of, moved
 from gpuconv.backends import backend_for
@@ -276,8 +276,10 @@ def _convolution(description: Description, planner: Planner) -> tuple[str, NewAr
         view = canonical(new.view, roles[2], geometry)
     result = Result(view, description.view(BIAS, "b"), description.activation).with_plain_bias(planner)
     request = Request(geometry, call.dtype, direction, call.backend, call.deterministic, call.limit)
-    algorithm = choose(request, call.algorithm).algorithm
+    algorithm = choose(padding_modes.request_of_blocks(request), call.algorithm).algorithm
     compute = getattr(MODULES[algorithm], direction)
+    if geometry.padding_mode != "zeros":
+        compute = partial(getattr(padding_modes, direction), compute)
 
     def some_groups(part: tuple[slice, Geometry], planner: Planner) -> None:
         groups, geometry = part

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import SupportsIndex
 
-from gpuconv import dtypes, settings
+from gpuconv import dtypes, padding_modes, settings
 from gpuconv.arrays import NUMPY
 from gpuconv.backends import backend_named
 from gpuconv.cpu import depthwise, im2col
@@ -15,7 +15,7 @@ from gpuconv.geometry import DIRECTIONS, Geometry
 from gpuconv.plan import Plan
 from gpuconv.request import Request
 from gpuconv.select import MODULES, check_name, choose, consent, estimate, refused
-from gpuconv.types import Algorithm, BackendName, Direction, DtypeLike, Layout, Padding, PerAxis, Precision
+from gpuconv.types import Algorithm, BackendName, Direction, DtypeLike, Layout, Padding, PaddingMode, PerAxis, Precision
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,10 @@ class Explanation:
     def __str__(self) -> str:
         g = self.geometry
         gflop = g.flops(is_complex=self.dtype.startswith("complex")) / 1e9
+        mode = "" if g.padding_mode == "zeros" else f" {g.padding_mode}"
         lines = [
             f"{self.direction} of x {g.x_shape}, w {g.w_shape} -> y {g.y_shape}, {self.dtype} on {self.backend}",
-            f"  stride {g.stride}, padding {g.padding}, dilation {g.dilation}, groups {g.groups}, {g.layout}",
+            f"  stride {g.stride}, padding {g.padding}{mode}, dilation {g.dilation}, groups {g.groups}, {g.layout}",
             f"  {gflop:.3g} GFLOP in sums of {g.reduction_length(self.direction)} products",
             f"uses {self.algorithm}: {self.reason}",
             *(f"  {'by' if number == 0 else 'or'} {candidate}" for number, candidate in enumerate(self.candidates)),
@@ -85,6 +86,7 @@ def explain(
     *,
     stride: PerAxis = 1,
     padding: Padding = 0,
+    padding_mode: PaddingMode = "zeros",
     dilation: PerAxis = 1,
     groups: int = 1,
     layout: Layout = "channels_first",
@@ -102,7 +104,7 @@ def explain(
     ----------
     x_shape, w_shape : sequence of int
         Shapes of x and w.
-    stride, padding, dilation, groups, layout, flip
+    stride, padding, padding_mode, dilation, groups, layout, flip
         As in :func:`gpuconv.conv`.
     dtype : dtype or str, default "float32"
         Dtype of all arrays.
@@ -139,15 +141,26 @@ def explain(
         raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}; got {direction!r}")
     kind = dtypes.named(dtype)
     geometry = Geometry.infer(
-        x_shape, w_shape, stride, padding, dilation, groups, layout, flip, x_name="x_shape", w_name="w_shape"
+        x_shape,
+        w_shape,
+        stride,
+        padding,
+        dilation,
+        groups,
+        layout,
+        flip,
+        padding_mode,
+        x_name="x_shape",
+        w_name="w_shape",
     )
     check_name(algorithm)
     permitted, limit, threads = settings.precision(precision), settings.workspace_limit(), settings.num_threads()
     where, order = backend_named(backend), consent(algorithm, deterministic)
-    request = Request(geometry, kind, direction, where, order, limit)
+    request = padding_modes.request_of_blocks(Request(geometry, kind, direction, where, order, limit))
     choice = choose(request, algorithm)
     plans = getattr(MODULES[choice.algorithm], "plans", None)
-    found = plans(geometry, kind, direction, where.device(), permitted, limit) if plans is not None else ()
+    conditions = kind, direction, where.device(), permitted, request.limit
+    found = plans(request.geometry, *conditions) if plans is not None else ()
     notes: list[str | None] = [choice.reason]
     if choice.algorithm == "im2col":
         notes.append(im2col.exceeds(request))

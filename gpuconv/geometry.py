@@ -21,7 +21,7 @@ from threading import RLock
 from typing import Any, NamedTuple, SupportsIndex, TypeAlias, get_args
 
 from gpuconv.arguments import Pairs, Settings, Shape, are_plain, geometry_settings, per_axis, shape_of, with_axes
-from gpuconv.types import Direction, Layout
+from gpuconv.types import Direction, Layout, PaddingMode
 
 Slices: TypeAlias = tuple[slice, ...]  # one for each spatial axis
 
@@ -60,6 +60,7 @@ class Geometry:
     groups: int = 1
     layout: Layout = "channels_first"
     flip: bool = False
+    padding_mode: PaddingMode = "zeros"  # also if nothing is padded
 
     @classmethod
     def infer(
@@ -72,6 +73,7 @@ class Geometry:
         groups: object = 1,
         layout: object = "channels_first",
         flip: object = False,
+        padding_mode: object = "zeros",
         *,
         x_name: str = "x",
         w_name: str = "w",
@@ -83,7 +85,7 @@ class Geometry:
         >>> Geometry.infer((8, 3, 32, 32), (16, 3, 3, 3), stride=2, padding=1).y_shape
         (8, 16, 16, 16)
         """
-        given = (x_name, w_name, x_shape, w_shape, stride, padding, dilation, groups, layout, flip)
+        given = (x_name, w_name, x_shape, w_shape, stride, padding, dilation, groups, layout, flip, padding_mode)
         return (_of_arguments if are_plain(given) else _of_arguments.__wrapped__)(*given)
 
     @classmethod
@@ -162,6 +164,27 @@ class Geometry:
             first = max(0, -(-(block.start + low - window + 1) // s))
             outputs.append(slice(first, max(first, min(m, (block.stop - 1 + low) // s + 1))))
         return tuple(outputs)
+
+    @property
+    def padded(self) -> Geometry:
+        """The same convolution of the padded x, without padding."""
+        extents = tuple(n + low + high for n, (low, high) in zip(self.input, self.padding, strict=True))
+        return replace(self, input=extents, padding=((0, 0),) * self.rank, padding_mode="zeros")
+
+    def part(self, batch: Shape, positions: Slices, outputs: Slices) -> Geometry:
+        """Return the convolution of a block of the padded x that gives a block of outputs.
+
+        Positions are counted from the first element of x: those before it are negative.
+        """
+        extents, padding = [], []
+        for block, out, s, window, (low, _) in zip(
+            positions, outputs, self.stride, self.window, self.padding, strict=True
+        ):
+            extent, span = block.stop - block.start, (out.stop - out.start - 1) * s + window
+            before = low + block.start - out.start * s
+            extents.append(extent)
+            padding.append((before, span - before - extent))
+        return replace(self, batch=batch, input=tuple(extents), padding=tuple(padding), padding_mode="zeros")
 
     @cached_property
     def reaches_beyond(self) -> bool:
@@ -346,6 +369,25 @@ def _check_kernel(kernel: Shape, w_shape: Shape, w_name: str) -> None:
         raise ValueError(f"{w_name} must have a kernel extent of at least 1 on every axis ({w_name} {w_shape})")
 
 
+def _check_padding_mode(geometry: Geometry, x_name: str) -> None:
+    """Raise ValueError if the padding is longer than the elements that it may repeat."""
+    mode = geometry.padding_mode
+    if mode == "zeros":
+        return
+    for axis, (n, padding) in enumerate(zip(geometry.input, geometry.padding, strict=True)):
+        if mode == "replicate":
+            most, rule = (sys.maxsize if n else 0), "at most 0 for an extent of 0"
+        elif mode == "reflect":
+            most, rule = max(n - 1, 0), f"at most the extent of {x_name} - 1"
+        else:
+            most, rule = n, f"at most the extent of {x_name}"
+        if max(padding) > most:
+            raise ValueError(
+                f"padding must be {rule} with padding_mode={mode!r}, but on spatial axis {axis} it is"
+                f" {padding} and the extent is {n} ({x_name} {geometry.x_shape})"
+            )
+
+
 def _check_size(y_shape: Shape) -> None:
     if (elements := math.prod(y_shape)) > MOST_ELEMENTS:
         raise ValueError(f"y would have the shape {y_shape}, {elements:.2g} elements, more than memory can have")
@@ -363,7 +405,7 @@ def _of_arguments(x_name: str, w_name: str, x_shape: Any, w_shape: Any, *setting
 @lru_cache(maxsize=4096, typed=True)
 def _of_transposed(x_shape: Any, w_shape: Any, output_padding: Any, output_shape: Any, *settings: Any) -> Geometry:
     shapes = shape_of(x_shape, "x"), shape_of(w_shape, "w")
-    checked, rank = geometry_settings(shapes[1], "w", *settings), len(shapes[1]) - 2
+    checked, rank = geometry_settings(shapes[1], "w", *settings, "zeros"), len(shapes[1]) - 2
     extra = per_axis(output_padding, rank, "output_padding", minimum=0)
     if output_shape is None:
         return _infer_transposed(*shapes, checked, extra)
@@ -374,7 +416,7 @@ def _of_transposed(x_shape: Any, w_shape: Any, output_padding: Any, output_shape
 
 @lru_cache(maxsize=4096)
 def _infer(x_shape: Shape, w_shape: Shape, settings: Settings, x_name: str, w_name: str) -> Geometry:
-    stride, padding, dilation, groups, layout, flip = settings
+    stride, padding, dilation, groups, layout, flip, mode = settings
     batch, channels, extent, kernel = _split(x_shape, w_shape, layout, x_name, w_name)
     group_channels, filters = w_shape[-2:] if layout == "channels_last" else (w_shape[1], w_shape[0])
     shapes = f"({x_name} {x_shape}, {w_name} {w_shape}, groups={groups})"
@@ -394,7 +436,9 @@ def _infer(x_shape: Shape, w_shape: Shape, settings: Settings, x_name: str, w_na
         )
     _check_kernel(kernel, w_shape, w_name)
     pairs = padding if isinstance(padding, tuple) else _named_padding(padding, extent, kernel, stride, dilation)
-    geometry = Geometry(batch, channels, filters, extent, kernel, stride, pairs, dilation, groups, layout, flip)
+    mode = mode if any(end > 0 for pair in pairs for end in pair) else "zeros"
+    geometry = Geometry(batch, channels, filters, extent, kernel, stride, pairs, dilation, groups, layout, flip, mode)
+    _check_padding_mode(geometry, x_name)
     for axis, size in enumerate(geometry.output):
         if size < 1:
             n, k, s, d, (low, high) = extent[axis], kernel[axis], stride[axis], dilation[axis], pairs[axis]
@@ -444,7 +488,7 @@ class _Transposed(NamedTuple):
 
 
 def _transposed(x_shape: Shape, w_shape: Shape, settings: Settings) -> _Transposed:
-    _, padding, _, groups, layout, _ = settings
+    padding, groups, layout = settings.padding, settings.groups, settings.layout
     batch, filters, extent, kernel = _split(x_shape, w_shape, layout, "x", "w")
     group_channels, expected = w_shape[-2:] if layout == "channels_last" else (w_shape[1], w_shape[0])
     shapes = f"(x {x_shape}, w {w_shape}, groups={groups})"
@@ -483,7 +527,7 @@ def _infer_of_output(x_shape: Shape, w_shape: Shape, settings: Settings, output_
 
 @lru_cache(maxsize=4096)
 def _infer_transposed(x_shape: Shape, w_shape: Shape, settings: Settings, output_padding: Shape) -> Geometry:
-    stride, padding, dilation, groups, layout, flip = settings
+    stride, padding, dilation, groups, layout, flip, _ = settings
     batch, filters, extent, kernel, channels, shapes = _transposed(x_shape, w_shape, settings)
     if isinstance(padding, str) and padding != "valid" and any(output_padding):
         raise ValueError(

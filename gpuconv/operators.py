@@ -8,13 +8,13 @@ from typing import Any, NamedTuple, SupportsIndex
 
 import numpy
 
-from gpuconv import dtypes
+from gpuconv import dtypes, padding_modes
 from gpuconv.api import conv, conv_data_grad
 from gpuconv.arguments import Shape
 from gpuconv.arrays import Array, kind_of, moved
 from gpuconv.geometry import Geometry
 from gpuconv.operands import canonical
-from gpuconv.types import Layout, Padding, PerAxis
+from gpuconv.types import Layout, Padding, PaddingMode, PerAxis
 from gpuconv.validate import checked
 
 _SPARSE_DTYPES = ("float32", "float64", "complex64", "complex128")
@@ -26,6 +26,7 @@ def linear_operator(
     *,
     stride: PerAxis = 1,
     padding: Padding = 0,
+    padding_mode: PaddingMode = "zeros",
     dilation: PerAxis = 1,
     groups: int = 1,
     layout: Layout = "channels_first",
@@ -39,7 +40,7 @@ def linear_operator(
         Filters. The operator refers to the array: it follows later changes of its elements.
     x_shape : sequence of int
         Shape of x, batch axes included.
-    stride, padding, dilation, groups, layout, flip
+    stride, padding, padding_mode, dilation, groups, layout, flip
         As in :func:`gpuconv.conv`.
 
     Returns
@@ -71,7 +72,9 @@ def linear_operator(
     array([1., 2., 2., 4.])
     """
     kind, dtype = checked(w=w)
-    geometry = Geometry.infer(x_shape, w.shape, stride, padding, dilation, groups, layout, flip, x_name="x_shape")
+    geometry = Geometry.infer(
+        x_shape, w.shape, stride, padding, dilation, groups, layout, flip, padding_mode, x_name="x_shape"
+    )
     products = _Products(w, geometry)
     return _class_of(kind)(
         (math.prod(geometry.y_shape), math.prod(geometry.x_shape)),
@@ -106,7 +109,7 @@ class _Products(NamedTuple):
         return self.rmatmat(y.reshape(-1, 1)).reshape(-1)
 
     def _settings(self) -> dict[str, Any]:
-        names = "stride", "padding", "dilation", "groups", "layout", "flip"
+        names = "stride", "padding", "padding_mode", "dilation", "groups", "layout", "flip"
         return {name: getattr(self.geometry, name) for name in names}
 
 
@@ -137,6 +140,7 @@ def conv_matrix(
     *,
     stride: PerAxis = 1,
     padding: Padding = 0,
+    padding_mode: PaddingMode = "zeros",
     dilation: PerAxis = 1,
     groups: int = 1,
     layout: Layout = "channels_first",
@@ -150,7 +154,7 @@ def conv_matrix(
         Filters of dtype float32, float64, complex64 or complex128, the dtypes of sparse matrices.
     x_shape : sequence of int
         Shape of x, batch axes included.
-    stride, padding, dilation, groups, layout, flip
+    stride, padding, padding_mode, dilation, groups, layout, flip
         As in :func:`gpuconv.conv`.
 
     Returns
@@ -179,18 +183,23 @@ def conv_matrix(
         raise TypeError(
             f"w must be one of {', '.join(_SPARSE_DTYPES)} to become a sparse matrix, not {w.dtype}; {hint}"
         )
-    geometry = Geometry.infer(x_shape, w.shape, stride, padding, dilation, groups, layout, flip, x_name="x_shape")
+    geometry = Geometry.infer(
+        x_shape, w.shape, stride, padding, dilation, groups, layout, flip, padding_mode, x_name="x_shape"
+    )
     try:
         from scipy import sparse
     except ImportError:
         raise ImportError("conv_matrix needs SciPy: pip install 'gpuconv[sparse]'") from None
     weights = canonical(moved(w, "numpy"), "w", geometry).astype(dtypes.promoted(w.dtype), copy=False)
-    arrays = _csr(weights, geometry)
     shape = math.prod(geometry.y_shape), math.prod(geometry.x_shape)
+    matrix = sparse.csr_array(_csr(weights, geometry), shape=shape)
+    if geometry.padding_mode != "zeros":  # an output may read the same input through several taps
+        matrix.sum_duplicates()
     if kind == "numpy":
-        return sparse.csr_array(arrays, shape=shape)
+        return matrix
     import cupyx.scipy.sparse
 
+    arrays = matrix.data, matrix.indices, matrix.indptr
     with w.device:
         return cupyx.scipy.sparse.csr_matrix(tuple(moved(array, "cupy") for array in arrays), shape=shape)
 
@@ -244,7 +253,7 @@ def _inputs_seen(geometry: Geometry) -> tuple[Array, Array]:
     valid: Any = True
     for axis in range(rank):
         o, t = numpy.arange(geometry.output[axis])[:, None], numpy.arange(geometry.kernel[axis])
-        i = geometry.position(axis, o, t)
+        i = _held(geometry, axis, geometry.position(axis, o, t))
         shape = [1] * (2 * rank)
         shape[axis], shape[rank + axis] = i.shape
         index = index + (i * steps[axis]).reshape(shape)
@@ -260,3 +269,14 @@ def _inputs_seen(geometry: Geometry) -> tuple[Array, Array]:
         valid = numpy.broadcast_to(valid[..., None], (*valid.shape, geometry.group_channels)).transpose(order)
     outputs = math.prod(geometry.output)
     return index.reshape(outputs, -1), valid.reshape(outputs, -1)
+
+
+def _held(geometry: Geometry, axis: int, positions: Array) -> Array:
+    """Return the inputs that positions of a padded axis hold; none for positions of zeros, which are out of bounds."""
+    if geometry.padding_mode == "zeros":
+        return positions
+    parts = padding_modes.segments(geometry, axis)
+    return numpy.select(
+        [(part.start <= positions) & (positions < part.stop) for part in parts],
+        [part.origin + part.step * positions for part in parts],
+    )

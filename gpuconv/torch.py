@@ -30,7 +30,7 @@ from gpuconv.arrays import INSTALL_HINT, Array, Kind
 from gpuconv.execute import Call, Source
 from gpuconv.geometry import Geometry
 from gpuconv.operands import ROLES, Role, has_channels_last_memory
-from gpuconv.types import Algorithm, Direction, Layout, Padding, PerAxis, Precision
+from gpuconv.types import Algorithm, Direction, Layout, Padding, PaddingMode, PerAxis, Precision
 from gpuconv.validate import check_bias
 
 try:
@@ -49,6 +49,7 @@ def conv(
     *,
     stride: PerAxis = 1,
     padding: Padding = 0,
+    padding_mode: PaddingMode = "zeros",
     dilation: PerAxis = 1,
     groups: int = 1,
     layout: Layout = "channels_first",
@@ -67,7 +68,7 @@ def conv(
         Filters.
     b : Tensor of shape ``(F,)``, optional
         Bias.
-    stride, padding, dilation, groups, layout, flip
+    stride, padding, padding_mode, dilation, groups, layout, flip
         As in :func:`gpuconv.conv`.
     algorithm, precision, deterministic
         As in :func:`gpuconv.conv`.
@@ -91,6 +92,7 @@ def conv(
     """
     geometry = {
         "stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "layout": layout, "flip": flip,
+        "padding_mode": padding_mode,
     }  # fmt: skip
     return _called("forward", x, w, b, geometry, algorithm, precision, deterministic)
 

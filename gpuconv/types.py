@@ -9,6 +9,7 @@ import numpy
 
 Layout: TypeAlias = Literal["channels_first", "channels_last"]
 PaddingName: TypeAlias = Literal["valid", "same", "same_lower", "full", "causal"]
+PaddingMode: TypeAlias = Literal["zeros", "circular", "reflect", "replicate"]
 Direction: TypeAlias = Literal["forward", "data_grad", "weight_grad"]
 Activation: TypeAlias = Literal["relu", "leaky_relu", "sigmoid", "tanh"]
 Algorithm: TypeAlias = Literal["auto", "im2col", "winograd", "fft", "depthwise", "implicit_gemm", "scatter", "direct"]

@@ -8,11 +8,13 @@ import itertools
 
 import numpy as np
 
+MODES = {"zeros": "constant", "circular": "wrap", "reflect": "reflect", "replicate": "edge"}  # their names in NumPy
 
-def padded(x, padding):
-    """Return x with its spatial axes padded with zeros; negative padding crops."""
+
+def padded(x, padding, mode="zeros"):
+    """Return x with its spatial axes padded; negative padding crops."""
     pads = [(0, 0), (0, 0), *((max(low, 0), max(high, 0)) for low, high in padding)]
-    x = np.pad(x, pads)
+    x = np.pad(x, pads, MODES[mode])
     crops = []
     for n, (low, high) in zip(x.shape[2:], padding, strict=True):
         crops.append(slice(max(-low, 0), n - max(-high, 0)))
@@ -46,9 +48,9 @@ def _grouped(a, axis, groups):
     return a.reshape(*a.shape[:axis], groups, a.shape[axis] // groups, *a.shape[axis + 1 :])
 
 
-def forward(x, w, stride, padding, dilation, groups=1, flip=False):
+def forward(x, w, stride, padding, dilation, groups=1, flip=False, padding_mode="zeros"):
     outputs = _outputs(x.shape, w.shape, stride, padding, dilation)
-    x, v = padded(x, padding), np.flip(w, range(2, w.ndim)) if flip else w
+    x, v = padded(x, padding, padding_mode), np.flip(w, range(2, w.ndim)) if flip else w
     y = np.zeros((x.shape[0], groups, w.shape[0] // groups, *outputs), np.result_type(x, w))
     for tap, seen in taps(w.shape[2:], stride, dilation, outputs):
         xs = _grouped(x[(slice(None), slice(None), *seen)], 1, groups)
@@ -56,8 +58,14 @@ def forward(x, w, stride, padding, dilation, groups=1, flip=False):
     return y.reshape(x.shape[0], w.shape[0], *outputs)
 
 
-def data_grad(dy, w, x_shape, stride, padding, dilation, groups=1, flip=False):
-    """Return the adjoint with respect to x: products are added to a padded dx, which is then cropped."""
+def data_grad(dy, w, x_shape, stride, padding, dilation, groups=1, flip=False, padding_mode="zeros"):
+    """Return the adjoint with respect to x: products are added to a padded dx, which is then cropped or folded."""
+    if padding_mode != "zeros":
+        held = padded(np.arange(np.prod(x_shape)).reshape(x_shape), padding, padding_mode)
+        terms = data_grad(dy, w, held.shape, stride, [(0, 0)] * len(padding), dilation, groups, flip)
+        dx = np.zeros(x_shape, terms.dtype)
+        np.add.at(dx.reshape(-1), held, terms)
+        return dx
     v = np.conj(np.flip(w, range(2, w.ndim)) if flip else w)
     room = [(max(low, 0), max(high, 0)) for low, high in padding]
     extent = [n + low + high for n, (low, high) in zip(x_shape[2:], room, strict=True)]
@@ -72,8 +80,8 @@ def data_grad(dy, w, x_shape, stride, padding, dilation, groups=1, flip=False):
     return dx[(slice(None), slice(None), *inside)]
 
 
-def weight_grad(dy, x, w_shape, stride, padding, dilation, groups=1, flip=False):
-    x = np.conj(padded(x, padding))
+def weight_grad(dy, x, w_shape, stride, padding, dilation, groups=1, flip=False, padding_mode="zeros"):
+    x = np.conj(padded(x, padding, padding_mode))
     dw = np.zeros(w_shape, np.result_type(dy, x))
     dyg = _grouped(dy, 1, groups)
     for tap, seen in taps(w_shape[2:], stride, dilation, dy.shape[2:]):

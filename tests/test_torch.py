@@ -26,12 +26,13 @@ SETTINGS = {
     "groups": ((1, 4, 5), (4, 2, 3), {"padding": ((0, 2),), "groups": 2}),
     "flipped, channels_last": ((2, 3, 3, 2), (2, 2, 2, 2), {"layout": "channels_last", "flip": True}),
     "no batch": ((2, 4, 4), (2, 2, 3, 3), {"padding": "same"}),
+    "padding mode": ((1, 2, 4, 3), (2, 2, 2, 3), {"padding": ((2, 1), (0, 2)), "stride": 2, "padding_mode": "reflect"}),
     "output padding": ((1, 2, 3), (2, 2, 2), {"stride": 3, "dilation": 2, "output_padding": 2}),
     "output shape": ((1, 2, 3), (2, 2, 2), {"stride": 3, "output_shape": 10}),
 }
 WAYS = [
     *(("conv", name) for name in SETTINGS if not name.startswith("output")),
-    *(("conv_transpose", name) for name in SETTINGS if name not in ("plain", "no batch")),
+    *(("conv_transpose", name) for name in SETTINGS if name not in ("plain", "no batch", "padding mode")),
 ]
 
 
@@ -72,6 +73,23 @@ def test_values_and_gradients_are_exact(case, dtype, rng):
     y.backward(torch.from_numpy(dy.astype(dtype)))
     np.testing.assert_array_equal(X.grad.numpy(), reference.data_grad(dy, w, case.x, *exact))
     np.testing.assert_array_equal(W.grad.numpy(), reference.weight_grad(dy, x, case.w, *exact))
+
+
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+@pytest.mark.parametrize(
+    "shapes", [((2, 3, 9), (4, 3, 5)), ((2, 3, 6, 7), (4, 3, 3, 3)), ((1, 2, 4, 5, 6), (3, 2, 3, 3, 3))]
+)
+def test_padding_modes_are_pytorchs(shapes, mode, rng):
+    x, w = (torch.from_numpy(draw(rng, shape, "float64", True)) for shape in shapes)
+    mine, theirs = ([t.clone().requires_grad_() for t in (x, w)] for _ in range(2))
+    rank = x.ndim - 2
+    padded = torch.nn.functional.pad(theirs[0], [2, 3] * rank, mode)
+    expected = getattr(torch.nn.functional, f"conv{rank}d")(padded, theirs[1], stride=2)
+    y = gpuconv_torch.conv(*mine, stride=2, padding=((2, 3),) * rank, padding_mode=mode)
+    for one in (y, expected):
+        (one * one).sum().backward()
+    for one, other in zip((y, *(t.grad for t in mine)), (expected, *(t.grad for t in theirs)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("stride, padding, output_padding", [(1, 0, 0), (2, 1, 1), (3, 2, 2)])

@@ -1,0 +1,256 @@
+"""Convolutions whose padding holds elements of x: padding_mode "circular", "reflect" and "replicate".
+
+An algorithm computes blocks of such a convolution, which are convolutions without a padding mode, so that every
+algorithm is applicable. A quarter of the workspace is for the padded x of a block, and half of it for the algorithm.
+
+    forward      the inputs in the windows of a block of outputs, the padding included, are copied and convolved
+    weight_grad  the same; the results of the blocks are added in order
+    data_grad    the gradients of a block of inputs, and of the padding that repeats them, are computed; the latter are
+                 added to the former, which is the adjoint of padding
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from typing import NamedTuple, TypeAlias
+
+import numpy
+
+from gpuconv.arguments import Shape
+from gpuconv.blocking import Blocks, Buffer, Buffers, channels_innermost, largest, pieces
+from gpuconv.geometry import Geometry, Slices
+from gpuconv.operands import Index, Operand, Result, in_place
+from gpuconv.plan import Planner
+from gpuconv.request import Request
+from gpuconv.views import View
+
+SHARES = 4  # of the workspace, of which the padded x of a block takes one
+
+Compute: TypeAlias = Callable[..., None]  # forward, data_grad or weight_grad of an algorithm
+
+
+class Segment(NamedTuple):
+    """Consecutive positions of a padded axis, counted from the first input: position p holds ``origin + step * p``.
+
+    The step is 1, -1 or, if all positions hold the same input, 0.
+    """
+
+    start: int
+    stop: int
+    origin: int
+    step: int
+
+    @property
+    def is_input(self) -> bool:
+        """Whether the positions are inputs themselves, not padding."""
+        return self.origin == 0 and self.step == 1
+
+    def inputs(self, start: int = 0) -> slice:
+        """Return the inputs that the positions hold, counted from one of them; a single one if it is repeated."""
+        first = self.origin + self.step * self.start - start
+        if self.step == 0:
+            return slice(first, first + 1)
+        end = first + self.step * (self.stop - self.start)
+        return slice(first, None if end < 0 else end, self.step)
+
+    def within(self, positions: slice) -> Segment:
+        """Return the part within a block of positions, which may be empty."""
+        start = max(self.start, positions.start)
+        return self._replace(start=start, stop=max(start, min(self.stop, positions.stop)))
+
+    def holding(self, block: slice) -> Segment:
+        """Return the part that holds inputs of a block, which may be empty."""
+        if self.step == 0:
+            return self if block.start <= self.origin < block.stop else self._replace(stop=self.start)
+        first, last = sorted(self.step * (i - self.origin) for i in (block.start, block.stop - 1))
+        return self.within(slice(first, last + 1))
+
+
+def segments(geometry: Geometry, axis: int) -> list[Segment]:
+    """Return the segments of a padded axis: the input, then the padding at the low and at the high end."""
+    n, (low, high) = geometry.input[axis], geometry.padding[axis]
+    step, at_low, at_high = {
+        "circular": (1, n, -n),
+        "reflect": (-1, 0, 2 * (n - 1)),
+        "replicate": (0, 0, n - 1),
+    }[geometry.padding_mode]
+    return [Segment(0, n, 0, 1), Segment(-max(low, 0), 0, at_low, step), Segment(n, n + max(high, 0), at_high, step)]
+
+
+def request_of_blocks(request: Request) -> Request:
+    """Return the request to the algorithm that computes the blocks of a request with a padding mode."""
+    geometry = request.geometry
+    if geometry.padding_mode == "zeros":
+        return request
+    buffers_of = _of_inputs if request.direction == "data_grad" else _of_windows
+    smallest = sum(buffer.elements for buffer in buffers_of(geometry, (1,) * (len(geometry.batch) + geometry.rank)))
+    has_room = request.lacks(SHARES * smallest, "the smallest block") is None
+    return request._replace(geometry=geometry.padded, limit=request.limit // 2 if has_room else 0)
+
+
+def forward(compute: Compute, x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
+    """Compute y of a padded x."""
+
+    def some_outputs(index: Index, planner: Planner) -> None:
+        part, images = _windows(x, index, geometry, planner)
+        compute(images, w, y.part(index), part, _half(planner))
+
+    planner.loop(_blocks_of_outputs(geometry, planner), some_outputs)
+
+
+def weight_grad(compute: Compute, dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
+    """Compute dw of a padded x."""
+    blocks = _blocks_of_outputs(geometry, planner)
+
+    def some_outputs(number: int, dy: Operand, dw: Result, planner: Planner) -> None:
+        part, images = _windows(x, blocks[number], geometry, planner)
+        part = replace(part, filters=part.groups * dw.view.shape[-1])
+        compute(dy.seen(lambda view: view[blocks[number]]), images, dw, part, _half(planner))
+
+    def some_filters(filters: slice, planner: Planner) -> None:
+        gradients, result = dy.of_channels(filters), dw.of_channels(filters)
+        shape = result.view.shape
+        total, term = (space.shaped(shape) for space in planner.workspace(*(math.prod(shape),) * 2))
+
+        def add(number: int, planner: Planner) -> None:
+            some_outputs(number, gradients, Result(term if number else total), planner)
+            if number:
+                planner.call(planner.xp.add, total, term, out=total)
+
+        planner.loop(range(len(blocks)), add)
+        result.store(total, result.view, planner)
+
+    if len(blocks) == 1:
+        some_outputs(0, dy, dw, planner)
+    else:
+        at_once = largest(geometry.group_filters, planner.budget // SHARES, 2 * geometry.channels * geometry.taps)
+        planner.loop(list(pieces(geometry.group_filters, at_once)), some_filters)
+
+
+def data_grad(compute: Compute, dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
+    """Compute dx, the gradient of an x that was padded."""
+    needs_sums = not in_place(dx.view, planner.dtype)
+    buffers_of = partial(_of_inputs, geometry, needs_sums=needs_sums)
+    blocks = Blocks.fitting((*geometry.batch, *geometry.input), planner.budget // SHARES, buffers_of)
+
+    def some_inputs(index: Index, planner: Planner) -> None:
+        images, inputs = index[: len(geometry.batch)], index[len(geometry.batch) :]
+        target = dx.view[index]
+        total = _images(target, _extents(images), _extents(inputs), planner) if needs_sums else target
+
+        def add(runs: tuple[list[Segment], ...], planner: Planner) -> None:
+            positions = tuple(slice(min(s.start for s in run), max(s.stop for s in run)) for run in runs)
+            outputs = geometry.outputs_of_windows(positions)
+            part = geometry.part(_extents(images), positions, outputs)
+            gradients = _images(target, part.batch, part.input, planner)
+            if all(_extents(outputs)):
+                compute(dy.seen(lambda view: view[(*images, *outputs)]), w, Result(gradients), part, _half(planner))
+            else:
+                planner.copy(gradients, 0)
+            for axes in product(*runs):
+                _add(gradients[_at(axes, positions)], axes, inputs, total, planner)
+
+        axes = (_runs(segments(geometry, axis), block) for axis, block in enumerate(inputs))
+        planner.loop(list(product(*axes)), add)
+        dx.store(total, target, planner)
+
+    planner.loop(blocks, some_inputs)
+
+
+def _runs(parts: list[Segment], block: slice) -> list[list[Segment]]:
+    """Return the segments of an axis that hold inputs of a block, in runs without gaps; these inputs come first."""
+    first, *others = (segment.holding(block) for segment in parts)
+    joined, apart = [first], []
+    for segment in others:
+        if segment.start == segment.stop:
+            continue
+        if segment.stop == first.start or segment.start == first.stop:
+            joined.append(segment)
+        else:
+            apart.append([segment])
+    return [joined, *apart]
+
+
+def _add(terms: View, axes: tuple[Segment, ...], inputs: Slices, total: View, planner: Planner) -> None:
+    """Add gradients of positions to those of the inputs that they hold. Those of the inputs themselves come first."""
+    if all(segment.is_input for segment in axes):
+        planner.copy(total, terms)
+        return
+    held = (segment.inputs(block.start) for segment, block in zip(axes, inputs, strict=True))
+    target = total[(..., *held, slice(None), slice(None))]
+    batch = total.ndim - len(axes) - 2
+    repeated = tuple(batch + axis for axis, segment in enumerate(axes) if segment.step == 0)
+    if repeated:
+        (flat,) = planner.workspace(target.size)
+        sums = flat.shaped(target.shape)
+        planner.call(planner.xp.sum, terms, repeated, planner.dtype, out=sums[_without(repeated, target.ndim)])
+        terms = sums
+    planner.call(planner.xp.add, target, terms, out=target)
+
+
+def _without(axes: Sequence[int], rank: int) -> Index:
+    """Return the index that drops axes, whose extent is 1."""
+    return tuple(0 if axis in axes else slice(None) for axis in range(rank))
+
+
+def _extents(slices: Slices) -> Shape:
+    return tuple(block.stop - block.start for block in slices)
+
+
+def _blocks_of_outputs(geometry: Geometry, planner: Planner) -> Blocks:
+    return Blocks.fitting((*geometry.batch, *geometry.output), planner.budget // SHARES, partial(_of_windows, geometry))
+
+
+def _of_windows(geometry: Geometry, box: Shape) -> Buffers:
+    """Return the buffer of a block of outputs: the padded x in its windows."""
+    batch = len(geometry.batch)
+    axes = zip(box[batch:], geometry.stride, geometry.window, strict=True)
+    return [Buffer(math.prod((*box[:batch], *((m - 1) * s + window for m, s, window in axes))) * geometry.channels)]
+
+
+def _of_inputs(geometry: Geometry, box: Shape, needs_sums: bool = True) -> Buffers:
+    """Return the buffers of a block of inputs: its gradients with those of the padding, and the sums of them."""
+    batch, size = len(geometry.batch), math.prod(box) * geometry.channels
+    axes = zip(box[batch:], geometry.padding, strict=True)
+    padded = math.prod((*box[:batch], *(n + max(low, 0) + max(high, 0) for n, (low, high) in axes)))
+    is_repeated = geometry.padding_mode == "replicate"
+    return [Buffer(padded * geometry.channels), Buffer(size, needs_sums), Buffer(size, is_repeated)]
+
+
+def _half(planner: Planner) -> Planner:
+    """Return the planner for the algorithm, which has half of the workspace."""
+    return replace(planner, limit=planner.limit // 2)
+
+
+def _images(like: View, batch: Shape, extents: Shape, planner: Planner, dtype: numpy.dtype | None = None) -> View:
+    """Return workspace for images with these batch and spatial extents, and with the memory order of other images."""
+    groups = like.shape[-2:]
+    (flat,) = planner.workspace(math.prod((*batch, *extents, *groups)), dtype=dtype)
+    if channels_innermost(like):
+        return flat.shaped((*batch, *extents, *groups))
+    first, last = len(batch), len(batch) + 2
+    view = flat.shaped((*batch, *groups, *extents))
+    return view.transpose(*range(first), *range(last, view.ndim), *range(first, last))
+
+
+def _windows(x: Operand, index: Index, geometry: Geometry, planner: Planner) -> tuple[Geometry, Operand]:
+    """Copy the padded x in the windows of a block of outputs; return the convolution of the copy, and the copy."""
+    images, outputs = index[: len(geometry.batch)], index[len(geometry.batch) :]
+    positions = tuple(slice(start, stop) for start, stop in geometry.inputs_in_windows(outputs))
+    part = geometry.part(_extents(images), positions, outputs)
+    block = _images(x.view, part.batch, part.input, planner, x.view.dtype)
+    held = ([s.within(p) for s in segments(geometry, axis)] for axis, p in enumerate(positions))
+    for axes in product(*held):
+        inputs = (segment.inputs() for segment in axes)
+        planner.copy(block[_at(axes, positions)], x.view[(*images, *inputs)])
+    return part, x.part(block)
+
+
+def _at(axes: Sequence[Segment], positions: Sequence[slice]) -> Index:
+    """Return the index of segments in a block of positions."""
+    inside = (slice(s.start - p.start, s.stop - p.start) for s, p in zip(axes, positions, strict=True))
+    return (..., *inside, slice(None), slice(None))
