@@ -1,14 +1,15 @@
 """Deblur a photograph by lsqr on gpuconv.linear_operator.
 
-    python bench/deblur.py [--plot FILE]
+    python bench/deblur.py [--plot FILE] [--borders MODE]
 
 The photograph is blurred by a diagonal motion of 15 pixels, and noise of 1 % is added. It is restored by minimising
 
     min |blur x - y|^2 + smooth^2 |differences x|^2
 
-where blur and differences are convolutions. SciPy's solver uses only their products and adjoint products. With
-GPUCONV_BACKEND=cupy these are computed on a GPU. The script prints the peak signal-to-noise ratios; its exit status is
-1 if the gain is less than 3 dB.
+where blur and differences are convolutions. Beyond its borders the photograph is zero or, with --borders, continued by
+another padding mode of gpuconv.conv: periodically with "circular". SciPy's solver uses only their products and adjoint
+products. With GPUCONV_BACKEND=cupy these are computed on a GPU. The script prints the peak signal-to-noise ratios; its
+exit status is 1 if the gain is less than 3 dB.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from scipy.sparse.linalg import LinearOperator, lsqr
 from sklearn.datasets import load_sample_image
 
 import gpuconv
+from gpuconv.arguments import PADDING_MODES
 
 MOTION = np.eye(15) / 15
 DIFFERENCES = np.array([[[[-1.0, 1.0], [0.0, 0.0]]], [[[-1.0, 0.0], [1.0, 0.0]]]])  # along rows and columns
@@ -64,6 +66,7 @@ def pictures(path, images):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plot", type=Path, metavar="FILE", help="writes the three pictures")
+    parser.add_argument("--borders", choices=PADDING_MODES, default="zeros", help="padding mode (default zeros)")
     parser.add_argument("--smooth", type=float, default=0.06, metavar="S", help="weight of differences (default 0.06)")
     parser.add_argument("--steps", type=int, default=30, metavar="N", help="at the most (default 30)")
     options = parser.parse_args()
@@ -72,7 +75,7 @@ def main():
 
     truth = np.moveaxis(load_sample_image("china.jpg") / 255.0, -1, 0)[:, None]  # three images of one channel
     shape, truth = truth.shape, truth.ravel()
-    blur = gpuconv.linear_operator(MOTION[None, None], shape, padding="same")
+    blur = gpuconv.linear_operator(MOTION[None, None], shape, padding="same", padding_mode=options.borders)
     blurred = blur @ truth + NOISE * np.random.default_rng(0).standard_normal(truth.size)
     found = restored(blurred, blur, gpuconv.linear_operator(DIFFERENCES, shape), options.smooth, options.steps)
 

@@ -71,11 +71,15 @@ def conv(
     stride : int or sequence of int, default 1
         One value for all spatial axes, or one for each, at least 1.
     padding : int, sequence or str, default 0
-        Zeros at both ends of each spatial axis: one int, one int per axis, or one ``(low, high)`` pair per axis.
-        Negative values crop. Or one of ``"valid"`` (none), ``"same"`` (output extent ``ceil(input / stride)``, the odd
+        Elements added at both ends of each spatial axis: one int, one int per axis, or one ``(low, high)`` pair per
+        axis. Negative values crop. Or one of ``"valid"`` (none), ``"same"`` (output extent ``ceil(input / stride)``, the odd
         element at the high end), ``"same_lower"`` (at the low end, as SciPy's mode "same" has it for even kernels),
         ``"full"`` (``dilation * (kernel - 1)`` at both ends) and ``"causal"`` (one spatial axis; the same at the low
         end only).
+    padding_mode : {"zeros", "circular", "reflect", "replicate"}, default "zeros"
+        Values of the padding: zeros; x continued periodically; x mirrored at its first and last elements, which are not
+        repeated; or these elements. Positive padding is at most the extent of `x` for "circular", and less than it for
+        "reflect". Negative padding crops what is so continued.
     dilation : int or sequence of int, default 1
         Distance between taps, written as `stride` is.
     groups : int, default 1
@@ -136,6 +140,8 @@ def conv(
     >>> gpuconv.conv(x, w)
     array([[[[4., 4.],
              [4., 4.]]]])
+    >>> gpuconv.conv(numpy.array([[[1.0, 2.0, 4.0]]]), numpy.ones((1, 1, 3)), padding=1, padding_mode="circular")
+    array([[[7., 7., 7.]]])
     """
     kind, dtype = checked(x=x, w=w, **given(b=b))
     geometry = Geometry.infer(x.shape, w.shape, stride, padding, dilation, groups, layout, flip, padding_mode)
@@ -196,6 +202,8 @@ def conv_data_grad(
     conjugated::
 
         dx[n, c, i] = sum over f and o * stride + t * dilation - low == i of dy[n, f, o] * conj(w[f, c, t])
+
+    With a padding mode, the gradients of padded positions are added to those of the elements that they repeat.
 
     Examples
     --------

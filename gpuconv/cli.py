@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import gpuconv
 from gpuconv import dtypes, settings
-from gpuconv.arguments import LAYOUTS, PADDING_NAMES
+from gpuconv.arguments import LAYOUTS, PADDING_MODES, PADDING_NAMES
 from gpuconv.arrays import BackendError
 from gpuconv.benchmark import command
 from gpuconv.geometry import DIRECTIONS
@@ -73,6 +73,7 @@ def _parser() -> _Parser:
         default=0,
         help=f"N or N,N or LOW:HIGH,LOW:HIGH or {', '.join(PADDING_NAMES)}; negative ones as --padding=-1,-1",
     )
+    explain.add_argument("--padding-mode", choices=PADDING_MODES, default=PADDING_MODES[0])
     explain.add_argument("--dilation", type=_per_axis, default=1, help="N or N,N (default 1)")
     explain.add_argument("--groups", type=int, default=1)
     explain.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0])
@@ -158,8 +159,9 @@ def _explain(options: argparse.Namespace) -> int:
     for direction in [options.direction] if options.direction else DIRECTIONS:
         print(
             gpuconv.explain(
-                options.x, options.w, stride=options.stride, padding=options.padding, dilation=options.dilation,
-                groups=options.groups, layout=options.layout, flip=options.flip, dtype=options.dtype,
+                options.x, options.w, stride=options.stride, padding=options.padding,
+                padding_mode=options.padding_mode, dilation=options.dilation, groups=options.groups,
+                layout=options.layout, flip=options.flip, dtype=options.dtype,
                 direction=direction, backend=options.backend, algorithm=options.algorithm,
             )
         )  # fmt: skip

@@ -115,7 +115,8 @@ def tune(
     the smallest estimate. Each result is first compared with a float64 reference; one that exceeds its error bound is
     not taken. The algorithms are timed in turns. An answer applies to exactly these shapes, this dtype and layout, on
     this machine with this version of gpuconv and build of NumPy or CuPy. It is stored in the folder of
-    GPUCONV_CACHE_DIR. An ordinary call never times anything.
+    GPUCONV_CACHE_DIR. A call with a padding mode uses the answer for the padded x. An ordinary call never times
+    anything.
 
     Examples
     --------
