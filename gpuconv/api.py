@@ -72,10 +72,10 @@ def conv(
         One value for all spatial axes, or one for each, at least 1.
     padding : int, sequence or str, default 0
         Elements added at both ends of each spatial axis: one int, one int per axis, or one ``(low, high)`` pair per
-        axis. Negative values crop. Or one of ``"valid"`` (none), ``"same"`` (output extent ``ceil(input / stride)``, the odd
-        element at the high end), ``"same_lower"`` (at the low end, as SciPy's mode "same" has it for even kernels),
-        ``"full"`` (``dilation * (kernel - 1)`` at both ends) and ``"causal"`` (one spatial axis; the same at the low
-        end only).
+        axis. Negative values crop. Or one of ``"valid"`` (none), ``"same"`` (output extent ``ceil(input / stride)``,
+        the odd element at the high end), ``"same_lower"`` (at the low end, as SciPy's mode "same" has it for even
+        kernels), ``"full"`` (``dilation * (kernel - 1)`` at both ends) and ``"causal"`` (one spatial axis; the same at
+        the low end only).
     padding_mode : {"zeros", "circular", "reflect", "replicate"}, default "zeros"
         Values of the padding: zeros; x continued periodically; x mirrored at its first and last elements, which are not
         repeated; or these elements. Positive padding is at most the extent of `x` for "circular", and less than it for

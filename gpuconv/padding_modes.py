@@ -45,6 +45,11 @@ class Segment(NamedTuple):
     step: int
 
     @property
+    def extent(self) -> int:
+        """The number of positions."""
+        return self.stop - self.start
+
+    @property
     def is_input(self) -> bool:
         """Whether the positions are inputs themselves, not padding."""
         return self.origin == 0 and self.step == 1
@@ -54,7 +59,7 @@ class Segment(NamedTuple):
         first = self.origin + self.step * self.start - start
         if self.step == 0:
             return slice(first, first + 1)
-        end = first + self.step * (self.stop - self.start)
+        end = first + self.step * self.extent
         return slice(first, None if end < 0 else end, self.step)
 
     def within(self, positions: slice) -> Segment:
@@ -166,7 +171,7 @@ def _runs(parts: list[Segment], block: slice) -> list[list[Segment]]:
     first, *others = (segment.holding(block) for segment in parts)
     joined, apart = [first], []
     for segment in others:
-        if segment.start == segment.stop:
+        if not segment.extent:
             continue
         if segment.stop == first.start or segment.start == first.stop:
             joined.append(segment)
@@ -243,8 +248,8 @@ def _windows(x: Operand, index: Index, geometry: Geometry, planner: Planner) -> 
     positions = tuple(slice(start, stop) for start, stop in geometry.inputs_in_windows(outputs))
     part = geometry.part(_extents(images), positions, outputs)
     block = _images(x.view, part.batch, part.input, planner, x.view.dtype)
-    held = ([s.within(p) for s in segments(geometry, axis)] for axis, p in enumerate(positions))
-    for axes in product(*held):
+    held = ([segment.within(p) for segment in segments(geometry, axis)] for axis, p in enumerate(positions))
+    for axes in product(*([segment for segment in axis if segment.extent] for axis in held)):
         inputs = (segment.inputs() for segment in axes)
         planner.copy(block[_at(axes, positions)], x.view[(*images, *inputs)])
     return part, x.part(block)

@@ -17,6 +17,8 @@ import warnings
 import hypothesis
 from hypothesis import strategies as st
 
+from gpuconv.arguments import PADDING_MODES
+from gpuconv.geometry import Geometry
 from tests import calls
 from tests.backends import NO_EMULATION
 from tests.calls import ACTIVATIONS, FUNCTIONS, LYINGS, NARROWER, Call, Settings, Together
@@ -34,6 +36,15 @@ def empty(x, w):
     yield x, (0, *w[1:])
 
 
+def with_padding_mode(x, w, settings, mode):
+    """Return the settings with a padding mode, or without one if the padding is too long for it."""
+    try:
+        Geometry.infer(x, w, **settings, padding_mode=mode)
+    except ValueError:
+        return settings
+    return {**settings, "padding_mode": mode}
+
+
 @st.composite
 def call(draw, backend):
     """Draw a call of an algorithm that the backend has."""
@@ -45,6 +56,10 @@ def call(draw, backend):
     dtype = draw(st.sampled_from(DTYPES))
     is_complex = dtype.startswith("complex")
     function = draw(st.sampled_from(FUNCTIONS))
+    if "transpose" not in function:
+        settings = draw(
+            st.sampled_from((settings, with_padding_mode(x, w, settings, draw(st.sampled_from(PADDING_MODES)))))
+        )
     may_differ = dtype in NARROWER and function != "conv_transpose_backward"  # its db has the dtype of x
     return Call(
         function=function,
