@@ -21,9 +21,10 @@ from gpuconv.benchmark import compare, report, results
 
 SUITES = (
     *("resnet50", "vgg16", "audio1d", "unet3d", "transposed", "dilated", "large", "mobilenet", "convnext", "textbook"),
-    *("quick", "stems", "grouped", "replknet", "patch", "jsense", "deepbench", "small", "tiny"),
+    *("quick", "stems", "grouped", "replknet", "patch", "jsense", "deepbench", "small", "tiny", "course"),
+    "videovae",
 )
-IN_FLOAT64 = "textbook", "quick", "resnet50"  # also
+IN_FLOAT64 = "textbook", "quick", "resnet50", "course"  # also
 TEXTBOOK = ["--case", "n=8 c=16 h=32 w=32 k=32 r=3 s=3 pad=1", "--peer", "loops,scipy,torch"]
 
 

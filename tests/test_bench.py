@@ -29,7 +29,7 @@ from gpuconv.geometry import DIRECTIONS, Geometry
 
 SUITES = (
     *("quick", "resnet50", "vgg16", "mobilenet", "convnext", "replknet", "large", "unet3d", "audio1d", "stems"),
-    *("grouped", "dilated", "transposed", "patch", "jsense", "deepbench", "small", "tiny"),
+    *("grouped", "dilated", "transposed", "patch", "jsense", "deepbench", "small", "tiny", "course", "videovae"),
 )
 SMALL = "n=2 c=4 h=9 w=8 k=6 r=3 s=3 pad=1"
 DEPTHWISE = "n=1 c=8 h=10 w=10 k=8 r=3 s=3 groups=8"
