@@ -363,7 +363,7 @@ def test_import_loads_nothing_heavy():
 import sys, gpuconv, gpuconv.compat.cs231n, gpuconv.compat.nhwc
 import numpy
 gpuconv.conv(numpy.ones((1, 1, 4)), numpy.ones((1, 1, 2)))
-heavy = {"cupy", "scipy", "dask", "torch", "matplotlib", "rich", "sklearn", "ml_dtypes"} & set(sys.modules)
+heavy = {"cupy", "scipy", "dask", "torch", "onnx", "matplotlib", "rich", "sklearn", "ml_dtypes"} & set(sys.modules)
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], check=True)
