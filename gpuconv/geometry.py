@@ -411,6 +411,11 @@ def _of_transposed(x_shape: Any, w_shape: Any, output_padding: Any, output_shape
         return _infer_transposed(*shapes, checked, extra)
     if any(extra):
         raise ValueError(f"output_padding must be 0 beside output_shape, which takes its place; got {output_padding}")
+    if isinstance(output_shape, (tuple, list)) and len(output_shape) == len(shapes[0]):
+        raise ValueError(
+            f"output_shape must have the {rank} spatial extents only, got {tuple(output_shape)};"
+            " conv_data_grad(dy, w, x_shape) takes a whole shape"
+        )
     return _infer_of_output(*shapes, checked, per_axis(output_shape, rank, "output_shape", minimum=1))
 
 

@@ -56,6 +56,7 @@ BAD = {
     "output_shape too large": (lambda: gpuconv.conv_transpose(Y, W, stride=2, output_shape=(15, 15)), ValueError, "output_shape must be 13 to 14 on spatial axis 1, of which conv makes 6; got 15 (x (2, 4, 7, 6), w (4, 3, 3, 3), groups=1)"),
     "output_shape too small": (lambda: gpuconv.conv_transpose(Y, W, stride=2, padding="same", output_shape=12), ValueError, "output_shape must be 13 to 14 on spatial axis 0"),
     "output_shape of one axis": (lambda: gpuconv.conv_transpose(Y, W, output_shape=(9,)), ValueError, "output_shape must be an int or one int per spatial axis: 2 expected"),
+    "output_shape of all axes": (lambda: gpuconv.conv_transpose(Y, W, output_shape=(2, 4, 9, 8)), ValueError, "output_shape must have the 2 spatial extents only, got (2, 4, 9, 8); conv_data_grad(dy, w, x_shape) takes a whole shape"),
     "output_shape beside output_padding": (lambda: gpuconv.conv_transpose(Y, W, stride=2, output_padding=1, output_shape=16), ValueError, "output_padding must be 0 beside output_shape"),
     "output_shape of conv_transpose_backward": (lambda: gpuconv.conv_transpose_backward(X, Y, W, output_shape=10), ValueError, "output_shape must be 9 to 9 on spatial axis 0"),
     "transposed empty": (lambda: gpuconv.conv_transpose(Y, W, padding=9), ValueError, "(7 - 1) * 1 + 1 * (3 - 1) + 1 - 9 - 9 + 0 = -9"),
