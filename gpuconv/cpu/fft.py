@@ -262,7 +262,7 @@ class _Tiling:
             groups = _count(geometry.groups, workers)
         if geometry.groups == 1 and filters == geometry.group_filters:
             filters = _count(geometry.group_filters, workers)
-        transforms = _transforms(xp, is_complex, tile.extent, max(1, planner.threads // workers))
+        transforms = transforms_of(xp, is_complex, tile.extent, max(1, planner.threads // workers))
         return cls(geometry, planner.dtype, xp, tile, groups, filters, workers, transforms)
 
     def parts(self) -> list[tuple[slice, slice]]:
@@ -432,7 +432,7 @@ def _invert(block: Array, spectrum: Array, transform: Any, inside: Index) -> Non
     block[...] = transform(spectrum)[(..., *inside)]
 
 
-def _transforms(xp: Any, is_complex: bool, extent: Shape, workers: int) -> tuple[Any, Any]:
+def transforms_of(xp: Any, is_complex: bool, extent: Shape, workers: int) -> tuple[Any, Any]:
     """Return the forward and inverse transforms of tiles; SciPy uses ``workers`` threads, which parts leave idle."""
     module, options = xp.fft, dict[str, Any](axes=tuple(range(-len(extent), 0)))
     if xp is numpy and _has_scipy():
