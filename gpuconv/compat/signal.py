@@ -17,6 +17,7 @@ SciPy:
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from collections.abc import Callable
@@ -46,7 +47,7 @@ EXACT = 2.0**45  # sums of products below this are exact when rounded, even if c
 COPIES = 5  # arrays of the padded extents that a convolution by transforms allocates
 LONGEST = 1 << 16  # a 1-D transform; longer signals are faster in tiles, which the caches hold
 FEW_TAPS, FEW_PRODUCTS = 11, 1 << 14  # up to which numpy.convolve is the fastest; it has a loop for 11 taps
-SMALL = 1 << 15  # elements, of which one thread computes the transform
+SMALL = 1 << 19  # elements, of which one thread computes the transform
 MOST_TAPS = 500  # of a direct convolution on a GPU: an estimate from the traffic of transforms
 
 # Nanoseconds on NumPy, measured on two cores: a call of gpuconv.conv; a product, for each byte of an element; the same
@@ -313,7 +314,8 @@ def _fastest(x: Array, w: Array, dtype: numpy.dtype, method: str, is_line: bool)
     if not isinstance(x, numpy.ndarray):
         return _by_transforms if method == "auto" and w.size > MOST_TAPS else _direct
     products = x.size * w.size * dtype.itemsize
-    times: dict[Callable[..., Array] | None, float] = {_direct: CONV_CALL + CONV_PRODUCT * products}
+    real_ones = 2 if dtype.kind == "c" else 1  # a complex product consists of four, of half the size
+    times: dict[Callable[..., Array] | None, float] = {_direct: CONV_CALL + CONV_PRODUCT * products * real_ones}
     if is_line:
         times[None] = CONVOLVE_OUTPUT * x.size + CONVOLVE_PRODUCT * products
     if method == "auto":
@@ -326,7 +328,10 @@ def _fastest(x: Array, w: Array, dtype: numpy.dtype, method: str, is_line: bool)
 def _direct(x: Array, w: Array, padding: Pads) -> Array:
     """Compute sums of products."""
     algorithm: Algorithm = "im2col" if isinstance(x, numpy.ndarray) else "auto"  # which has no transforms on a GPU
-    return gpuconv.conv(x[None], w[None, None], padding=padding, flip=True, algorithm=algorithm)[0]
+    # In complex products of matrices and vectors, BLAS uses several threads from 2**12 multiply-adds, for which that may
+    # take a hundred times longer.
+    with threads.held_blas() if dtypes.is_complex(x.dtype) else contextlib.nullcontext():
+        return gpuconv.conv(x[None], w[None, None], padding=padding, flip=True, algorithm=algorithm)[0]
 
 
 def _by_transforms(x: Array, w: Array, padding: Pads) -> Array:
