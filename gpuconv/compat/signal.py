@@ -46,14 +46,14 @@ BOUNDARIES = {
 EXACT = 2.0**45  # sums of products below this are exact when rounded, even if computed by transforms in float64
 COPIES = 5  # arrays of the padded extents that a convolution by transforms allocates
 LONGEST = 1 << 16  # a 1-D transform; longer signals are faster in tiles, which the caches hold
-FEW_TAPS, FEW_PRODUCTS = 11, 1 << 14  # up to which numpy.convolve is the fastest; it has a loop for 11 taps
+FEW_TAPS, FEW_PRODUCTS = 11, 1 << 16  # up to which numpy.convolve is the fastest; it has a loop for 11 taps
 SMALL = 1 << 19  # elements, of which one thread computes the transform
 MOST_TAPS = 500  # of a direct convolution on a GPU: an estimate from the traffic of transforms
 
 # Nanoseconds on NumPy, measured on two cores: a call of gpuconv.conv; a product, for each byte of an element; the same
 # of numpy.convolve, and an output; a call of transforms; n log2(n) of a transform in 1-D, and else for each byte.
-CONV_CALL, CONV_PRODUCT, CONVOLVE_PRODUCT, CONVOLVE_OUTPUT = 45e3, 0.04, 0.025, 4.0
-FFT_CALL, FFT_LINE, FFT_BYTE = 45e3, 1.2, 0.14
+CONV_CALL, CONV_PRODUCT, CONVOLVE_PRODUCT, CONVOLVE_OUTPUT = 45e3, 0.04, 0.02, 4.0
+FFT_CALL, FFT_LINE, FFT_BYTE = 60e3, 1.2, 0.14
 
 
 def convolve(in1: Any, in2: Any, mode: Mode = "full", method: Method = "auto") -> Array:
@@ -317,7 +317,7 @@ def _fastest(x: Array, w: Array, dtype: numpy.dtype, method: str, is_line: bool)
     real_ones = 2 if dtype.kind == "c" else 1  # a complex product consists of four, of half the size
     times: dict[Callable[..., Array] | None, float] = {_direct: CONV_CALL + CONV_PRODUCT * products * real_ones}
     if is_line:
-        times[None] = CONVOLVE_OUTPUT * x.size + CONVOLVE_PRODUCT * products
+        times[None] = (CONVOLVE_OUTPUT * x.size + CONVOLVE_PRODUCT * products) * real_ones
     if method == "auto":
         size = math.prod(_smooth(x, w))
         step = FFT_LINE if x.ndim == 1 else FFT_BYTE * dtype.itemsize
@@ -328,8 +328,8 @@ def _fastest(x: Array, w: Array, dtype: numpy.dtype, method: str, is_line: bool)
 def _direct(x: Array, w: Array, padding: Pads) -> Array:
     """Compute sums of products."""
     algorithm: Algorithm = "im2col" if isinstance(x, numpy.ndarray) else "auto"  # which has no transforms on a GPU
-    # In complex products of matrices and vectors, BLAS uses several threads from 2**12 multiply-adds, for which that may
-    # take a hundred times longer.
+    # BLAS uses several threads in small complex products of a matrix and a vector; on busy cores that takes up to a
+    # hundred times as long.
     with threads.held_blas() if dtypes.is_complex(x.dtype) else contextlib.nullcontext():
         return gpuconv.conv(x[None], w[None, None], padding=padding, flip=True, algorithm=algorithm)[0]
 
