@@ -110,9 +110,10 @@ def test_large_integers_are_exact(extents, mode, correlates, seed):
 
 
 def test_integers_overflow_as_in_scipy():
-    in1, in2 = np.full((20, 20), 200, np.uint8), np.full((9, 9), 250, np.uint8)
-    expected = scipy.signal.convolve(in1, in2, method="direct")
-    np.testing.assert_array_equal(signal.convolve(in1, in2), expected)
+    for value, dtype in ((200, "uint8"), (-50_000, "int32"), (60_000, "uint32")):
+        in1, in2 = np.full((20, 20), value, dtype), np.full((9, 9), abs(value), dtype)
+        expected = scipy.signal.convolve(in1, in2, method="direct")
+        np.testing.assert_array_equal(signal.convolve(in1, in2), expected)
     least = np.full((3, 3), np.iinfo(np.int64).min)
     np.testing.assert_array_equal(
         signal.convolve(least, least + 1), scipy.signal.convolve(least, least + 1, method="direct")
