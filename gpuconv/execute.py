@@ -251,7 +251,8 @@ def _plan_within(room: int, description: Description) -> Plan:
     algorithm, new, temporaries = (_bias_grad if direction == "bias_grad" else _convolution)(description, planner)
     first, second, result = ARRAYS[direction]
     made = algorithm, (first, "y", second, "y", "b", result), tuple(scope.steps), scope.count, scope.most, new
-    return Plan(*made, call.geometry.multiply_adds() > threads.FEW, algorithm in TRANSFORMS, temporaries > 0)
+    few = threads.FEW_COMPLEX if dtypes.is_complex(call.dtype) else threads.FEW
+    return Plan(*made, call.geometry.multiply_adds() > few, algorithm in TRANSFORMS, temporaries > 0)
 
 
 def _bias_grad(description: Description, planner: Planner) -> tuple[str, NewArray, int]:

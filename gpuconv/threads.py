@@ -29,7 +29,7 @@ T = TypeVar("T")
 _core = getattr(ctypes.PyDLL(None), "sched_getcpu", None) if hasattr(os, "sched_setaffinity") else None
 
 MOST = 256  # threads of a call
-FEW = 1 << 18  # multiply-adds, up to which BLAS would not use several threads
+FEW, FEW_COMPLEX = 1 << 18, 1 << 12  # multiply-adds, up to which BLAS would not use several threads
 
 
 class _Blas:

@@ -310,3 +310,12 @@ def test_cores_where_the_system_does_not_say_which_are_the_process_s(count, foun
 def test_cores_are_those_of_this_process(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", {0: (1, 4, 7)}.__getitem__, raising=False)
     assert threads.cores() == 3
+
+
+@pytest.mark.parametrize(
+    "dtype, extent, expected", [("float64", 32, False), ("complex128", 32, True), ("complex128", 8, False)]
+)
+def test_blas_is_held_where_it_would_use_threads(dtype, extent, expected):
+    """In complex products BLAS uses threads from 2**12 multiply-adds, which may take a hundred times longer."""
+    explanation = gpuconv.explain((1, 1, extent, extent), (1, 1, 7, 7), padding=3, dtype=dtype, algorithm="im2col")
+    assert explanation.plan.holds_blas is expected

@@ -17,7 +17,6 @@ SciPy:
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 from collections.abc import Callable
@@ -328,10 +327,7 @@ def _fastest(x: Array, w: Array, dtype: numpy.dtype, method: str, is_line: bool)
 def _direct(x: Array, w: Array, padding: Pads) -> Array:
     """Compute sums of products."""
     algorithm: Algorithm = "im2col" if isinstance(x, numpy.ndarray) else "auto"  # which has no transforms on a GPU
-    # BLAS uses several threads in small complex products of a matrix and a vector; on busy cores that takes up to a
-    # hundred times as long.
-    with threads.held_blas() if dtypes.is_complex(x.dtype) else contextlib.nullcontext():
-        return gpuconv.conv(x[None], w[None, None], padding=padding, flip=True, algorithm=algorithm)[0]
+    return gpuconv.conv(x[None], w[None, None], padding=padding, flip=True, algorithm=algorithm)[0]
 
 
 def _by_transforms(x: Array, w: Array, padding: Pads) -> Array:
