@@ -7,9 +7,9 @@ The photograph is blurred by a diagonal motion of 15 pixels, and noise of 1 % is
     min |blur x - y|^2 + smooth^2 |differences x|^2
 
 where blur and differences are convolutions. Beyond its borders the photograph is zero or, with --borders, continued by
-another padding mode of gpuconv.conv: periodically with "circular". SciPy's solver uses only their products and adjoint
-products. With GPUCONV_BACKEND=cupy these are computed on a GPU. The script prints the peak signal-to-noise ratios; its
-exit status is 1 if the gain is less than 3 dB.
+another padding mode of gpuconv.conv: periodically with "circular". The differences are those of its own pixels. SciPy's
+solver uses only their products and adjoint products. With GPUCONV_BACKEND=cupy these are computed on a GPU. The script
+prints the peak signal-to-noise ratios; its exit status is 1 if the gain is less than 3 dB.
 """
 
 import argparse

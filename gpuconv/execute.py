@@ -342,16 +342,28 @@ class _Memory:
                 yield step
 
     def planned(self, deferred: Deferred) -> Steps:
-        """Plan deferred steps, allocate their memory, and return them."""
+        """Plan deferred steps, allocate their memory, and return them.
+
+        The limit is for all memories together. Those of steps that these steps defer are allocated anew, and what these
+        steps do not need is left to them.
+        """
         scope = deferred.planned()
         self.memories += [None] * (scope.memory + 1 - len(self.memories))
-        if scope.most > self._sizes.get(scope.memory, 0):
-            if self.backend.is_captured():
-                workspace.keep_for_graphs([self.memories[scope.memory]])
-            self.memories[scope.memory] = None  # free it before the larger one is allocated
+        for number in range(scope.memory + 1, len(self.memories)):
+            self._free(number)
+        kept = self._sizes.get(scope.memory, 0)
+        if scope.most > kept or (scope.has_deferred and scope.most < kept):
+            self._free(scope.memory)
             self.memories[scope.memory] = workspace.new(self.backend, scope.most)
             self._sizes[scope.memory] = scope.most
         return scope.steps
+
+    def _free(self, number: int) -> None:
+        """Free a memory of deferred steps, unless a CUDA graph uses it."""
+        if self.backend.is_captured():
+            workspace.keep_for_graphs([self.memories[number]])
+        self.memories[number] = None
+        self._sizes.pop(number, None)
 
 
 def execute(memories: list[_Memory], parts: Iterable[Steps]) -> None:

@@ -159,7 +159,7 @@ def explain(
     request = padding_modes.request_of_blocks(Request(geometry, kind, direction, where, order, limit))
     choice = choose(request, algorithm)
     plans = getattr(MODULES[choice.algorithm], "plans", None)
-    conditions = kind, direction, where.device(), permitted, request.limit
+    conditions = kind, direction, where.device(), permitted, request.limit - request.reserved
     found = plans(request.geometry, *conditions) if plans is not None else ()
     notes: list[str | None] = [choice.reason]
     if choice.algorithm == "im2col":

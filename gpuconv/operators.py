@@ -161,7 +161,8 @@ def conv_matrix(
     -------
     scipy.sparse.csr_array or cupyx.scipy.sparse.csr_matrix
         Matrix A of shape ``(y.size, x.size)`` with ``A @ x.ravel() == conv(x, w).ravel()``. It stores one entry for
-        each product: none for taps on the padding, but one for each zero in `w`.
+        each product: none for taps on zeros of the padding, but one for each zero in `w`. With a padding mode, products
+        of an output with the same element of x are one entry.
 
     Raises
     ------
@@ -278,5 +279,5 @@ def _held(geometry: Geometry, axis: int, positions: Array) -> Array:
     parts = padding_modes.segments(geometry, axis)
     return numpy.select(
         [(part.start <= positions) & (positions < part.stop) for part in parts],
-        [part.origin + part.step * positions for part in parts],
+        [part.held(positions) for part in parts],
     )

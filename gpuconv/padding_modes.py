@@ -1,7 +1,7 @@
 """Convolutions whose padding holds elements of x: padding_mode "circular", "reflect" and "replicate".
 
-An algorithm computes blocks of such a convolution, which are convolutions without a padding mode, so that every
-algorithm is applicable. A quarter of the workspace is for the padded x of a block, and half of it for the algorithm.
+They are divided into blocks, which are convolutions without a padding mode, so that all algorithms compute them. The
+blocks take at most a quarter of the workspace, and the sums of weight_grad another one; the rest is the algorithm's.
 
     forward      the inputs in the windows of a block of outputs, the padding included, are copied and convolved
     weight_grad  the same; the results of the blocks are added in order
@@ -16,19 +16,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy
 
+from gpuconv import dtypes
 from gpuconv.arguments import Shape
-from gpuconv.blocking import Blocks, Buffer, Buffers, channels_innermost, largest, pieces
+from gpuconv.blocking import Blocks, Buffer, Buffers, channels_innermost, largest, largest_part, pieces
 from gpuconv.geometry import Geometry, Slices
 from gpuconv.operands import Index, Operand, Result, in_place
 from gpuconv.plan import Planner
 from gpuconv.request import Request
+from gpuconv.types import Direction
 from gpuconv.views import View
 
-SHARES = 4  # of the workspace, of which the padded x of a block takes one
+SHARES = 4  # of the workspace, of which blocks take one at most
 
 Compute: TypeAlias = Callable[..., None]  # forward, data_grad or weight_grad of an algorithm
 
@@ -54,13 +56,21 @@ class Segment(NamedTuple):
         """Whether the positions are inputs themselves, not padding."""
         return self.origin == 0 and self.step == 1
 
+    def held(self, positions: Any) -> Any:
+        """Return the inputs that positions hold: ints, or arrays of them."""
+        return self.origin + self.step * positions
+
     def inputs(self, start: int = 0) -> slice:
         """Return the inputs that the positions hold, counted from one of them; a single one if it is repeated."""
-        first = self.origin + self.step * self.start - start
+        first = self.held(self.start) - start
         if self.step == 0:
             return slice(first, first + 1)
         end = first + self.step * self.extent
         return slice(first, None if end < 0 else end, self.step)
+
+    def cut(self, extent: int) -> list[Segment]:
+        """Return the segment in pieces of at most an extent."""
+        return [self.within(slice(start, start + extent)) for start in range(self.start, self.stop, extent)]
 
     def within(self, positions: slice) -> Segment:
         """Return the part within a block of positions, which may be empty."""
@@ -76,7 +86,7 @@ class Segment(NamedTuple):
 
 
 def segments(geometry: Geometry, axis: int) -> list[Segment]:
-    """Return the segments of a padded axis: the input, then the padding at the low and at the high end."""
+    """Return the segments of a padded axis: first the input, then the padding at the low and at the high end."""
     n, (low, high) = geometry.input[axis], geometry.padding[axis]
     step, at_low, at_high = {
         "circular": (1, n, -n),
@@ -86,35 +96,60 @@ def segments(geometry: Geometry, axis: int) -> list[Segment]:
     return [Segment(0, n, 0, 1), Segment(-max(low, 0), 0, at_low, step), Segment(n, n + max(high, 0), at_high, step)]
 
 
+class Division(NamedTuple):
+    """A division of a convolution into blocks, of outputs or, for data_grad, of inputs."""
+
+    blocks: Blocks
+    elements: int  # of workspace for a block, and for the sums of weight_grad
+    filters: int  # of a group, whose weight_grad is added up at a time
+
+    @classmethod
+    def of(cls, geometry: Geometry, direction: Direction, budget: int) -> Division:
+        """Return the division for a workspace of this many elements; a block has one output or input at least."""
+        extents, buffers = geometry.output, partial(_of_outputs, geometry)
+        if direction == "data_grad":
+            extents, buffers = geometry.input, partial(_of_inputs, geometry)
+        blocks = Blocks.fitting((*geometry.batch, *extents), budget // SHARES, buffers)
+        filters, each = geometry.group_filters, 2 * geometry.channels * geometry.taps
+        if direction != "weight_grad" or len(blocks) == 1:
+            return cls(blocks, sum(blocks.sizes), filters)
+        filters = largest(filters, budget // SHARES, each)
+        return cls(blocks, sum(blocks.sizes) + filters * each, filters)
+
+    def rest(self, planner: Planner) -> Planner:
+        """Return the planner of the algorithm, with the rest of the workspace."""
+        return replace(planner, limit=max(0, planner.limit - self.elements * planner.dtype.itemsize))
+
+
 def request_of_blocks(request: Request) -> Request:
-    """Return the request to the algorithm that computes the blocks of a request with a padding mode."""
-    geometry = request.geometry
-    if geometry.padding_mode == "zeros":
+    """Return the request to the algorithm that computes the blocks; the same one without a padding mode."""
+    if request.geometry.padding_mode == "zeros":
         return request
-    buffers_of = _of_inputs if request.direction == "data_grad" else _of_windows
-    smallest = sum(buffer.elements for buffer in buffers_of(geometry, (1,) * (len(geometry.batch) + geometry.rank)))
-    has_room = request.lacks(SHARES * smallest, "the smallest block") is None
-    return request._replace(geometry=geometry.padded, limit=request.limit // 2 if has_room else 0)
+    division = Division.of(largest_part(request), request.direction, request.budget)
+    reserved = division.elements * dtypes.accumulator(request.dtype).itemsize
+    return request._replace(geometry=request.geometry.padded, reserved=reserved)
 
 
 def forward(compute: Compute, x: Operand, w: Operand, y: Result, geometry: Geometry, planner: Planner) -> None:
     """Compute y of a padded x."""
+    division = Division.of(geometry, "forward", planner.budget)
 
     def some_outputs(index: Index, planner: Planner) -> None:
-        part, images = _windows(x, index, geometry, planner)
-        compute(images, w, y.part(index), part, _half(planner))
+        part, images = _copied(x, index, geometry, planner)
+        compute(images, w, y.part(index), part, division.rest(planner))
 
-    planner.loop(_blocks_of_outputs(geometry, planner), some_outputs)
+    planner.loop(division.blocks, some_outputs)
 
 
 def weight_grad(compute: Compute, dy: Operand, x: Operand, dw: Result, geometry: Geometry, planner: Planner) -> None:
     """Compute dw of a padded x."""
-    blocks = _blocks_of_outputs(geometry, planner)
+    division = Division.of(geometry, "weight_grad", planner.budget)
+    blocks = division.blocks
 
     def some_outputs(number: int, dy: Operand, dw: Result, planner: Planner) -> None:
-        part, images = _windows(x, blocks[number], geometry, planner)
+        part, images = _copied(x, blocks[number], geometry, planner)
         part = replace(part, filters=part.groups * dw.view.shape[-1])
-        compute(dy.seen(lambda view: view[blocks[number]]), images, dw, part, _half(planner))
+        compute(dy.seen(lambda view: view[blocks[number]]), images, dw, part, division.rest(planner))
 
     def some_filters(filters: slice, planner: Planner) -> None:
         gradients, result = dy.of_channels(filters), dw.of_channels(filters)
@@ -132,20 +167,20 @@ def weight_grad(compute: Compute, dy: Operand, x: Operand, dw: Result, geometry:
     if len(blocks) == 1:
         some_outputs(0, dy, dw, planner)
     else:
-        at_once = largest(geometry.group_filters, planner.budget // SHARES, 2 * geometry.channels * geometry.taps)
-        planner.loop(list(pieces(geometry.group_filters, at_once)), some_filters)
+        planner.loop(list(pieces(geometry.group_filters, division.filters)), some_filters)
 
 
 def data_grad(compute: Compute, dy: Operand, w: Operand, dx: Result, geometry: Geometry, planner: Planner) -> None:
     """Compute dx, the gradient of an x that was padded."""
-    needs_sums = not in_place(dx.view, planner.dtype)
-    buffers_of = partial(_of_inputs, geometry, needs_sums=needs_sums)
-    blocks = Blocks.fitting((*geometry.batch, *geometry.input), planner.budget // SHARES, buffers_of)
+    division = Division.of(geometry, "data_grad", planner.budget)
+    axes = [segments(geometry, axis) for axis in range(geometry.rank)]
 
     def some_inputs(index: Index, planner: Planner) -> None:
         images, inputs = index[: len(geometry.batch)], index[len(geometry.batch) :]
         target = dx.view[index]
-        total = _images(target, _extents(images), _extents(inputs), planner) if needs_sums else target
+        total = target
+        if not in_place(target, planner.dtype):
+            total = _images(target, _extents(images), _extents(inputs), planner)
 
         def add(runs: tuple[list[Segment], ...], planner: Planner) -> None:
             positions = tuple(slice(min(s.start for s in run), max(s.stop for s in run)) for run in runs)
@@ -153,35 +188,44 @@ def data_grad(compute: Compute, dy: Operand, w: Operand, dx: Result, geometry: G
             part = geometry.part(_extents(images), positions, outputs)
             gradients = _images(target, part.batch, part.input, planner)
             if all(_extents(outputs)):
-                compute(dy.seen(lambda view: view[(*images, *outputs)]), w, Result(gradients), part, _half(planner))
+                gradient = dy.seen(lambda view: view[(*images, *outputs)])
+                compute(gradient, w, Result(gradients), part, division.rest(planner))
             else:
                 planner.copy(gradients, 0)
-            for axes in product(*runs):
-                _add(gradients[_at(axes, positions)], axes, inputs, total, planner)
 
-        axes = (_runs(segments(geometry, axis), block) for axis, block in enumerate(inputs))
-        planner.loop(list(product(*axes)), add)
+            def fold(segments: tuple[Segment, ...], planner: Planner) -> None:
+                _add(gradients[_at(segments, positions)], segments, inputs, total, planner)
+
+            planner.loop(list(product(*runs)), fold)
+
+        planner.loop(list(product(*map(_runs, axes, inputs))), add)
         dx.store(total, target, planner)
 
-    planner.loop(blocks, some_inputs)
+    planner.loop(division.blocks, some_inputs)
 
 
 def _runs(parts: list[Segment], block: slice) -> list[list[Segment]]:
-    """Return the segments of an axis that hold inputs of a block, in runs without gaps; these inputs come first."""
-    first, *others = (segment.holding(block) for segment in parts)
-    joined, apart = [first], []
-    for segment in others:
-        if not segment.extent:
-            continue
-        if segment.stop == first.start or segment.start == first.stop:
-            joined.append(segment)
-        else:
-            apart.append([segment])
-    return [joined, *apart]
+    """Return the segments of an axis that hold inputs of a block, in runs without gaps.
+
+    The first segment of the first run is the block itself, and no other segment is longer than it.
+    """
+    inputs, *padding = (segment.holding(block) for segment in parts)
+    first, others = [inputs], []
+    for segment in padding:
+        if segment.extent > inputs.extent:
+            others += [[piece] for piece in segment.cut(inputs.extent)]
+        elif segment.extent and (segment.stop == inputs.start or segment.start == inputs.stop):
+            first.append(segment)
+        elif segment.extent:
+            others.append([segment])
+    return [first, *others]
 
 
 def _add(terms: View, axes: tuple[Segment, ...], inputs: Slices, total: View, planner: Planner) -> None:
-    """Add gradients of positions to those of the inputs that they hold. Those of the inputs themselves come first."""
+    """Add gradients of positions to those of the inputs that they hold.
+
+    The gradients of the inputs themselves, which are the first ones, are copied.
+    """
     if all(segment.is_input for segment in axes):
         planner.copy(total, terms)
         return
@@ -192,7 +236,7 @@ def _add(terms: View, axes: tuple[Segment, ...], inputs: Slices, total: View, pl
     if repeated:
         (flat,) = planner.workspace(target.size)
         sums = flat.shaped(target.shape)
-        planner.call(planner.xp.sum, terms, repeated, planner.dtype, out=sums[_without(repeated, target.ndim)])
+        planner.call(planner.xp.sum, terms, repeated, out=sums[_without(repeated, target.ndim)])
         terms = sums
     planner.call(planner.xp.add, target, terms, out=target)
 
@@ -206,29 +250,19 @@ def _extents(slices: Slices) -> Shape:
     return tuple(block.stop - block.start for block in slices)
 
 
-def _blocks_of_outputs(geometry: Geometry, planner: Planner) -> Blocks:
-    return Blocks.fitting((*geometry.batch, *geometry.output), planner.budget // SHARES, partial(_of_windows, geometry))
-
-
-def _of_windows(geometry: Geometry, box: Shape) -> Buffers:
+def _of_outputs(geometry: Geometry, box: Shape) -> Buffers:
     """Return the buffer of a block of outputs: the padded x in its windows."""
     batch = len(geometry.batch)
     axes = zip(box[batch:], geometry.stride, geometry.window, strict=True)
     return [Buffer(math.prod((*box[:batch], *((m - 1) * s + window for m, s, window in axes))) * geometry.channels)]
 
 
-def _of_inputs(geometry: Geometry, box: Shape, needs_sums: bool = True) -> Buffers:
-    """Return the buffers of a block of inputs: its gradients with those of the padding, and the sums of them."""
+def _of_inputs(geometry: Geometry, box: Shape) -> Buffers:
+    """Return the buffers of a block of inputs: its gradients with those of a run, and the sums of them."""
     batch, size = len(geometry.batch), math.prod(box) * geometry.channels
-    axes = zip(box[batch:], geometry.padding, strict=True)
-    padded = math.prod((*box[:batch], *(n + max(low, 0) + max(high, 0) for n, (low, high) in axes)))
+    runs = (n + sum(min(max(end, 0), n) for end in ends) for n, ends in zip(box[batch:], geometry.padding, strict=True))
     is_repeated = geometry.padding_mode == "replicate"
-    return [Buffer(padded * geometry.channels), Buffer(size, needs_sums), Buffer(size, is_repeated)]
-
-
-def _half(planner: Planner) -> Planner:
-    """Return the planner for the algorithm, which has half of the workspace."""
-    return replace(planner, limit=planner.limit // 2)
+    return [Buffer(math.prod((*box[:batch], *runs)) * geometry.channels), Buffer(size), Buffer(size, is_repeated)]
 
 
 def _images(like: View, batch: Shape, extents: Shape, planner: Planner, dtype: numpy.dtype | None = None) -> View:
@@ -242,16 +276,19 @@ def _images(like: View, batch: Shape, extents: Shape, planner: Planner, dtype: n
     return view.transpose(*range(first), *range(last, view.ndim), *range(first, last))
 
 
-def _windows(x: Operand, index: Index, geometry: Geometry, planner: Planner) -> tuple[Geometry, Operand]:
+def _copied(x: Operand, index: Index, geometry: Geometry, planner: Planner) -> tuple[Geometry, Operand]:
     """Copy the padded x in the windows of a block of outputs; return the convolution of the copy, and the copy."""
     images, outputs = index[: len(geometry.batch)], index[len(geometry.batch) :]
     positions = tuple(slice(start, stop) for start, stop in geometry.inputs_in_windows(outputs))
     part = geometry.part(_extents(images), positions, outputs)
     block = _images(x.view, part.batch, part.input, planner, x.view.dtype)
     held = ([segment.within(p) for segment in segments(geometry, axis)] for axis, p in enumerate(positions))
-    for axes in product(*([segment for segment in axis if segment.extent] for axis in held)):
+
+    def copy(axes: tuple[Segment, ...], planner: Planner) -> None:
         inputs = (segment.inputs() for segment in axes)
         planner.copy(block[_at(axes, positions)], x.view[(*images, *inputs)])
+
+    planner.loop(list(product(*([segment for segment in axis if segment.extent] for axis in held))), copy)
     return part, x.part(block)
 
 

@@ -95,6 +95,7 @@ class Scope:
         self.steps: list[Step | Loop | Branch | Deferred] = []
         self.memory, self.top, self.most = memory, start, start
         self.count, self.room = 0, room  # number of steps, those of loops included, and its maximum
+        self.has_deferred = False  # whether steps of a loop are deferred, which will have a memory of their own
 
     def take(self, elements: int, dtype: numpy.dtype) -> View:
         """Allocate workspace and return a flat view of it."""
@@ -271,8 +272,10 @@ class Planner:
             body(task, replace(self, scope=part))
             parts.append(part.steps)
             count, most = count + part.count, max(most, part.most)
+            scope.has_deferred |= part.has_deferred
             if scope.count + count + part.count * (len(tasks) - len(parts)) > scope.room:
                 planner = replace(self, scope=Scope(memory, 0))
+                scope.has_deferred = True
                 scope.note(Loop(_DeferredParts(tasks, body, planner), len(tasks), workers, scope.memory, scope.top, 0))
                 return
         if workers > 1:

@@ -24,6 +24,7 @@ class Request(NamedTuple):
     backend: Backend
     deterministic: bool = True  # whether additions must have a fixed order
     limit: int = settings.DEFAULT_WORKSPACE_LIMIT  # bytes: GPUCONV_WORKSPACE_LIMIT
+    reserved: int = 0  # bytes of it that a padding mode takes (gpuconv/padding_modes.py)
 
     def as_forward(self) -> Request:
         """Return the forward convolution of dy that gives dx, for stride 1; other directions are unchanged."""
@@ -41,14 +42,17 @@ class Request(NamedTuple):
         if elements <= self.budget:
             return None
         needed = elements * dtypes.accumulator(self.dtype).itemsize
+        padded = f", of which {_bytes(self.reserved)} are for the padded x" if self.reserved else ""
         return (
-            f"it needs {_bytes(needed)} of workspace for {purpose}, but GPUCONV_WORKSPACE_LIMIT is {_bytes(self.limit)}"
+            f"it needs {_bytes(needed)} of workspace for {purpose}, but GPUCONV_WORKSPACE_LIMIT is"
+            f" {_bytes(self.limit)}{padded}"
         )
 
     @property
     def budget(self) -> int:
         """The number of elements, in the dtype of sums, that an algorithm may use as workspace."""
-        return workspace_of(self.limit, self.backend) // dtypes.accumulator(self.dtype).itemsize
+        room = max(0, workspace_of(self.limit, self.backend) - self.reserved)
+        return room // dtypes.accumulator(self.dtype).itemsize
 
 
 def _bytes(number: int) -> str:

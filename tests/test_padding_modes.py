@@ -188,32 +188,70 @@ def test_nan_and_inf_reach_what_they_reach_in_a_padded_x(mode, rng):
         assert not np.isfinite(found).all()
 
 
+LAYERS = {  # x, w, padding, algorithm, dtype
+    "blocks of rows": ((2, 16, 160, 160), (16, 16, 3, 3), 1, "auto", "float32"),
+    "half precision": ((2, 16, 160, 160), (16, 16, 3, 3), 1, "im2col", "float16"),
+    "long padding": ((1, 8, 60, 60), (8, 8, 3, 3), 59, "im2col", "float32"),
+    "padding longer than x": ((1, 4, 20, 30), (4, 4, 3, 3), 100, "scatter", "float32"),
+    "large weight": ((1, 200, 510), (3, 200, 500), 2, "fft", "float32"),
+}
+
+
 @pytest.mark.called_once("it measures the memory of a single call")
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("mode", MODES)
-def test_memory_stays_within_the_limit(mode, direction, monkeypatch):
-    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "1MiB")
-    x, w = np.full((2, 16, 160, 160), 1 / 64, np.float32), np.full((16, 16, 3, 3), 1 / 64, np.float32)
-    options = {"padding": 1, "padding_mode": mode}
-    y = gpuconv.conv(x, w, **options)
+@combinations(
+    layer=LAYERS,
+    mode=MODES,
+    direction=DIRECTIONS,
+    memory=("channels_first", "channels_last_memory"),
+    turns=("memory", "mode"),
+    where=lambda layer, mode, **_: layer != "padding longer than x" or mode == "replicate",
+)
+def test_memory_stays_within_the_limit(layer, mode, direction, memory, monkeypatch):
+    x_shape, w_shape, padding, algorithm, dtype = LAYERS[layer]
+    limit = 2**21 if layer == "large weight" else 2**20
+    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", str(limit))
+    x, w = (laid_out(np.full(shape, 1 / 64, dtype), memory) for shape in (x_shape, w_shape))
+    options = {"padding": padding, "padding_mode": mode, "algorithm": algorithm}
+    y = laid_out(gpuconv.conv(x, w, **options), memory)
     result, call = {
         "forward": (y, lambda: gpuconv.conv(x, w, **options)),
         "data_grad": (x, lambda: gpuconv.conv_data_grad(y, w, x.shape, **options)),
         "weight_grad": (w, lambda: gpuconv.conv_weight_grad(y, x, w.shape, **options)),
     }[direction]
-    assert_stays_within(2**20, result.nbytes, call)
+    assert_stays_within(limit, result.nbytes, call)
 
 
-def test_an_algorithm_that_needs_more_than_the_rest_of_the_workspace_says_so(monkeypatch):
-    """The padded x takes a part of the workspace, so that fft lacks what it has without a padding mode."""
-    shapes, options = ((1, 4, 40, 40), (4, 4, 9, 9)), {"padding": 4, "backend": "numpy", "algorithm": "fft"}
-    request = Request(Geometry.infer(*shapes, padding=4), np.dtype("f4"), "forward", NUMPY)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_small_blocks_leave_the_workspace_to_the_algorithm(direction):
+    """A deep layer has as many steps, but for those that pad or fold, as the convolution of the padded x."""
+    options = {"backend": "numpy", "direction": direction, "algorithm": "winograd"}
+    padded = gpuconv.explain((8, 512, 16, 16), (512, 512, 3, 3), **options)
+    found = gpuconv.explain((8, 512, 14, 14), (512, 512, 3, 3), padding=1, padding_mode="circular", **options)
+    assert found.plan.size <= 1.5 * padded.plan.size
+
+
+def test_long_padding_takes_few_blocks(monkeypatch):
+    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "4MiB")
+    options = {"backend": "numpy", "direction": "data_grad", "algorithm": "im2col"}
+    for extent, padding, mode, most in ((64, 64, "circular", 500), (32, 200, "replicate", 3000)):
+        shapes = (1, 16, extent, extent), (16, 16, 3, 3)
+        assert gpuconv.explain(*shapes, padding=padding, padding_mode=mode, **options).plan.size <= most
+
+
+def test_an_algorithm_that_lacks_what_the_padded_x_takes_says_so(monkeypatch):
+    shapes, options = ((1, 4, 40, 40), (4, 4, 9, 9)), {"padding": 4, "padding_mode": "reflect", "backend": "numpy"}
+    geometry = Geometry.infer(*shapes, padding=4, padding_mode="reflect").padded
+    assert geometry == Geometry.infer((1, 4, 48, 48), shapes[1])
+    request = Request(geometry, np.dtype("f4"), "forward", NUMPY)
     refuses = MODULES["fft"].why_not
-    least = next(limit for limit in range(2000, 2**22, 2000) if refuses(request._replace(limit=limit)) is None)
+    least = next(limit for limit in range(2000, 2**22, 16) if refuses(request._replace(limit=limit)) is None)
     monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", str(least))
-    assert gpuconv.explain(*shapes, **options).algorithm == "fft"
-    with pytest.raises(ValueError, match=r"'fft' .* of workspace"):
-        gpuconv.explain(*shapes, **options, padding_mode="reflect")
+    with pytest.raises(ValueError, match=f"LIMIT is {least} bytes, of which .* bytes are for the padded x"):
+        gpuconv.explain(*shapes, **options, algorithm="fft")
+    assert "padding ((4, 4), (4, 4)) reflect, dilation" in str(gpuconv.explain(*shapes, **options))
+    monkeypatch.setenv("GPUCONV_WORKSPACE_LIMIT", "1000")
+    reason = gpuconv.explain(*shapes, **options, algorithm="im2col").reason
+    assert "LIMIT is 1000 bytes, of which 1296 bytes are for the padded x" in reason
 
 
 BAD = {
