@@ -45,6 +45,25 @@ def test_estimates_lose_little_against_a_sweep(direction, sweep, monkeypatch):
     assert geometric_mean(loss for loss, _ in found) < 1.05
 
 
+@pytest.mark.parametrize(
+    "extent, kernel, axes, dtype, fastest",
+    [
+        (1000, 1000, 1, "float64", "fft"),
+        (512, 7, 2, "float32", "im2col"),
+        (512, 7, 2, "float64", "im2col"),
+        (64, 3, 3, "float32", "im2col"),
+        (64, 7, 3, "float64", "fft"),
+    ],
+)
+def test_one_channel_is_not_computed_by_kernels_whose_lanes_are_channels(
+    extent, kernel, axes, fastest, dtype, monkeypatch
+):
+    """On the machine of cost_model.py with Numba, they take 2 to 12 times as long as the fastest algorithm."""
+    monkeypatch.setattr(compiled, "version", lambda: "0.68.1")
+    shapes = (1, 1, *(extent,) * axes), (1, 1, *(kernel,) * axes)
+    assert gpuconv.explain(*shapes, padding="same", dtype=dtype, backend="numpy").algorithm == fastest
+
+
 def test_a_sweep_has_the_compiled_kernels():
     assert any("Numba" in json.loads(sweep.read_text())["machine"] for sweep in SWEEPS)
 

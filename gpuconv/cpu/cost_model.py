@@ -10,7 +10,7 @@ from __future__ import annotations
 PRODUCT = 0.022  # a multiply-add in a long matrix product
 COPY = 0.4  # an element copied in another order
 ADD = 0.5  # an element that is multiplied by a tap and added, or only added
-ACCUMULATE = 4  # an element of a product that is added to a plane of col2im
+ACCUMULATE = 2  # an element of a product that is added to a plane of col2im
 FOURIER = 0.9  # an element of a Fourier transform, for each doubling of its length
 MULTIPLY = 10.0  # a multiply-add of two complex elements of spectra
 TRANSFORM = 0.25  # an element of a product with a small matrix

@@ -75,7 +75,7 @@ def _nanoseconds(request: Request) -> float:
     is_plain = geometry.layout == "channels_last" and dtype == request.dtype
     each = READ
     if not is_plain:
-        each = COPY
+        each = COPY * padded / geometry.groups  # lanes without a group are copied as well
     elif geometry.group_channels * geometry.group_filters > 1:
         each = GATHER
     if request.direction == "data_grad" and set(geometry.stride) != {1}:

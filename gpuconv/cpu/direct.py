@@ -20,6 +20,7 @@ PRODUCT, GRADIENT = 0.024, 0.018  # a multiply-add; in weight_grad
 EDGES = 8  # outputs that take as long in weight_grad as the two ends of a row
 FAR, FAR_GRADIENT = 1.2, 2.5  # times as slow: with weights of a group beyond the cache; in weight_grad
 FAR_BYTES = 1 << 20
+TAP = 0.4  # of a product: the time of a tap for any number of channels
 READ, WRITE, COPY = 0.56, 0.1, 0.35  # an element of an input, of a result with all lanes of its vectors; to copy it
 COLLECT, SPREAD = 0.73, 4  # in channels_first, an element of an input; of a result, to copy it with a stride
 
@@ -42,7 +43,9 @@ def nanoseconds(request: Request) -> float:
         inputs, outputs, lanes = outputs, inputs, geometry.group_channels
     vectors = vector_plan.padded(1, dtype) * (2 if is_gradient else 1)  # whose sums are computed together
     padded = -(-lanes // vectors) * vectors / lanes
-    each = GRADIENT * (1 + EDGES / geometry.output[-1]) if is_gradient else PRODUCT
+    each = (
+        GRADIENT * (1 + EDGES / geometry.output[-1]) if is_gradient else PRODUCT * (1 + TAP / geometry.group_channels)
+    )
     if math.prod(geometry.w_shape) * dtype.itemsize > FAR_BYTES * geometry.groups:
         each *= FAR_GRADIENT if is_gradient else FAR
     is_last = geometry.layout == "channels_last"

@@ -51,9 +51,11 @@ def exceeds(request: Request) -> str | None:
 
 def nanoseconds(request: Request) -> float:
     """Estimate the time of products, copies of windows and weights, sums of the splits of weight_grad, and calls."""
+    if request.direction == "data_grad" and col2im.suits(request.geometry):
+        return col2im.nanoseconds(request.geometry, request.is_complex)
+    if set(request.geometry.stride) == {1}:
+        request = request.as_forward()
     geometry, direction, is_complex = request.geometry, request.direction, request.is_complex
-    if direction == "data_grad" and col2im.suits(geometry):
-        return col2im.nanoseconds(geometry, is_complex)
     width = geometry.group_channels if direction == "data_grad" else geometry.group_filters
     product = cost_model.product(geometry.reduction_length(direction), width, is_complex)
     run = geometry.group_channels if geometry.layout == "channels_last" and geometry.groups > 1 else math.inf
