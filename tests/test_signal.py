@@ -46,7 +46,7 @@ def is_ordered(sizes, mode):
     method=signal.METHODS,
     function=["convolve", "correlate"],
     dtypes=DTYPES,
-    turns=["arrays", "dtypes", "function"],
+    turns=["arrays", "dtypes", "function", "method"],
     where=lambda sizes, mode, **_: is_ordered(sizes, mode),
 )
 def test_results_are_those_of_scipy(arrays, sizes, mode, method, function, dtypes, rng):
@@ -74,7 +74,7 @@ def test_results_are_those_of_scipy(arrays, sizes, mode, method, function, dtype
     boundary=[("fill", 0), ("pad", 7), ("wrap", 0), ("symm", 5)],
     function=["convolve2d", "correlate2d"],
     dtypes=DTYPES,
-    turns=["arrays", "dtypes"],
+    turns=["arrays", "dtypes", "function"],
     where=lambda sizes, mode, **_: is_ordered(sizes, mode),
 )
 def test_boundaries_are_those_of_scipy(arrays, sizes, mode, boundary, function, dtypes, rng):
