@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 # Files with many similar tests, over cases, layouts, dtypes and kernels.
-MATRIX = tuple(f"test_{name}.py" for name in ("matrix", "adjoint", "nonfinite", "implicit_gemm", "kernels", "checked"))
+MATRIX = tuple(
+    f"test_{name}.py"
+    for name in (
+        *("matrix", "adjoint", "nonfinite", "implicit_gemm", "kernels", "checked"),
+        *("padding_modes", "signal", "onnx"),
+    )
+)
 DONE = pytest.StashKey()  # the names of tests that passed in an earlier run
 
 
