@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy
 
 import gpuconv
-from gpuconv import activations, dtypes
+from gpuconv import activations
 from gpuconv.arguments import Shape
 from gpuconv.arrays import kind_of, module_of
 from gpuconv.geometry import Geometry, Slices
@@ -20,8 +20,8 @@ from gpuconv.types import Activation
 T = TypeVar("T")
 
 
-def conv(part: Geometry, x: Any, w: Any, b: Any, *, how: dict[str, Any]) -> Any:
-    return gpuconv.conv(x, w, b, **_settings(part), **how)
+def conv(part: Geometry, x: Any, w: Any, b: Any, *, dtype: numpy.dtype, how: dict[str, Any]) -> Any:
+    return gpuconv.conv(x.astype(dtype, copy=False), w, b, **_settings(part), **how)
 
 
 def conv_data_grad(part: Geometry, dy: Any, w: Any, *, dtype: numpy.dtype, how: dict[str, Any]) -> Any:
@@ -43,14 +43,16 @@ def conv_transpose(part: Geometry, x: Any, w: Any, b: Any, *, dtype: numpy.dtype
     return y
 
 
-def conv_weight_grad(part: Geometry, dy: Any, x: Any, *, how: dict[str, Any]) -> Any:
+def conv_weight_grad(part: Geometry, dy: Any, x: Any, *, sums: numpy.dtype, how: dict[str, Any]) -> Any:
     """Return a part of dw in the dtype of sums."""
-    dy, x = (array.astype(dtypes.accumulator(array.dtype), copy=False) for array in (dy, x))
+    if not dy.size:
+        return module_of(kind_of(dy=dy)).zeros(part.w_shape, sums)
+    dy, x = (array.astype(sums, copy=False) for array in (dy, x))
     return gpuconv.conv_weight_grad(dy, x, part.w_shape, **_settings(part), **how)
 
 
-def conv_transpose_weight_grad(part: Geometry, x: Any, dy: Any, *, how: dict[str, Any]) -> Any:
-    return conv_weight_grad(part, x, dy, how=how).conj()
+def conv_transpose_weight_grad(part: Geometry, x: Any, dy: Any, *, sums: numpy.dtype, how: dict[str, Any]) -> Any:
+    return conv_weight_grad(part, x, dy, sums=sums, how=how).conj()
 
 
 def derived(dy: Any, y: Any, activation: Activation, dtype: numpy.dtype) -> Any:

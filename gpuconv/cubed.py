@@ -24,6 +24,7 @@ from gpuconv import chunked, settings
 from gpuconv.arguments import Shape
 from gpuconv.chunked import arranged, extents_of, inputs_read
 from gpuconv.geometry import Geometry, Slices
+from gpuconv.select import check_name
 from gpuconv.types import Activation, Algorithm, Layout, Padding, PerAxis
 from gpuconv.validate import check_activation, check_bias, check_gradient, checked, given
 
@@ -82,10 +83,12 @@ def conv(
     geometry = Geometry.infer(x.shape, w.shape, stride, padding, dilation, groups, layout, flip)
     check_bias(b, geometry.filters)
     check_activation(activation, dtype)
-    compute = partial(chunked.conv, w=w, b=b, how={"activation": activation, "algorithm": algorithm})
+    check_name(algorithm)
+    compute = partial(chunked.conv, w=w, b=b, dtype=dtype, how={"activation": activation, "algorithm": algorithm})
     axes = zip(_chunks(x, geometry), geometry.stride, geometry.output, strict=True)
-    extents = (min(m, -(-chunk // s)) for chunk, s, m in axes)
-    return _Blocks(geometry, True, (*x.chunksize[: len(geometry.batch)], *extents), compute).array(x, dtype)
+    extents = (max(1, min(m, -(-chunk // s))) for chunk, s, m in axes)
+    blocks = _Blocks(geometry, True, (*x.chunksize[: len(geometry.batch)], *extents), compute)
+    return blocks.array(x, dtype, w.nbytes + (0 if b is None else b.nbytes))
 
 
 def conv_data_grad(
@@ -134,10 +137,12 @@ def conv_data_grad(
     dtype = _checked(dy, "dy", w=w)
     geometry = Geometry.infer(x_shape, w.shape, stride, padding, dilation, groups, layout, flip, x_name="x_shape")
     check_gradient(dy, geometry.y_shape, x_shape=geometry.x_shape, w=w.shape)
+    check_name(algorithm)
     compute = partial(chunked.conv_data_grad, w=w, dtype=dtype, how={"algorithm": algorithm})
     axes = zip(_chunks(dy, geometry), geometry.stride, geometry.input, strict=True)
-    extents = (min(n, chunk * s) for chunk, s, n in axes)
-    return _Blocks(geometry, False, (*dy.chunksize[: len(geometry.batch)], *extents), compute).array(dy, dtype)
+    extents = (max(1, min(n, chunk * s)) for chunk, s, n in axes)
+    blocks = _Blocks(geometry, False, (*dy.chunksize[: len(geometry.batch)], *extents), compute)
+    return blocks.array(dy, dtype, w.nbytes)
 
 
 def _checked(array: Any, name: str, **others: Any) -> numpy.dtype:
@@ -162,8 +167,8 @@ class _Blocks(NamedTuple):
     extents: Shape  # of a block: images, then spatial axes
     compute: Callable[..., Any]  # of the convolution of a block, and what it reads
 
-    def array(self, source: Array, dtype: numpy.dtype) -> Array:
-        """Return the array of all blocks."""
+    def array(self, source: Array, dtype: numpy.dtype, weights: int) -> Array:
+        """Return the array of all blocks; each task holds ``weights`` bytes beside its block."""
         geometry, batch = self.geometry, len(self.geometry.batch)
         shape, channels = geometry.x_shape, geometry.channels
         if self.is_forward:
@@ -171,7 +176,7 @@ class _Blocks(NamedTuple):
         extents = arranged(geometry, self.extents[:batch], channels, self.extents[batch:])
         chunks = tuple(_cut(n, size) for n, size in zip(shape, extents, strict=True))
         most = self._most_chunks(tuple(map(len, chunks)), source.chunksize)
-        room = settings.workspace_limit()
+        room = settings.workspace_limit() + weights
         return map_selection(
             partial(_computed, self), self.selection, source, shape, dtype, chunks, most, extra_projected_mem=room
         )
@@ -181,7 +186,7 @@ class _Blocks(NamedTuple):
         most, first = 1, (0,) * len(blocks)
         for axis, (number, size) in enumerate(zip(blocks, chunks, strict=True)):
             reads = [self.part((*first[:axis], block, *first[axis + 1 :]))[1][axis] for block in range(number)]
-            most *= max(1, *(-(-read.stop // size) - read.start // size for read in reads))
+            most *= max(1, *(-(-read.stop // max(1, size)) - read.start // max(1, size) for read in reads))
         return most
 
     def part(self, block: Shape) -> tuple[Geometry, Slices]:
@@ -213,4 +218,4 @@ def _computed(blocks: _Blocks, read: numpy.ndarray, block_id: Shape) -> numpy.nd
 
 def _cut(extent: int, size: int) -> Shape:
     """Return the extents of the chunks of an axis."""
-    return tuple(min(size, extent - start) for start in range(0, extent, size))
+    return tuple(min(size, extent - start) for start in range(0, extent, max(1, size))) or (0,)

@@ -45,6 +45,13 @@ def test_any_chunks_give_the_results_of_the_whole_arrays(convolution, layout, da
         np.testing.assert_array_equal(found.compute(), expected)
 
 
+def test_empty_arrays():
+    for shape, filters in (((0, 3, 5, 5), 4), ((2, 0, 5, 5), 4), ((2, 3, 0, 5), 4), ((2, 3, 5, 5), 0)):
+        x, w = np.ones(shape), np.ones((filters, shape[1], 3, 3))
+        found = gpuconv.cubed.conv(cubed.from_array(x, chunks=tuple(max(1, n) for n in shape)), w, padding=2)
+        np.testing.assert_array_equal(found.compute(), gpuconv.conv(x, w, padding=2))
+
+
 def test_a_task_that_exceeds_its_memory_is_refused_before_anything_is_computed():
     spec = cubed.Spec(allowed_mem="50MB")
     x = cubed.from_array(np.zeros((1, 8, 8)), chunks=(1, 4, 4), spec=spec)

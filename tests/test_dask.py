@@ -53,10 +53,10 @@ def chunks(draw_from, shape):
     convolutions(),
     st.sampled_from(MODES),
     st.sampled_from(["channels_first", "channels_last"]),
-    st.sampled_from(["float16", "float32", "float64", "complex128"]),
+    st.tuples(*[st.sampled_from(["float16", "float32", "float64", "complex128"])] * 3),
     st.data(),
 )
-def test_any_chunks_give_the_results_of_the_whole_arrays(convolution, mode, layout, dtype, data):
+def test_any_chunks_give_the_results_of_the_whole_arrays(convolution, mode, layout, dtypes, data):
     x_shape, w_shape, settings = convolution
     try:
         geometry = Geometry.infer(x_shape, w_shape, **settings, padding_mode=mode)
@@ -64,8 +64,11 @@ def test_any_chunks_give_the_results_of_the_whole_arrays(convolution, mode, layo
         assume(False)
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     shapes = {"x": x_shape, "w": w_shape, "y": geometry.y_shape}
-    x, w, dy = (laid_out(draw(rng, shapes[role], dtype, True).astype(dtype), layout, role) for role in "xwy")
-    b, c = (draw(rng, (n,), dtype, True).astype(dtype) for n in (geometry.filters, geometry.channels))
+    x, w, dy = (
+        laid_out(draw(rng, shapes[role], dtype, True).astype(dtype), layout, role)
+        for role, dtype in zip("xwy", dtypes, strict=True)
+    )
+    b, c = (rng.integers(-3, 4, n).astype(dtypes[0]) for n in (geometry.filters, geometry.channels))
     parts = [da.from_array(array, chunks=data.draw(chunks(array.shape))) for array in (x, dy)]
     options = {**settings, "layout": layout, "algorithm": "im2col"}
     extents = {"output_shape": geometry.input}
@@ -141,14 +144,33 @@ def test_nothing_is_computed_while_the_graph_is_built():
 
 def test_small_chunks_are_named_with_better_ones():
     w = np.ones((1, 1, 9, 9), np.float32)
-    with pytest.warns(PerformanceWarning, match=r"result of forward, .* chunks of \((\d+), \1\)") as caught:
+    with pytest.warns(PerformanceWarning, match=r"of the result .* chunks of \((\d+), \1\)") as caught:
         gpuconv.dask.conv(da.zeros((1, 100, 100), chunks=3, dtype="f"), w, padding=4)
     better = int(str(caught[0].message).partition("chunks of (")[2].partition(",")[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         gpuconv.dask.conv(da.zeros((1, 100, 100), chunks=better, dtype="f"), w, padding=4)
-    with pytest.warns(PerformanceWarning, match="result of data_grad"):
+    with pytest.warns(PerformanceWarning) as caught:
         gpuconv.dask.conv_data_grad(da.zeros((1, 100, 100), chunks=3, dtype="f"), w, (1, 100, 100), padding=4)
+    assert caught[0].filename == __file__
+
+
+def test_empty_chunks_and_extents():
+    x, w = np.arange(6.0)[None, None], np.ones((1, 1, 3))
+    dy = da.ones((1, 1, 4), chunks=((1,), (1,), (3, 0, 1, 0)))
+    found = gpuconv.dask.conv_backward(dy, da.from_array(x, chunks=2), w)
+    for one, other in zip(found, gpuconv.conv_backward(np.ones((1, 1, 4)), x, w), strict=True):
+        np.testing.assert_array_equal(one.compute(), other)
+    assert gpuconv.dask.conv_data_grad(da.ones((1, 4, 2)), np.ones((4, 3, 3)), (1, 3, 0), padding=2).shape == (1, 3, 0)
+
+
+def test_a_name_is_that_of_one_result():
+    x, dy = da.ones((1, 1, 9), chunks=3, dtype="f"), da.ones((1, 1, 7), chunks=3, dtype="f")
+    names = {gpuconv.dask.conv_backward(dy, x, np.ones((1, 1, 3), dtype)).dw.name for dtype in ("f4", "f8", "f4")}
+    assert len(names) == 2
+    x = da.from_array(np.ones((1, 1, 100), "f"), chunks=25)
+    dx = gpuconv.dask.conv_data_grad(x, np.ones((1, 1, 5)), x.shape, padding=2, padding_mode="circular")
+    assert dx.chunks[2] == (25, 25, 25, 25)
 
 
 X, W = da.zeros((1, 3, 8), chunks=2), np.zeros((4, 3, 3))
@@ -162,6 +184,9 @@ BAD = {
         "x must have chunks of known",
     ),
     "channels": (lambda: gpuconv.dask.conv(X, W[:, :2]), ValueError, "x has 3 channels but w expects 2"),
+    "no w": (lambda: gpuconv.dask.conv(X, None), TypeError, "w must be"),
+    "algorithm": (lambda: gpuconv.dask.conv(X, W, algorithm="wgmma"), ValueError, "algorithm must be one of"),
+    "precision": (lambda: gpuconv.dask.conv(X, W, precision="int8"), ValueError, "precision must be"),
     "dy": (lambda: gpuconv.dask.conv_data_grad(X, W, (1, 3, 9)), ValueError, "dy must have the shape"),
     "y": (lambda: gpuconv.dask.conv_backward(gpuconv.dask.conv(X, W), X, W, activation="relu"), ValueError, "needs y"),
 }

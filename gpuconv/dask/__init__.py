@@ -29,9 +29,10 @@ from typing import Any, SupportsIndex
 
 import numpy
 
-from gpuconv import chunked
+from gpuconv import chunked, dtypes, settings
 from gpuconv.api import Gradients
 from gpuconv.geometry import Geometry
+from gpuconv.select import check_name, consent
 from gpuconv.types import Activation, Algorithm, GradientName, Layout, Padding, PaddingMode, PerAxis, Precision
 from gpuconv.validate import (
     check_activation,
@@ -86,7 +87,8 @@ def conv(
     Returns
     -------
     dask.array.Array of shape ``(..., F, *output)``
-        `y`, not computed yet. Each chunk of `x` has a chunk of `y`, of the outputs whose windows are centred in it.
+        `y`, not computed yet. Each chunk of `x` has at most one chunk
+        of `y`, of the outputs whose windows are centred in it.
 
     Raises
     ------
@@ -110,8 +112,8 @@ def conv(
     check_bias(b, geometry.filters)
     check_activation(activation, dtype)
     x, geometry = results.padded(x, geometry)
-    how = {"activation": activation, "algorithm": algorithm, "precision": precision, "deterministic": deterministic}
-    return results.forward(partial(chunked.conv, how=how), x, [w, b], geometry, dtype)
+    how = _how(algorithm, precision, deterministic, activation=activation)
+    return results.forward(partial(chunked.conv, dtype=dtype, how=how), x, [w, b], geometry, dtype)
 
 
 def conv_data_grad(
@@ -146,7 +148,7 @@ def conv_data_grad(
     Returns
     -------
     dask.array.Array of shape `x_shape`
-        Gradient dx. Each chunk of `dy` has a chunk of `dx`.
+        Gradient dx. Each chunk of `dy` has at most one chunk of `dx`.
 
     Raises
     ------
@@ -163,7 +165,7 @@ def conv_data_grad(
         x_shape, w.shape, stride, padding, dilation, groups, layout, flip, padding_mode, x_name="x_shape"
     )
     check_gradient(dy, geometry.y_shape, x_shape=geometry.x_shape, w=w.shape)
-    how = {"algorithm": algorithm, "precision": precision, "deterministic": deterministic}
+    how = _how(algorithm, precision, deterministic)
     return results.data_grad(dy, w, geometry, dtype, how)
 
 
@@ -216,8 +218,13 @@ def conv_weight_grad(
         x.shape, w_shape, stride, padding, dilation, groups, layout, flip, padding_mode, w_name="w_shape"
     )
     check_gradient(dy, geometry.y_shape, x=x.shape, w_shape=geometry.w_shape)
-    how = {"algorithm": algorithm, "precision": precision, "deterministic": deterministic}
-    return results.weight_grad(partial(chunked.conv_weight_grad, how=how), dy, *results.padded(x, geometry), dtype)
+    how = _how(algorithm, precision, deterministic)
+    return results.weight_grad(
+        partial(chunked.conv_weight_grad, sums=dtypes.accumulator(dtype), how=how),
+        dy,
+        *results.padded(x, geometry),
+        dtype,
+    )
 
 
 def conv_backward(
@@ -280,10 +287,15 @@ def conv_backward(
     geometry = Geometry.infer(x.shape, w.shape, stride, padding, dilation, groups, layout, flip, padding_mode)
     check_gradient(dy, geometry.y_shape, x=x.shape, w=w.shape)
     dy, names = _through(activation, y, dy, dtype), needed(needs)
-    how = {"algorithm": algorithm, "precision": precision, "deterministic": deterministic}
+    how = _how(algorithm, precision, deterministic)
     return Gradients(
         dx=results.data_grad(dy, w, geometry, dtype, how) if "dx" in names else None,
-        dw=results.weight_grad(partial(chunked.conv_weight_grad, how=how), dy, *results.padded(x, geometry), dtype)
+        dw=results.weight_grad(
+            partial(chunked.conv_weight_grad, sums=dtypes.accumulator(dtype), how=how),
+            dy,
+            *results.padded(x, geometry),
+            dtype,
+        )
         if "dw" in names
         else None,
         db=results.bias_grad(dy, geometry, dtype) if "db" in names else None,
@@ -326,7 +338,7 @@ def conv_transpose(
     Returns
     -------
     dask.array.Array of shape ``(..., C_out, *output)``
-        Result. Each chunk of `x` has a chunk of it.
+        Result. Each chunk of `x` has at most one chunk of it.
 
     Raises
     ------
@@ -344,7 +356,7 @@ def conv_transpose(
     )
     check_bias(b, geometry.channels)
     check_activation(activation, dtype)
-    how = {"activation": activation, "algorithm": algorithm, "precision": precision, "deterministic": deterministic}
+    how = _how(algorithm, precision, deterministic, activation=activation)
     return results.transposed(partial(chunked.conv_transpose, dtype=dtype, how=how), x, [w, b], geometry, dtype)
 
 
@@ -410,12 +422,14 @@ def conv_transpose_backward(
     )
     check_gradient(dy, geometry.x_shape, x=x.shape, w=w.shape)
     dy, names = _through(activation, y, dy, dtype), needed(needs)
-    how = {"algorithm": algorithm, "precision": precision, "deterministic": deterministic}
+    how = _how(algorithm, precision, deterministic)
     return Gradients(
-        dx=results.forward(partial(chunked.conv, how=how), dy, [w.conj(), None], geometry, dtype)
+        dx=results.forward(partial(chunked.conv, dtype=dtype, how=how), dy, [w.conj(), None], geometry, dtype)
         if "dx" in names
         else None,
-        dw=results.weight_grad(partial(chunked.conv_transpose_weight_grad, how=how), x, dy, geometry, dtype)
+        dw=results.weight_grad(
+            partial(chunked.conv_transpose_weight_grad, sums=dtypes.accumulator(dtype), how=how), x, dy, geometry, dtype
+        )
         if "dw" in names
         else None,
         db=results.bias_grad(dy, geometry, dtype) if "db" in names else None,
@@ -435,7 +449,7 @@ def _arrays(**arrays: Any) -> tuple[Any, Any, Any, numpy.dtype]:
                 )
         elif name not in ("w", "b"):
             raise TypeError(f"{name} must be a Dask array, not {type(array).__name__}; dask.array.from_array makes one")
-    known = {name: getattr(array, "_meta", array) for name, array in arrays.items() if array is not None}
+    known = {name: getattr(array, "_meta", array) for name, array in arrays.items() if array is not None or name != "b"}
     _, dtype = checked(**known)
     first, *others = (_whole(array) if name in ("w", "b") else array for name, array in arrays.items())
     return (first, *others, *(None,) * (2 - len(others)), dtype)
@@ -446,6 +460,14 @@ def _whole(array: Any) -> Any:
     if array is None:
         return None
     return array.rechunk(-1) if isinstance(array, da.Array) else da.from_array(array, chunks=-1)
+
+
+def _how(algorithm: Algorithm, precision: Precision | None, deterministic: bool | None, **more: Any) -> dict[str, Any]:
+    """Return the options of each block, which are checked while the graph is built."""
+    check_name(algorithm)
+    consent(algorithm, deterministic)
+    settings.precision(precision)
+    return {**more, "algorithm": algorithm, "precision": precision, "deterministic": deterministic}
 
 
 def _through(activation: Activation | None, y: Any, dy: da.Array, dtype: numpy.dtype) -> da.Array:

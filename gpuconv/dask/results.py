@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import dask.array as da
@@ -21,6 +23,7 @@ from gpuconv.dask.graph import Chunks, TaskLayer, only_key, slices
 from gpuconv.geometry import Geometry, Slices
 from gpuconv.types import Activation
 
+FOLDER = str(Path(__file__).parent.parent)
 AT_ONCE = 8  # parts of dw that are added at a time
 MUCH = 1.0  # elements of halos for each element of a result, beyond which chunks are called small
 ENOUGH = 0.25  # the same with the chunks that are advised
@@ -32,7 +35,7 @@ def forward(
     """Return y, of which ``compute(its convolution, part of x, w, b)`` gives a block of outputs."""
     images, outputs = x.chunks[: len(geometry.batch)], _outputs_at(_spatial(x, geometry), geometry)
     _check_chunks(x, geometry, "forward")
-    layer = TaskLayer("forward", [x, *others], compute, geometry)
+    layer = TaskLayer("forward", [x, *others], compute, geometry, dtype)
     parts = layer.gathered(x, _parts(geometry, images, geometry.channels, _read_by_outputs(geometry, outputs)))
     for index, batch, block in _blocks(images, outputs, geometry):
         part = geometry.part(extents_of(batch), inputs_read(geometry, block), block)
@@ -46,7 +49,7 @@ def transposed(
     """Return dx or its like, of which ``compute(its convolution, part of dy, w, b)`` gives a block of inputs."""
     images, inputs = dy.chunks[: len(geometry.batch)], _inputs_at(_spatial(dy, geometry), geometry)
     _check_chunks(dy, geometry, "data_grad")
-    layer = TaskLayer("data_grad", [dy, *others], compute, geometry)
+    layer = TaskLayer("data_grad", [dy, *others], compute, geometry, dtype)
     parts = layer.gathered(dy, _parts(geometry, images, geometry.filters, _read_by_inputs(geometry, inputs)))
     for index, batch, block in _blocks(images, inputs, geometry):
         part = geometry.part(extents_of(batch), block, geometry.outputs_of_windows(block))
@@ -68,7 +71,7 @@ def weight_grad(
 ) -> da.Array:
     """Return dw, the sum of ``compute(its convolution, block of dy, part of x)``, added in a fixed order."""
     images, outputs = dy.chunks[: len(geometry.batch)], _spatial(dy, geometry)
-    layer = TaskLayer("weight_grad", [dy, x], compute, geometry)
+    layer = TaskLayer("weight_grad", [dy, x], compute, geometry, dtype)
     gradients = layer.gathered(dy, _parts(geometry, images, geometry.filters, list(map(slices, outputs))))
     inputs = layer.gathered(x, _parts(geometry, images, geometry.channels, _read_by_outputs(geometry, outputs)))
     keys = []
@@ -144,6 +147,7 @@ def _folded(dx: da.Array, geometry: Geometry) -> da.Array:
         at, low = _first_axis(geometry) + axis, max(geometry.padding[axis][0], 0)
         inside, *ends = padding_modes.segments(geometry, axis)
         total = _taken(dx, at, slice(low, low + inside.extent))
+        chunks = total.chunks[at]
         for end in ends:
             terms = _taken(dx, at, slice(end.start + low, end.stop + low))
             if not end.extent:
@@ -156,7 +160,7 @@ def _folded(dx: da.Array, geometry: Geometry) -> da.Array:
             parts = [slice(0, start), slice(start, stop), slice(stop, None)]
             before, held, behind = (_taken(total, at, part) for part in parts)
             total = da.concatenate([before, held + terms, behind], at)
-        dx = total
+        dx = total.rechunk({at: chunks})
     return dx
 
 
@@ -202,9 +206,9 @@ def _centre(geometry: Geometry, axis: int, output: int) -> int:
 
 
 def _between(bounds: Iterable[int], extent: int) -> Shape:
-    """Return the extents of the chunks of an axis between bounds, without empty ones."""
+    """Return the extents of the chunks of an axis between bounds, without empty ones unless all of it is empty."""
     ends = [0, *(min(max(bound, 0), extent) for bound in bounds), extent]
-    return tuple(stop - start for start, stop in itertools.pairwise(ends) if stop > start)
+    return tuple(stop - start for start, stop in itertools.pairwise(ends) if stop > start) or (0,)
 
 
 def _blocks(images: Chunks, spatial: Chunks, geometry: Geometry) -> Iterator[tuple[Shape, Slices, Slices]]:
@@ -226,11 +230,19 @@ def _check_chunks(array: da.Array, geometry: Geometry, direction: str) -> None:
     while size != extents and halos(_cut(extents, size), geometry, direction) > ENOUGH:
         size = tuple(min(2 * chunk, extent) for chunk, extent in zip(size, extents, strict=True))
     warnings.warn(
-        f"small chunks: for each byte of the result of {direction}, {found:.2g} bytes are read from other chunks;"
+        f"small chunks: for each byte of the result {found:.2g} bytes are read from other chunks;"
         f" with chunks of {size} on the spatial axes, {halos(_cut(extents, size), geometry, direction):.2g}",
         PerformanceWarning,
-        stacklevel=4,
+        stacklevel=_outside(),
     )
+
+
+def _outside() -> int:
+    """Return the level of the first caller outside gpuconv, counted from the caller of this function."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(FOLDER):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _cut(extents: Shape, size: Shape) -> Chunks:
@@ -249,4 +261,4 @@ def halos(chunks: Chunks, geometry: Geometry, direction: str) -> float:
     elements: int = math.prod(sum(part.stop - part.start for part in axis) for axis in parts)
     extents = math.prod(sum(axis) for axis in chunks)
     others = geometry.channels + geometry.filters - channels
-    return max(0, elements - extents) * channels / (math.prod(sum(axis) for axis in results) * max(1, others))
+    return max(0, elements - extents) * channels / max(1, math.prod(sum(axis) for axis in results) * others)
