@@ -85,6 +85,18 @@ def test_any_chunks_give_the_results_of_the_whole_arrays(convolution, mode, layo
         np.testing.assert_array_equal(found.compute(), expected)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_are_adjoints(mode, rng):
+    x, w = (draw(rng, shape, "complex128", True) for shape in ((2, 3, 11, 9), (4, 3, 3, 2)))
+    settings = {"stride": (2, 1), "padding": ((2, 1), (0, 3)), "padding_mode": mode, "algorithm": "im2col"}
+    lazy = da.from_array(x, chunks=(1, 2, 4, 3))
+    y = gpuconv.dask.conv(lazy, w, **settings)
+    dy = draw(rng, y.shape, "complex128", True)
+    dx, dw, _ = gpuconv.dask.conv_backward(da.from_array(dy, chunks=(2, 1, 2, 5)), lazy, w, **settings)
+    product = np.vdot(dy, y.compute())
+    assert product == np.vdot(dx.compute(), x) == np.vdot(dw.compute(), w)
+
+
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
 def test_activations_and_their_derivatives(activation, rng):
     x, w, b = (rng.standard_normal(shape) for shape in ((2, 3, 9, 8), (4, 3, 3, 3), (4,)))
