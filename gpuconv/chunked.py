@@ -12,7 +12,6 @@ import numpy
 
 import gpuconv
 from gpuconv import activations
-from gpuconv.arguments import Shape
 from gpuconv.arrays import kind_of, module_of
 from gpuconv.geometry import Geometry, Slices
 from gpuconv.types import Activation
@@ -82,7 +81,3 @@ def inputs_read(geometry: Geometry, outputs: Slices) -> Slices:
     """Return the inputs in the windows of a block of outputs."""
     windows = zip(geometry.inputs_in_windows(outputs), geometry.input, strict=True)
     return tuple(slice(min(max(start, 0), n), min(max(stop, 0), n)) for (start, stop), n in windows)
-
-
-def extents_of(slices: Slices) -> Shape:
-    return tuple(block.stop - block.start for block in slices)

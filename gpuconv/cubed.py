@@ -22,8 +22,8 @@ import numpy
 
 from gpuconv import chunked, settings
 from gpuconv.arguments import Shape
-from gpuconv.chunked import arranged, extents_of, inputs_read
-from gpuconv.geometry import Geometry, Slices
+from gpuconv.chunked import arranged, inputs_read
+from gpuconv.geometry import Geometry, Slices, extents_of
 from gpuconv.select import check_name
 from gpuconv.types import Activation, Algorithm, Layout, Padding, PerAxis
 from gpuconv.validate import check_activation, check_bias, check_gradient, checked, given

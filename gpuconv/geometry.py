@@ -30,6 +30,11 @@ MOST_ELEMENTS = sys.maxsize // 16  # of an array of complex128 that has an addre
 TRANSPOSED_PADDING_NAMES = ("valid", "same", "same_lower")
 
 
+def extents_of(slices: Slices) -> Shape:
+    """Return the number of elements of slices with a start and a stop."""
+    return tuple(block.stop - block.start for block in slices)
+
+
 class Phase(NamedTuple):
     """One phase of the stride: the inputs ``start + step * u`` of every axis, and the taps that reach them.
 

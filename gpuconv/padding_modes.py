@@ -23,7 +23,7 @@ import numpy
 from gpuconv import dtypes
 from gpuconv.arguments import Shape
 from gpuconv.blocking import Blocks, Buffer, Buffers, channels_innermost, largest, largest_part, pieces
-from gpuconv.geometry import Geometry, Slices
+from gpuconv.geometry import Geometry, Slices, extents_of
 from gpuconv.operands import Index, Operand, Result, in_place
 from gpuconv.plan import Planner
 from gpuconv.request import Request
@@ -180,14 +180,14 @@ def data_grad(compute: Compute, dy: Operand, w: Operand, dx: Result, geometry: G
         target = dx.view[index]
         total = target
         if not in_place(target, planner.dtype):
-            total = _images(target, _extents(images), _extents(inputs), planner)
+            total = _images(target, extents_of(images), extents_of(inputs), planner)
 
         def add(runs: tuple[list[Segment], ...], planner: Planner) -> None:
             positions = tuple(slice(min(s.start for s in run), max(s.stop for s in run)) for run in runs)
             outputs = geometry.outputs_of_windows(positions)
-            part = geometry.part(_extents(images), positions, outputs)
+            part = geometry.part(extents_of(images), positions, outputs)
             gradients = _images(target, part.batch, part.input, planner)
-            if all(_extents(outputs)):
+            if all(extents_of(outputs)):
                 gradient = dy.seen(lambda view: view[(*images, *outputs)])
                 compute(gradient, w, Result(gradients), part, division.rest(planner))
             else:
@@ -246,10 +246,6 @@ def _without(axes: Sequence[int], rank: int) -> Index:
     return tuple(0 if axis in axes else slice(None) for axis in range(rank))
 
 
-def _extents(slices: Slices) -> Shape:
-    return tuple(block.stop - block.start for block in slices)
-
-
 def _of_outputs(geometry: Geometry, box: Shape) -> Buffers:
     """Return the buffer of a block of outputs: the padded x in its windows."""
     batch = len(geometry.batch)
@@ -280,7 +276,7 @@ def _copied(x: Operand, index: Index, geometry: Geometry, planner: Planner) -> t
     """Copy the padded x in the windows of a block of outputs; return the convolution of the copy, and the copy."""
     images, outputs = index[: len(geometry.batch)], index[len(geometry.batch) :]
     positions = tuple(slice(start, stop) for start, stop in geometry.inputs_in_windows(outputs))
-    part = geometry.part(_extents(images), positions, outputs)
+    part = geometry.part(extents_of(images), positions, outputs)
     block = _images(x.view, part.batch, part.input, planner, x.view.dtype)
     held = ([segment.within(p) for segment in segments(geometry, axis)] for axis, p in enumerate(positions))
 

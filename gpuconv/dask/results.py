@@ -18,9 +18,9 @@ from dask.array.core import PerformanceWarning, normalize_chunks
 
 from gpuconv import chunked, dtypes, padding_modes
 from gpuconv.arguments import Shape
-from gpuconv.chunked import arranged, extents_of, inputs_read
+from gpuconv.chunked import arranged, inputs_read
 from gpuconv.dask.graph import Chunks, TaskLayer, only_key, slices
-from gpuconv.geometry import Geometry, Slices
+from gpuconv.geometry import Geometry, Slices, extents_of
 from gpuconv.types import Activation
 
 FOLDER = str(Path(__file__).parent.parent)
